@@ -1,0 +1,34 @@
+"""embedq: bulk text embeddings through a queue, on the hardware you already own.
+
+    from embedq import Client
+
+Names are loaded when first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedq.client import Client
+    from embedq.contract import Accuracy, OnLong, Outcome
+    from embedq.errors import EmbedqError, TextsFailed
+
+__version__ = "0.1.0"
+__all__ = ["Accuracy", "Client", "EmbedqError", "OnLong", "Outcome", "TextsFailed"]
+
+_HOME = {
+    "Accuracy": "embedq.contract",
+    "Client": "embedq.client",
+    "EmbedqError": "embedq.errors",
+    "OnLong": "embedq.contract",
+    "Outcome": "embedq.contract",
+    "TextsFailed": "embedq.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'embedq' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

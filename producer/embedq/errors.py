@@ -1,0 +1,151 @@
+"""Everything embedq raises on purpose, as one tree whose branches say who must act.
+
+    EmbedqError
+    ├─ SettingsError          a setting is wrong                       (fix the environment)
+    ├─ InputError             a file cannot be read or written         (fix the file or the path)
+    ├─ ContractError          the caller sent something we refuse      (fix the call)
+    │   ├─ BatchTooLarge
+    │   ├─ UnknownSchema
+    │   └─ MalformedMessage
+    ├─ QueueUnavailable       Redis cannot be reached                  (retry later)
+    ├─ NoNode                 nobody serves the model                  (start a node)
+    ├─ LocalStartFailed       the private Redis or node did not start  (read the reason)
+    ├─ ResultError
+    │   ├─ ResultTimeout      not yet
+    │   ├─ ResultExpired      too late
+    │   ├─ CorruptValue       the stored bytes fail their checksum
+    │   ├─ BatchFailed        the worker gave up; .code, .detail
+    │   └─ TextsFailed        some texts failed; .failures, .vectors
+    └─ (worker) ModelError, EngineError: see embedq_worker.errors
+
+Each class carries ``code``, the same word in the wire result, the log event and the metric label.
+A message says what happened, the value, the limit and the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class EmbedqError(Exception):
+    """The root of every error that embedq raises on purpose."""
+
+    code = "error"
+
+
+class SettingsError(EmbedqError):
+    """A setting has a wrong name or value."""
+
+    code = "bad_setting"
+
+
+class InputError(EmbedqError):
+    """A file cannot be read, parsed or written."""
+
+    code = "bad_input"
+
+
+class ContractError(EmbedqError):
+    """The caller or the sender of a message broke the wire contract."""
+
+    code = "contract"
+
+
+class BatchTooLarge(ContractError):
+    """A batch holds more texts or bytes than the contract allows."""
+
+    code = "batch_too_large"
+
+
+class UnknownSchema(ContractError):
+    """A message speaks a newer schema than this side."""
+
+    code = "unknown_schema"
+
+
+class MalformedMessage(ContractError):
+    """A message is not what the contract describes."""
+
+    code = "malformed_message"
+
+
+class QueueUnavailable(EmbedqError):
+    """Redis cannot be reached, or refuses us."""
+
+    code = "queue_unavailable"
+
+
+class NoNode(EmbedqError):
+    """No living node serves the model that was asked for."""
+
+    code = "no_node"
+
+
+class LocalStartFailed(EmbedqError):
+    """The private Redis or the private node of a local run did not start."""
+
+    code = "local_start_failed"
+
+
+class ResultError(EmbedqError):
+    """A result is not to be had."""
+
+    code = "result"
+
+
+class ResultTimeout(ResultError):
+    """The result is not there yet."""
+
+    code = "result_timeout"
+
+
+class ResultExpired(ResultError):
+    """The result was there and its time to live has passed."""
+
+    code = "result_expired"
+
+
+class CorruptValue(ResultError):
+    """Stored bytes do not match their header or checksum."""
+
+    code = "corrupt_value"
+
+
+class BatchFailed(ResultError):
+    """The worker refused a whole batch.
+
+    Attributes:
+        code: the reason as one word, for example ``unknown_schema``.
+        detail: the reason as a sentence.
+    """
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(f"The worker refused a batch ({code}): {detail}")
+        self.code = code
+        self.detail = detail
+
+
+class TextsFailed(ResultError):
+    """Some texts of a call have no vector.
+
+    Attributes:
+        failures: position of each failed text -> its code.
+        vectors: float32 [n, D], every vector that succeeded; failed rows are NaN.
+    """
+
+    code = "texts_failed"
+
+    def __init__(self, failures: Mapping[int, str], vectors: npt.NDArray[np.float32]) -> None:
+        shown = ", ".join(f"{index}: {code}" for index, code in list(failures.items())[:5])
+        more = f" and {len(failures) - 5:,} more" if len(failures) > 5 else ""
+        super().__init__(
+            f"{len(failures):,} of {len(vectors):,} texts failed ({shown}{more}). "
+            "The other vectors are in .vectors; fix or leave out the failed texts."
+        )
+        self.failures = dict(failures)
+        self.vectors = vectors

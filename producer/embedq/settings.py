@@ -1,0 +1,221 @@
+"""Settings from the environment: one class per room, one prefix, and no variable read elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from embedq.contract import MAX_BATCH_TEXTS, Accuracy, OnLong
+from embedq.errors import SettingsError
+
+#: Put before the name of every setting.
+PREFIX = "EMBEDQ_"
+#: The default of EMBEDQ_MODEL on both sides.
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+#: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
+#: must still be told from a stranger. A test compares the list with the classes.
+OTHER_ROOMS = frozenset(
+    PREFIX + name.upper()
+    for name in (
+        *("cache_dir", "commit_patience_s", "device", "heartbeat_s", "lease_renewal_s"),
+        *("log_level", "model_revision", "name", "offline", "runtime_dir", "stub_delay_s"),
+        *("stub_texts_per_s", "threads", "token_budget", "visibility_timeout_s", "wheel_dir"),
+        *("test_model", "test_npu", "venv"),
+    )
+)
+
+
+class Described(NamedTuple):
+    """One setting as a person should see it.
+
+    Attributes:
+        name: the environment variable.
+        value: what is in force, passwords masked.
+        source: ``environment`` or ``default``.
+        default, unit, description: as the class says.
+    """
+
+    name: str
+    value: str
+    source: str
+    default: str
+    unit: str
+    description: str
+
+
+class Room(BaseSettings):
+    """What every settings class shares: the prefix, strict names and readable errors."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+    #: Variables with the prefix that other classes own.
+    elsewhere: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the environment, with overrides (None means: not given) on top.
+
+        Raises:
+            SettingsError: a name or value is wrong; the message names the nearest right one.
+        """
+        _refuse_strangers(cls.variables() | cls.elsewhere, os.environ)
+        try:
+            return cls(**{key: value for key, value in overrides.items() if value is not None})
+        except ValidationError as error:
+            lines = [_explain(cls, details) for details in error.errors()]
+            raise SettingsError("\n".join(lines)) from None
+
+    @classmethod
+    def variables(cls) -> frozenset[str]:
+        """Return the names of the environment variables of this class."""
+        return frozenset(PREFIX + name.upper() for name in cls.model_fields)
+
+    def describe(self) -> Iterator[Described]:
+        """Yield every setting with its value, unit and source, in the order of the class."""
+        present = {name.upper() for name in os.environ}
+        for name, info in type(self).model_fields.items():
+            variable = PREFIX + name.upper()
+            default = info.get_default(call_default_factory=True)
+            extra = info.json_schema_extra
+            unit = extra.get("unit", "") if isinstance(extra, dict) else ""
+            yield Described(
+                variable,
+                mask_password(str(getattr(self, name))),
+                "environment" if variable in present else "default",
+                mask_password(str(default)),
+                str(unit),
+                info.description or "",
+            )
+
+
+def unit(name: str) -> dict[str, Any]:
+    """Attach a unit to a pydantic field."""
+    return {"unit": name}
+
+
+class RedisSettings(Room):
+    """Where Redis is: shared by producer and worker."""
+
+    broker_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis that carries the batches.",
+        json_schema_extra=unit("URL"),
+    )
+    results_url: str = Field(
+        "redis://127.0.0.1:6379/1",
+        description="Redis that holds the ledger and the vectors; in production another instance.",
+        json_schema_extra=unit("URL"),
+    )
+
+
+class ProducerSettings(RedisSettings):
+    """What the SDK and the `embedq` command can be told."""
+
+    elsewhere: ClassVar[frozenset[str]] = OTHER_ROOMS
+
+    model: str = Field(
+        DEFAULT_MODEL,
+        description="Model to ask for: a hub id, or the folder that the nodes were given.",
+    )
+    accuracy: Accuracy = Field(
+        Accuracy.STANDARD,
+        description="Accuracy class: standard (cosine >= 0.999 to fp32) or exact (fp32).",
+    )
+    on_long: OnLong = Field(
+        OnLong.TRUNCATE,
+        description="Texts of more tokens than the model takes: truncate (and report) or error.",
+    )
+    batch_texts: int = Field(
+        1024,
+        ge=1,
+        le=MAX_BATCH_TEXTS,
+        description="Most texts in one batch.",
+        json_schema_extra=unit("texts"),
+    )
+    batch_tokens: int = Field(
+        30_000,
+        ge=64,
+        le=1_000_000,
+        description="Estimated tokens at which a batch is full.",
+        json_schema_extra=unit("tokens"),
+    )
+    window: int = Field(
+        16,
+        ge=1,
+        le=1024,
+        description="Most batches published and not yet taken, for each job.",
+        json_schema_extra=unit("batches"),
+    )
+    results_ttl_s: int = Field(
+        86_400,
+        ge=60,
+        le=30 * 86_400,
+        description="Life of a job in Redis after its last sign of life.",
+        json_schema_extra=unit("s"),
+    )
+    node_wait_s: float = Field(
+        60.0,
+        ge=0,
+        le=86_400,
+        description="How long to wait for a first node that serves the model.",
+        json_schema_extra=unit("s"),
+    )
+
+
+def mask_password(url: str) -> str:
+    """Hide the password of a URL; anything else comes back as it is."""
+    if "://" not in url or "@" not in url:
+        return url
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.username or ""
+    return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+
+
+def nearest(word: str, known: Iterator[str] | frozenset[str] | list[str]) -> str:
+    """Return `` Did you mean X?`` for the most similar known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> None:
+    strangers = [name for name in environment if name.startswith(PREFIX) and name not in known]
+    if strangers:
+        raise SettingsError(
+            "\n".join(f"{name}: no such setting.{nearest(name, known)}" for name in strangers)
+        )
+
+
+def _explain(cls: type[Room], details: ErrorDetails) -> str:
+    field = str(details["loc"][0]) if details["loc"] else ""
+    name = PREFIX + field.upper()
+    given = mask_password(str(details["input"]))
+    if details["type"] == "extra_forbidden":
+        return f"{field}: no such setting.{nearest(field, list(cls.model_fields))}"
+    context = details.get("ctx", {})
+    if details["type"] in ("enum", "literal_error"):
+        expected = str(context.get("expected", "")).replace("'", "")
+        hint = nearest(given, expected.replace(" or ", ", ").split(", "))
+        return f"{name}: expected {expected}, got {given}.{hint}"
+    limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
+    reason = ", ".join(limits) or details["msg"].lower()
+    info = cls.model_fields.get(field)
+    extra = info.json_schema_extra if info else None
+    measure = f" {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""
+    return f"{name}: expected {reason}{measure}, got {given}."
+
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def cache_home() -> Path:
+    """Return the folder for caches of this user: XDG_CACHE_HOME or ~/.cache, then embedq."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "embedq"
