@@ -1,0 +1,328 @@
+"""The SDK's front door: texts in, float32 vectors out, in the caller's order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from embedq.batching import Slice, split
+from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
+from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
+from embedq.fleet import fetch_alive, find_card
+from embedq.job import FinishedBatch, Job, Link
+from embedq.patience import OnWait, patiently
+from embedq.publisher import Publisher
+from embedq.redis_client import open_redis
+from embedq.settings import ProducerSettings, mask_password, nearest
+from embedq.stream import AnyDocument, Stream
+from embedq.vectors import Vectors
+
+log = logging.getLogger("embedq")
+E = TypeVar("E", OnLong, Accuracy)
+
+#: Seconds between two looks at the fleet while no node is there.
+LOOK_EVERY_S = 0.1
+#: Seconds that a job waits for a Redis that went away in its middle.
+JOB_PATIENCE_S = 3_600.0
+
+
+class Client:
+    """Embeds texts through the queue. Not for use from several threads at once.
+
+    Example:
+        >>> with Client() as client:
+        ...     vectors = client.encode(["a text", "another"])  # float32 [2, D]
+    """
+
+    def __init__(
+        self,
+        *,
+        broker_url: str | None = None,
+        results_url: str | None = None,
+        model: str | None = None,
+        accuracy: Accuracy | str | None = None,
+        settings: ProducerSettings | None = None,
+        on_wait: OnWait | None = None,
+        on_idle: Callable[[], None] | None = None,
+    ) -> None:
+        """Prepare a client; the first call connects.
+
+        Args:
+            broker_url, results_url, model, accuracy: override the settings of the same name.
+            settings: default: read from the environment.
+            on_wait: told what is waited for; default: a warning in the log.
+            on_idle: called about every second while nothing arrives; may raise.
+
+        Raises:
+            SettingsError: a setting is wrong.
+        """
+        given = {
+            "broker_url": broker_url,
+            "results_url": results_url,
+            "model": model,
+            "accuracy": accuracy,
+        }
+        if settings is None:
+            settings = ProducerSettings.load(**given)
+        elif any(value is not None for value in given.values()):
+            raise TypeError("Give either settings or single values, not both.")
+        self.settings = settings
+        self.redis = open_redis(settings.results_url)
+        self._publisher = Publisher(settings.broker_url)
+        self._on_wait = on_wait or (lambda message: log.warning("waiting reason=%s", message))
+        self._on_idle = on_idle or (lambda: None)
+        self._card: ModelCard | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._publisher.close()
+        self.redis.close()
+
+    def card(self) -> ModelCard:
+        """Return the card of the model that the fleet serves, waiting for a first node.
+
+        Raises:
+            QueueUnavailable: Redis cannot be reached.
+            NoNode: no node announced the model within `node_wait_s`.
+        """
+        deadline = time.monotonic() + self.settings.node_wait_s
+        told = False
+        while self._card is None:
+            alive = patiently(
+                lambda: fetch_alive(self.redis),
+                patience_s=0,
+                on_wait=self._on_wait,
+                where=mask_password(self.settings.results_url),
+            )
+            self._card = find_card(alive, self.settings.model)
+            if self._card is not None:
+                break
+            if time.monotonic() >= deadline:
+                serving = sorted({h.card.label for h in alive if h.card})
+                raise NoNode(
+                    f"No node announced the model {self.settings.model} within "
+                    f"{self.settings.node_wait_s:.0f} s; {len(alive)} alive, serving "
+                    f"{', '.join(serving) or 'nothing'}. Start one: embedq-worker start"
+                )
+            if not told and deadline - time.monotonic() < self.settings.node_wait_s - 3:
+                self._on_wait(f"No node serves {self.settings.model} yet; waiting for one.")
+                told = True
+            self._on_idle()
+            time.sleep(LOOK_EVERY_S)
+        return self._card
+
+    def engine(self) -> dict[str, str]:
+        """Return device, engine and precision of the node that serves the model.
+
+        Only a fleet of one, as of a local run, has one answer; the first node by name gives it.
+        """
+        identity = self.card().identity
+        for heartbeat in fetch_alive(self.redis):
+            if heartbeat.card and heartbeat.card.identity == identity:
+                return {key: getattr(heartbeat, key) for key in ("device", "engine", "precision")}
+        return {}
+
+    def spec(
+        self,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        on_long: OnLong | str | None = None,
+        accuracy: Accuracy | str | None = None,
+    ) -> VectorSpec:
+        """Say what will shape the vectors of a call with these options.
+
+        Raises:
+            SettingsError: an unknown prompt name, policy or accuracy class.
+            QueueUnavailable, NoNode: as card.
+        """
+        card = self.card()
+        return VectorSpec(
+            model=card.identity,
+            dim=card.dim,
+            max_length=card.max_length,
+            prompt=_prompt(card, prompt_name, prompt),
+            on_long=_choose(OnLong, "on_long", on_long, self.settings.on_long),
+            accuracy=_choose(Accuracy, "accuracy", accuracy, self.settings.accuracy),
+        )
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        on_long: OnLong | str | None = None,
+        accuracy: Accuracy | str | None = None,
+        timeout_s: float | None = None,
+    ) -> Vectors:
+        """Embed texts and return their vectors in order.
+
+        Args:
+            texts: a list or any iterable of strings, or one string.
+            prompt_name: name of a prompt of the model, put before each text.
+            prompt: a prompt itself; wins over prompt_name.
+            on_long: ``truncate`` or ``error`` for texts of more tokens than the model takes.
+            accuracy: ``standard`` or ``exact``.
+            timeout_s: longest silence of the fleet, in seconds; None waits.
+
+        Returns:
+            float32 [n, D]; [D] for one string; [0, D] for an empty list.
+
+        Raises:
+            TextsFailed: some texts have no vector; the others are in ``.vectors``.
+            BatchFailed: the worker refused a batch as a whole.
+            QueueUnavailable, NoNode, ResultTimeout: there is no answer to be had.
+        """
+        if isinstance(texts, bytes | bytearray):
+            raise ContractError("encode() takes text, not bytes. Decode them first.")
+        spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
+        slices = self.split([texts] if isinstance(texts, str) else texts, spec)
+        rows = [np.empty((0, spec.dim), np.float32)]
+        failures: dict[int, str] = {}
+        for batch in self.job(slices, spec).batches(timeout_s=timeout_s):
+            if batch.failure:
+                raise BatchFailed(*batch.failure)
+            rows.append(batch.vectors)
+            failures.update(_failures(batch))
+        vectors = np.concatenate(rows)
+        if failures:
+            raise TextsFailed(failures, vectors)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def submit(
+        self,
+        texts: Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        on_long: OnLong | str | None = None,
+        accuracy: Accuracy | str | None = None,
+    ) -> Job:
+        """Publish the first batches of a job and return its handle.
+
+        Args:
+            texts: a list or any iterable; pulled only as fast as the window allows.
+            prompt_name, prompt, on_long, accuracy: as in encode.
+
+        Raises:
+            QueueUnavailable, NoNode, SettingsError: as encode.
+        """
+        spec = self.spec(
+            prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy
+        )
+        job = self.job(self.split(texts, spec), spec)
+        job.start()
+        return job
+
+    def stream(
+        self,
+        documents: Iterable[AnyDocument],
+        *,
+        ordered: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        on_long: OnLong | str | None = None,
+        accuracy: Accuracy | str | None = None,
+    ) -> Stream:
+        """Embed any number of documents in constant memory, one `Embedded` after the other.
+
+        Args:
+            documents: texts, (id, text) pairs or Documents.
+            ordered: in the order of the documents, or as they complete.
+            checkpoint: file for `Stream.commit`, from which a restarted program goes on.
+            prompt_name, prompt, on_long, accuracy: as in encode.
+
+        Raises:
+            InputError: the checkpoint does not fit.
+            QueueUnavailable, NoNode, SettingsError: as encode.
+        """
+        spec = self.spec(
+            prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy
+        )
+        return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint)
+
+    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
+        """Cut texts into the batches that this client would publish."""
+        return split(
+            texts,
+            max_texts=self.settings.batch_texts,
+            max_tokens=self.settings.batch_tokens,
+            max_length=spec.max_length,
+        )
+
+    def job(
+        self,
+        slices: Iterable[Slice],
+        spec: VectorSpec,
+        *,
+        ordered: bool = True,
+        label: str = "",
+        window: int | None = None,
+    ) -> Job:
+        """Prepare a job over batches; read its `batches()` to run it."""
+        link = Link(self.redis, self._publisher, JOB_PATIENCE_S, self._on_wait, self._on_idle)
+        return Job(
+            link,
+            spec,
+            slices,
+            # Only the CPU computes in fp32, so an exact job never visits the NPU queue.
+            queue=Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.NPU,
+            window=window or self.settings.window,
+            ttl_s=self.settings.results_ttl_s,
+            ordered=ordered,
+            label=label,
+        )
+
+
+def _prompt(card: ModelCard, name: str | None, prompt: str | None) -> str:
+    if prompt is not None:
+        return prompt
+    if name is None:
+        return card.prompts.get(card.default_prompt, "") if card.default_prompt else ""
+    if name not in card.prompts:
+        known = ", ".join(sorted(card.prompts)) or "none"
+        raise SettingsError(
+            f"prompt_name: {card.label} has no prompt {name}; it has {known}."
+            f"{nearest(name, list(card.prompts))}"
+        )
+    return card.prompts[name]
+
+
+def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
+    if given is None:
+        return default
+    try:
+        return kind(given)
+    except ValueError:
+        choices = [str(choice) for choice in kind]
+        raise SettingsError(
+            f"{name}: expected {' or '.join(choices)}, got {given}.{nearest(given, choices)}"
+        ) from None
+
+
+def _failures(batch: FinishedBatch) -> dict[int, str]:
+    outcomes = batch.outcomes
+    bad = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
+    if not bad:
+        return {}
+    rows = np.flatnonzero(np.isin(outcomes.kind, list(bad)))
+    return {batch.slice.start + int(row): outcomes[int(row)].code for row in rows}

@@ -1,0 +1,135 @@
+"""Who is alive and in which state: heartbeats in Redis, for display and for finding a model.
+
+Never for routing: a node decides what it consumes from its own state alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Final, cast
+
+import msgpack
+from redis import Redis
+
+from embedq.contract import ModelCard
+from embedq.errors import MalformedMessage, NoNode
+
+#: Sorted set of node names, scored by their last heartbeat.
+NODES_KEY: Final = "embedq:nodes"
+#: Seconds after which a silent node counts as gone.
+ALIVE_S: Final = 15.0
+#: Seconds after which a silent node is forgotten.
+FORGET_S: Final = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a node says of itself.
+
+    Attributes:
+        node: name, the same over restarts.
+        state: starting, healthy, degraded, probing or failed.
+        reason: why, when it is not healthy.
+        since: Unix time of the last change of state, in seconds.
+        device, engine, precision: what computes here.
+        card: the model served, or None while there is none.
+        at: Unix time of this heartbeat, in seconds.
+        pid: of the node's parent process.
+    """
+
+    node: str
+    state: str
+    at: float
+    since: float
+    pid: int
+    reason: str = ""
+    device: str = ""
+    engine: str = ""
+    precision: str = ""
+    card: ModelCard | None = None
+
+    def to_message(self) -> bytes:
+        """Encode as msgpack."""
+        return bytes(msgpack.packb(asdict(self)))
+
+    @classmethod
+    def from_message(cls, raw: bytes) -> Heartbeat:
+        """Decode a heartbeat; fields of a newer version are ignored.
+
+        Raises:
+            MalformedMessage: the bytes are not a heartbeat.
+        """
+        known = {f.name for f in fields(cls)}
+        try:
+            body = {key: value for key, value in msgpack.unpackb(raw).items() if key in known}
+            card = body.pop("card", None)
+            return cls(**body, card=ModelCard(**card) if card else None)
+        except Exception as error:
+            raise MalformedMessage(f"A heartbeat of {len(raw):,} bytes is unreadable.") from error
+
+
+def beat(redis: Redis, heartbeat: Heartbeat) -> None:
+    """Write a node's heartbeat; it fades by itself."""
+    pipe = redis.pipeline(transaction=False)
+    pipe.set(_node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
+    pipe.zadd(NODES_KEY, {heartbeat.node: heartbeat.at})
+    pipe.zremrangebyscore(NODES_KEY, "-inf", heartbeat.at - FORGET_S)
+    pipe.execute()
+
+
+def leave(redis: Redis, node: str) -> None:
+    """Remove a node that shut down in good order."""
+    pipe = redis.pipeline(transaction=False)
+    pipe.unlink(_node_key(node))
+    pipe.zrem(NODES_KEY, node)
+    pipe.execute()
+
+
+def fetch_alive(redis: Redis) -> list[Heartbeat]:
+    """Return the last heartbeat of every living node, by name."""
+    names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
+    if not names:
+        return []
+    raws = cast(list[bytes | None], redis.mget([_node_key(name.decode()) for name in names]))
+    alive = []
+    for raw in raws:
+        if raw is not None:
+            try:
+                alive.append(Heartbeat.from_message(raw))
+            except MalformedMessage:
+                continue  # a node of another version: it is alive, but we cannot read it
+    return sorted(alive, key=lambda heartbeat: heartbeat.node)
+
+
+def find_card(alive: Sequence[Heartbeat], model: str) -> ModelCard | None:
+    """Return the card of the model that was asked for, if a living node serves it.
+
+    Args:
+        alive: heartbeats, as from fetch_alive.
+        model: a label with or without its revision, or the first 12 or more characters of an
+            identity.
+
+    Raises:
+        NoNode: living nodes serve the label under two identities.
+    """
+    cards = {h.card.identity: h.card for h in alive if h.card and _names(h.card, model)}
+    if len(cards) > 1:
+        shown = ", ".join(sorted(identity[:12] for identity in cards))
+        raise NoNode(
+            f"The living nodes serve two versions of {model}: {shown}. "
+            "Ask for one by its identity: EMBEDQ_MODEL=<identity>."
+        )
+    return next(iter(cards.values()), None)
+
+
+def _names(card: ModelCard, model: str) -> bool:
+    label = card.label
+    if model in (label, label.partition("@")[0], label.rstrip("/")):
+        return True
+    return len(model) >= 12 and card.identity.startswith(model)
+
+
+def _node_key(node: str) -> str:
+    return f"embedq:node:{node}"

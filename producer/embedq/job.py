@@ -1,0 +1,396 @@
+"""One job: batches out within a window, commits in, vectors back in the caller's order."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from redis import Redis
+
+from embedq.batching import Slice
+from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
+from embedq.errors import BatchTooLarge, CorruptValue, ResultExpired, ResultTimeout
+from embedq.ledger import Commit, Ledger
+from embedq.outcomes import TRUNCATED, OutcomeTable
+from embedq.patience import OnWait, patiently
+from embedq.publisher import Publisher
+from embedq.vectors import Value, Vectors, decode
+
+T = TypeVar("T")
+#: Milliseconds that one read of the stream waits before the job looks around.
+READ_BLOCK_MS = 1_000
+#: Commits taken in one read.
+READ_COUNT = 32
+#: Times a batch whose stored vectors were lost or damaged is computed again.
+MAX_RECOMPUTES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a job talks through.
+
+    Attributes:
+        redis: of the results.
+        publisher: of the broker.
+        patience_s: how long to wait for a Redis that went away.
+        on_wait: told what is waited for.
+        on_idle: called about every second while nothing arrives; may raise to end the job.
+    """
+
+    redis: Redis
+    publisher: Publisher
+    patience_s: float
+    on_wait: OnWait
+    on_idle: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedBatch:
+    """A batch that has its answer.
+
+    Attributes:
+        slice: the texts.
+        vectors: float32 [n, D]; failed texts are NaN.
+        outcomes: one per text.
+        failure: (code, detail) if the worker refused the batch as a whole.
+    """
+
+    slice: Slice
+    vectors: Vectors
+    outcomes: OutcomeTable
+    failure: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """One text with its vector.
+
+    Attributes:
+        id: what the caller named it; its position where there is no name.
+        vector: float32 [D]; NaN if it failed.
+        outcome: what became of it.
+    """
+
+    id: str | int
+    vector: Vectors
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a job is.
+
+    Attributes:
+        published: batches sent so far.
+        texts: texts handed out, with their failed and truncated ones.
+        failed, truncated: how many of these.
+        finished: nothing more will come.
+    """
+
+    published: int
+    texts: int
+    failed: int
+    truncated: int
+    finished: bool
+
+
+@dataclass(slots=True)
+class _Outstanding:
+    slice: Slice
+    recomputes: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What a running job remembers; bounded by its window."""
+
+    outstanding: dict[int, _Outstanding] = field(default_factory=dict)
+    ready: dict[int, FinishedBatch] = field(default_factory=dict)
+    cursor: bytes = b"0-0"
+    published: int = 0
+    yielded: int = 0
+    first: int = 0
+    texts: int = 0
+    failed: int = 0
+    truncated: int = 0
+    open: bool = False
+    closed: bool = False
+    kept_alive: float = field(default_factory=time.monotonic)
+    exhausted: bool = False
+
+
+class Job:
+    """A stream of batches on its way through the queue. For one thread at a time."""
+
+    def __init__(
+        self,
+        link: Link,
+        spec: VectorSpec,
+        slices: Iterable[Slice],
+        *,
+        queue: Queue,
+        window: int,
+        ttl_s: int,
+        ordered: bool = True,
+        label: str = "",
+    ) -> None:
+        """Prepare a job; nothing is sent before it is started or read.
+
+        Args:
+            link: Redis and publisher.
+            spec: what shapes the vectors.
+            slices: the batches with consecutive indices from any first one, pulled only as fast
+                as the window allows.
+            queue: where they go.
+            window: most batches published and not yet handed to the caller.
+            ttl_s: life of the job in Redis after its last sign of life.
+            ordered: hand batches out in their order, or as they complete.
+            label: shown to operators.
+        """
+        self.id = secrets.token_hex(8)
+        self._link = link
+        self._spec = spec
+        self._fingerprint = spec.fingerprint()
+        self._slices = iter(slices)
+        self._queue = queue
+        self._window = window
+        self._ttl_s = ttl_s
+        self._ordered = ordered
+        self._label = label
+        self._ledger = Ledger(link.redis, self.id)
+        self._state = _State()
+        self._kept: deque[FinishedBatch] = deque()
+
+    def start(self) -> None:
+        """Publish the first window; `batches`, `results` and `wait` do it by themselves.
+
+        Raises:
+            QueueUnavailable: Redis cannot be reached.
+        """
+        if not self._state.open:
+            self._patiently(self._open)
+            self._state.open = True
+            self._publish_up_to_window()
+
+    def progress(self) -> JobProgress:
+        """Return how far the job is, without asking Redis."""
+        state = self._state
+        return JobProgress(
+            published=state.published,
+            texts=state.texts,
+            failed=state.failed,
+            truncated=state.truncated,
+            finished=state.closed,
+        )
+
+    def batches(self, *, timeout_s: float | None = None) -> Iterator[FinishedBatch]:
+        """Yield each batch once; leaving early cancels the rest.
+
+        Args:
+            timeout_s: longest silence between two commits, in seconds; None waits for ever.
+
+        Raises:
+            QueueUnavailable: Redis stayed away longer than our patience.
+            ResultTimeout: no commit arrived for timeout_s.
+            ResultExpired: vectors were lost in Redis again and again.
+        """
+        try:
+            while (batch := self._next(timeout_s)) is not None:
+                yield batch
+        finally:
+            self._close()
+
+    def results(self, *, timeout_s: float | None = None) -> Iterator[Embedded]:
+        """Yield each text's vector and outcome, in the caller's order if the job is ordered.
+
+        Args, Raises: as `batches`.
+        """
+        for batch in self.batches(timeout_s=timeout_s):
+            for row in range(len(batch.slice)):
+                position = batch.slice.start + row
+                yield Embedded(position, batch.vectors[row], batch.outcomes[row])
+
+    def wait(self, timeout_s: float | None = None) -> JobProgress:
+        """Wait until every text has its outcome, keeping the vectors in memory for `results`.
+
+        Raises:
+            ResultTimeout: it took longer than timeout_s; the job goes on, wait again.
+            QueueUnavailable, ResultExpired: as `batches`.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        arrived: deque[FinishedBatch] = deque(self._kept)
+        self._kept.clear()
+        try:
+            while True:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                batch = self._next(left)
+                if batch is None:
+                    break
+                arrived.append(batch)
+        finally:
+            self._kept = arrived
+        self._close()
+        return self.progress()
+
+    def cancel(self) -> None:
+        """Stop the job: what is queued is dropped by the nodes, what is stored is deleted."""
+        if self._state.open and not self._state.closed:
+            self._patiently(self._ledger.cancel)
+        self._close()
+
+    def _next(self, silence_s: float | None) -> FinishedBatch | None:
+        """Return the next batch, or None when there is no more."""
+        if self._kept:
+            return self._kept.popleft()
+        if self._state.closed:
+            return None
+        self.start()
+        heard = time.monotonic()
+        while (finished := self._hand_out()) is None:
+            self._publish_up_to_window()
+            if self._state.exhausted and not self._state.outstanding:
+                return None
+            commits = self._patiently(self._read)
+            if commits:
+                self._collect(commits)
+                heard = time.monotonic()
+            elif silence_s is not None and time.monotonic() - heard >= silence_s:
+                raise ResultTimeout(
+                    f"No batch of job {self.id} arrived for {silence_s:.0f} s; "
+                    f"{len(self._state.outstanding)} are outstanding. Look at `embedq status`."
+                )
+            else:
+                self._keep_alive()
+                self._link.on_idle()
+        self._publish_up_to_window()
+        return finished
+
+    def _keep_alive(self) -> None:
+        now = time.monotonic()
+        if now - self._state.kept_alive > self._ttl_s / 4:
+            self._patiently(lambda: self._ledger.keep_alive(self._ttl_s))
+            self._state.kept_alive = now
+
+    def _open(self) -> None:
+        self._ledger.open(fingerprint=self._fingerprint, ttl_s=self._ttl_s, label=self._label)
+
+    def _read(self) -> list[Commit]:
+        return self._ledger.read_commits(
+            self._state.cursor, count=READ_COUNT, block_ms=READ_BLOCK_MS
+        )
+
+    def _publish_up_to_window(self) -> None:
+        state = self._state
+        while not state.exhausted:
+            ahead = state.published - state.yielded if self._ordered else len(state.outstanding)
+            if ahead >= self._window:
+                return
+            piece = next(self._slices, None)
+            if piece is None:
+                state.exhausted = True
+                return
+            if piece.index >= MAX_BATCHES:
+                raise BatchTooLarge(
+                    f"The job has more than {MAX_BATCHES:,} batches. Split the input into jobs."
+                )
+            if not state.published:
+                state.first = piece.index
+            state.outstanding[piece.index] = _Outstanding(piece)
+            state.published += 1
+            self._publish(piece)
+
+    def _publish(self, piece: Slice) -> None:
+        batch = EmbedBatch(self.id, piece.index, piece.texts, self._spec, piece.refused)
+        self._patiently(lambda: self._link.publisher.publish(batch, self._queue))
+
+    def _hand_out(self) -> FinishedBatch | None:
+        state = self._state
+        if not state.ready:
+            return None
+        index = state.first + state.yielded if self._ordered else next(iter(state.ready))
+        if index not in state.ready:
+            return None
+        finished = state.ready.pop(index)
+        state.yielded += 1
+        state.texts += len(finished.slice)
+        state.failed += finished.outcomes.count_failed()
+        state.truncated += finished.outcomes.count_flag(TRUNCATED)
+        return finished
+
+    def _collect(self, commits: list[Commit]) -> None:
+        """Fetch, check and keep the vectors of new commits, then delete them from Redis."""
+        state = self._state
+        for commit in commits:
+            waiting = state.outstanding.get(commit.index)
+            if waiting is not None:
+                values = self._patiently(lambda c=commit: self._ledger.fetch_values(c))  # type: ignore[misc] # the default binds the loop variable
+                try:
+                    finished = self._assemble(waiting.slice, values)
+                except CorruptValue as error:
+                    self._recompute(commit.index, waiting, error)
+                else:
+                    state.ready[commit.index] = finished
+                    del state.outstanding[commit.index]
+            self._patiently(lambda c=commit: self._ledger.take([c]))  # type: ignore[misc] # as above
+            state.cursor = commit.entry
+
+    def _assemble(self, piece: Slice, values: list[bytes | None]) -> FinishedBatch:
+        if not values or any(value is None for value in values):
+            raise CorruptValue("The vectors of a committed batch have left Redis.")
+        parts = [decode(value, self._fingerprint) for value in values if value is not None]
+        if parts[0].failure:
+            return _failed(piece, parts[0].failure, self._spec.dim)
+        vectors, outcomes = _join(parts)
+        if vectors.shape != (len(piece), self._spec.dim):
+            raise CorruptValue(
+                f"A batch came back as {vectors.shape}, expected {(len(piece), self._spec.dim)}."
+            )
+        return FinishedBatch(piece, vectors, outcomes)
+
+    def _recompute(self, index: int, waiting: _Outstanding, error: CorruptValue) -> None:
+        waiting.recomputes += 1
+        if waiting.recomputes > MAX_RECOMPUTES:
+            raise ResultExpired(
+                f"Batch {index} of job {self.id} was computed {MAX_RECOMPUTES} times and its "
+                f"vectors were lost or damaged in Redis each time: {error}"
+            ) from error
+        self._link.on_wait(f"Batch {index} is computed again: {error}")
+        self._patiently(lambda: self._ledger.forget(index))
+        self._publish(waiting.slice)
+
+    def _close(self) -> None:
+        """Leave nothing of the job in Redis, as far as Redis lets us; its keys expire anyway."""
+        if self._state.closed or not self._state.open:
+            self._state.closed = True
+            return
+        self._state.closed = True
+
+        def drop() -> None:
+            unread = self._ledger.read_commits(self._state.cursor, count=10_000, block_ms=1)
+            self._ledger.drop(unread)
+
+        patiently(drop, patience_s=2, on_wait=self._link.on_wait, where="the results Redis")
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        return patiently(action, patience_s=self._link.patience_s, on_wait=self._link.on_wait)
+
+
+def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:
+    if len(parts) == 1:
+        return parts[0].vectors, parts[0].outcomes
+    return (
+        np.concatenate([part.vectors for part in parts]),
+        OutcomeTable.concatenate([part.outcomes for part in parts]),
+    )
+
+
+def _failed(piece: Slice, failure: tuple[str, str], dim: int) -> FinishedBatch:
+    outcome = Outcome(status=Status.FAILED, code=failure[0])
+    outcomes = OutcomeTable.from_outcomes([outcome] * len(piece))
+    vectors = np.full((len(piece), dim), np.nan, np.float32)
+    return FinishedBatch(piece, vectors, outcomes, failure)

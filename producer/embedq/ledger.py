@@ -1,0 +1,174 @@
+"""A job's truth in Redis: which batches are committed, where their vectors are, what was given up.
+
+Celery may lose, repeat or reorder messages; nothing counts until the commit script has run, and it
+runs once for each batch. Keys of a job share a hash tag, so a cluster keeps a job on one shard.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, cast
+
+from redis import Redis
+
+#: Sorted set of living jobs, scored by their start; what `embedq status` lists.
+JOBS_KEY: Final = "embedq:jobs"
+
+
+class Verdict(StrEnum):
+    """What a worker should do with a batch it was handed."""
+
+    GO = "go"
+    GONE = "gone"
+    CANCELLED = "cancelled"
+    COMMITTED = "committed"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One entry of a job's stream: a batch whose vectors are ready.
+
+    Attributes:
+        entry: id in the stream.
+        index: the batch.
+        n_values: how many values hold its vectors.
+    """
+
+    entry: bytes
+    index: int
+    n_values: int
+
+
+# KEYS meta bits tries; ARGV index
+_BEGIN: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return {'gone', 0} end
+if redis.call('HEXISTS', KEYS[1], 'cancelled') == 1 then return {'cancelled', 0} end
+if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return {'committed', 0} end
+local tries = redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
+redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
+return {'go', tries}
+"""
+
+# KEYS meta bits commits tries value...; ARGV index value...
+# The first writer wins; under memory pressure Redis refuses the script before its first write.
+_COMMIT: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
+if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
+local ttl = redis.call('HGET', KEYS[1], 'ttl')
+for i = 2, #ARGV do redis.call('SET', KEYS[3 + i], ARGV[i], 'EX', ttl) end
+redis.call('SETBIT', KEYS[2], ARGV[1], 1)
+redis.call('XADD', KEYS[3], '*', 'i', ARGV[1], 'v', #ARGV - 1)
+redis.call('HDEL', KEYS[4], ARGV[1])
+for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
+return 1
+"""
+
+
+class Ledger:
+    """The ledger of one job."""
+
+    def __init__(self, client: Redis, job: str) -> None:
+        self._redis = client
+        self._job = job
+        prefix = f"embedq:{{{job}}}:"
+        self._meta, self._bits, self._commits, self._tries = (
+            prefix + name for name in ("meta", "bits", "commits", "tries")
+        )
+        self._value_prefix = prefix + "v:"
+        self._begin = client.register_script(_BEGIN)
+        self._commit = client.register_script(_COMMIT)
+
+    def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
+        """Create the job, or find it again; repeating it changes nothing."""
+        pipe = self._redis.pipeline()
+        pipe.hsetnx(self._meta, "created", f"{time.time():.3f}")
+        pipe.hset(
+            self._meta,
+            mapping={"ttl": ttl_s, "fingerprint": fingerprint.hex(), "label": label},
+        )
+        pipe.expire(self._meta, ttl_s)
+        pipe.zadd(JOBS_KEY, {self._job: time.time()}, nx=True)
+        pipe.execute()
+
+    def begin(self, index: int) -> tuple[Verdict, int]:
+        """Ask whether a batch still wants computing, and count the delivery if so.
+
+        Returns:
+            The verdict, and how many times this batch was begun without being committed.
+        """
+        verdict, tries = cast(
+            tuple[bytes, int],
+            self._begin(keys=[self._meta, self._bits, self._tries], args=[index]),
+        )
+        return Verdict(verdict.decode()), tries
+
+    def commit(self, index: int, values: Sequence[bytes]) -> bool | None:
+        """Write a batch's values and mark it committed, all or nothing, first writer only.
+
+        Returns:
+            True if this call committed, False if another had, None if the job is gone.
+        """
+        keys = [self._meta, self._bits, self._commits, self._tries]
+        keys += [self._value_key(index, part) for part in range(len(values))]
+        answer = int(cast(int, self._commit(keys=keys, args=[index, *values])))
+        return {1: True, 0: False, -1: None}[answer]
+
+    def is_committed(self, index: int) -> bool:
+        """Tell whether a batch has been committed."""
+        return bool(self._redis.getbit(self._bits, index))
+
+    def read_commits(self, after: bytes, *, count: int, block_ms: int) -> list[Commit]:
+        """Return the next commits after a stream id, waiting up to block_ms for the first."""
+        answer = cast(
+            list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]],
+            self._redis.xread({self._commits: after}, count=count, block=block_ms),
+        )
+        if not answer:
+            return []
+        [(_, entries)] = answer
+        return [Commit(entry, int(body[b"i"]), int(body[b"v"])) for entry, body in entries]
+
+    def fetch_values(self, commit: Commit) -> list[bytes | None]:
+        """Fetch the values of a committed batch; None stands for an expired one."""
+        keys = [self._value_key(commit.index, part) for part in range(commit.n_values)]
+        return cast(list[bytes | None], self._redis.mget(keys)) if keys else []
+
+    def take(self, commits: Sequence[Commit]) -> None:
+        """Delete the values and stream entries of batches that the caller now holds."""
+        pipe = self._redis.pipeline(transaction=False)
+        for commit in commits:
+            keys = [self._value_key(commit.index, part) for part in range(commit.n_values)]
+            if keys:
+                pipe.unlink(*keys)
+            pipe.xdel(self._commits, commit.entry)
+        pipe.execute()
+
+    def forget(self, index: int) -> None:
+        """Mark a batch as not committed, so that it can be computed again."""
+        self._redis.setbit(self._bits, index, 0)
+
+    def keep_alive(self, ttl_s: int) -> None:
+        """Put off the end of the job's keys."""
+        pipe = self._redis.pipeline(transaction=False)
+        for key in (self._meta, self._bits, self._commits):
+            pipe.expire(key, ttl_s)
+        pipe.execute()
+
+    def cancel(self) -> None:
+        """Tell every worker to drop what is still queued of this job."""
+        self._redis.hset(self._meta, "cancelled", "1")
+
+    def drop(self, unread: Sequence[Commit] = ()) -> None:
+        """Delete everything of the job; batches still queued find it gone and are dropped."""
+        pipe = self._redis.pipeline(transaction=False)
+        for commit in unread:
+            pipe.unlink(*(self._value_key(commit.index, p) for p in range(commit.n_values)))
+        pipe.unlink(self._meta, self._bits, self._commits, self._tries)
+        pipe.zrem(JOBS_KEY, self._job)
+        pipe.execute()
+
+    def _value_key(self, index: int, part: int) -> str:
+        return f"{self._value_prefix}{index}:{part}"

@@ -1,0 +1,64 @@
+"""Batches onto the queues of Redis, as Celery messages that carry no text outside their payload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from kombu import Queue as KombuQueue
+from kombu.exceptions import OperationalError
+from redis import exceptions
+
+from embedq.contract import TASK_NAME, EmbedBatch, Queue
+
+
+class Publisher:
+    """Publishes batches; safe to use from one thread."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._app = Celery("embedq", broker=broker_url, set_as_current=False)
+        self._app.conf.update(
+            task_serializer="msgpack",
+            accept_content=["msgpack"],
+            task_queues=[KombuQueue(str(name)) for name in Queue],
+            task_default_queue=str(Queue.NPU),
+            # A typo in a queue name must raise, not create a queue that nobody reads.
+            task_create_missing_queues=False,
+            # Results are read from the ledger; subscribing per task is what breaks at scale.
+            task_ignore_result=True,
+            # Lets Flower show how long a batch waited before a node took it.
+            task_send_sent_event=True,
+            broker_transport_options={
+                "socket_timeout": 30,
+                "socket_connect_timeout": 5,
+                "socket_keepalive": True,
+                "client_name": "embedq",
+            },
+        )
+
+    def publish(self, batch: EmbedBatch, queue: Queue) -> None:
+        """Publish one batch; publishing it twice is harmless, the ledger takes the first.
+
+        Raises:
+            redis.exceptions.RedisError: Redis did not take it.
+        """
+        options: dict[str, Any] = {
+            "task_id": batch.task_id,
+            "queue": str(queue),
+            # Celery's own repr would copy the first kilobyte of the texts into headers and events.
+            "argsrepr": batch.describe(),
+            "kwargsrepr": "{}",
+            "ignore_result": True,
+            "retry": False,  # embedq.patience waits, and says what for
+        }
+        try:
+            self._app.send_task(TASK_NAME, args=(batch.to_message(),), **options)
+        except OperationalError as error:
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, exceptions.RedisError):
+                raise cause from None
+            raise exceptions.ConnectionError(type(error).__name__) from error
+
+    def close(self) -> None:
+        """Close the connections to the broker."""
+        self._app.close()

@@ -1,0 +1,43 @@
+"""One way to open Redis: bounded waits, no surprises, errors without passwords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from embedq.errors import SettingsError
+from embedq.settings import mask_password
+
+#: Seconds to wait for a connection, and for an answer on it.
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
+
+
+def open_redis(
+    url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Redis:
+    """Prepare a client for a Redis URL; nothing is sent yet.
+
+    Raises:
+        SettingsError: the URL is not one of Redis.
+    """
+    options: dict[str, Any] = {
+        "socket_connect_timeout": connect_timeout_s,
+        "socket_timeout": timeout_s,
+        "health_check_interval": 10,
+        "client_name": "embedq",
+        "protocol": 2,  # answers keep one shape whatever the server's version
+        # One silent second try for a connection that died idle; longer waits are embedq.patience's.
+        "retry": Retry(NoBackoff(), 1),
+    }
+    if url.startswith("unix://"):
+        del options["socket_connect_timeout"]
+    try:
+        return Redis.from_url(url, **options)
+    except ValueError as error:
+        raise SettingsError(
+            f"{mask_password(url)} is not a Redis URL ({error}). "
+            "Use redis://host:port/db, rediss://..., or unix:///path?db=0."
+        ) from None
