@@ -1,0 +1,100 @@
+"""The result backend: commits a batch's vectors to the ledger, and reads them back by task id.
+
+Celery's own storing is switched off: `store_result` writes nothing. A batch is done when its commit
+is in the ledger, and the ledger takes the first commit only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from celery.backends.base import Backend
+from celery.exceptions import Reject
+from redis import Redis
+
+from embedq.contract import EmbedBatch
+from embedq.errors import QueueUnavailable
+from embedq.ledger import Ledger, Verdict
+from embedq.outcomes import OutcomeTable
+from embedq.patience import patiently
+from embedq.redis_client import open_redis
+from embedq.settings import mask_password
+from embedq.vectors import Vectors, encode, encode_failure, split_rows
+from embedq_worker.settings import WorkerSettings
+
+T = TypeVar("T")
+log = logging.getLogger("embedq.worker")
+
+
+class LedgerBackend(Backend):
+    """Celery's view of the ledger."""
+
+    def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
+        super().__init__(app, url=url, **options)
+        self._settings: WorkerSettings = app.conf.embedq
+        self._client: Redis | None = None
+
+    @property
+    def redis(self) -> Redis:
+        """The results Redis; opened in the process that uses it, after the fork."""
+        if self._client is None:
+            self._client = open_redis(self._settings.results_url)
+        return self._client
+
+    def begin(self, job: str, index: int) -> tuple[Verdict, int]:
+        """Ask the ledger whether a batch still wants computing; see Ledger.begin."""
+        return self._waiting(lambda: Ledger(self.redis, job).begin(index))
+
+    def commit(self, batch: EmbedBatch, vectors: Vectors, outcomes: OutcomeTable) -> bool | None:
+        """Commit the vectors of a batch; see Ledger.commit.
+
+        Args:
+            batch: what was embedded.
+            vectors: float32 [n, D].
+            outcomes: n outcomes.
+
+        Raises:
+            Reject: Redis stayed away too long; the batch goes back to its queue.
+        """
+        fingerprint = batch.spec.fingerprint()
+        values = [
+            encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
+            for start, stop in split_rows(len(vectors), batch.spec.dim)
+        ] or [encode(vectors, outcomes, fingerprint)]
+        return self._waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
+
+    def commit_failure(
+        self, job: str, index: int, code: str, detail: str, fingerprint: bytes = bytes(8)
+    ) -> bool | None:
+        """Commit the refusal of a whole batch, so that its producer gets an answer."""
+        value = encode_failure(code, detail, fingerprint)
+        return self._waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
+
+    def store_result(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: the task has committed already."""
+
+    def get_task_meta(self, task_id: str, cache: bool = True) -> dict[str, Any]:
+        """Say what the ledger knows of a task, in Celery's words."""
+        job, _, rest = task_id.partition(":")
+        index = rest.partition(":")[0]
+        done = index.isdigit() and self._waiting(
+            lambda: Ledger(self.redis, job).is_committed(int(index))
+        )
+        status = "SUCCESS" if done else "PENDING"
+        return {"status": status, "result": None, "traceback": None, "children": []}
+
+    def _waiting(self, action: Callable[[], T]) -> T:
+        settings = self._settings
+        try:
+            return patiently(
+                action,
+                patience_s=settings.commit_patience_s,
+                on_wait=lambda message: log.warning("waiting reason=%s", message),
+                where=mask_password(settings.results_url),
+            )
+        except QueueUnavailable as error:
+            log.error("batch_handed_back reason=%s", error)
+            # Any other error here would be acknowledged as a failure, and the batch would be gone.
+            raise Reject(str(error), requeue=True) from error

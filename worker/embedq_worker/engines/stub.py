@@ -1,0 +1,147 @@
+"""An engine without a model: exact, cheap vectors, scripted delays and faults.
+
+It ships with the worker, so that queueing, health and routing can be rehearsed on any machine.
+A text that starts with one of these makes the stub, and only the stub, misbehave:
+
+    embedq-fault:raise      the inference raises InferFailed
+    embedq-fault:exit       the process exits with status 70
+    embedq-fault:segfault   the process dies of SIGSEGV
+    embedq-fault:hang       the inference never returns
+    embedq-fault:nan        the vector of this text is not a number
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq.contract import Device, ModelCard, Precision
+from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
+from embedq_worker.errors import InferFailed
+from embedq_worker.packing import TokenBatch
+from embedq_worker.tokenization import RaggedTokens
+
+#: sha256 of the words "embedq stub engine 1": the identity of the stub's model.
+STUB_IDENTITY: Final = "87162452be8ddf00ee52e28c1ef13dfcbf264052e47e4101c3021e8741aaa8de"
+#: Tokens the stub takes.
+STUB_MAX_LENGTH: Final = 256
+#: What a text must start with to ask for a fault.
+FAULT_PREFIX: Final = "embedq-fault:"
+#: The faults, by the reserved number that the stub tokenizer gives them.
+FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
+#: Exit status of the scripted exit.
+EXIT_STATUS: Final = 70
+
+#: Upper half of the hash that marks a fault, the lower half says which. Five hashes in 2**64.
+_FAULT_MARK: Final = 0xFFFF_FFFF
+
+
+def stub_card() -> ModelCard:
+    """Return what a node with a stub engine announces."""
+    return ModelCard(label="stub", identity=STUB_IDENTITY, dim=STUB_DIM, max_length=STUB_MAX_LENGTH)
+
+
+class StubTokenizer:
+    """Encodes the hash of a text in its first two tokens; each word adds one more.
+
+    Attributes:
+        max_length: tokens a text may have, those two included.
+        pad_id: token that fills a row.
+    """
+
+    def __init__(self, max_length: int = STUB_MAX_LENGTH) -> None:
+        self.max_length = max_length
+        self.pad_id = 0
+
+    def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
+        """Tokenize as Tokenizer does: same arguments, same result, no vocabulary."""
+        words = np.array([len(text.split()) for text in texts], np.int64)
+        kept = np.minimum(words, self.max_length - 2)
+        offsets = np.concatenate([[0], np.cumsum(kept + 2)]).astype(np.int64)
+        ids = np.ones(int(offsets[-1]), np.int32)
+        hashes = stub_hashes(texts)
+        for row, text in enumerate(texts):
+            if text.startswith(FAULT_PREFIX):
+                hashes[row] = _fault_hash(text, hashes[row])
+        halves = hashes.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
+        ids[offsets[:-1]] = halves[:, 0]
+        ids[offsets[:-1] + 1] = halves[:, 1]
+        return RaggedTokens(ids, offsets, (words - kept).astype(np.uint32))
+
+
+class StubEngine:
+    """Answers ``embedq.testing.stub_vectors`` from the tokens alone."""
+
+    name = "stub"
+    device = Device.STUB
+    precision = Precision.F32
+    concurrency = 1
+
+    def __init__(self, dim: int = STUB_DIM, delay_s: float = 0.0, texts_per_s: float = 0.0) -> None:
+        """Script the speed of a device.
+
+        Args:
+            dim: components of a vector.
+            delay_s: seconds that every inference takes.
+            texts_per_s: texts a second, 0 for no limit; callers share it as they share a device.
+        """
+        self.dim = dim
+        self._delay_s = delay_s
+        self._texts_per_s = texts_per_s
+        self._device = threading.Lock()
+
+    def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        """Answer the vectors of a token batch, float32 [B, S, D].
+
+        Raises:
+            InferFailed: a text asked for it.
+        """
+        self._take_time(batch.n_texts)
+        # The first two tokens of each segment are the halves of its hash.
+        rows, places = np.nonzero((batch.position_ids == 0) & (batch.segment_ids > 0))
+        low = batch.input_ids[rows, places] & 0xFFFF_FFFF
+        high = batch.input_ids[rows, places + 1] & 0xFFFF_FFFF
+        hashes = ((high << 32) | low).view(np.uint64)
+        vectors = vectors_of_hashes(hashes, self.dim)
+        faults = (high == _FAULT_MARK) & (low < len(FAULTS))
+        for text in np.nonzero(faults)[0]:
+            _commit_fault(FAULTS[int(low[text])])
+            vectors[text] = np.nan
+        out = np.zeros((*batch.members.shape, self.dim), np.float32)
+        out[rows, batch.segment_ids[rows, places] - 1] = vectors
+        return out
+
+    def close(self) -> None:
+        """Do nothing: there is no device to give back."""
+
+    def _take_time(self, n_texts: int) -> None:
+        seconds = self._delay_s + (n_texts / self._texts_per_s if self._texts_per_s else 0.0)
+        if seconds:
+            with self._device:
+                time.sleep(seconds)
+
+
+def _fault_hash(text: str, otherwise: np.uint64) -> np.uint64:
+    name = text[len(FAULT_PREFIX) :].split(maxsplit=1)
+    if not name or name[0] not in FAULTS:
+        return otherwise
+    return np.uint64((_FAULT_MARK << 32) | FAULTS.index(name[0]))
+
+
+def _commit_fault(fault: str) -> None:
+    """Do what the fault says; ``nan`` returns and leaves the vector to the caller."""
+    if fault == "raise":
+        raise InferFailed("The stub engine raised because a text asked it to (embedq-fault:raise).")
+    if fault == "exit":
+        os._exit(EXIT_STATUS)
+    if fault == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if fault == "hang":
+        threading.Event().wait()

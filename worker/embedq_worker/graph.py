@@ -1,0 +1,174 @@
+"""Builds the encoder as ONNX from its weights: one graph for padded and for packed rows.
+
+Inputs, int64: ``input_ids``, ``position_ids``, ``segment_ids`` [B, T] (0 is padding, 1.. number the
+texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, D].
+Every engine reads this graph. No runtime enters here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from onnx import helper
+
+from embedq_worker.adapter import adapt_onnx
+from embedq_worker.errors import ModelError
+from embedq_worker.nodes import Graph, Writer, pool
+from embedq_worker.weights import load_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from embedq_worker.models import Model
+
+#: Raised whenever the graph changes, so that compiled copies of an older one are not used.
+GRAPH_VERSION: Final = 1
+#: Operator set: the first with Gelu; onnxruntime 1.22 and OpenVINO 2026.1 read it.
+OPSET: Final = 20
+#: Added to the score of a token of another text. Not -3.4e38: that is -inf in fp16 and bf16, and a
+#: row that is all padding becomes NaN. exp(-1e4) is already 0 in float32.
+MASK: Final = -1e4
+__all__ = ["GRAPH_VERSION", "Graph", "adapt_onnx", "build_encoder", "build_graph"]
+
+Tensors = dict[str, npt.NDArray[np.float32]]
+
+
+def build_graph(model: Model) -> Graph:
+    """Build or adapt the graph of a model.
+
+    Raises:
+        ModelError: the weights are damaged, or do not fit the configuration.
+    """
+    if not model.packable:
+        return adapt_onnx(model.weights, model.pooling, model.normalize)
+    tensors = load_tensors(model.weights)
+    try:
+        return build_encoder(tensors, model.config, model.pooling, model.normalize)
+    except (KeyError, ValueError) as error:
+        raise ModelError(
+            f"{model.weights} does not fit its config.json: {error.args[0]}. "
+            "Fetch both files again."
+        ) from error
+
+
+def build_encoder(
+    tensors: Tensors, config: Mapping[str, Any], pooling: str, normalize: bool
+) -> Graph:
+    """Build a BERT encoder with pooling and normalisation inside.
+
+    Args:
+        tensors: weights by their names in transformers, with or without ``bert.`` in front.
+        config: as Model.config.
+        pooling: ``mean`` or ``cls``.
+        normalize: scale vectors to unit length.
+
+    Raises:
+        KeyError, ValueError: a tensor is missing, or has the wrong shape.
+
+    Source: transformers, models/bert/modeling_bert.py, eager attention.
+    """
+    g = Writer(OPSET)
+    w = _Weights(tensors, config)
+    hidden = _embed(g, w)  # [B, T, D]
+    mask = _attention_mask(g)  # [B, 1, T, T]
+    for layer in range(config["num_hidden_layers"]):
+        hidden = _layer(g, w, f"encoder.layer.{layer}.", hidden, mask)
+    pool(g, hidden, pooling, normalize)  # [B, T, D] -> [B, S, D]
+    return g.graph(w.dim)
+
+
+class _Weights:
+    """Tensors by name, with their shapes checked."""
+
+    def __init__(self, tensors: Tensors, config: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+        self._prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
+        self.config = config
+        self.dim: int = config["hidden_size"]
+        self.heads: int = config["num_attention_heads"]
+
+    def get(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+        """Return a tensor; -1 in its shape is any size."""
+        tensor = self._tensors.get(self._prefix + name)
+        if tensor is None:
+            raise KeyError(f"tensor {name} is missing")
+        fits = len(shape) == tensor.ndim and all(
+            want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
+        return tensor
+
+    def linear(self, name: str, out: int, into: int) -> tuple[npt.NDArray[np.float32], ...]:
+        """Return weight [into, out], transposed for a product from the left, and bias [out]."""
+        return self.get(f"{name}.weight", out, into).T, self.get(f"{name}.bias", out)
+
+
+def _embed(g: Writer, w: _Weights) -> str:
+    """Look up and sum the embeddings, [B, T] -> [B, T, D]."""
+    config = w.config
+    words = w.get("embeddings.word_embeddings.weight", config["vocab_size"], w.dim)
+    positions = w.get(
+        "embeddings.position_embeddings.weight", config["max_position_embeddings"], w.dim
+    )
+    # Every token is of type 0, so its embedding is added to each position once and for all.
+    types = w.get("embeddings.token_type_embeddings.weight", -1, w.dim)
+    word = g.op("Gather", g.constant(words), "input_ids")
+    place = g.op("Gather", g.constant(positions + types[0]), "position_ids")
+    return _layer_norm(g, w, "embeddings.LayerNorm", g.op("Add", word, place))
+
+
+def _attention_mask(g: Writer) -> str:
+    """Let a token see its own text only: 0 there and MASK elsewhere, [B, 1, T, T]."""
+    rows = g.reshape("segment_ids", 0, 1, -1, 1)
+    columns = g.reshape("segment_ids", 0, 1, 1, -1)
+    same = g.op("Equal", rows, columns)
+    return g.op("Where", same, g.constant(0.0), g.constant(MASK))
+
+
+def _layer(g: Writer, w: _Weights, name: str, hidden: str, mask: str) -> str:
+    attended = _linear(
+        g, w, f"{name}attention.output.dense", _attend(g, w, name, hidden, mask), w.dim, w.dim
+    )
+    hidden = _layer_norm(g, w, f"{name}attention.output.LayerNorm", g.op("Add", attended, hidden))
+    wide = w.config["intermediate_size"]
+    inner = _linear(g, w, f"{name}intermediate.dense", hidden, wide, w.dim)
+    # Gelu without an attribute is the exact one, with erf; tanh would be off by 5e-4.
+    active = g.op("Gelu" if w.config["hidden_act"] == "gelu" else "Relu", inner)
+    outer = _linear(g, w, f"{name}output.dense", active, w.dim, wide)
+    return _layer_norm(g, w, f"{name}output.LayerNorm", g.op("Add", outer, hidden))
+
+
+def _attend(g: Writer, w: _Weights, name: str, hidden: str, mask: str) -> str:
+    """Mix the tokens of each text, [B, T, D] -> [B, T, D]."""
+    size = w.dim // w.heads
+    parts = [w.linear(f"{name}attention.self.{p}", w.dim, w.dim) for p in ("query", "key", "value")]
+    # The scale 1/sqrt(size) of the scores goes into the query's weights: one pass less over [T, T].
+    scale = np.float32(size**-0.5)
+    parts[0] = (parts[0][0] * scale, parts[0][1] * scale)
+    weight, bias = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
+    # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys turned once more.
+    query, key, value = (f"{name}{part}" for part in "qkv")
+    sizes = g.constant([w.dim] * 3, np.int64)
+    g.nodes.append(helper.make_node("Split", [merged, sizes], [query, key, value], axis=-1))
+    query, key, value = (
+        g.op("Transpose", g.reshape(part, 0, 0, w.heads, size), perm=perm)
+        for part, perm in ((query, [0, 2, 1, 3]), (key, [0, 2, 3, 1]), (value, [0, 2, 1, 3]))
+    )
+    scores = g.op("Add", g.op("MatMul", query, key), mask)  # [B, H, T, T]
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), value)  # [B, H, T, D/H]
+    return g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, w.dim)
+
+
+def _linear(g: Writer, w: _Weights, name: str, value: str, out: int, into: int) -> str:
+    weight, bias = w.linear(name, out, into)
+    return g.op("Add", g.op("MatMul", value, g.constant(weight)), g.constant(bias))
+
+
+def _layer_norm(g: Writer, w: _Weights, name: str, value: str) -> str:
+    scale, bias = (g.constant(w.get(f"{name}.{part}", w.dim)) for part in ("weight", "bias"))
+    epsilon = w.config["layer_norm_eps"]
+    return g.op("LayerNormalization", value, scale, bias, axis=-1, epsilon=epsilon)

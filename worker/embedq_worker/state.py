@@ -1,0 +1,106 @@
+"""The small file by which the child of a node tells its parent how it is.
+
+The parent never loads a model or a runtime, and the child may die at any moment, so they share a
+file that is replaced atomically in a private folder.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+
+import msgpack
+
+from embedq.contract import ModelCard
+from embedq.errors import SettingsError
+
+
+class State(StrEnum):
+    """States of a node."""
+
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeState:
+    """How a node is.
+
+    Attributes:
+        state: starting, healthy or failed.
+        reason: why it failed; a sentence.
+        since: Unix time of the last change of state, in seconds.
+        pid: of the child that wrote this.
+        device, engine, precision: what computes.
+        card: the model served.
+    """
+
+    state: State
+    since: float
+    pid: int
+    reason: str = ""
+    device: str = ""
+    engine: str = ""
+    precision: str = ""
+    card: ModelCard | None = None
+
+    def now(self, state: State, reason: str = "") -> NodeState:
+        """Return this state changed at this moment."""
+        return replace(self, state=state, reason=reason, since=time.time())
+
+
+class StateFile:
+    """One node's state file."""
+
+    def __init__(self, runtime_dir: Path, node: str) -> None:
+        """Prepare the folder of a node.
+
+        Raises:
+            SettingsError: the folder cannot be made private.
+        """
+        self._path = private_dir(runtime_dir) / f"{node}.state"
+
+    def write(self, state: NodeState) -> None:
+        """Replace the file."""
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(msgpack.packb(asdict(state)))
+        temporary.replace(self._path)
+
+    def read(self) -> NodeState | None:
+        """Return what the file says, or None if there is none to be read."""
+        try:
+            body = msgpack.unpackb(self._path.read_bytes())
+            known = {f.name for f in fields(NodeState)}
+            body = {key: value for key, value in body.items() if key in known}
+            card = body.pop("card", None)
+            state = State(body.pop("state"))
+            return NodeState(state, card=ModelCard(**card) if card else None, **body)
+        except (OSError, ValueError, TypeError, KeyError, msgpack.UnpackException):
+            return None
+
+    def remove(self) -> None:
+        """Remove the file; a missing one is fine."""
+        self._path.unlink(missing_ok=True)
+
+
+def private_dir(path: Path) -> Path:
+    """Make a folder of our own, 0700, and refuse one that another user could have prepared.
+
+    Raises:
+        SettingsError: it is a link, belongs to someone else, is open to others, or cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be used as a folder ({error.strerror}).") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise SettingsError(f"{path}: is not a folder of this user. Remove it or name another.")
+    if found.st_mode & 0o022:
+        raise SettingsError(f"{path}: others may write to it. Run: chmod 700 {path}")
+    return path
