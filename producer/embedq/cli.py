@@ -1,0 +1,252 @@
+"""`embedq`: embed files, from the command line of anyone with texts."""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
+
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING, NoReturn  # noqa: E402
+
+import click  # noqa: E402
+
+from embedq import errors  # noqa: E402
+from embedq.contract import Accuracy, OnLong  # noqa: E402
+from embedq.files import FORMATS, Fields  # noqa: E402
+
+if TYPE_CHECKING:
+    from embedq.display import RunDisplay
+    from embedq.embedding import Request, Summary
+    from embedq.local import LocalFleet
+    from embedq.settings import ProducerSettings
+
+EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
+EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
+
+_EXIT_CODES: dict[type[errors.EmbedqError], int] = {
+    errors.SettingsError: EXIT_SETTINGS,
+    errors.InputError: EXIT_INPUT,
+    errors.QueueUnavailable: EXIT_UNAVAILABLE,
+    errors.NoNode: EXIT_UNAVAILABLE,
+    errors.LocalStartFailed: EXIT_LOCAL,
+    errors.ResultError: EXIT_RESULT,
+}
+
+_EPILOG = """\b
+Exit codes:
+  0 done    1 done, but some texts failed    2 wrong setting or option
+  3 input or output    4 no Redis or no node    5 the local node did not start
+  6 a result was lost    130 interrupted; the same command goes on
+\b
+Examples:
+  embedq embed documents.jsonl -o vectors.npy --local
+  zcat big.jsonl.gz | embedq embed - -o vectors.parquet
+  EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq embed 'part-*.csv' -o vectors.jsonl
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+    help="Turn files of texts into vectors, through a queue of workers or a private one.",
+)
+@click.version_option(package_name="embedq")
+def cli() -> None:
+    """Group of all commands."""
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .npy (with a sidecar .items.jsonl), .jsonl or .parquet.",
+)
+@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option(
+    "--accuracy",
+    type=click.Choice([str(Accuracy.STANDARD), str(Accuracy.EXACT)]),
+    help="standard: cosine >= 0.999 to fp32; exact: fp32.  [EMBEDQ_ACCURACY]",
+)
+@click.option(
+    "--on-long",
+    type=click.Choice([str(choice) for choice in OnLong]),
+    help="Texts of more tokens than the model takes.  [EMBEDQ_ON_LONG]",
+)
+@click.option("--prompt-name", help="Name of a prompt of the model to put before each text.")
+@click.option("--prompt", help="Prompt to put before each text; wins over --prompt-name.")
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field or column of the text."
+)
+@click.option("--id-field", default="id", show_default=True, help="Field or column of the id.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format of the inputs.")
+@click.option(
+    "--on-bad-line",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="A line that is no document: stop and name it, or leave it out and count it.",
+)
+@click.option("--restart", is_flag=True, help="Start over, whatever an earlier run left.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON summary on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def embed(
+    inputs: tuple[str, ...],
+    output: Path,
+    local: bool,
+    model: str | None,
+    accuracy: str | None,
+    on_long: str | None,
+    prompt_name: str | None,
+    prompt: str | None,
+    text_field: str,
+    id_field: str,
+    format_: str | None,
+    on_bad_line: str,
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Embed the documents of INPUT files (.jsonl, .csv, .txt, .gz of one, or - for stdin).
+
+    The same command goes on where a killed or interrupted one stopped.
+    """
+    with _errors_as_sentences():
+        from embedq.display import RunDisplay  # heavy, and not needed for --help
+        from embedq.embedding import Request
+        from embedq.settings import ProducerSettings
+
+        settings = ProducerSettings.load(model=model, accuracy=accuracy, on_long=on_long)
+        request = Request(
+            inputs=inputs,
+            output=output,
+            fields=Fields(id=id_field, text=text_field),
+            format=format_,
+            skip_bad_lines=on_bad_line == "skip",
+            prompt_name=prompt_name,
+            prompt=prompt,
+            restart=restart,
+            pin_engine=local,
+        )
+        _check_files(request)
+        with RunDisplay(quiet=quiet or as_json) as display, _interruptible(output):
+            if local:
+                summary = _embed_locally(settings, request, display)
+            else:
+                summary = _embed_through(settings, request, display)
+    _report(summary, as_json=as_json)
+    sys.exit(EXIT_FAILED if summary.failed or summary.cancelled else EXIT_OK)
+
+
+def _check_files(request: Request) -> None:
+    """Refuse what cannot work before anything is started."""
+    from embedq import outputs
+    from embedq.files import expand, format_of
+
+    for name in expand(request.inputs):
+        format_of(name, request.format)
+    outputs.require_writable(request.output)
+
+
+def _embed_locally(settings: ProducerSettings, request: Request, display: RunDisplay) -> Summary:
+    from embedq.local import LocalFleet
+
+    display.starting("starting a private Redis and a node")
+    environment = {"EMBEDQ_MODEL": settings.model}
+    with LocalFleet(environment=environment, warn=display.note) as fleet:
+        at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
+        return _embed_through(settings.model_copy(update=at), request, display, fleet)
+
+
+def _embed_through(
+    settings: ProducerSettings,
+    request: Request,
+    display: RunDisplay,
+    fleet: LocalFleet | None = None,
+) -> Summary:
+    from embedq.client import Client
+    from embedq.embedding import EmbedRun
+
+    on_idle = fleet.check if fleet else None
+    with Client(settings=settings, on_wait=display.note, on_idle=on_idle) as client:
+        return EmbedRun(client, request, display, BEGAN).run()
+
+
+def _report(summary: Summary, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary.as_dict()))
+        return
+    parts = [f"{summary.total:,} texts in {summary.seconds:.1f} s"]
+    if summary.docs_per_second:
+        parts.append(f"{summary.docs_per_second:,.0f} docs/s")
+    for name in ("failed", "cancelled", "truncated", "rerouted", "cached", "resumed"):
+        count = getattr(summary, name)
+        if count:
+            parts.append(f"{count:,} {name}")
+    if summary.skipped_lines:
+        parts.append(f"{summary.skipped_lines:,} bad lines skipped")
+    click.echo(f"{', '.join(parts)} -> {', '.join(summary.outputs)}")
+
+
+@contextmanager
+def _interruptible(output: Path) -> Iterator[None]:
+    """End cleanly on Ctrl-C and SIGTERM, and say how to go on."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(
+            f"embedq: interrupted. What is in {output} so far is kept; the same command goes on.",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _errors_as_sentences() -> Iterator[None]:
+    """Print an error of ours as one message and leave with its exit code."""
+    try:
+        yield
+    except errors.EmbedqError as error:
+        click.echo(f"embedq: {error}", err=True)
+        sys.exit(next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 1))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def settings(as_json: bool) -> None:
+    """Show every setting, its value and where it comes from."""
+    with _errors_as_sentences():
+        from embedq.settings import ProducerSettings
+
+        shown = list(ProducerSettings.load().describe())
+    if as_json:
+        click.echo(json.dumps([setting._asdict() for setting in shown]))
+        return
+    width = max(len(setting.name) for setting in shown)
+    for setting in shown:
+        click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+
+
+def main() -> None:
+    """Run the command line."""
+    if os.name == "nt":
+        click.echo("embedq: Windows is not supported; use Linux or WSL 2.", err=True)
+        sys.exit(EXIT_SETTINGS)
+    cli()

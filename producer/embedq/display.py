@@ -1,0 +1,102 @@
+"""How a run looks: a live line on a terminal, a plain line now and then elsewhere; on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from embedq.embedding import Progress
+
+#: Seconds between two plain lines where there is no terminal.
+PLAIN_EVERY_S = 10.0
+
+
+class RunDisplay:
+    """Shows a run on stderr; says nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False, nodes: Callable[[], str] = str) -> None:
+        """Prepare a display.
+
+        Args:
+            quiet: say only what matters: notes.
+            nodes: tells how many nodes work on which device.
+        """
+        self._console = Console(stderr=True, highlight=False)
+        self._live = self._console.is_terminal and not quiet
+        self._quiet = quiet
+        self._nodes = nodes
+        self._last_plain = time.monotonic()
+        self._bar = Bar(
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def note(self, message: str) -> None:
+        """Show a sentence."""
+        self._console.print(f"embedq: {message}", markup=False, soft_wrap=True)
+
+    def starting(self, what: str) -> None:
+        """Say what the start waits for."""
+        self._bar.update(self._task, description=what)
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is."""
+        fraction = progress.reading.fraction()
+        line = self._line(progress, fraction)
+        if self._live:
+            # Shares of a thousand, as the number of documents is not known before the end.
+            total = None if fraction is None else 1000
+            done = 0 if fraction is None else 1000 * fraction
+            self._bar.update(self._task, total=total, completed=done, description=line)
+        elif not self._quiet and time.monotonic() - self._last_plain >= PLAIN_EVERY_S:
+            self._last_plain = time.monotonic()
+            share = "" if fraction is None else f"{fraction:.0%} "
+            self._console.print(f"embedq: {share}{line}", markup=False, soft_wrap=True)
+
+    def _line(self, progress: Progress, fraction: float | None) -> str:
+        seconds = max(1e-6, time.monotonic() - (progress.started or time.monotonic()))
+        parts = [
+            f"{progress.resumed + progress.texts:,} texts",
+            f"{progress.texts / seconds:,.0f} docs/s",
+            f"{progress.tokens / seconds:,.0f} tokens/s",
+        ]
+        if fraction and fraction < 1 and not progress.resumed:
+            parts.append(f"{_duration(seconds * (1 - fraction) / fraction)} left")
+        if progress.truncated:
+            parts.append(f"{progress.truncated:,} truncated")
+        if progress.failed:
+            parts.append(f"{progress.failed:,} failed")
+        nodes = self._nodes()
+        return "  ".join([*parts, nodes] if nodes else parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

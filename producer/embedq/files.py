@@ -1,0 +1,292 @@
+"""Documents out of files: jsonl, csv and txt, plain or gzipped, one at a time whatever the size.
+
+A line that cannot be read as a document is a bad line, and the caller decides whether to stop or to
+skip it. A document whose text cannot be embedded is no bad line: it goes on and fails alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, BinaryIO, Final, cast
+
+from embedq.contract import MAX_TEXT_BYTES
+from embedq.errors import InputError
+from embedq.settings import nearest
+
+#: Reads standard input.
+STDIN: Final = "-"
+#: Most bytes of one line; JSON escapes may make a text of the largest size six times as long.
+MAX_LINE_BYTES: Final = 8 * MAX_TEXT_BYTES
+#: Input formats by file name ending.
+FORMATS: Final = ("jsonl", "csv", "txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of an input.
+
+    Attributes:
+        id: its name; the line number where the file gives none.
+        text: what to embed; not always a string, and then it fails alone.
+    """
+
+    id: str | int
+    text: object = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Where a jsonl or csv file keeps what we need.
+
+    Attributes:
+        id: field of the id; a line without it is named by its number.
+        text: field of the text.
+    """
+
+    id: str = "id"
+    text: str = "text"
+
+
+class BadLine(InputError):
+    """A line that is no document."""
+
+    code = "bad_line"
+
+    def __init__(self, source: str, line: int, reason: str) -> None:
+        super().__init__(
+            f"{source}, line {line:,}: {reason}. Mend the line, or skip such lines with "
+            "--on-bad-line skip."
+        )
+
+
+@dataclass(slots=True)
+class Reading:
+    """Progress of reading, for display.
+
+    Attributes:
+        total_bytes: size of all inputs on disk, 0 if unknown.
+        bytes_done: of finished inputs.
+        position: tells the offset in the current one.
+        skipped: bad lines left out.
+    """
+
+    total_bytes: int = 0
+    bytes_done: int = 0
+    position: Callable[[], int] = int
+    skipped: int = 0
+
+    def fraction(self) -> float | None:
+        """Return the share of the input read so far, or None if its size is unknown."""
+        if not self.total_bytes:
+            return None
+        return min(1.0, (self.bytes_done + self.position()) / self.total_bytes)
+
+
+def expand(inputs: Sequence[str]) -> list[str]:
+    """Turn arguments into files: names, globs and ``-``, in the order given, globs sorted.
+
+    Raises:
+        InputError: a name matches nothing, is a folder, or cannot be read.
+    """
+    found: list[str] = []
+    for name in inputs:
+        if name == STDIN:
+            found.append(name)
+            continue
+        matches = (
+            sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else []  # noqa: PTH207 # Path.glob takes no absolute pattern
+        )
+        for path in map(Path, matches or [name]):
+            _require_readable(path)
+            found.append(str(path))
+    if found.count(STDIN) > 1:
+        raise InputError("Standard input (-) is named twice; it can be read once.")
+    return found
+
+
+def format_of(name: str, given: str | None = None) -> str:
+    """Return the format of an input: as given, or by its ending; standard input is jsonl.
+
+    Raises:
+        InputError: no such format.
+    """
+    known = ", ".join(FORMATS)
+    if given is not None:
+        if given not in FORMATS:
+            hint = nearest(given, list(FORMATS))
+            raise InputError(f"Format {given}: expected one of {known}.{hint}")
+        return given
+    if name == STDIN:
+        return "jsonl"
+    suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".").lower()
+    if suffix not in FORMATS:
+        raise InputError(
+            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, or .gz of one. "
+            f"Name the format with --format.{nearest(suffix, list(FORMATS))}"
+        )
+    return suffix
+
+
+def read(
+    inputs: Sequence[str],
+    *,
+    fields: Fields,
+    format: str | None = None,
+    skip_bad_lines: bool = False,
+    reading: Reading | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of all inputs, in order.
+
+    Args:
+        inputs: as from expand.
+        fields: where jsonl and csv keep id and text.
+        format: of every input; default: by its ending.
+        skip_bad_lines: count and leave out bad lines instead of raising.
+        reading: updated as reading goes on.
+
+    Raises:
+        BadLine: a line is no document.
+        InputError: a file cannot be read.
+    """
+    reading = reading if reading is not None else Reading()
+    if STDIN not in inputs:
+        reading.total_bytes = sum(Path(name).stat().st_size for name in inputs)
+    parsers = {"jsonl": _jsonl, "csv": _csv, "txt": _txt}
+    for name in inputs:
+        parse = parsers[format_of(name, format)]
+        source = "standard input" if name == STDIN else name
+        with _open(name) as raw:
+            reading.position = _teller(raw)
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
+            try:
+                for item in parse(stream, source, fields):
+                    if isinstance(item, Document):
+                        yield item
+                    elif skip_bad_lines:
+                        reading.skipped += 1
+                    else:
+                        raise item
+            except (OSError, EOFError, zlib.error) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise InputError(f"{source}: cannot be read further ({reason}).") from error
+        if name != STDIN:
+            reading.position = int
+            reading.bytes_done += Path(name).stat().st_size
+
+
+def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+    for number, line in _lines(stream):
+        if line is None:
+            yield BadLine(source, number, f"longer than {MAX_LINE_BYTES:,} bytes")
+            continue
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield BadLine(source, number, f"not JSON ({_reason(error)})")
+            continue
+        if not isinstance(record, dict):
+            yield BadLine(source, number, f"a JSON {type(record).__name__}, not an object")
+        elif fields.text not in record:
+            hint = nearest(fields.text, list(record))
+            yield BadLine(source, number, f"no field {fields.text!r} (--text-field).{hint}")
+        else:
+            name = record.get(fields.id, number)
+            yield Document(name if type(name) in (str, int) else number, record[fields.text])
+
+
+def _csv(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.reader(text, strict=True)
+    header = next(rows, None)
+    if header is None:
+        return
+    if fields.text not in header:
+        hint = nearest(fields.text, header)
+        raise InputError(f"{source}: no column {fields.text!r} (--text-field).{hint}")
+    text_at = header.index(fields.text)
+    id_at = header.index(fields.id) if fields.id in header else None
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield BadLine(source, rows.line_num, f"not CSV ({error})")
+            continue
+        if len(row) != len(header):
+            if row:
+                columns = f"{len(row)} columns where the header has {len(header)}"
+                yield BadLine(source, rows.line_num, columns)
+            continue
+        yield Document(rows.line_num if id_at is None else row[id_at], row[text_at])
+
+
+def _txt(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+    for number, line in _lines(stream):
+        if line is None:
+            yield Document(number, "x" * (MAX_TEXT_BYTES + 1))  # refused as too large
+            continue
+        try:
+            yield Document(number, line.rstrip(b"\r\n").decode())
+        except UnicodeDecodeError:
+            yield Document(number, line.decode(errors="surrogateescape"))  # refused as not Unicode
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number, line) with the number from 1; None for a line beyond the limit."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        yield number, None
+
+
+def _open(name: str) -> BinaryIO:
+    if name == STDIN:
+        return sys.stdin.buffer
+    return Path(name).open("rb")
+
+
+def _teller(raw: BinaryIO) -> Callable[[], int]:
+    def tell() -> int:
+        return 0 if raw.closed or not raw.seekable() else raw.tell()
+
+    return tell
+
+
+def _require_readable(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder. Name a file, or a glob such as {path}/*.jsonl")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}.") from None
+
+
+def _reason(error: Exception) -> str:
+    """Say what is wrong with a line of JSON without quoting it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8"
+    return "nested too deeply"

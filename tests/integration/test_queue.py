@@ -1,0 +1,106 @@
+"""Texts through a real Redis and a real node, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from embedq import Client
+from embedq.contract import MAX_TEXT_BYTES
+from embedq.errors import ContractError, TextsFailed
+from embedq.testing import STUB_DIM, stub_vectors
+
+TEXTS = ["plain", "", "emoji 🦀🎉", "שלום עולם", "مرحبا", "a" * 50_000, "日本語"]
+
+
+def test_list_comes_back_in_order(client: Client) -> None:
+    """A list gives float32 [n, D], row i for text i, exactly as the stub computes it."""
+    vectors = client.encode(TEXTS)
+
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+def test_single_text_gives_one_vector(client: Client) -> None:
+    """A bare string gives [D], not [1, D] and not one row a character."""
+    vector = client.encode("only one")
+
+    assert vector.shape == (STUB_DIM,)
+    assert np.array_equal(vector, stub_vectors(["only one"])[0])
+
+
+def test_empty_list_gives_no_rows(client: Client) -> None:
+    """An empty list gives [0, D]."""
+    vectors = client.encode([])
+
+    assert vectors.shape == (0, STUB_DIM)
+    assert vectors.dtype == np.float32
+
+
+def test_generator_is_read_once(client: Client) -> None:
+    """Any iterable is taken as it comes."""
+    vectors = client.encode(f"text {i}" for i in range(10))
+
+    assert np.array_equal(vectors, stub_vectors([f"text {i}" for i in range(10)]))
+
+
+def test_order_holds_over_many_batches(client: Client) -> None:
+    """Twenty thousand texts in many batches come back in the caller's order."""
+    texts = [f"text {i} {'word ' * (i % 40)}" for i in range(20_000)]
+
+    vectors = client.encode(texts)
+
+    assert np.array_equal(vectors, stub_vectors(texts))
+
+
+def test_prompt_is_put_before_each_text(client: Client) -> None:
+    """A prompt shapes the vector as if it were part of the text."""
+    vectors = client.encode(["one", "two"], prompt="query: ")
+
+    assert np.array_equal(vectors, stub_vectors(["query: one", "query: two"]))
+
+
+def test_bytes_are_refused_with_the_next_step(client: Client) -> None:
+    """Bytes are no text, and not a list of numbers either."""
+    with pytest.raises(ContractError, match="Decode them first"):
+        client.encode(b"bytes")  # type: ignore[arg-type] # the mistake under test
+
+
+def test_bad_texts_fail_alone(client: Client) -> None:
+    """Each text that cannot be embedded is named with its code; the others have vectors."""
+    bad = {1: "nul_character", 3: "not_unicode", 4: "text_too_large", 6: "not_a_string"}
+    texts = ["a", "x\0y", "b", "\ud800", "x" * (MAX_TEXT_BYTES + 1), "c", 7, "d"]
+
+    with pytest.raises(TextsFailed) as caught:
+        client.encode(texts)  # type: ignore[arg-type] # the mistake under test
+
+    good = [i for i in range(len(texts)) if i not in bad]
+    assert caught.value.failures == bad
+    assert np.isnan(caught.value.vectors[list(bad)]).all()
+    assert np.array_equal(caught.value.vectors[good], stub_vectors("abcd"))
+
+
+def test_text_of_the_largest_size_is_embedded(client: Client) -> None:
+    """Exactly 1 MiB of UTF-8 is allowed, one byte more is not."""
+    largest = "é" * (MAX_TEXT_BYTES // 2)
+
+    vectors = client.encode([largest])
+
+    assert np.array_equal(vectors, stub_vectors([largest]))
+
+
+def test_long_text_may_be_an_error(client: Client) -> None:
+    """With on_long="error" a text of more tokens than the model takes fails with its code."""
+    texts = ["short", "word " * 300]
+
+    with pytest.raises(TextsFailed) as caught:
+        client.encode(texts, on_long="error")
+
+    assert caught.value.failures == {1: "too_many_tokens"}
+
+
+def test_exact_job_travels_on_the_cpu_queue(client: Client) -> None:
+    """The exact class is served by the same node through embed.cpu."""
+    vectors = client.encode(["exact"], accuracy="exact")
+
+    assert np.array_equal(vectors, stub_vectors(["exact"]))

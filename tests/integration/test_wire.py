@@ -1,0 +1,211 @@
+"""Whatever lies in a queue, the node goes on, says one line, and quotes nothing."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from embedq import Client
+from embedq.testing import stub_vectors
+from tests.forging import (
+    MARKER,
+    batch_of,
+    payload,
+    push,
+    queued,
+    with_batch,
+    with_body,
+    with_headers,
+    with_payload,
+    without_header,
+)
+from tests.servers import NodeProcess, RedisProcess, wait_for
+
+Message = dict[str, Any]
+Forge = Callable[[Message], object]
+
+
+class _Pickled:
+    """Leaves a trace if anybody unpickles it."""
+
+    def __init__(self, trace: str) -> None:
+        self._trace = trace
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self._trace,)
+
+
+def _bomb(message: Message) -> Message:
+    body = gzip.compress(bytes(64 * 1024 * 1024))
+    return with_headers(with_body(message, body), compression="application/x-gzip")
+
+
+def _nested(depth: int) -> bytes:
+    return b"\x91" * depth + b"\xc0"
+
+
+RAW: dict[str, Forge] = {
+    "not JSON": lambda m: MARKER.encode() * 3,
+    "not UTF-8": lambda m: b"\xff\xfe" + MARKER.encode(),
+    "empty": lambda m: b"",
+    "JSON list": lambda m: [MARKER],
+    "JSON number": lambda m: 7,
+    "deep JSON": lambda m: b"[" * 200_000,
+    "20 MB": lambda m: with_body(m, MARKER.encode() * 1_100_000),
+    "body is a map": lambda m: {**m, "body": {MARKER: 1}},
+    "body is not base64": lambda m: {**m, "body": "%" + MARKER},
+    "no headers": lambda m: {key: value for key, value in m.items() if key != "headers"},
+    "no properties": lambda m: {**m, "properties": None},
+    "no delivery tag": lambda m: {**m, "properties": {**m["properties"], "delivery_tag": None}},
+    "delivery info is text": lambda m: {
+        **m,
+        "properties": {**m["properties"], "delivery_info": MARKER},
+    },
+    "JSON content": lambda m: {**m, "content-type": "application/json"},
+    "other encoding": lambda m: {**m, "content-encoding": "utf-16"},
+    "gzip bomb": _bomb,
+    "zstd header": lambda m: with_headers(m, compression="application/zstd"),
+    "unknown task": lambda m: with_headers(m, task=MARKER),
+    "no task": lambda m: without_header(m, "task"),
+    "no id": lambda m: without_header(m, "id"),
+    "id is a list": lambda m: with_headers(m, id=[MARKER]),
+    "time limit": lambda m: with_headers(m, timelimit=[MARKER, 1e-9]),
+    "eta": lambda m: with_headers(m, eta=MARKER),
+    "eta is a map": lambda m: with_headers(m, eta={MARKER: 1}),
+    "eta far away": lambda m: with_headers(m, eta="9999-12-31T23:59:59+00:00"),
+    "expires": lambda m: with_headers(m, expires=MARKER),
+    "expired": lambda m: with_headers(m, expires="2001-01-01T00:00:00+00:00"),
+    "retries": lambda m: with_headers(m, retries=MARKER),
+    "shadow": lambda m: with_headers(m, shadow=[MARKER]),
+    "callbacks": lambda m: with_payload(
+        m, [*payload(m)[:2], {"callbacks": [{"task": MARKER}], "chain": [MARKER]}]
+    ),
+    "not msgpack": lambda m: with_body(m, b"\xc1" + MARKER.encode()),
+    "truncated msgpack": lambda m: with_body(m, b"\xdd\xff\xff\xff\xff" + MARKER.encode()),
+    "deep msgpack": lambda m: with_body(m, _nested(600)),
+    "very deep msgpack": lambda m: with_body(m, _nested(100_000)),
+    "payload is a number": lambda m: with_payload(m, 7),
+    "payload is nothing": lambda m: with_payload(m, None),
+    "payload is text": lambda m: with_payload(m, MARKER),
+    "payload is a map": lambda m: with_payload(m, {"args": [MARKER], "kwargs": {}}),
+    "payload is short": lambda m: with_payload(m, [[MARKER]]),
+    "payload names args": lambda m: with_payload(m, ["args", MARKER, {}]),
+    "args is a map": lambda m: with_payload(m, [{MARKER: 1}, {}, {}]),
+    "args is empty": lambda m: with_payload(m, [[], {}, {}]),
+    "args is two": lambda m: with_payload(m, [[*payload(m)[0], MARKER], {}, {}]),
+    "args is text": lambda m: with_payload(m, [[MARKER], {}, {}]),
+    "unknown keyword": lambda m: with_payload(m, [payload(m)[0], {MARKER: 1}, {}]),
+    "keywords are text": lambda m: with_payload(m, [payload(m)[0], MARKER, {}]),
+    "embed is text": lambda m: with_payload(m, [payload(m)[0], {}, MARKER]),
+    "no job": lambda m: with_batch(m, job=f"../{MARKER}"),
+    "index is too large": lambda m: with_batch(m, i=2**40),
+    "index is text": lambda m: with_batch(m, i=MARKER),
+}
+
+
+@pytest.fixture
+def message(shared_redis: RedisProcess, node: NodeProcess) -> Message:
+    """A good message, to be forged."""
+    return queued(shared_redis, batch_of([MARKER]))
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_forged_message_is_refused_with_one_line(
+    name: str, message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """Parent and child live on, the next batch is served, one line says so without content."""
+    child, before = node.child_pid(), len(node.lines("ERROR"))
+
+    push(shared_redis, RAW[name](message))
+    # An exact job takes the same queue, so the forged message is behind us when it is done.
+    vectors = client.encode(["after"], accuracy="exact", timeout_s=20)
+
+    assert np.array_equal(vectors, stub_vectors(["after"]))
+    assert node.process.poll() is None
+    assert node.child_pid() == child
+    [line] = wait_for(lambda: node.lines("ERROR")[before:], "a line in the log")
+    assert "message_refused" in line
+    assert MARKER not in node.log()
+
+
+def test_pickle_is_never_opened(
+    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess, short_dir: Any
+) -> None:
+    """A pickled body is refused under its own name, and not opened under that of msgpack either."""
+    trace = short_dir / "opened"
+    forged = with_body(message, pickle.dumps(_Pickled(os.fspath(trace))))
+    named = {**forged, "content-type": "application/x-python-serialize"}
+    before = len(node.lines("message_refused"))
+
+    push(shared_redis, named)
+    push(shared_redis, forged)
+    client.encode(["after"], accuracy="exact", timeout_s=20)
+
+    assert not trace.exists()
+    assert len(node.lines("message_refused")) == before + 2
+
+
+GARBAGE: tuple[object, ...] = (MARKER, 7, -1.5, True, None, [MARKER], [[1], 2], {MARKER: {"a": 1}})
+
+
+def test_no_field_of_the_envelope_can_stop_a_node(
+    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """Every header and property is replaced by every kind of garbage; the node takes no harm."""
+    child = node.child_pid()
+    more = ("stamped_headers", "stamps", "chord", "replaced_task_nesting", "reply_to", "priority")
+    forged = []
+    for part in ("headers", "properties"):
+        for key in (*message[part], *more):
+            forged += [{**message, part: {**message[part], key: value}} for value in GARBAGE]
+    for key in message:
+        forged += [{**message, key: value} for value in GARBAGE]
+
+    for one in forged:
+        push(shared_redis, one)
+    vectors = client.encode(["after"], accuracy="exact", timeout_s=60)
+
+    assert np.array_equal(vectors, stub_vectors(["after"]))
+    assert (node.process.poll(), node.child_pid()) == (None, child)
+    assert MARKER not in node.log()
+    assert not node.lines("Traceback")
+
+
+def test_no_field_of_the_batch_can_stop_a_node(
+    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """Every field of the batch is replaced by every kind of garbage; the node takes no harm."""
+    child = node.child_pid()
+    [batch], _, _ = payload(message)
+
+    for key in batch:
+        for value in (*GARBAGE, msgpack.Timestamp(1), b"\xff" * 40, 2**63):
+            push(shared_redis, with_payload(message, [[{**batch, key: value}], {}, {}]))
+    vectors = client.encode(["after"], accuracy="exact", timeout_s=60)
+
+    assert np.array_equal(vectors, stub_vectors(["after"]))
+    assert (node.process.poll(), node.child_pid()) == (None, child)
+    assert MARKER not in node.log()
+    assert not node.lines("Traceback")
+
+
+def test_other_encodings_of_a_good_message_are_equal(
+    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """A body that is good base64 with a line break in it is refused, not guessed at."""
+    before = len(node.lines("message_refused"))
+    body = base64.encodebytes(base64.b64decode(message["body"])).decode()
+
+    push(shared_redis, json.dumps({**message, "body": body}).encode())
+    client.encode(["after"], accuracy="exact", timeout_s=20)
+
+    assert len(node.lines("message_refused")) == before + 1

@@ -1,0 +1,203 @@
+"""Real servers for tests: a private Redis on a unix socket, and real nodes in groups of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as NotThere
+
+from embedq import fleet
+from embedq.redis_client import open_redis
+from embedq.settings import ProducerSettings
+from embedq_worker.state import StateFile
+
+T = TypeVar("T")
+#: Seconds that any one thing of a test may take on a busy machine.
+DEADLINE_S = 30.0
+#: Seconds between two looks at what is waited for.
+LOOK_EVERY_S = 0.02
+
+
+def wait_for(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
+    """Return the first true answer of a look; fail with what was waited for after the deadline."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        found = look()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            pytest.fail(f"Waited {deadline_s:.0f} s for {what}.")
+        time.sleep(LOOK_EVERY_S)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return an environment without settings but these, in which a child finds the packages."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBEDQ_")}
+    paths = clean.get("PYTHONPATH", "").split(os.pathsep)
+    clean["PYTHONPATH"] = os.pathsep.join(os.fspath(Path(p).resolve()) for p in paths if p)
+    return {**clean, "PYTHONFAULTHANDLER": "1", **variables}
+
+
+class RedisProcess:
+    """A Redis of our own on a unix socket, without persistence."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        program = shutil.which("redis-server")
+        if program is None:
+            reason = "redis-server is missing; Debian: apt install redis-server"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        self.socket = folder / "redis.sock"
+        common = ("--port", "0", "--save", "", "--appendonly", "no", "--dir", os.fspath(folder))
+        self._process = subprocess.Popen(
+            [program, "--unixsocket", os.fspath(self.socket), *common, *options],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        with self.open() as client:
+            wait_for(lambda: _answers(client), "Redis to answer")
+
+    def broker_url(self, db: int = 0) -> str:
+        """Return the URL as kombu wants it."""
+        return f"redis+socket://{self.socket}?virtual_host={db}"
+
+    def results_url(self, db: int = 1) -> str:
+        """Return the URL as redis-py wants it."""
+        return f"unix://{self.socket}?db={db}"
+
+    def open(self, db: int = 1) -> Redis:
+        """Return a client of a database."""
+        return open_redis(self.results_url(db))
+
+    def settings(self, **others: object) -> ProducerSettings:
+        """Return settings of a producer that talks to a stub node through this Redis."""
+        urls = {"broker_url": self.broker_url(), "results_url": self.results_url()}
+        return ProducerSettings.load(**{**urls, "model": "stub", "node_wait_s": 20, **others})
+
+    def stop(self) -> None:
+        """End the server."""
+        self._process.kill()
+        self._process.wait()
+
+
+class NodeProcess:
+    """A node with the stub engine, in a process group of its own."""
+
+    def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
+        self.name = name
+        self.runtime_dir = folder / f"{name}-run"
+        self.log_path = folder / f"{name}.log"
+        self._redis = redis.open()
+        urls = {
+            "EMBEDQ_BROKER_URL": redis.broker_url(),
+            "EMBEDQ_RESULTS_URL": redis.results_url(),
+        }
+        own = {
+            "EMBEDQ_NAME": name,
+            "EMBEDQ_DEVICE": "stub",
+            "EMBEDQ_MODEL": "stub",
+            "EMBEDQ_RUNTIME_DIR": os.fspath(self.runtime_dir),
+            "EMBEDQ_HEARTBEAT_S": "1",
+        }
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "embedq_worker", "start"],
+                env=environment(**urls, **own, **settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The parent's process id."""
+        return self.process.pid
+
+    def heartbeat(self) -> fleet.Heartbeat | None:
+        """Return what this node last said of itself, if it is this process that said it."""
+        for heartbeat in fleet.fetch_alive(self._redis):
+            if heartbeat.node == self.name and heartbeat.pid == self.pid:
+                return heartbeat
+        return None
+
+    def wait_healthy(self) -> NodeProcess:
+        """Wait until the node's heartbeat says healthy; fail with its log if it ends instead."""
+
+        def healthy() -> bool:
+            if self.process.poll() is not None:
+                pytest.fail(f"Node {self.name} ended:\n{self.log()}")
+            heartbeat = self.heartbeat()
+            return heartbeat is not None and heartbeat.state == "healthy"
+
+        wait_for(healthy, f"node {self.name} to be healthy; its log:\n{self.log()}")
+        return self
+
+    def child_pid(self) -> int:
+        """Return the process id of the child, from the state file it wrote."""
+        state = StateFile(self.runtime_dir, self.name).read()
+        return state.pid if state is not None else 0
+
+    def log(self) -> str:
+        """Return all that the node has said."""
+        return self.log_path.read_text(errors="replace")
+
+    def lines(self, *words: str) -> list[str]:
+        """Return the lines of the log that hold all these words."""
+        return [line for line in self.log().splitlines() if all(word in line for word in words)]
+
+    def kill(self) -> None:
+        """Kill the parent with SIGKILL; its child dies with it."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Ask the node to end, and end its group if it does not."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.pid, signal.SIGKILL)
+                self.process.wait()
+        self._redis.close()
+
+
+@contextmanager
+def stub_node(
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+) -> Iterator[NodeProcess]:
+    """Run a healthy stub node for as long as the block lasts."""
+    node = NodeProcess(redis, folder, name, **settings)
+    try:
+        yield node.wait_healthy()
+    finally:
+        node.stop()
+
+
+def forget_all(redis: RedisProcess) -> None:
+    """Empty the queues and the results, but leave what nodes say of themselves."""
+    for db in (0, 1):
+        with redis.open(db) as client:
+            for key in client.scan_iter("*", count=1000):
+                if not (key.startswith((b"_kombu", b"embedq:node"))):
+                    client.unlink(key)
+
+
+def _answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except NotThere:
+        return False

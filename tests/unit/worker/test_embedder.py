@@ -1,0 +1,219 @@
+"""Batches become vectors in order, with one outcome per text and the same bytes each time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedq.contract import Code, Device, EmbedBatch, OnLong, Outcome, Precision, Status, VectorSpec
+from embedq.testing import stub_vectors
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.errors import DeviceLost, EngineError, InferFailed
+from embedq_worker.packing import TokenBatch
+from embedq_worker.tokenization import RaggedTokens
+
+SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+OK = Outcome(device=Device.STUB, precision=Precision.F32)
+
+
+class WideStub(StubEngine):
+    """A stub that likes several callers and remembers what it was asked."""
+
+    concurrency = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[int, ...]] = []
+        self._lock = threading.Lock()
+
+    def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        with self._lock:
+            self.asked.append(tuple(batch.input_ids[:, 0]))
+        return super().infer(batch)
+
+
+@pytest.fixture
+def embedder() -> Iterator[Embedder]:
+    """An embedder over the stub, with chunks of 10 texts."""
+    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=64, chunk_texts=10)
+    yield embedder
+    embedder.close()
+
+
+def batch_of(texts: list[str], **options: object) -> EmbedBatch:
+    """Make a batch for the stub."""
+    refused = options.pop("refused", {})
+    rerouted = bool(options.pop("rerouted", False))
+    return EmbedBatch("job", 0, texts, SPEC._replace(**options), refused, rerouted)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
+def test_vectors_come_back_in_order(texts: list[str]) -> None:
+    """Row i is the vector of text i, however texts are sorted and grouped."""
+    embedder = Embedder(StubTokenizer(), WideStub(), token_budget=32, chunk_texts=7)
+
+    vectors, outcomes = embedder.embed(batch_of(texts))
+    embedder.close()
+
+    assert vectors.shape == (len(texts), SPEC.dim)
+    assert vectors.tobytes() == stub_vectors(texts).tobytes()
+    assert len(outcomes) == len(texts)
+
+
+def test_grouping_depends_on_the_batch_alone() -> None:
+    """Two runs ask the engine for the same token batches, in whatever order threads take them."""
+    texts = [f"text {i} " * (i % 17) for i in range(200)]
+    asked = []
+
+    for _ in range(2):
+        engine = WideStub()
+        embedder = Embedder(StubTokenizer(), engine, token_budget=64, chunk_texts=50)
+        embedder.embed(batch_of(texts))
+        embedder.close()
+        asked.append(sorted(engine.asked))
+
+    assert asked[0] == asked[1]
+
+
+def test_empty_batch_is_embedded(embedder: Embedder) -> None:
+    """No texts give no vectors and no error."""
+    vectors, outcomes = embedder.embed(batch_of([]))
+
+    assert vectors.shape == (0, SPEC.dim)
+    assert len(outcomes) == 0
+
+
+def test_refused_text_has_no_vector(embedder: Embedder) -> None:
+    """A text refused on the way has a row of NaN and its code; its neighbours are served."""
+    vectors, outcomes = embedder.embed(
+        batch_of(["one", "", "two"], refused={1: Code.NUL_CHARACTER})
+    )
+
+    assert np.isnan(vectors[1]).all()
+    assert vectors[[0, 2]].tobytes() == stub_vectors(["one", "two"]).tobytes()
+    assert outcomes[1] == Outcome(status=Status.FAILED, code=Code.NUL_CHARACTER)
+    assert outcomes[2].status is Status.OK
+
+
+def test_batch_of_refused_texts_never_meets_the_engine(embedder: Embedder) -> None:
+    """Where every text is refused, the engine is not asked and nothing raises."""
+    vectors, outcomes = embedder.embed(
+        batch_of(["", ""], refused={0: Code.NOT_UNICODE, 1: Code.TEXT_TOO_LARGE})
+    )
+
+    assert np.isnan(vectors).all()
+    assert [outcome.code for outcome in outcomes] == [Code.NOT_UNICODE, Code.TEXT_TOO_LARGE]
+
+
+def test_truncated_text_is_flagged_and_counted(embedder: Embedder) -> None:
+    """A text beyond the limit is embedded in part, and its outcome says how much was dropped."""
+    _, outcomes = embedder.embed(batch_of(["short", "word " * 300]))
+
+    assert outcomes[0].n_tokens == 3
+    assert not outcomes[0].truncated
+    assert outcomes[1].truncated
+    assert (outcomes[1].n_tokens, outcomes[1].n_tokens_dropped) == (256, 300 - 254)
+
+
+def test_too_long_text_fails_if_the_job_says_so(embedder: Embedder) -> None:
+    """With `on_long=error` a text that would be cut has no vector; the rest does."""
+    vectors, outcomes = embedder.embed(
+        batch_of(["short", "word " * 300], on_long=OnLong.ERROR)
+    )
+
+    assert np.isnan(vectors[1]).all()
+    assert vectors[0].tobytes() == stub_vectors(["short"]).tobytes()
+    assert outcomes[1] == Outcome(
+        status=Status.FAILED, n_tokens_dropped=300 - 254, code=Code.TOO_MANY_TOKENS
+    )
+
+
+def test_prompt_goes_before_every_text(embedder: Embedder) -> None:
+    """The prompt of the job is part of what is embedded."""
+    vectors, _ = embedder.embed(batch_of(["a", "b"], prompt="query: "))
+
+    assert vectors.tobytes() == stub_vectors(["query: a", "query: b"]).tobytes()
+
+
+def test_rerouted_batch_says_so(embedder: Embedder) -> None:
+    """Each outcome of a batch that was handed over carries the flag."""
+    _, outcomes = embedder.embed(batch_of(["a", "b"], rerouted=True))
+
+    assert [outcome.rerouted for outcome in outcomes] == [True, True]
+
+
+def test_outcome_names_device_and_precision(embedder: Embedder) -> None:
+    """An outcome says what computed the vector."""
+    _, outcomes = embedder.embed(batch_of(["one two"]))
+
+    assert outcomes[0] == Outcome(n_tokens=4, device=Device.STUB, precision=Precision.F32)
+
+
+def test_vector_that_is_not_finite_is_a_fault_of_the_engine(embedder: Embedder) -> None:
+    """One NaN refuses the whole batch: a wrong vector is worse than none."""
+    with pytest.raises(InferFailed, match=r"1 of 3 vectors that are not finite"):
+        embedder.embed(batch_of(["a", "embedq-fault:nan", "b"]))
+
+
+def test_failed_inference_leaves_the_embedder_usable(embedder: Embedder) -> None:
+    """After an error of the engine the next batch is served."""
+    with pytest.raises(InferFailed):
+        embedder.embed(batch_of(["embedq-fault:raise", *map(str, range(50))]))
+
+    vectors, _ = embedder.embed(batch_of(["after"]))
+
+    assert vectors.tobytes() == stub_vectors(["after"]).tobytes()
+
+
+def test_lost_device_is_passed_on() -> None:
+    """What the engine raises reaches the caller as it is."""
+
+    class Lost(StubEngine):
+        def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+            raise DeviceLost("gone")
+
+    embedder = Embedder(StubTokenizer(), Lost(), token_budget=64)
+
+    with pytest.raises(DeviceLost, match="gone"):
+        embedder.embed(batch_of(["a"]))
+    embedder.close()
+
+
+def test_failed_tokenizer_is_passed_on() -> None:
+    """An error while tokenizing ahead reaches the caller."""
+
+    class Broken(StubTokenizer):
+        def tokenize(self, texts: object) -> RaggedTokens:
+            raise EngineError("no tokens")
+
+    embedder = Embedder(Broken(), StubEngine(), token_budget=64)
+
+    with pytest.raises(EngineError, match="no tokens"):
+        embedder.embed(batch_of(["a"]))
+    embedder.close()
+
+
+def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
+    """Batches of two callers do not mix."""
+    found: dict[str, bytes] = {}
+
+    def embed(name: str) -> None:
+        texts = [f"{name} {i}" for i in range(100)]
+        found[name] = embedder.embed(batch_of(texts))[0].tobytes()
+
+    callers = [threading.Thread(target=embed, args=(name,)) for name in "ab"]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+
+    for name in "ab":
+        assert found[name] == stub_vectors([f"{name} {i}" for i in range(100)]).tobytes()

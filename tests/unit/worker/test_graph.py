@@ -1,0 +1,374 @@
+"""The graph computes BERT, the same for padded and packed rows, in every runtime that reads it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
+from embedq_worker.errors import ModelError
+from embedq_worker.graph import build_graph
+from embedq_worker.models import Kind, Model
+from embedq_worker.packing import TokenBatch, build_padded
+from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.weights import load_tensors
+from tests.model_fixtures import (
+    TINY,
+    real_model,
+    reference_vector,
+    tiny_model,
+    write_json,
+    write_safetensors,
+    write_tiny,
+    write_tokenizer,
+)
+
+#: Largest difference of a component that two ways of computing the same may show in f32.
+TOLERANCE = 2e-5
+
+Texts = Sequence[Sequence[int]]
+
+
+def some_texts(vocab: int, lengths: Sequence[int] = (2, 9, 24, 3, 17)) -> Texts:
+    """Draw token sequences of these lengths."""
+    rng = np.random.default_rng(7)
+    return [[int(i) for i in rng.integers(4, vocab, n)] for n in lengths]
+
+
+def ragged(texts: Texts) -> RaggedTokens:
+    """Put token sequences one after the other."""
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts])]).astype(np.int64)
+    ids = np.array([i for text in texts for i in text], np.int32)
+    return RaggedTokens(ids, offsets, np.zeros(len(texts), np.uint32))
+
+
+def packed(texts: Texts, width: int, segments: int) -> TokenBatch:
+    """Put all texts into one row of this width, with unused segments and padding at the end."""
+    ids, places, numbers = (np.zeros((1, width), np.int64) for _ in range(3))
+    at = 0
+    for number, text in enumerate(texts, start=1):
+        stop = at + len(text)
+        ids[0, at:stop] = text
+        places[0, at:stop] = np.arange(len(text))
+        numbers[0, at:stop] = number
+        at = stop
+    members = np.full((1, segments), -1, np.int64)
+    members[0, : len(texts)] = np.arange(len(texts))
+    return TokenBatch(ids, places, numbers, np.arange(1, segments + 1), members)
+
+
+def infer(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
+    """Run the graph of a model in onnxruntime, [B, S, D]."""
+    engine = OnnxRuntimeEngine(model, threads=1)
+    try:
+        return engine.infer(batch)
+    finally:
+        engine.close()
+
+
+def padded(texts: Texts) -> TokenBatch:
+    """Give each text a row of its own."""
+    return build_padded(ragged(texts), range(len(texts)), pad_id=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
+def test_graph_is_bert(tmp_path: Path, pooling: str, normalize: bool, hidden_act: str) -> None:
+    """Vectors are those of a forward pass written from the definition, one text at a time."""
+    model = tiny_model(tmp_path, pooling=pooling, normalize=normalize, hidden_act=hidden_act)
+    texts = some_texts(TINY["vocab_size"])
+
+    vectors = infer(model, padded(texts))[:, 0]
+
+    tensors, config = load_tensors(model.weights), {**TINY, "hidden_act": hidden_act}
+    for vector, text in zip(vectors, texts, strict=True):
+        expected = reference_vector(tensors, config, text, pooling, normalize)
+        assert np.abs(vector - expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_packed_row_gives_the_vectors_of_padded_rows(tmp_path: Path, pooling: str) -> None:
+    """Five texts in one row do not see each other: same vectors, and unused segments are zero."""
+    model = tiny_model(tmp_path, pooling=pooling)
+    texts = some_texts(TINY["vocab_size"])
+
+    apart = infer(model, padded(texts))[:, 0]
+    together = infer(model, packed(texts, width=64, segments=8))[0]
+
+    assert np.abs(together[: len(texts)] - apart).max() < TOLERANCE
+    assert not together[len(texts) :].any()
+
+
+def test_row_of_padding_is_finite(tmp_path: Path) -> None:
+    """A row without any text gives zeros, not NaN."""
+    model = tiny_model(tmp_path)
+
+    vectors = infer(model, packed([], width=16, segments=4))
+
+    assert not vectors.any()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("F16", 5e-3), ("BF16", 5e-2)])
+def test_half_precision_weights_are_read(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    """Weights stored in 16 bits give nearly the vectors of those stored in 32."""
+    texts = some_texts(TINY["vocab_size"])
+    full = infer(tiny_model(tmp_path / "full"), padded(texts))
+
+    half = infer(tiny_model(tmp_path / "half", dtype=dtype), padded(texts))
+
+    assert np.abs(full - half).max() < tolerance
+
+
+def test_prefix_of_a_larger_model_is_known(tmp_path: Path) -> None:
+    """Tensors saved from a model with a head, named `bert.…`, are found."""
+    model = tiny_model(tmp_path)
+    texts = some_texts(TINY["vocab_size"])
+    plain = infer(model, padded(texts))
+
+    tensors = {f"bert.{name}": tensor for name, tensor in load_tensors(model.weights).items()}
+    write_safetensors(tmp_path / "prefixed.safetensors", tensors)
+    (tmp_path / "prefixed.safetensors").replace(model.weights)
+
+    assert infer(model, padded(texts)).tobytes() == plain.tobytes()
+
+
+def test_message_with_weights_inside_is_valid_onnx(tmp_path: Path) -> None:
+    """`to_bytes` gives one message that the checker of ONNX accepts with full shape inference."""
+    raw = build_graph(tiny_model(tmp_path)).to_bytes()
+
+    proto = onnx.load_from_string(raw)
+    onnx.checker.check_model(proto, full_check=True)
+
+    assert [value.name for value in proto.graph.input] == [
+        "input_ids",
+        "position_ids",
+        "segment_ids",
+        "segments",
+    ]
+
+
+def openvino_vectors(raw: bytes, batch: TokenBatch) -> npt.NDArray[np.float32]:
+    """Run a graph on OpenVINO's CPU in f32, [B, S, D]."""
+    # Without this, the import sends a message to the internet.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(
+        raw, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    )
+    names = ("input_ids", "position_ids", "segment_ids", "segments")
+    found = compiled({name: getattr(batch, name) for name in names})
+    vectors: npt.NDArray[np.float32] = found["vectors"]
+    return vectors
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_openvino_reads_the_same_graph(tmp_path: Path, pooling: str) -> None:
+    """OpenVINO on the CPU in f32 agrees with onnxruntime, padded and packed."""
+    model = tiny_model(tmp_path, pooling=pooling)
+    raw = build_graph(model).to_bytes()
+    texts = some_texts(TINY["vocab_size"])
+
+    for batch in (padded(texts), packed(texts, width=64, segments=8)):
+        assert np.abs(openvino_vectors(raw, batch) - infer(model, batch)).max() < TOLERANCE
+
+
+@pytest.mark.model
+def test_openvino_agrees_on_the_real_weights() -> None:
+    """With the real model, packed in OpenVINO equals padded in onnxruntime."""
+    model = real_model()
+    texts = some_texts(20_000, (5, 60, 31))
+
+    theirs = openvino_vectors(build_graph(model).to_bytes(), packed(texts, width=128, segments=4))
+
+    assert np.abs(theirs[0, :3] - infer(model, padded(texts))[:, 0]).max() < TOLERANCE
+
+
+def test_missing_tensor_names_the_file(tmp_path: Path) -> None:
+    """Weights without a tensor that config.json calls for are a ModelError."""
+    model = tiny_model(tmp_path)
+    tensors = write_tiny(tmp_path)
+    del tensors["encoder.layer.1.output.dense.bias"]
+    write_safetensors(tmp_path / "short.safetensors", tensors)
+    (tmp_path / "short.safetensors").replace(model.weights)
+
+    with pytest.raises(ModelError, match=r"model\.safetensors.*output\.dense\.bias is missing"):
+        build_graph(model)
+
+
+def test_wrong_shape_names_the_tensor(tmp_path: Path) -> None:
+    """Weights of another size than config.json says are a ModelError."""
+    model = tiny_model(tmp_path)
+    write_tiny(tmp_path / "wide", intermediate_size=96)
+    (tmp_path / "wide" / "model.safetensors").replace(model.weights)
+
+    with pytest.raises(ModelError, match=r"intermediate\.dense\.weight has shape \[96, 32\]"):
+        build_graph(model)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-100],
+        lambda raw: raw[:40],
+        lambda raw: b"",
+        lambda raw: b"\xff" * 8 + raw[8:],
+        lambda raw: raw[:8] + b"[]" + raw[10:],
+        lambda raw: raw.replace(b'"shape"', b'"shade"', 1),
+    ],
+)
+def test_damaged_weights_name_the_file(tmp_path: Path, damage: Any) -> None:
+    """A truncated or scribbled safetensors file is a ModelError, never a crash."""
+    model = tiny_model(tmp_path)
+    model.weights.write_bytes(damage(model.weights.read_bytes()))
+
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a readable"):
+        build_graph(model)
+
+
+def write_foreign(
+    folder: Path,
+    *,
+    opset: int = 17,
+    output: str = "last_hidden_state",
+    inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
+    int_type: int = TensorProto.INT64,
+    axes: Sequence[Any] = ("batch", "sequence"),
+) -> npt.NDArray[np.float32]:
+    """Write an ONNX model whose token vectors are rows of a table, and return the table [V, D].
+
+    With ``sentence_embedding`` as output, its vector is that of the first token, times 3.
+    """
+    table = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
+    shape: list[Any] = [*axes, 8]
+    if output == "sentence_embedding":
+        nodes += [
+            helper.make_node("Gather", ["rows", "zero"], ["first"], axis=1),
+            helper.make_node("Mul", ["first", "three"], [output]),
+        ]
+        shape = [axes[0], 8]
+    else:
+        # Every input is used, and padding is spoilt, so that a wrong mask shows.
+        total = "input_ids"
+        for i, name in enumerate(inputs[1:]):
+            nodes.append(helper.make_node("Add", [total, name], [f"sum{i}"]))
+            total = f"sum{i}"
+        nodes += [
+            helper.make_node("Sub", [total, "input_ids"], ["others"]),
+            helper.make_node("Cast", ["others"], ["scale"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["scale", "column"], ["scales"]),
+            helper.make_node("Mul", ["rows", "scales"], [output]),
+        ]
+    constants: Mapping[str, Any] = {
+        "table": table,
+        "zero": np.array(0, np.int64),
+        "three": np.array(3, np.float32),
+        "column": np.array([0, -1, 1], np.int64),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info(name, int_type, list(axes)) for name in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+    (folder / "onnx").mkdir(parents=True)
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    write_tokenizer(folder / "tokenizer.json")
+    return table
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 20])
+@pytest.mark.parametrize("int_type", [TensorProto.INT64, TensorProto.INT32])
+def test_foreign_model_is_masked_and_pooled(tmp_path: Path, opset: int, int_type: int) -> None:
+    """Vectors per token are averaged without padding and normalised, in any operator set."""
+    from embedq_worker.digests import Digests
+    from embedq_worker.models import load_model
+
+    table = write_foreign(tmp_path, opset=opset, int_type=int_type)
+    model = load_model(tmp_path, "foreign", Digests(tmp_path))
+    texts = some_texts(64, (2, 9, 5))
+
+    vectors = infer(model, padded(texts))[:, 0]
+
+    assert (model.kind, model.dim, model.packable) == (Kind.ONNX, 8, False)
+    for vector, text in zip(vectors, texts, strict=True):
+        mean = table[list(text)].mean(0)
+        assert np.abs(vector - mean / np.linalg.norm(mean)).max() < TOLERANCE
+
+
+def test_pooled_output_is_taken_as_it_is(tmp_path: Path) -> None:
+    """An output `sentence_embedding` [B, D] is neither pooled nor normalised again."""
+    from embedq_worker.digests import Digests
+    from embedq_worker.models import load_model
+
+    table = write_foreign(tmp_path, output="sentence_embedding")
+    model = load_model(tmp_path, "foreign", Digests(tmp_path))
+    texts = some_texts(64, (2, 9, 5))
+
+    vectors = infer(model, padded(texts))
+
+    assert vectors.shape == (3, 1, 8)
+    for vector, text in zip(vectors[:, 0], texts, strict=True):
+        assert np.abs(vector - 3 * table[text[0]]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"inputs": ("input_ids", "pixels")}, "wants an input pixels"),
+        ({"axes": (1, 128)}, "fixed axes"),
+    ],
+)
+def test_foreign_model_we_cannot_serve_is_refused(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
+    """Unknown inputs and fixed shapes are ModelErrors that name the file."""
+    from embedq_worker.adapter import adapt_onnx
+
+    write_foreign(tmp_path, **options)
+
+    with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
+        adapt_onnx(tmp_path / "onnx" / "model.onnx", "mean", True)
+
+
+def test_gelu_is_the_exact_one(tmp_path: Path) -> None:
+    """The activation uses erf; the tanh form would differ by more than the tolerance."""
+    x = 2.0
+    exact = x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+    tanh = 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    nodes = build_graph(tiny_model(tmp_path)).proto.graph.node
+    gelus = [node for node in nodes if node.op_type == "Gelu"]
+
+    assert abs(exact - tanh) > TOLERANCE
+    assert len(gelus) == TINY["num_hidden_layers"]
+    assert not any(node.attribute for node in gelus)
+
+
+def test_config_is_not_needed_for_the_graph_of_a_foreign_model(tmp_path: Path) -> None:
+    """hidden_size in config.json fills in where the output does not say its size."""
+    from embedq_worker.adapter import adapted_dim
+
+    write_foreign(tmp_path, axes=("batch", "sequence"))
+    path = tmp_path / "onnx" / "model.onnx"
+    proto = onnx.load(path)
+    proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "hidden"
+    onnx.save(proto, path)
+    with pytest.raises(ModelError, match="does not say how many components"):
+        adapted_dim(path)
+
+    write_json(tmp_path / "config.json", {"hidden_size": 8})
+
+    assert adapted_dim(path) == 8

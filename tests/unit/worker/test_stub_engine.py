@@ -1,0 +1,195 @@
+"""The stub answers exactly what a producer computes, at the speed and with the faults it is told."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedq.contract import Device, EmbedBatch, Outcome, Precision, VectorSpec
+from embedq.errors import SettingsError
+from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines import open_engine
+from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_card
+from embedq_worker.errors import InferFailed
+from embedq_worker.packing import TokenBatch, build_padded
+from embedq_worker.tokenization import RaggedTokens
+
+SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+
+
+def infer(texts: list[str], engine: StubEngine | None = None) -> np.ndarray:
+    """Put texts through tokenizer and engine as one token batch."""
+    tokens = StubTokenizer().tokenize(texts)
+    batch = build_padded(tokens, range(len(texts)), 0)
+    return (engine or StubEngine()).infer(batch)[:, 0]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=20))
+def test_engine_answers_what_the_producer_computes(texts: list[str]) -> None:
+    """The vectors have the same bytes as `embedq.testing.stub_vectors`."""
+    assert infer(texts).tobytes() == stub_vectors(texts).tobytes()
+
+
+@pytest.mark.parametrize("dim", [1, 7, 384, 1024])
+def test_vectors_have_unit_length(dim: int) -> None:
+    """Every vector has length 1, in any dimension."""
+    vectors = stub_vectors(map(str, range(500)), dim)
+
+    assert vectors.shape == (500, dim)
+    assert vectors.dtype == np.float32
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
+
+
+def test_vectors_do_not_depend_on_company() -> None:
+    """A text has the same bytes alone as among a thousand, so BLAS cannot blur the comparison."""
+    texts = [f"text {i}" for i in range(1000)]
+
+    together = stub_vectors(texts)
+
+    for row in (0, 1, 499, 999):
+        assert stub_vectors([texts[row]]).tobytes() == together[row].tobytes()
+
+
+def test_vectors_are_the_same_on_every_machine() -> None:
+    """Hash and signs of one text, written down on 2026-11-22: a change would break fleets."""
+    assert int(stub_hashes(["embedq"])[0]) == 0x1f1855c57ec58653
+    assert np.sign(stub_vectors(["embedq"])[0, :16]).astype(int).tolist() == [-1, 1, -1, -1, 1, -1, 1, 1, 1, 1, 1, 1, 1, 1, -1, 1]
+
+
+def test_different_texts_are_far_apart() -> None:
+    """A mix-up shows: no two of 500 texts have a cosine above 0.8."""
+    vectors = stub_vectors(map(str, range(500)))
+
+    cosines = vectors @ vectors.T - np.eye(500)
+
+    assert cosines.max() < 0.8
+
+
+def test_packed_rows_give_the_same_vectors() -> None:
+    """A row with several texts answers each of them at its segment."""
+    tokens = StubTokenizer().tokenize(["one two", "", "three"])
+    lengths = tokens.lengths
+    batch = TokenBatch(
+        input_ids=tokens.ids.astype(np.int64)[None],
+        position_ids=np.concatenate([np.arange(n) for n in lengths])[None],
+        segment_ids=np.repeat([1, 2, 3], lengths)[None],
+        segments=np.arange(1, 5),
+        members=np.array([[0, 1, 2, -1]]),
+    )
+
+    vectors = StubEngine().infer(batch)
+
+    assert vectors[0, :3].tobytes() == stub_vectors(["one two", "", "three"]).tobytes()
+    assert not vectors[0, 3].any()
+
+
+def test_tokens_count_words() -> None:
+    """A text has two tokens and one more per word, cut at the limit like any other."""
+    tokens: RaggedTokens = StubTokenizer(max_length=5).tokenize(["", "one", "a b c d e"])
+
+    assert list(tokens.lengths) == [2, 3, 5]
+    assert list(tokens.n_dropped) == [0, 0, 2]
+
+
+def test_embedding_through_the_stub_is_exact() -> None:
+    """A whole batch comes back in order, byte for byte, marked as the stub's."""
+    texts = [f"text {i} " * (i % 50) for i in range(700)]
+    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=512)
+
+    vectors, outcomes = embedder.embed(EmbedBatch("job", 0, texts, SPEC))
+    embedder.close()
+
+    assert vectors.tobytes() == stub_vectors(texts).tobytes()
+    assert outcomes[1] == Outcome(n_tokens=4, device=Device.STUB, precision=Precision.F32)
+
+
+def test_fault_raise_is_an_engine_error() -> None:
+    """`embedq-fault:raise` raises InferFailed, as a broken device would."""
+    with pytest.raises(InferFailed):
+        infer(["fine", "embedq-fault:raise and more"])
+
+
+def test_fault_nan_spoils_one_vector() -> None:
+    """`embedq-fault:nan` gives one vector that is not a number; the others are right."""
+    vectors = infer(["fine", "embedq-fault:nan"])
+
+    assert vectors[0].tobytes() == stub_vectors(["fine"]).tobytes()
+    assert np.isnan(vectors[1]).all()
+
+
+@pytest.mark.parametrize(("fault", "status"), [("exit", EXIT_STATUS), ("segfault", -11)])
+def test_fault_ends_the_process(fault: str, status: int) -> None:
+    """`embedq-fault:exit` and `embedq-fault:segfault` end the process at once."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "from embedq_worker.engines.stub import StubEngine, StubTokenizer\n"
+        "from embedq_worker.packing import build_padded\n"
+        f"tokens = StubTokenizer().tokenize(['embedq-fault:{fault}'])\n"
+        "StubEngine().infer(build_padded(tokens, [0], 0))\n"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+
+    assert ended.returncode == status
+
+
+def test_fault_hang_never_returns() -> None:
+    """`embedq-fault:hang` keeps its caller until the process ends."""
+    caller = threading.Thread(target=infer, args=(["embedq-fault:hang"],), daemon=True)
+    caller.start()
+
+    caller.join(timeout=0.2)
+
+    assert caller.is_alive()
+
+
+def test_unknown_fault_is_a_text() -> None:
+    """A fault nobody scripted is embedded like any text."""
+    texts = ["embedq-fault:", "embedq-fault:unknown", "about embedq-fault:raise"]
+
+    assert infer(texts).tobytes() == stub_vectors(texts).tobytes()
+
+
+def test_speed_is_that_of_the_script() -> None:
+    """Two inferences of 10 texts at 200 texts a second and 10 ms each take at least 0.12 s."""
+    engine = StubEngine(delay_s=0.01, texts_per_s=200)
+    began = time.monotonic()
+
+    for _ in range(2):
+        infer(["text"] * 10, engine)
+
+    assert time.monotonic() - began >= 0.12
+
+
+def test_open_engine_knows_the_stub_without_a_model() -> None:
+    """The stub opens without a model, with the dimension of its card."""
+    engine = open_engine("stub", None)
+
+    assert (engine.name, engine.dim) == ("stub", stub_card().dim)
+
+
+def test_open_engine_refuses_an_unknown_name() -> None:
+    """A misspelt engine is a SettingsError with a hint."""
+    with pytest.raises(SettingsError, match="Did you mean onnxruntime"):
+        open_engine("onnxruntme", None)
+
+
+def test_open_engine_wants_a_model() -> None:
+    """A real engine without a model is a SettingsError, not a crash."""
+    with pytest.raises(SettingsError, match="needs a model"):
+        open_engine("onnxruntime", None)
+
+
+def test_hash_table_covers_all_bits() -> None:
+    """Each of the 64 bits of a hash changes the vector."""
+    hashes = np.array([0, *(1 << bit for bit in range(64))], np.uint64)
+
+    vectors = vectors_of_hashes(hashes)
+
+    assert len({row.tobytes() for row in vectors}) == 65
