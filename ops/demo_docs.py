@@ -24,9 +24,9 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 #: What a reader of the documentation might ask.
 QUESTIONS = (
-    "How do I continue a run that was interrupted?",
-    "What happens to a batch when the NPU fails?",
-    "Can I try it without installing a Redis server?",
+    "Can a run go on after a crash or a power cut?",
+    "What happens to a batch when its node dies?",
+    "What becomes of a text that is too large?",
 )
 #: Characters below which a paragraph says too little to be an answer.
 MIN_CHARACTERS = 60
@@ -68,24 +68,26 @@ def read_passages(root: Path) -> Iterator[Passage]:
     for package in ("producer", "worker"):
         for path in _files(root / package, ".py"):
             text = ast.get_docstring(ast.parse(path.read_text())) or ""
-            if len(text) >= MIN_CHARACTERS:
+            if "\n" in text:  # a single line names a room and explains nothing
                 yield Passage(f"{path.relative_to(root)}:1", text)
 
 
 def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and text of each paragraph, with the heading it stands under."""
+    """Yield line number and text of each paragraph or table row, after the heading it is under."""
     heading, start, lines, fenced = "", 0, list[str](), False
     for number, line in enumerate([*markdown.splitlines(), ""], 1):
         if line.startswith("```"):
             fenced = not fenced
         elif line.startswith("#") and not fenced:
             heading = line.lstrip("# ")
-        elif line.strip() and not fenced:
+        elif line.startswith("|") and len(line) >= MIN_CHARACTERS and not fenced:
+            yield number, ": ".join(filter(None, [heading, *map(str.strip, line.split("|"))]))
+        elif line.strip() and not line.startswith("|") and not fenced:
             start = start if lines else number
             lines.append(line.strip())
             continue
         if sum(map(len, lines)) >= MIN_CHARACTERS:
-            yield start, "\n".join(filter(None, [heading, *lines]))
+            yield start, ": ".join(filter(None, [heading, " ".join(lines)]))
         lines = []
 
 

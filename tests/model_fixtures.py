@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
 #: What sentence_bert_config.json of the tiny model says.
 TINY_MAX_LENGTH = 24
 #: Words of which tests make texts; single letters cover everything else.
-WORDS = "the queue worker keeps a promise of texts and vectors in order".split()
+WORDS = ["the", "queue", "worker", "keeps", "a", "promise", "of", "texts", "and", "vectors"]
 
 
 @functools.cache
@@ -84,7 +84,11 @@ def write_tiny(
     write_safetensors(folder / "model.safetensors", tensors, dtype)
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules = [
-        {"idx": i, "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        {
+            "idx": i,
+            "path": f"{i}_{kind}" if i else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
         for i, kind in enumerate(kinds)
     ]
     switches = {f"pooling_mode_{name}": False for name in ("cls_token", "mean_tokens")}

@@ -22,9 +22,9 @@ from embedq.contract import Accuracy, OnLong  # noqa: E402
 from embedq.files import FORMATS, Fields  # noqa: E402
 
 if TYPE_CHECKING:
+    from embedq.client import Client
     from embedq.display import RunDisplay
-    from embedq.embedding import Request, Summary
-    from embedq.local import LocalFleet
+    from embedq.request import Request
     from embedq.settings import ProducerSettings
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
@@ -98,6 +98,14 @@ def cli() -> None:
     help="A line that is no document: stop and name it, or leave it out and count it.",
 )
 @click.option("--restart", is_flag=True, help="Start over, whatever an earlier run left.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Bring a finished output up to date: embed new and changed documents, drop removed ones.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Estimate tokens, time and memory from a sample; write nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON summary on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def embed(
@@ -114,6 +122,8 @@ def embed(
     format_: str | None,
     on_bad_line: str,
     restart: bool,
+    update: bool,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -123,7 +133,8 @@ def embed(
     """
     with _errors_as_sentences():
         from embedq.display import RunDisplay  # heavy, and not needed for --help
-        from embedq.embedding import Request
+        from embedq.report import Summary
+        from embedq.request import Request
         from embedq.settings import ProducerSettings
 
         settings = ProducerSettings.load(model=model, accuracy=accuracy, on_long=on_long)
@@ -138,14 +149,76 @@ def embed(
             restart=restart,
             pin_engine=local,
         )
+        if restart and update:
+            raise errors.SettingsError(
+                "--restart and --update exclude each other: --restart throws the old rows away, "
+                "--update keeps those that have not changed."
+            )
         _check_files(request)
-        with RunDisplay(quiet=quiet or as_json) as display, _interruptible(output):
-            if local:
-                summary = _embed_locally(settings, request, display)
+        with (
+            RunDisplay(quiet=quiet or as_json) as display,
+            _interruptible(output),
+            _connected(settings, display, local=local) as client,
+        ):
+            # Imported while the node of a local run starts: they bring Celery with them.
+            from embedq.embedding import EmbedRun
+            from embedq.estimate import Estimate, estimate
+            from embedq.update import UpdateRun
+
+            display.nodes = client.nodes
+            if dry_run:
+                result: Estimate | Summary = estimate(client, request)
             else:
-                summary = _embed_through(settings, request, display)
-    _report(summary, as_json=as_json)
-    sys.exit(EXIT_FAILED if summary.failed or summary.cancelled else EXIT_OK)
+                run = UpdateRun if update else EmbedRun
+                result = run(client, request, display, BEGAN).run()
+    lines = [json.dumps(result.as_dict())] if as_json else result.lines()
+    click.echo("\n".join(lines))
+    failed = isinstance(result, Summary) and (result.failed or result.cancelled)
+    sys.exit(EXIT_FAILED if failed else EXIT_OK)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("vectors", type=click.Path(path_type=Path))
+@click.argument("query")
+@click.option("-k", "--top", default=10, show_default=True, help="How many rows to show.")
+@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option("--prompt-name", help="Name of a prompt of the model to put before the query.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
+def search(
+    vectors: Path,
+    query: str,
+    top: int,
+    local: bool,
+    model: str | None,
+    prompt_name: str | None,
+    as_json: bool,
+) -> None:
+    """Show the rows of an .npy output that are nearest to a query."""
+    with _errors_as_sentences():
+        from embedq.display import RunDisplay
+        from embedq.search import load_manifest, nearest_rows
+        from embedq.settings import ProducerSettings
+
+        settings = ProducerSettings.load(model=model)
+        manifest = load_manifest(vectors)
+        with (
+            RunDisplay(quiet=True) as display,
+            _connected(settings, display, local=local) as client,
+        ):
+            identity = client.card().identity
+            if identity != manifest.settings["model"]:
+                raise errors.InputError(
+                    f"{vectors} was made with {manifest.settings['model_label']} "
+                    f"({manifest.settings['model'][:12]}); the node serves {client.card().label} "
+                    f"({identity[:12]}). Vectors of two models cannot be compared: use the former."
+                )
+            hits = nearest_rows(vectors, client.encode(query, prompt_name=prompt_name), top)
+    if as_json:
+        click.echo(json.dumps([hit._asdict() for hit in hits]))
+    else:
+        for hit in hits:
+            click.echo(f"{hit.score:.4f}  {hit.id}")
 
 
 def _check_files(request: Request) -> None:
@@ -158,44 +231,25 @@ def _check_files(request: Request) -> None:
     outputs.require_writable(request.output)
 
 
-def _embed_locally(settings: ProducerSettings, request: Request, display: RunDisplay) -> Summary:
+@contextmanager
+def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) -> Iterator[Client]:
+    """Open a client, to a private fleet if asked for one."""
+    if not local:
+        from embedq.client import Client
+
+        with Client(settings=settings, on_wait=display.note) as client:
+            yield client
+        return
     from embedq.local import LocalFleet
 
     display.starting("starting a private Redis and a node")
-    environment = {"EMBEDQ_MODEL": settings.model}
-    with LocalFleet(environment=environment, warn=display.note) as fleet:
+    with LocalFleet(environment={"EMBEDQ_MODEL": settings.model}, warn=display.note) as fleet:
+        from embedq.client import Client  # brings Celery, while the node brings up its own
+
         at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
-        return _embed_through(settings.model_copy(update=at), request, display, fleet)
-
-
-def _embed_through(
-    settings: ProducerSettings,
-    request: Request,
-    display: RunDisplay,
-    fleet: LocalFleet | None = None,
-) -> Summary:
-    from embedq.client import Client
-    from embedq.embedding import EmbedRun
-
-    on_idle = fleet.check if fleet else None
-    with Client(settings=settings, on_wait=display.note, on_idle=on_idle) as client:
-        return EmbedRun(client, request, display, BEGAN).run()
-
-
-def _report(summary: Summary, *, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(summary.as_dict()))
-        return
-    parts = [f"{summary.total:,} texts in {summary.seconds:.1f} s"]
-    if summary.docs_per_second:
-        parts.append(f"{summary.docs_per_second:,.0f} docs/s")
-    for name in ("failed", "cancelled", "truncated", "rerouted", "cached", "resumed"):
-        count = getattr(summary, name)
-        if count:
-            parts.append(f"{count:,} {name}")
-    if summary.skipped_lines:
-        parts.append(f"{summary.skipped_lines:,} bad lines skipped")
-    click.echo(f"{', '.join(parts)} -> {', '.join(summary.outputs)}")
+        private = settings.model_copy(update=at)
+        with Client(settings=private, on_wait=display.note, on_idle=fleet.check) as client:
+            yield client
 
 
 @contextmanager

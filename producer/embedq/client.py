@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
+from redis.exceptions import RedisError
 
 from embedq.batching import Slice, split
 from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
+from embedq.hints import nearest
 from embedq.job import FinishedBatch, Job, Link
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.redis_client import open_redis
-from embedq.settings import ProducerSettings, mask_password, nearest
+from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
 from embedq.vectors import Vectors
 
@@ -28,6 +31,8 @@ E = TypeVar("E", OnLong, Accuracy)
 
 #: Seconds between two looks at the fleet while no node is there.
 LOOK_EVERY_S = 0.1
+#: Seconds between two counts of the living nodes, for display.
+NODES_EVERY_S = 3.0
 #: Seconds that a job waits for a Redis that went away in its middle.
 JOB_PATIENCE_S = 3_600.0
 
@@ -78,6 +83,7 @@ class Client:
         self._on_wait = on_wait or (lambda message: log.warning("waiting reason=%s", message))
         self._on_idle = on_idle or (lambda: None)
         self._card: ModelCard | None = None
+        self._nodes, self._nodes_at = "", -NODES_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +133,21 @@ class Client:
             self._on_idle()
             time.sleep(LOOK_EVERY_S)
         return self._card
+
+    def nodes(self) -> str:
+        """Return how many living nodes compute on which device, such as ``2 npu, 1 cpu``.
+
+        Asks Redis every few seconds at most; empty when it does not answer.
+        """
+        now = time.monotonic()
+        if now - self._nodes_at > NODES_EVERY_S:
+            self._nodes_at = now
+            try:
+                devices = Counter(h.device for h in fetch_alive(self.redis) if h.device)
+            except RedisError:
+                devices = Counter()
+            self._nodes = ", ".join(f"{n} {device}" for device, n in sorted(devices.items()))
+        return self._nodes
 
     def engine(self) -> dict[str, str]:
         """Return device, engine and precision of the node that serves the model.
@@ -225,9 +246,7 @@ class Client:
         Raises:
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
-        spec = self.spec(
-            prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy
-        )
+        spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         job = self.job(self.split(texts, spec), spec)
         job.start()
         return job
@@ -255,9 +274,7 @@ class Client:
             InputError: the checkpoint does not fit.
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
-        spec = self.spec(
-            prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy
-        )
+        spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint)
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from embedq.embedding import Progress
+from embedq.report import Progress
 
 #: Seconds between two plain lines where there is no terminal.
 PLAIN_EVERY_S = 10.0
@@ -20,17 +20,16 @@ PLAIN_EVERY_S = 10.0
 class RunDisplay:
     """Shows a run on stderr; says nothing when quiet."""
 
-    def __init__(self, *, quiet: bool = False, nodes: Callable[[], str] = str) -> None:
-        """Prepare a display.
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Prepare a display; when quiet it shows notes only.
 
-        Args:
-            quiet: say only what matters: notes.
-            nodes: tells how many nodes work on which device.
+        Attributes:
+            nodes: set it to a function that tells how many nodes work on which device.
         """
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal and not quiet
         self._quiet = quiet
-        self._nodes = nodes
+        self.nodes: Callable[[], str] = str
         self._last_plain = time.monotonic()
         self._bar = Bar(
             BarColumn(bar_width=24),
@@ -90,7 +89,7 @@ class RunDisplay:
             parts.append(f"{progress.truncated:,} truncated")
         if progress.failed:
             parts.append(f"{progress.failed:,} failed")
-        nodes = self._nodes()
+        nodes = self.nodes()
         return "  ".join([*parts, nodes] if nodes else parts)
 
 

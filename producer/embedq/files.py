@@ -20,7 +20,7 @@ from typing import IO, BinaryIO, Final, cast
 
 from embedq.contract import MAX_TEXT_BYTES
 from embedq.errors import InputError
-from embedq.settings import nearest
+from embedq.hints import nearest
 
 #: Reads standard input.
 STDIN: Final = "-"
@@ -37,10 +37,12 @@ class Document:
     Attributes:
         id: its name; the line number where the file gives none.
         text: what to embed; not always a string, and then it fails alone.
+        named: the file gave the id; else it is the number of the line.
     """
 
     id: str | int
     text: object = field(repr=False)
+    named: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +203,11 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document 
             hint = nearest(fields.text, list(record))
             yield BadLine(source, number, f"no field {fields.text!r} (--text-field).{hint}")
         else:
-            name = record.get(fields.id, number)
-            yield Document(name if type(name) in (str, int) else number, record[fields.text])
+            name = record.get(fields.id)
+            if isinstance(name, str | int) and not isinstance(name, bool):
+                yield Document(name, record[fields.text])
+            else:
+                yield Document(number, record[fields.text], named=False)
 
 
 def _csv(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
@@ -231,18 +236,18 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | 
                 columns = f"{len(row)} columns where the header has {len(header)}"
                 yield BadLine(source, rows.line_num, columns)
             continue
-        yield Document(rows.line_num if id_at is None else row[id_at], row[text_at])
+        name = rows.line_num if id_at is None else row[id_at]
+        yield Document(name, row[text_at], named=id_at is not None)
 
 
 def _txt(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
     for number, line in _lines(stream):
         if line is None:
-            yield Document(number, "x" * (MAX_TEXT_BYTES + 1))  # refused as too large
-            continue
-        try:
-            yield Document(number, line.rstrip(b"\r\n").decode())
-        except UnicodeDecodeError:
-            yield Document(number, line.decode(errors="surrogateescape"))  # refused as not Unicode
+            text = "x" * (MAX_TEXT_BYTES + 1)  # refused as too large
+        else:
+            # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
+            text = line.rstrip(b"\r\n").decode(errors="surrogateescape")
+        yield Document(number, text, named=False)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

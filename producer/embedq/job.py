@@ -369,12 +369,7 @@ class Job:
             self._state.closed = True
             return
         self._state.closed = True
-
-        def drop() -> None:
-            unread = self._ledger.read_commits(self._state.cursor, count=10_000, block_ms=1)
-            self._ledger.drop(unread)
-
-        patiently(drop, patience_s=2, on_wait=self._link.on_wait, where="the results Redis")
+        patiently(self._ledger.drop, patience_s=2, on_wait=self._link.on_wait)
 
     def _patiently(self, action: Callable[[], T]) -> T:
         return patiently(action, patience_s=self._link.patience_s, on_wait=self._link.on_wait)

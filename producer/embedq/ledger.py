@@ -161,12 +161,18 @@ class Ledger:
         """Tell every worker to drop what is still queued of this job."""
         self._redis.hset(self._meta, "cancelled", "1")
 
-    def drop(self, unread: Sequence[Commit] = ()) -> None:
+    def drop(self) -> None:
         """Delete everything of the job; batches still queued find it gone and are dropped."""
+        # The job itself first: no commit can add to it after that.
+        self._redis.unlink(self._meta)
+        entries = cast(
+            list[tuple[bytes, dict[bytes, bytes]]], self._redis.xrange(self._commits, "-", "+")
+        )
         pipe = self._redis.pipeline(transaction=False)
-        for commit in unread:
-            pipe.unlink(*(self._value_key(commit.index, p) for p in range(commit.n_values)))
-        pipe.unlink(self._meta, self._bits, self._commits, self._tries)
+        for _, body in entries:
+            for part in range(int(body[b"v"])):
+                pipe.unlink(self._value_key(int(body[b"i"]), part))
+        pipe.unlink(self._bits, self._commits, self._tries)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
 

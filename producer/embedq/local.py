@@ -24,10 +24,9 @@ from embedq.tethered import Tethered
 READY_DEADLINE_S = 10.0
 #: Seconds between two looks whether it answers.
 READY_POLL_S = 0.005
-#: Seconds that the node may take to end before it is killed; what it has in hand is resumed.
-NODE_GRACE_S = 2.0
-#: Redis is killed at once: it keeps nothing, so it has nothing to finish.
-REDIS_GRACE_S = 0.0
+#: Seconds that node and Redis get to end by themselves: none, for neither keeps anything that
+#: outlives the run.
+GRACE_S = 0.0
 #: What the default node imports and the SDK alone does not bring.
 NODE_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
 
@@ -139,7 +138,7 @@ class LocalFleet:
         if server.warning:
             self._warn(server.warning)
         folder = server.socket_path.parent
-        self._redis = Tethered(server.command, folder / "redis.log", grace_s=REDIS_GRACE_S)
+        self._redis = Tethered(server.command, folder / "redis.log", grace_s=GRACE_S)
         environment = {
             **os.environ,
             **self._environment,
@@ -148,7 +147,7 @@ class LocalFleet:
             # Two local runs of one user both call their node "local".
             "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "node"),
         }
-        self._node = Tethered(command, self.log_path, grace_s=NODE_GRACE_S, environment=environment)
+        self._node = Tethered(command, self.log_path, grace_s=GRACE_S, environment=environment)
 
     def _wait_until_ready(self, server: RedisServer) -> None:
         deadline = time.monotonic() + READY_DEADLINE_S

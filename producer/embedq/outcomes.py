@@ -76,8 +76,12 @@ class OutcomeTable:
 
     def count_failed(self) -> int:
         """Count the texts that have no vector."""
-        bad = [number for number, kind in enumerate(self.kinds) if kind[0] != Status.OK]
-        return int(np.isin(self.kind, bad).sum()) if bad else 0
+        return sum(n for kind, n in self.count_kinds() if kind[0] != Status.OK)
+
+    def count_kinds(self) -> Iterator[tuple[tuple[str, str, str, str], int]]:
+        """Yield each kind with the number of its texts."""
+        counts = np.bincount(self.kind, minlength=len(self.kinds))
+        return zip(self.kinds, counts.tolist(), strict=True)
 
     def count_flag(self, flag: int) -> int:
         """Count the texts that carry TRUNCATED, CACHED or REROUTED."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from embedq.errors import InputError
+from embedq.hints import nearest
 from embedq.resume import NPY_HEADER_BYTES, Spool, npy_header, writing
-from embedq.settings import nearest
 from embedq.vectors import Vectors
 
 #: Rows converted at a time.
@@ -66,6 +67,73 @@ def finish(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
     written = _FINISHERS[format_of(output)](output, spool, rows, dim)
     spool.remove()
     return written
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A finished output as an npy file and its items.
+
+    Attributes:
+        vectors_path: float32 [n, D] as npy.
+        items_path: one JSON object a line, in row order, without vectors.
+    """
+
+    vectors_path: Path
+    items_path: Path
+
+
+def unpack(output: Path, folder: Path, dim: int) -> Unpacked:
+    """Give random access to the rows of a finished output, of whatever format.
+
+    Args:
+        output: the output; an npy is used in place.
+        folder: for copies of the others, thrown away by the caller.
+        dim: components of a vector.
+
+    Raises:
+        InputError: the output is damaged or was changed by something else.
+    """
+    kind = format_of(output)
+    if kind == "npy":
+        return Unpacked(output, sidecar_path(output))
+    read = {"jsonl": _read_jsonl, "parquet": _read_parquet}[kind]
+    unpacked = Unpacked(folder / "old.npy", folder / "old.items.jsonl")
+    rows = 0
+    missing = np.full(dim, np.nan, "<f4")
+    with (
+        writing(output),
+        unpacked.vectors_path.open("wb") as vectors,
+        unpacked.items_path.open("w", encoding="utf-8") as items,
+    ):
+        vectors.write(npy_header(0, dim))
+        try:
+            for rows, item in enumerate(read(output), 1):
+                vector = item.pop("vector")
+                row = missing if vector is None else np.array(vector, "<f4")
+                if row.shape != (dim,):
+                    raise InputError(f"{output}: row {rows - 1} has not {dim} components.")
+                vectors.write(row.tobytes())
+                items.write(json.dumps(item) + "\n")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{output}: is not what embedq wrote. Start over with --restart."
+            ) from error
+        vectors.seek(0)
+        vectors.write(npy_header(rows, dim))
+    return unpacked
+
+
+def _read_jsonl(output: Path) -> Iterator[dict[str, Any]]:
+    with output.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def _read_parquet(output: Path) -> Iterator[dict[str, Any]]:
+    _, pq = _pyarrow()
+    with pq.ParquetFile(output) as file:
+        for batch in file.iter_batches(CHUNK_ROWS):
+            yield from batch.to_pylist()
 
 
 def _finish_npy(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:

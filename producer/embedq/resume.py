@@ -98,7 +98,7 @@ class Manifest:
         """Compare with what the command asks for now.
 
         Raises:
-            InputError: a setting or an input differs; names it, then and now.
+            InputChanged: a setting or an input differs; names it, then and now.
         """
         for part, before, after in (
             ("setting", self.settings, now.settings),
@@ -107,7 +107,7 @@ class Manifest:
         ):
             for key in sorted(before.keys() | after.keys()):
                 if before.get(key) != after.get(key):
-                    raise InputError(
+                    raise InputChanged(
                         f"The output was begun with {part} {key} = {_shown(before.get(key))}; now "
                         f"it is {_shown(after.get(key))}. Use the former, start over with "
                         "--restart, or bring the output up to date with --update."
@@ -117,6 +117,12 @@ class Manifest:
 def manifest_path(output: Path) -> Path:
     """Return the path of an output's manifest."""
     return output.with_name(output.name + ".embedq.json")
+
+
+class InputChanged(InputError):
+    """The input or a setting is not the one that the output was made of."""
+
+    code = "input_changed"
 
 
 class Spool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from embedq.contract import MAX_BATCH_TEXTS, Accuracy, OnLong
 from embedq.errors import SettingsError
+from embedq.hints import nearest
 
 #: Put before the name of every setting.
 PREFIX = "EMBEDQ_"
@@ -177,12 +177,6 @@ def mask_password(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     user = parts.username or ""
     return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
-
-
-def nearest(word: str, known: Iterator[str] | frozenset[str] | list[str]) -> str:
-    """Return `` Did you mean X?`` for the most similar known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> None:

@@ -1,11 +1,11 @@
 """Any iterable of documents in, vectors out one by one, with points to go on from.
 
-    stream = client.stream(documents, checkpoint="index.embedq.json")
-    for embedded in stream:
-        sink.add(embedded.id, embedded.vector)
-        if full(sink):
-            sink.flush()
-            stream.commit()      # everything handed out so far is safe in the sink
+stream = client.stream(documents, checkpoint="index.embedq.json")
+for embedded in stream:
+    sink.add(embedded.id, embedded.vector)
+    if full(sink):
+        sink.flush()
+        stream.commit()      # everything handed out so far is safe in the sink
 """
 
 from __future__ import annotations

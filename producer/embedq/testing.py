@@ -49,7 +49,9 @@ def vectors_of_hashes(
     octets = np.ascontiguousarray(hashes, "<u8").view(np.uint8).reshape(-1, 8)
     bits = np.unpackbits(octets, axis=1, bitorder="little").astype(np.float32) * 2 - 1
     # The last row is added always: a sum of 65 signs is odd, so no vector is ever zero.
-    sums = bits @ table[:HASH_BITS] + table[HASH_BITS]  # [n, 64] -> [n, dim]
+    sums: npt.NDArray[np.float32] = (
+        bits @ table[:HASH_BITS] + table[HASH_BITS]
+    )  # [n, 64] -> [n, dim]
     squares = np.einsum("nd,nd->n", sums, sums, dtype=np.float64)
     sums /= np.sqrt(squares).astype(np.float32)[:, None]
     return sums

@@ -10,16 +10,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tests.model_fixtures import WORDS, real_model, tiny_model
 
 from embedq.contract import Device, EmbedBatch, Precision, VectorSpec
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import ENGINES, Engine, open_engine
 from embedq_worker.engines.stub import StubTokenizer
+from embedq_worker.errors import InferFailed
 from embedq_worker.models import Model
 from embedq_worker.packing import build_padded
-from embedq_worker.tokenization import AnyTokenizer, Tokenizer
-from tests.model_fixtures import WORDS, real_model, tiny_model
+from embedq_worker.tokenization import Tokenizer
+from embedq_worker.tokens import AnyTokenizer
 
 #: Largest difference of a component between a text alone and in company.
 TOLERANCE = 1e-5
@@ -173,8 +175,6 @@ def test_engine_gives_published_vectors(name: str) -> None:
 
 def test_closed_engine_says_so(tmp_path: Path) -> None:
     """A closed onnxruntime engine raises an error of ours, not a crash."""
-    from embedq_worker.errors import InferFailed
-
     model = tiny_model(tmp_path)
     engine = open_engine("onnxruntime", model, threads=1)
     tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["the queue"])

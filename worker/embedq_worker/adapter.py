@@ -82,9 +82,7 @@ def _feed(g: Writer, proto: onnx.ModelProto, path: Path) -> None:
             continue
         name = value.name.removeprefix(_PREFIX)
         if any(dim.dim_value for dim in value.type.tensor_type.shape.dim):
-            raise ModelError(
-                f"{path}: input {name} has fixed axes; export it with dynamic ones."
-            )
+            raise ModelError(f"{path}: input {name} has fixed axes; export it with dynamic ones.")
         if name == "attention_mask":
             source = g.op("Greater", "segment_ids", g.constant(0, "int64"))
         elif name == "token_type_ids":
@@ -101,7 +99,9 @@ def _feed(g: Writer, proto: onnx.ModelProto, path: Path) -> None:
 
 def _output(proto: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
     """Choose the pooled output if there is one, else vectors per token, else any per text."""
-    outputs = [value for value in proto.graph.output if _rank(value) in (2, 3)]
+    outputs: list[onnx.ValueInfoProto] = [
+        value for value in proto.graph.output if _rank(value) in (2, 3)
+    ]
     if not outputs:
         names = ", ".join(value.name for value in proto.graph.output)
         raise ModelError(f"{path}: none of the outputs ({names}) is [B, T, D] or [B, D].")

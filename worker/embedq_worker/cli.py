@@ -16,6 +16,7 @@ from embedq_worker.state import StateFile
 
 EXIT_OK, EXIT_SETTINGS, EXIT_MODEL, EXIT_ENGINE, EXIT_CHECK = 0, 2, 3, 4, 5
 
+_COLOURS = {"ok": "green", "warn": "yellow", "red": "red"}
 _EPILOG = """\b
 Exit codes:
   0 done    2 wrong setting or option    3 model missing or damaged
@@ -86,9 +87,11 @@ def check(as_json: bool, **options: str | None) -> None:
     for result in checks.run(settings):
         done.append(result)
         if not as_json:
-            mark = click.style("ok ", fg="green") if result.ok else click.style("RED", fg="red")
+            mark = click.style(f"{result.level:<4}", fg=_COLOURS[result.level])
             click.echo(f"{result.name:<10} {mark}  {result.detail}  ({result.seconds:.2f} s)")
-    ok = all(result.ok for result in done)
+            if result.mend:
+                click.echo(f"{'':<10}       {result.mend}")
+    ok = all(result.level != "red" for result in done)
     if as_json:
         click.echo(json.dumps({"ok": ok, "checks": [result.as_dict() for result in done]}))
     sys.exit(EXIT_OK if ok else EXIT_CHECK)
@@ -143,8 +146,6 @@ def _fail(error: EmbedqError) -> NoReturn:
 def main() -> None:
     """Run the command line."""
     if os.name == "nt":
-        click.echo(
-            "embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True
-        )
+        click.echo("embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True)
         sys.exit(EXIT_SETTINGS)
     cli()

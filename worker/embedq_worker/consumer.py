@@ -27,7 +27,7 @@ log = logging.getLogger("embedq.worker")
 #: Exit status of a node whose engine cannot serve.
 EXIT_ENGINE = 4
 #: Seconds between two looks at the state file.
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S = 0.1
 #: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
 HEARTBEAT_TIMEOUT_S = 1.0
 

@@ -1,4 +1,4 @@
-"""sha256 of large files, remembered between starts: hashing 90 MB costs a start up to 0.3 s.
+"""sha256 of large files, remembered between starts: hashing 90 MB costs a start 0.2 to 0.3 s.
 
 A memory of a digest is used only while path, size, modification time and inode are the same, and
 only from a file that this user owns and nobody else can write.

@@ -28,7 +28,8 @@ from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import EngineError
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
-from embedq_worker.tokenization import AnyTokenizer, Tokenizer
+from embedq_worker.tokenization import Tokenizer
+from embedq_worker.tokens import AnyTokenizer
 
 log = logging.getLogger("embedq.worker")
 

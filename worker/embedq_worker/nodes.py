@@ -29,8 +29,8 @@ class Graph:
     Attributes:
         proto: the message; its large constants are declared and left empty.
         weights: those constants by name. They stay outside because every copy of 90 MB costs a
-            start 0.1 to 0.3 s: a session opens in 0.18 s this way and in 1.3 s from one message
-            (measured 2026-11-22).
+            start 0.1 to 0.3 s: graph and session took 0.15 to 0.19 s this way, 0.8 to 1.4 s and
+            190 MB more at the peak from one message (3 runs each, measured 2026-11-22).
     """
 
     proto: onnx.ModelProto
@@ -69,7 +69,8 @@ class Writer:
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         name = f"c{next(self._number)}"
-        array = np.asarray(value, dtype, order="C")
+        # Runtimes read these in place, and a tensor in a file may begin at any byte.
+        array = np.require(value, dtype, ["C", "ALIGNED"])
         if array.nbytes < MIN_OUTSIDE:
             self.initializers.append(numpy_helper.from_array(array, name))
             return name

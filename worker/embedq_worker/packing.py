@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.tokens import RaggedTokens
 
 Ints = npt.NDArray[np.int64]
 

@@ -17,7 +17,7 @@ from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceLost, EngineError, InferFailed
 from embedq_worker.packing import TokenBatch
-from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.tokens import RaggedTokens
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 OK = Outcome(device=Device.STUB, precision=Precision.F32)
@@ -125,9 +125,7 @@ def test_truncated_text_is_flagged_and_counted(embedder: Embedder) -> None:
 
 def test_too_long_text_fails_if_the_job_says_so(embedder: Embedder) -> None:
     """With `on_long=error` a text that would be cut has no vector; the rest does."""
-    vectors, outcomes = embedder.embed(
-        batch_of(["short", "word " * 300], on_long=OnLong.ERROR)
-    )
+    vectors, outcomes = embedder.embed(batch_of(["short", "word " * 300], on_long=OnLong.ERROR))
 
     assert np.isnan(vectors[1]).all()
     assert vectors[0].tobytes() == stub_vectors(["short"]).tobytes()

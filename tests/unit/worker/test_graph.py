@@ -13,14 +13,6 @@ import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
-from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
-from embedq_worker.errors import ModelError
-from embedq_worker.graph import build_graph
-from embedq_worker.models import Kind, Model
-from embedq_worker.packing import TokenBatch, build_padded
-from embedq_worker.tokenization import RaggedTokens
-from embedq_worker.weights import load_tensors
 from tests.model_fixtures import (
     TINY,
     real_model,
@@ -31,6 +23,16 @@ from tests.model_fixtures import (
     write_tiny,
     write_tokenizer,
 )
+
+from embedq_worker.adapter import adapt_onnx, adapted_dim
+from embedq_worker.digests import Digests
+from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
+from embedq_worker.errors import ModelError
+from embedq_worker.graph import build_graph
+from embedq_worker.models import Kind, Model, load_model
+from embedq_worker.packing import TokenBatch, build_padded
+from embedq_worker.tokens import RaggedTokens
+from embedq_worker.weights import load_tensors
 
 #: Largest difference of a component that two ways of computing the same may show in f32.
 TOLERANCE = 2e-5
@@ -162,9 +164,9 @@ def openvino_vectors(raw: bytes, batch: TokenBatch) -> npt.NDArray[np.float32]:
     # Without this, the import sends a message to the internet.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(
-        raw, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
+    core = openvino.Core()
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(core.read_model(raw), "CPU", hints)
     names = ("input_ids", "position_ids", "segment_ids", "segments")
     found = compiled({name: getattr(batch, name) for name in names})
     vectors: npt.NDArray[np.float32] = found["vectors"]
@@ -293,9 +295,6 @@ def write_foreign(
 @pytest.mark.parametrize("int_type", [TensorProto.INT64, TensorProto.INT32])
 def test_foreign_model_is_masked_and_pooled(tmp_path: Path, opset: int, int_type: int) -> None:
     """Vectors per token are averaged without padding and normalised, in any operator set."""
-    from embedq_worker.digests import Digests
-    from embedq_worker.models import load_model
-
     table = write_foreign(tmp_path, opset=opset, int_type=int_type)
     model = load_model(tmp_path, "foreign", Digests(tmp_path))
     texts = some_texts(64, (2, 9, 5))
@@ -310,9 +309,6 @@ def test_foreign_model_is_masked_and_pooled(tmp_path: Path, opset: int, int_type
 
 def test_pooled_output_is_taken_as_it_is(tmp_path: Path) -> None:
     """An output `sentence_embedding` [B, D] is neither pooled nor normalised again."""
-    from embedq_worker.digests import Digests
-    from embedq_worker.models import load_model
-
     table = write_foreign(tmp_path, output="sentence_embedding")
     model = load_model(tmp_path, "foreign", Digests(tmp_path))
     texts = some_texts(64, (2, 9, 5))
@@ -335,8 +331,6 @@ def test_foreign_model_we_cannot_serve_is_refused(
     tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     """Unknown inputs and fixed shapes are ModelErrors that name the file."""
-    from embedq_worker.adapter import adapt_onnx
-
     write_foreign(tmp_path, **options)
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
@@ -357,10 +351,8 @@ def test_gelu_is_the_exact_one(tmp_path: Path) -> None:
     assert not any(node.attribute for node in gelus)
 
 
-def test_config_is_not_needed_for_the_graph_of_a_foreign_model(tmp_path: Path) -> None:
+def test_open_size_of_a_foreign_model_comes_from_its_config(tmp_path: Path) -> None:
     """hidden_size in config.json fills in where the output does not say its size."""
-    from embedq_worker.adapter import adapted_dim
-
     write_foreign(tmp_path, axes=("batch", "sequence"))
     path = tmp_path / "onnx" / "model.onnx"
     proto = onnx.load(path)

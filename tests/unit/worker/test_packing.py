@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_worker.packing import MIN_BUDGET, build_padded, plan_padded
-from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.tokens import RaggedTokens
 
 LENGTHS = st.lists(st.integers(2, 300), max_size=200)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tests.model_fixtures import real_model, tiny_model
 
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder
@@ -15,7 +16,6 @@ from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.packing import TokenBatch
 from embedq_worker.selftest import GOLDEN, PUBLISHED, Report
 from embedq_worker.tokenization import Tokenizer
-from tests.model_fixtures import real_model, tiny_model
 
 
 class Scripted(StubEngine):

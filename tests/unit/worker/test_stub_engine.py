@@ -1,4 +1,4 @@
-"""The stub answers exactly what a producer computes, at the speed and with the faults it is told."""
+"""The stub answers exactly what a producer computes, with the speed and the faults it is told."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from embedq_worker.engines import open_engine
 from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import InferFailed
 from embedq_worker.packing import TokenBatch, build_padded
-from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.tokens import RaggedTokens
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 
@@ -58,8 +58,25 @@ def test_vectors_do_not_depend_on_company() -> None:
 
 def test_vectors_are_the_same_on_every_machine() -> None:
     """Hash and signs of one text, written down on 2026-11-22: a change would break fleets."""
-    assert int(stub_hashes(["embedq"])[0]) == 0x1f1855c57ec58653
-    assert np.sign(stub_vectors(["embedq"])[0, :16]).astype(int).tolist() == [-1, 1, -1, -1, 1, -1, 1, 1, 1, 1, 1, 1, 1, 1, -1, 1]
+    assert int(stub_hashes(["embedq"])[0]) == 0x1F1855C57EC58653
+    assert np.sign(stub_vectors(["embedq"])[0, :16]).astype(int).tolist() == [
+        -1,
+        1,
+        -1,
+        -1,
+        1,
+        -1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        -1,
+        1,
+    ]
 
 
 def test_different_texts_are_far_apart() -> None:

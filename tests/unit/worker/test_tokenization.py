@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.model_fixtures import TINY_MAX_LENGTH, WORDS, real_model, write_tokenizer
 from tokenizers import Tokenizer as HfTokenizer
 
 from embedq_worker import tokenization
 from embedq_worker.errors import EngineError, ModelError
 from embedq_worker.tokenization import RaggedTokens, Tokenizer
-from tests.model_fixtures import TINY_MAX_LENGTH, WORDS, real_model, write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,12 @@ class OnnxRuntimeEngine:
         """
         self.dim = model.dim
         self.concurrency = threads or available_cores()
-        self._graph: Graph | None = build_graph(model)
-        self._session = _open(self._graph, model.label)
+        graph = build_graph(model)
+        # The session reads the graph's weights in place, so they live as long as it does.
+        self._opened: tuple[ort.InferenceSession, Graph] | None = (
+            _open(graph, model.label),
+            graph,
+        )
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
         """Turn one token batch into vectors, float32 [B, S, D].
@@ -47,7 +51,8 @@ class OnnxRuntimeEngine:
         Raises:
             InferFailed: onnxruntime raised, or the engine is closed.
         """
-        if self._session is None:
+        opened = self._opened
+        if opened is None:
             raise InferFailed("The onnxruntime engine is closed.")
         feed = {
             "input_ids": batch.input_ids,
@@ -56,7 +61,7 @@ class OnnxRuntimeEngine:
             "segments": batch.segments,
         }
         try:
-            vectors: npt.NDArray[np.float32] = self._session.run(["vectors"], feed)[0]
+            vectors: npt.NDArray[np.float32] = opened[0].run(["vectors"], feed)[0]
         except Exception as error:
             raise InferFailed(f"onnxruntime: {error}") from error
         if vectors.shape != (*batch.members.shape, self.dim):
@@ -65,7 +70,7 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Free the session and the weights that it reads in place."""
-        self._session = self._graph = None
+        self._opened = None
 
 
 def available_cores() -> int:
@@ -75,18 +80,19 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _open(graph: Graph, label: str) -> ort.InferenceSession | None:
+def _open(graph: Graph, label: str) -> ort.InferenceSession:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
-    # One thread inside an inference and one caller per core. Against two threads inside and one
-    # caller: equal within noise at 1,024 tokens and above (7,700-7,900 tokens a second on two
-    # Zen 4 cores, all-MiniLM-L6-v2), and no barrier between cores in each of the 175 operators.
-    # With it 512 tokens an inference do best: 83 docs/s against 79 at 1,024 and 75 at 2,048
-    # (384 docstrings of 89 tokens). Measured 2026-11-22.
+    # One thread inside an inference and one caller per core. Two threads inside and one caller
+    # were no faster: 7,700 to 8,600 tokens a second against 7,700 to 7,800 at 1,024 and 2,048
+    # tokens an inference, and far slower in the one run at 8 texts of 64 (two Zen 4 cores that
+    # others used too, all-MiniLM-L6-v2). This way 512 tokens an inference did best in each of
+    # three runs: 83, 66 and 68 docs/s against 75, 57 and 65 at 2,048 (docstrings of 90 tokens).
+    # Measured 2026-11-22.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    # The arena stays on: off, 60 batches of mixed shapes took 8 % more CPU and peaked at 420 MB
-    # instead of 342 (measured 2026-11-22).
+    # The arena stays on: off, 60 batches of mixed shapes took 7 to 10 % more CPU and peaked at
+    # 420 MB instead of 342 (2 runs each, measured 2026-11-22).
     options.enable_cpu_mem_arena = True
     options.log_severity_level = 3
     values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]

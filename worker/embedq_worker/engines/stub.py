@@ -26,7 +26,7 @@ from embedq.contract import Device, ModelCard, Precision
 from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
 from embedq_worker.errors import InferFailed
 from embedq_worker.packing import TokenBatch
-from embedq_worker.tokenization import RaggedTokens
+from embedq_worker.tokens import RaggedTokens
 
 #: sha256 of the words "embedq stub engine 1": the identity of the stub's model.
 STUB_IDENTITY: Final = "87162452be8ddf00ee52e28c1ef13dfcbf264052e47e4101c3021e8741aaa8de"

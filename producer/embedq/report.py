@@ -1,0 +1,93 @@
+"""What a run tells: progress while it lasts, a summary at its end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from embedq.files import Reading
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; shared with the display.
+
+    Attributes:
+        reading: position in the inputs.
+        texts, tokens: embedded in this run.
+        truncated, failed: in the whole output.
+        resumed: texts that an earlier run had finished.
+        started: monotonic seconds of the first publish, None before it.
+    """
+
+    reading: Reading = field(default_factory=Reading)
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    failed: int = 0
+    resumed: int = 0
+    started: float | None = None
+
+
+@dataclass(slots=True)
+class Summary:
+    """What `--json` prints.
+
+    Attributes:
+        total: rows of the output.
+        ok, failed, cancelled, truncated, cached, rerouted: how many of them.
+        seconds: of the whole command.
+        startup_seconds: until the first batch was published.
+        docs_per_second: texts embedded in this run, from first publish to last row written.
+        devices: texts embedded in this run, by device.
+        resumed: rows that an earlier run had finished.
+        skipped_lines: bad lines left out.
+        outputs: files written.
+        updated: with --update, how many documents were new, changed, kept and removed.
+    """
+
+    total: int
+    ok: int
+    failed: int
+    cancelled: int
+    truncated: int
+    cached: int
+    rerouted: int
+    seconds: float
+    startup_seconds: float
+    docs_per_second: float
+    devices: dict[str, int]
+    resumed: int
+    skipped_lines: int
+    outputs: list[str]
+    updated: dict[str, int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary for JSON."""
+        body = asdict(self)
+        if self.updated is None:
+            del body["updated"]
+        return body
+
+    def lines(self) -> list[str]:
+        """Return the summary for a person."""
+        parts = [f"{self.total:,} texts in {self.seconds:.1f} s"]
+        if self.docs_per_second:
+            parts.append(f"{self.docs_per_second:,.0f} docs/s")
+        for name in ("failed", "cancelled", "truncated", "rerouted", "cached", "resumed"):
+            if count := getattr(self, name):
+                parts.append(f"{count:,} {name}")
+        parts += [f"{count:,} {name}" for name, count in (self.updated or {}).items()]
+        if self.skipped_lines:
+            parts.append(f"{self.skipped_lines:,} bad lines skipped")
+        return [f"{', '.join(parts)} -> {', '.join(self.outputs)}"]
+
+
+class Display(Protocol):
+    """Shows a run to a person."""
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is; called after each batch."""
+
+    def note(self, message: str) -> None:
+        """Show a sentence."""
