@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
+from tests.command import Command
+from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node
 
 from embedq import Client
-from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node
 
 #: Variables that tests themselves read.
 OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV", "EMBEDQ_WHEEL_DIR")
@@ -92,3 +93,9 @@ def client(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client of the shared node."""
     with Client(settings=shared_redis.settings()) as opened:
         yield opened
+
+
+@pytest.fixture
+def command(tmp_path: Path, node: NodeProcess, shared_redis: RedisProcess) -> Command:
+    """The command in a folder of its own, with a node at hand."""
+    return Command(tmp_path, shared_redis)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgpack
+from tests.servers import RedisProcess
 
 from embedq.contract import EmbedBatch, Queue, VectorSpec
+from embedq.ledger import Ledger
 from embedq.publisher import Publisher
 from embedq.testing import STUB_DIM
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
-from tests.servers import RedisProcess
 
 #: Stands for content: no log, header or event may ever hold it.
 MARKER = "Kundengeheimnis"
@@ -71,6 +72,13 @@ def without_header(message: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the message without a header."""
     headers = {key: value for key, value in message["headers"].items() if key != name}
     return {**message, "headers": headers}
+
+
+def open_job(redis: RedisProcess, job: str, spec: VectorSpec = SPEC) -> Ledger:
+    """Open a job in the ledger, as its producer would, and return its ledger."""
+    ledger = Ledger(redis.open(), job)
+    ledger.open(fingerprint=spec.fingerprint(), ttl_s=600)
+    return ledger
 
 
 def push(redis: RedisProcess, message: object, queue: Queue = Queue.CPU) -> None:

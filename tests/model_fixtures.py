@@ -10,15 +10,18 @@ import functools
 import json
 import math
 import os
+import runpy
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
@@ -60,6 +63,14 @@ def real_model() -> Model:
         return resolve(DEFAULT_MODEL, None, cache_dir=digests, offline=True)
     except ModelError as error:
         pytest.skip(f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}: {error}")
+
+
+@functools.cache
+def docstrings() -> list[str]:
+    """Return 2,048 docstrings of Python's standard library, read once: it takes seconds."""
+    corpus = runpy.run_path(str(Path(__file__).parents[1] / "ops" / "bench" / "corpus.py"))
+    texts: list[str] = corpus["docstrings"](2048)
+    return texts
 
 
 def tiny_model(folder: Path, **options: Any) -> Model:
@@ -178,6 +189,60 @@ def _dense(name: str, out: int, into: int) -> dict[str, tuple[int, ...]]:
 
 def _norm(name: str, dim: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
+
+
+def write_foreign(
+    folder: Path,
+    *,
+    opset: int = 17,
+    output: str = "last_hidden_state",
+    inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
+    int_type: int = TensorProto.INT64,
+    axes: Sequence[Any] = ("batch", "sequence"),
+) -> npt.NDArray[np.float32]:
+    """Write an ONNX model whose token vectors are rows of a table, and return the table [V, D].
+
+    With ``sentence_embedding`` as output, its vector is that of the first token, times 3.
+    """
+    table = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
+    shape: list[Any] = [*axes, 8]
+    if output == "sentence_embedding":
+        nodes += [
+            helper.make_node("Gather", ["rows", "zero"], ["first"], axis=1),
+            helper.make_node("Mul", ["first", "three"], [output]),
+        ]
+        shape = [axes[0], 8]
+    else:
+        # Every input is used, and padding is spoilt, so that a wrong mask shows.
+        total = "input_ids"
+        for i, name in enumerate(inputs[1:]):
+            nodes.append(helper.make_node("Add", [total, name], [f"sum{i}"]))
+            total = f"sum{i}"
+        nodes += [
+            helper.make_node("Sub", [total, "input_ids"], ["others"]),
+            helper.make_node("Cast", ["others"], ["scale"], to=TensorProto.FLOAT),
+            helper.make_node("Reshape", ["scale", "column"], ["scales"]),
+            helper.make_node("Mul", ["rows", "scales"], [output]),
+        ]
+    constants: Mapping[str, Any] = {
+        "table": table,
+        "zero": np.array(0, np.int64),
+        "three": np.array(3, np.float32),
+        "column": np.array([0, -1, 1], np.int64),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "foreign",
+        [helper.make_tensor_value_info(name, int_type, list(axes)) for name in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
+    (folder / "onnx").mkdir(parents=True)
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    write_tokenizer(folder / "tokenizer.json")
+    return table
 
 
 def reference_vector(

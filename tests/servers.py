@@ -1,4 +1,4 @@
-"""Real servers for tests: a private Redis on a unix socket, and real nodes in groups of their own."""
+"""Real servers for tests: a private Redis on a unix socket, real nodes in their own groups."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def environment(**variables: str) -> dict[str, str]:
 class RedisProcess:
     """A Redis of our own on a unix socket, without persistence."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, password: str = "") -> None:
         program = shutil.which("redis-server")
         if program is None:
             reason = "redis-server is missing; Debian: apt install redis-server"
@@ -60,6 +60,9 @@ class RedisProcess:
                 pytest.fail(reason)
             pytest.skip(reason)
         self.socket = folder / "redis.sock"
+        self._login = f":{password}@" if password else ""
+        if password:
+            options += ("--requirepass", password)
         common = ("--port", "0", "--save", "", "--appendonly", "no", "--dir", os.fspath(folder))
         self._process = subprocess.Popen(
             [program, "--unixsocket", os.fspath(self.socket), *common, *options],
@@ -71,11 +74,11 @@ class RedisProcess:
 
     def broker_url(self, db: int = 0) -> str:
         """Return the URL as kombu wants it."""
-        return f"redis+socket://{self.socket}?virtual_host={db}"
+        return f"redis+socket://{self._login}{self.socket}?virtual_host={db}"
 
     def results_url(self, db: int = 1) -> str:
         """Return the URL as redis-py wants it."""
-        return f"unix://{self.socket}?db={db}"
+        return f"unix://{self._login}{self.socket}?db={db}"
 
     def open(self, db: int = 1) -> Redis:
         """Return a client of a database."""
@@ -114,24 +117,22 @@ class NodeProcess:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "embedq_worker", "start"],
-                env=environment(**urls, **own, **settings),
+                env=environment(**{**urls, **own, **settings}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    @property
-    def pid(self) -> int:
-        """The parent's process id."""
-        return self.process.pid
-
     def heartbeat(self) -> fleet.Heartbeat | None:
-        """Return what this node last said of itself, if it is this process that said it."""
-        for heartbeat in fleet.fetch_alive(self._redis):
-            if heartbeat.node == self.name and heartbeat.pid == self.pid:
-                return heartbeat
-        return None
+        """Return what this node last said of itself."""
+        alive = fleet.fetch_alive(self._redis)
+        return next((heartbeat for heartbeat in alive if heartbeat.node == self.name), None)
+
+    def pids(self) -> tuple[int, int]:
+        """Return the process ids of the Celery parent and of its child."""
+        heartbeat = self.heartbeat()
+        return heartbeat.pid if heartbeat else 0, self.child_pid()
 
     def wait_healthy(self) -> NodeProcess:
         """Wait until the node's heartbeat says healthy; fail with its log if it ends instead."""
@@ -159,8 +160,8 @@ class NodeProcess:
         return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
     def kill(self) -> None:
-        """Kill the parent with SIGKILL; its child dies with it."""
-        self.process.kill()
+        """Kill all processes of the node with SIGKILL."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> None:
@@ -170,8 +171,7 @@ class NodeProcess:
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
-                os.killpg(self.pid, signal.SIGKILL)
-                self.process.wait()
+                self.kill()
         self._redis.close()
 
 

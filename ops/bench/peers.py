@@ -24,13 +24,14 @@ from typing import IO, cast
 
 import numpy as np
 from corpus import docstrings
+
 from embedq import Client
 from embedq.contract import Accuracy
 from embedq.local import LocalFleet
 from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
 from embedq_worker import models
 
-#: What a peer runs: reads texts once, then a line for each round; answers seconds and saves vectors.
+#: What a peer runs: reads texts once, then a line a round; answers seconds and saves vectors.
 _PEER = """
 import json, sys, time
 import numpy as np

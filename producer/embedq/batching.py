@@ -37,6 +37,11 @@ class Slice:
         return len(self.texts)
 
 
+def guess_tokens(n_bytes: int, max_length: int) -> float:
+    """Guess from its size how many tokens of a text the model takes, special tokens included."""
+    return min(n_bytes / BYTES_PER_TOKEN + SPECIAL_TOKENS, max_length)
+
+
 def split(
     texts: Iterable[object], *, max_texts: int, max_tokens: int, max_length: int
 ) -> Iterator[Slice]:
@@ -60,7 +65,7 @@ def split(
         code = refusal(text)
         raw = "" if code or not isinstance(text, str) else text
         n_bytes = len(raw) if raw.isascii() else len(raw.encode())
-        work = min(n_bytes / BYTES_PER_TOKEN + SPECIAL_TOKENS, max_length)
+        work = guess_tokens(n_bytes, max_length)
         full = len(current) >= max(1, int(max_texts * share)) or tokens + work > max_tokens * share
         if current and (full or size + n_bytes > MAX_BATCH_BYTES):
             yield Slice(index, start, current, refused)

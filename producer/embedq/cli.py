@@ -19,25 +19,22 @@ import click  # noqa: E402
 
 from embedq import errors  # noqa: E402
 from embedq.contract import Accuracy, OnLong  # noqa: E402
+from embedq.dead_cli import dead  # noqa: E402
+from embedq.exits import (  # noqa: E402
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_SETTINGS,
+    errors_as_sentences,
+)
 from embedq.files import FORMATS, Fields  # noqa: E402
+from embedq.status_cli import status  # noqa: E402
 
 if TYPE_CHECKING:
     from embedq.client import Client
     from embedq.display import RunDisplay
     from embedq.request import Request
     from embedq.settings import ProducerSettings
-
-EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
-EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
-
-_EXIT_CODES: dict[type[errors.EmbedqError], int] = {
-    errors.SettingsError: EXIT_SETTINGS,
-    errors.InputError: EXIT_INPUT,
-    errors.QueueUnavailable: EXIT_UNAVAILABLE,
-    errors.NoNode: EXIT_UNAVAILABLE,
-    errors.LocalStartFailed: EXIT_LOCAL,
-    errors.ResultError: EXIT_RESULT,
-}
 
 _EPILOG = """\b
 Exit codes:
@@ -79,6 +76,12 @@ def cli() -> None:
     help="standard: cosine >= 0.999 to fp32; exact: fp32.  [EMBEDQ_ACCURACY]",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    default=None,
+    help="Vectors from an NPU or none.  [EMBEDQ_STRICT]",
+)
+@click.option(
     "--on-long",
     type=click.Choice([str(choice) for choice in OnLong]),
     help="Texts of more tokens than the model takes.  [EMBEDQ_ON_LONG]",
@@ -114,6 +117,7 @@ def embed(
     local: bool,
     model: str | None,
     accuracy: str | None,
+    strict: bool | None,
     on_long: str | None,
     prompt_name: str | None,
     prompt: str | None,
@@ -131,13 +135,15 @@ def embed(
 
     The same command goes on where a killed or interrupted one stopped.
     """
-    with _errors_as_sentences():
+    with errors_as_sentences():
         from embedq.display import RunDisplay  # heavy, and not needed for --help
         from embedq.report import Summary
         from embedq.request import Request
         from embedq.settings import ProducerSettings
 
-        settings = ProducerSettings.load(model=model, accuracy=accuracy, on_long=on_long)
+        settings = ProducerSettings.load(
+            model=model, accuracy=accuracy, strict=strict, on_long=on_long
+        )
         request = Request(
             inputs=inputs,
             output=output,
@@ -180,7 +186,14 @@ def embed(
 @cli.command(epilog=_EPILOG)
 @click.argument("vectors", type=click.Path(path_type=Path))
 @click.argument("query")
-@click.option("-k", "--top", default=10, show_default=True, help="How many rows to show.")
+@click.option(
+    "-k",
+    "--top",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="How many rows to show.",
+)
 @click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
 @click.option("--prompt-name", help="Name of a prompt of the model to put before the query.")
@@ -195,7 +208,7 @@ def search(
     as_json: bool,
 ) -> None:
     """Show the rows of an .npy output that are nearest to a query."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         from embedq.display import RunDisplay
         from embedq.search import load_manifest, nearest_rows
         from embedq.settings import ProducerSettings
@@ -226,9 +239,11 @@ def _check_files(request: Request) -> None:
     from embedq import outputs
     from embedq.files import expand, format_of
 
-    for name in expand(request.inputs):
+    inputs = expand(request.inputs)
+    for name in inputs:
         format_of(name, request.format)
     outputs.require_writable(request.output)
+    outputs.require_apart(request.output, inputs)
 
 
 @contextmanager
@@ -243,7 +258,10 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
     from embedq.local import LocalFleet
 
     display.starting("starting a private Redis and a node")
-    with LocalFleet(environment={"EMBEDQ_MODEL": settings.model}, warn=display.note) as fleet:
+    environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
+    if settings.accuracy is Accuracy.EXACT:
+        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32
+    with LocalFleet(environment=environment, warn=display.note) as fleet:
         from embedq.client import Client  # brings Celery, while the node brings up its own
 
         at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
@@ -272,21 +290,11 @@ def _interruptible(output: Path) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _errors_as_sentences() -> Iterator[None]:
-    """Print an error of ours as one message and leave with its exit code."""
-    try:
-        yield
-    except errors.EmbedqError as error:
-        click.echo(f"embedq: {error}", err=True)
-        sys.exit(next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 1))
-
-
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def settings(as_json: bool) -> None:
     """Show every setting, its value and where it comes from."""
-    with _errors_as_sentences():
+    with errors_as_sentences():
         from embedq.settings import ProducerSettings
 
         shown = list(ProducerSettings.load().describe())
@@ -296,6 +304,10 @@ def settings(as_json: bool) -> None:
     width = max(len(setting.name) for setting in shown)
     for setting in shown:
         click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+
+
+cli.add_command(dead)
+cli.add_command(status)
 
 
 def main() -> None:

@@ -7,23 +7,28 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
 from redis.exceptions import RedisError
 
+from embedq.backpressure import window
 from embedq.batching import Slice, split
+from embedq.broker import Broker
 from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest
 from embedq.job import FinishedBatch, Job, Link
+from embedq.ledger import Ledger
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
+from embedq.strictness import StrictWatch
 from embedq.vectors import Vectors
 
 log = logging.getLogger("embedq")
@@ -31,7 +36,7 @@ E = TypeVar("E", OnLong, Accuracy)
 
 #: Seconds between two looks at the fleet while no node is there.
 LOOK_EVERY_S = 0.1
-#: Seconds between two counts of the living nodes, for display.
+#: Seconds between two counts of the living nodes.
 NODES_EVERY_S = 3.0
 #: Seconds that a job waits for a Redis that went away in its middle.
 JOB_PATIENCE_S = 3_600.0
@@ -52,6 +57,7 @@ class Client:
         results_url: str | None = None,
         model: str | None = None,
         accuracy: Accuracy | str | None = None,
+        strict: bool | None = None,
         settings: ProducerSettings | None = None,
         on_wait: OnWait | None = None,
         on_idle: Callable[[], None] | None = None,
@@ -59,7 +65,8 @@ class Client:
         """Prepare a client; the first call connects.
 
         Args:
-            broker_url, results_url, model, accuracy: override the settings of the same name.
+            broker_url, results_url, model, accuracy, strict: override the settings of the same
+                name.
             settings: default: read from the environment.
             on_wait: told what is waited for; default: a warning in the log.
             on_idle: called about every second while nothing arrives; may raise.
@@ -72,6 +79,7 @@ class Client:
             "results_url": results_url,
             "model": model,
             "accuracy": accuracy,
+            "strict": strict,
         }
         if settings is None:
             settings = ProducerSettings.load(**given)
@@ -79,11 +87,13 @@ class Client:
             raise TypeError("Give either settings or single values, not both.")
         self.settings = settings
         self.redis = open_redis(settings.results_url)
+        self._broker = open_redis(settings.broker_url)
         self._publisher = Publisher(settings.broker_url)
         self._on_wait = on_wait or (lambda message: log.warning("waiting reason=%s", message))
         self._on_idle = on_idle or (lambda: None)
         self._card: ModelCard | None = None
-        self._nodes, self._nodes_at = "", -NODES_EVERY_S
+        self._devices: Counter[str] = Counter()
+        self._counted = -NODES_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +109,7 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._publisher.close()
+        self._broker.close()
         self.redis.close()
 
     def card(self) -> ModelCard:
@@ -110,6 +121,14 @@ class Client:
         """
         deadline = time.monotonic() + self.settings.node_wait_s
         told = False
+        if self._card is None:
+            # A job would wait for a broker that was never there as if it had only gone away.
+            patiently(
+                lambda: self._broker.ping(),
+                patience_s=0,
+                on_wait=self._on_wait,
+                where=mask_password(self.settings.broker_url),
+            )
         while self._card is None:
             alive = patiently(
                 lambda: fetch_alive(self.redis),
@@ -134,20 +153,21 @@ class Client:
             time.sleep(LOOK_EVERY_S)
         return self._card
 
-    def nodes(self) -> str:
-        """Return how many living nodes compute on which device, such as ``2 npu, 1 cpu``.
+    def window(self) -> int:
+        """Return how many batches a job may have in flight on the fleet as it is."""
+        return window(self._living().total(), self.settings.window)
 
-        Asks Redis every few seconds at most; empty when it does not answer.
-        """
-        now = time.monotonic()
-        if now - self._nodes_at > NODES_EVERY_S:
-            self._nodes_at = now
-            try:
-                devices = Counter(h.device for h in fetch_alive(self.redis) if h.device)
-            except RedisError:
-                devices = Counter()
-            self._nodes = ", ".join(f"{n} {device}" for device, n in sorted(devices.items()))
-        return self._nodes
+    def nodes(self) -> str:
+        """Return how many living nodes compute on which device, such as ``2 npu, 1 cpu``."""
+        return ", ".join(f"{n} {device}" for device, n in sorted(self._living().items()))
+
+    def _living(self) -> Counter[str]:
+        """Count the living nodes by device; asks Redis every few seconds at most."""
+        if time.monotonic() - self._counted > NODES_EVERY_S:
+            self._counted = time.monotonic()
+            with suppress(RedisError):  # the last count serves as well
+                self._devices = Counter(h.device for h in fetch_alive(self.redis) if h.device)
+        return self._devices
 
     def engine(self) -> dict[str, str]:
         """Return device, engine and precision of the node that serves the model.
@@ -192,6 +212,7 @@ class Client:
         prompt: str | None = None,
         on_long: OnLong | str | None = None,
         accuracy: Accuracy | str | None = None,
+        strict: bool | None = None,
         timeout_s: float | None = None,
     ) -> Vectors:
         """Embed texts and return their vectors in order.
@@ -202,6 +223,7 @@ class Client:
             prompt: a prompt itself; wins over prompt_name.
             on_long: ``truncate`` or ``error`` for texts of more tokens than the model takes.
             accuracy: ``standard`` or ``exact``.
+            strict: take vectors from an NPU or not at all.
             timeout_s: longest silence of the fleet, in seconds; None waits.
 
         Returns:
@@ -211,6 +233,7 @@ class Client:
             TextsFailed: some texts have no vector; the others are in ``.vectors``.
             BatchFailed: the worker refused a batch as a whole.
             QueueUnavailable, NoNode, ResultTimeout: there is no answer to be had.
+            StrictUnavailable: no NPU came for `node_wait_s`.
         """
         if isinstance(texts, bytes | bytearray):
             raise ContractError("encode() takes text, not bytes. Decode them first.")
@@ -218,7 +241,7 @@ class Client:
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         rows = [np.empty((0, spec.dim), np.float32)]
         failures: dict[int, str] = {}
-        for batch in self.job(slices, spec).batches(timeout_s=timeout_s):
+        for batch in self.job(slices, spec, strict=strict).batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
@@ -236,18 +259,19 @@ class Client:
         prompt: str | None = None,
         on_long: OnLong | str | None = None,
         accuracy: Accuracy | str | None = None,
+        strict: bool | None = None,
     ) -> Job:
         """Publish the first batches of a job and return its handle.
 
         Args:
             texts: a list or any iterable; pulled only as fast as the window allows.
-            prompt_name, prompt, on_long, accuracy: as in encode.
+            prompt_name, prompt, on_long, accuracy, strict: as in encode.
 
         Raises:
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        job = self.job(self.split(texts, spec), spec)
+        job = self.job(self.split(texts, spec), spec, strict=strict)
         job.start()
         return job
 
@@ -261,6 +285,7 @@ class Client:
         prompt: str | None = None,
         on_long: OnLong | str | None = None,
         accuracy: Accuracy | str | None = None,
+        strict: bool | None = None,
     ) -> Stream:
         """Embed any number of documents in constant memory, one `Embedded` after the other.
 
@@ -268,14 +293,23 @@ class Client:
             documents: texts, (id, text) pairs or Documents.
             ordered: in the order of the documents, or as they complete.
             checkpoint: file for `Stream.commit`, from which a restarted program goes on.
-            prompt_name, prompt, on_long, accuracy: as in encode.
+            prompt_name, prompt, on_long, accuracy, strict: as in encode.
 
         Raises:
             InputError: the checkpoint does not fit.
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint)
+        return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint, strict=strict)
+
+    def forget(self, job: str) -> None:
+        """Drop what a killed program left of a job; nodes drop its batches that are still queued.
+
+        Raises:
+            QueueUnavailable: Redis cannot be reached.
+        """
+        drop = Ledger(self.redis, job).drop
+        patiently(drop, patience_s=JOB_PATIENCE_S, on_wait=self._on_wait)
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
         """Cut texts into the batches that this client would publish."""
@@ -293,21 +327,65 @@ class Client:
         *,
         ordered: bool = True,
         label: str = "",
-        window: int | None = None,
+        spare: int = 0,
+        strict: bool | None = None,
     ) -> Job:
-        """Prepare a job over batches; read its `batches()` to run it."""
-        link = Link(self.redis, self._publisher, JOB_PATIENCE_S, self._on_wait, self._on_idle)
+        """Prepare a job over batches; read its `batches()` to run it.
+
+        Args:
+            slices: the batches.
+            spec: what shapes the vectors.
+            ordered: hand them out in order.
+            label: shown to operators.
+            spare: batches of the window that the caller keeps for what it has not saved yet.
+            strict: take vectors from an NPU or not at all; None as the settings say.
+
+        Raises:
+            SettingsError: strict and exact, which no device can be at once.
+        """
+        queue = _queue(spec, strict=self.settings.strict if strict is None else strict)
+        on_idle = self._on_idle
+        if queue is Queue.NPU_STRICT:
+            watch = StrictWatch(lambda: fetch_alive(self.redis), self.settings.node_wait_s)
+            on_idle = _both(watch.look, on_idle)
+        link = Link(
+            redis=self.redis,
+            broker=Broker(self._broker),
+            publisher=self._publisher,
+            patience_s=JOB_PATIENCE_S,
+            visibility_timeout_s=self.settings.visibility_timeout_s,
+            on_wait=self._on_wait,
+            on_idle=on_idle,
+        )
         return Job(
             link,
             spec,
             slices,
-            # Only the CPU computes in fp32, so an exact job never visits the NPU queue.
-            queue=Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.NPU,
-            window=window or self.settings.window,
+            queue=queue,
+            window=lambda: max(1, self.window() - spare),
             ttl_s=self.settings.results_ttl_s,
             ordered=ordered,
             label=label,
         )
+
+
+def _queue(spec: VectorSpec, *, strict: bool) -> Queue:
+    # Only the CPU computes in fp32, so an exact job never visits the NPU queue.
+    exact = spec.accuracy is Accuracy.EXACT
+    if exact and strict:
+        raise SettingsError(
+            "strict and accuracy=exact exclude each other: only the CPU computes in fp32, and a "
+            "strict job takes vectors from an NPU alone. Drop one of the two."
+        )
+    return Queue.NPU_STRICT if strict else Queue.CPU if exact else Queue.NPU
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def _prompt(card: ModelCard, name: str | None, prompt: str | None) -> str:

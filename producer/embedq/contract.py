@@ -27,6 +27,8 @@ else:
 SCHEMA: Final = 1
 #: Name of the one Celery task.
 TASK_NAME: Final = "embedq.embed_batch"
+#: Header of a message with the Unix time at which it was published.
+PUBLISHED_HEADER: Final = "published"
 #: Most texts in one batch.
 MAX_BATCH_TEXTS: Final = 4_096
 #: Most bytes of UTF-8 text in one batch, before compression.
@@ -100,7 +102,7 @@ class Code(StrEnum):
     NUL_CHARACTER = "nul_character"
     NOT_A_STRING = "not_a_string"
     TOO_MANY_TOKENS = "too_many_tokens"
-    ENGINE_FAILED = "engine_failed"
+    SET_ASIDE = "set_aside"
     CANCELLED = "cancelled"
 
 
@@ -258,11 +260,6 @@ class EmbedBatch:
             state.update(self.refused.get(offset, "").encode())
         return state.hexdigest()[:32]
 
-    def describe(self) -> str:
-        """Describe the batch for headers, events and Flower, without any of its text."""
-        size = sum(map(len, self.texts))
-        return f"<{len(self.texts)} texts, {size / 1000:.0f} kB>"
-
     def to_message(self) -> dict[str, Any]:
         """Encode the batch as a map of msgpack types; the texts are framed and compressed.
 
@@ -306,8 +303,9 @@ class EmbedBatch:
         """
         header = Header.from_message(body)
         raw = _inflate(header.packed, header.raw_bytes)
-        lengths = struct.unpack_from(f"<{header.n}I", raw)
-        if 4 * header.n + sum(lengths) != len(raw):
+        framed = 4 * header.n <= len(raw)
+        lengths = struct.unpack_from(f"<{header.n}I", raw) if framed else ()
+        if not framed or 4 * header.n + sum(lengths) != len(raw):
             raise MalformedMessage("The lengths of the texts do not add up to the declared size.")
         refused = dict(header.refused)
         texts: list[str] = []
@@ -399,6 +397,21 @@ class Header:
         )
 
 
+def message_headers(body: Mapping[str, Any], published: float) -> dict[str, Any]:
+    """Return the options of Celery that keep texts out of headers, events and Flower.
+
+    Args:
+        body: a message, as from EmbedBatch.to_message.
+        published: Unix time in seconds; tells how long a message waits, and which may be lost.
+    """
+    return {
+        # Celery's own repr would copy the first kilobyte of the arguments.
+        "argsrepr": f"<{body['n']} texts, {body['raw'] / 1000:.0f} kB>",
+        "kwargsrepr": "{}",
+        "headers": {PUBLISHED_HEADER: published},
+    }
+
+
 def _plain(value: object) -> object:
     return str(value) if isinstance(value, StrEnum) else value
 
@@ -463,7 +476,7 @@ def _inflate(packed: bytes, size: int) -> bytes:
         raw: bytes = decoder.decompress(packed, max_length=size + 1)
     except zstd.ZstdError:
         raise MalformedMessage("The texts field is not zstd, or is damaged.") from None
-    if len(raw) != size or not decoder.eof:
+    if len(raw) != size or not decoder.eof or decoder.unused_data:
         raise MalformedMessage(
             f"The texts field does not inflate to the {size:,} bytes that it declares."
         )

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 
 from embedq import outputs
@@ -16,12 +16,11 @@ from embedq.contract import Status, VectorSpec
 from embedq.errors import InputError
 from embedq.files import Document, expand
 from embedq.job import FinishedBatch
-from embedq.ledger import Ledger
 from embedq.outcomes import CACHED, REROUTED, TRUNCATED, OutcomeTable
 from embedq.pieces import Piece, pieces
 from embedq.report import Display, Progress, Summary
 from embedq.request import Request
-from embedq.resume import InputChanged, Manifest, Spool, manifest_path
+from embedq.resume import InputChanged, Manifest, Spool, SpoolFiles, claimed, manifest_path
 
 #: A checkpoint is due after this many seconds, or this share of the window of batches.
 CHECKPOINT_EVERY_S, CHECKPOINT_SHARE = 5.0, 0.25
@@ -68,32 +67,30 @@ class EmbedRun:
             InputChanged: an input or a setting changed since the last run.
             QueueUnavailable, NoNode, ResultError: as Client.encode.
         """
-        outputs.require_writable(self._request.output)
+        output = self._request.output
+        outputs.require_writable(output)
         spec = self._request.spec(self._client)
-        manifest = self._manifest(spec)
-        if manifest.complete:
-            self._require_unchanged(manifest, spec)
-            self._display.note(f"{self._request.output} is complete already; nothing to embed.")
-            return self._summary(manifest, [self._request.output])
-        spool = Spool(self._request.output, manifest)
-        try:
-            self._embed(manifest, spec, spool)
-        finally:
-            spool.close()
-        written = outputs.finish(self._request.output, spool, manifest.rows, spec.dim)
-        manifest.complete, manifest.job = True, ""
-        manifest.save(self._path)
-        return self._summary(manifest, written)
+        with claimed(output):
+            manifest = self._manifest(spec)
+            if manifest.embedded:
+                self._require_unchanged(manifest, spec)
+                self._display.note(f"{output} is complete already; nothing to embed.")
+            else:
+                spool = Spool(output, manifest)
+                try:
+                    self._embed(manifest, spec, spool)
+                finally:
+                    spool.close()
+            return self._summary(manifest, finish(output, manifest, spec.dim))
 
     def _embed(self, manifest: Manifest, spec: VectorSpec, spool: Spool) -> None:
-        window = self._client.settings.window
-        per_checkpoint = max(1, int(window * CHECKPOINT_SHARE))
+        per_checkpoint = max(1, int(self._client.window() * CHECKPOINT_SHARE))
         job = self._client.job(
             self._missing(manifest, spec),
             spec,
             label=self._request.output.name,
             # What is not on disk yet counts as in flight, so that a kill costs one window at most.
-            window=max(1, window - per_checkpoint),
+            spare=per_checkpoint,
         )
         manifest.job = job.id
         manifest.save(self._path)
@@ -112,25 +109,30 @@ class EmbedRun:
         """Return the manifest to go on from: the one beside the output, or a new one."""
         output = self._request.output
         fresh = fresh_manifest(self._client, self._request, spec)
-        found = None if self._request.restart else Manifest.load(self._path)
+        if self._request.restart:
+            with suppress(InputError):  # a damaged manifest is one more reason to start over
+                self._forget_old_job(Manifest.load(self._path))
+            return fresh
+        found = Manifest.load(self._path)
         if found is not None:
             found.refuse_change(fresh)
+            found.settings, found.inputs = fresh.settings, fresh.inputs
             self._forget_old_job(found)
             self._progress.resumed = found.rows
             self._progress.truncated = found.counts["truncated"]
             self._progress.failed = found.counts["failed"]
             return found
-        if output.exists() and not self._request.restart:
+        for path in filter(Path.exists, outputs.files_of(output)):
             raise InputError(
-                f"{output}: exists and has no manifest beside it, so it is not an unfinished "
+                f"{path}: exists and has no manifest beside it, so it is not an unfinished "
                 "output of this command. Name another, or replace it with --restart."
             )
         return fresh
 
-    def _forget_old_job(self, manifest: Manifest) -> None:
+    def _forget_old_job(self, manifest: Manifest | None) -> None:
         """Drop what a killed run left in the queue: its batches are published anew."""
-        if manifest.job:
-            Ledger(self._client.redis, manifest.job).drop()
+        if manifest is not None and manifest.job:
+            self._client.forget(manifest.job)
             manifest.job = ""
 
     def _missing(self, manifest: Manifest, spec: VectorSpec) -> Iterator[Slice]:
@@ -211,6 +213,28 @@ class EmbedRun:
         )
 
 
+def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
+    """Turn complete spools into the output, unless that is done; it may be killed and repeated.
+
+    Returns:
+        The files of the output.
+
+    Raises:
+        InputError: the output cannot be written, or is missing although it was finished.
+    """
+    spool = SpoolFiles(output)
+    if manifest.complete:
+        spool.remove()  # of an update that was killed before its manifest vouched for them
+    else:
+        manifest.embedded, manifest.job = True, ""
+        manifest.save(manifest_path(output))
+    written = outputs.finish(output, spool, manifest.rows, dim)
+    if not manifest.complete:
+        manifest.complete = True
+        manifest.save(manifest_path(output))
+    return written
+
+
 def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manifest:
     """Return the manifest of an output that nothing was done for yet."""
     settings = {
@@ -232,9 +256,9 @@ def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manife
 
 def item_lines(first_row: int, piece: Piece, outcomes: OutcomeTable) -> Iterator[str]:
     """Yield one line of JSON per document: row, id, outcome and the hash of its text."""
-    for offset, (document, digest) in enumerate(zip(piece.documents, piece.hashes, strict=True)):
-        item = {"row": first_row + offset, "id": document.id, **asdict(outcomes[offset])}
-        yield json.dumps({**item, "text_hash": digest}) + "\n"
+    parts = zip(piece.documents, outcomes.as_dicts(), piece.hashes, strict=True)
+    for row, (document, outcome, digest) in enumerate(parts, first_row):
+        yield json.dumps({"row": row, "id": document.id, **outcome, "text_hash": digest}) + "\n"
 
 
 def _changed(manifest: Manifest) -> InputChanged:

@@ -8,7 +8,9 @@
     │   ├─ UnknownSchema
     │   └─ MalformedMessage
     ├─ QueueUnavailable       Redis cannot be reached                  (retry later)
+    │   └─ QueueFull          Redis has no room; .retry_after_s
     ├─ NoNode                 nobody serves the model                  (start a node)
+    │   └─ StrictUnavailable  no node with an NPU does                 (start one, or not strict)
     ├─ LocalStartFailed       the private Redis or node did not start  (read the reason)
     ├─ ResultError
     │   ├─ ResultTimeout      not yet
@@ -80,10 +82,30 @@ class QueueUnavailable(EmbedqError):
     code = "queue_unavailable"
 
 
+class QueueFull(QueueUnavailable):
+    """Redis has no room for another job.
+
+    Attributes:
+        retry_after_s: seconds after which it is worth asking again.
+    """
+
+    code = "queue_full"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class NoNode(EmbedqError):
     """No living node serves the model that was asked for."""
 
     code = "no_node"
+
+
+class StrictUnavailable(NoNode):
+    """A strict job waited for a node with an NPU, and none came."""
+
+    code = "strict_unavailable"
 
 
 class LocalStartFailed(EmbedqError):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from embedq.batching import Slice
+from embedq.batching import Slice, guess_tokens
 from embedq.client import Client
+from embedq.contract import Code, refusal
 from embedq.files import Document
 from embedq.outcomes import TRUNCATED
 from embedq.report import Progress
@@ -20,6 +21,23 @@ SAMPLE: Final = 256
 OUTCOME_BYTES: Final = 10
 #: A message is compressed by zstd and then written in base64; measured on docstrings.
 WIRE_SHARE: Final = 0.6
+
+
+@dataclass(slots=True)
+class Sample:
+    """Some documents of an input, and what is known of all of them.
+
+    Attributes:
+        documents: at most SAMPLE.
+        texts: how many there are.
+        text_bytes: of all of them, in UTF-8.
+        guessed: their tokens as batching guesses them.
+    """
+
+    documents: list[Document] = field(default_factory=list)
+    texts: int = 0
+    text_bytes: int = 0
+    guessed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +94,23 @@ def estimate(client: Client, request: Request) -> Estimate:
         InputError: an input cannot be read.
         QueueUnavailable, NoNode, ResultError: as Client.encode.
     """
-    sample, texts, text_bytes = _sample(request)
     spec = request.spec(client)
+    sample = sample_of(request, spec.max_length)
+    chosen = [document.text for document in sample.documents]
+    texts, text_bytes = sample.texts, sample.text_bytes
     settings = client.settings
-    pieces = list(client.split([document.text for document in sample], spec))
+    pieces = list(client.split(chosen, spec))
     for warm_up in (True, False):  # the first inferences of a node allocate
         began = time.perf_counter()
         batches = list(client.job(_first(pieces, warm_up), spec).batches())
     seconds = time.perf_counter() - began
     tokens = sum(int(batch.outcomes.n_tokens.sum()) for batch in batches)
-    n = max(1, len(sample))
-    share = texts / n
+    n = max(1, len(chosen))
+    # By guessed tokens, not by documents: a few long ones would make the sample a poor mean.
+    share = sample.guessed / max(1.0, sum(_guess(text, spec.max_length) for text in chosen))
     mean_bytes = text_bytes / max(1, texts)
     per_batch = min(settings.batch_texts, settings.batch_tokens / max(1.0, tokens / n))
-    window_rows = min(texts, settings.window * per_batch)
+    window_rows = min(texts, client.window() * per_batch)
     row_bytes = 4 * spec.dim + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
     return Estimate(
         texts=texts,
@@ -97,30 +118,38 @@ def estimate(client: Client, request: Request) -> Estimate:
         tokens=int(tokens * share),
         truncated_share=sum(b.outcomes.count_flag(TRUNCATED) for b in batches) / n,
         failed_share=sum(b.outcomes.count_failed() for b in batches) / n,
-        docs_per_second=round(len(sample) / seconds, 1) if sample else 0.0,
-        seconds=round(seconds * share, 1) if sample else 0.0,
+        docs_per_second=round(len(chosen) / seconds, 1) if chosen else 0.0,
+        seconds=round(seconds * share, 1) if chosen else 0.0,
         output_bytes=4 * spec.dim * texts,
         redis_bytes=int(window_rows * row_bytes),
-        sampled=len(sample),
+        sampled=len(chosen),
     )
 
 
-def _sample(request: Request) -> tuple[list[Document], int, int]:
+def sample_of(request: Request, max_length: int) -> Sample:
     """Choose documents evenly from a stream of unknown length, and measure the stream.
 
     Source: Vitter, "Random Sampling with a Reservoir", algorithm R.
     """
     choose = random.Random(0)
-    kept: list[Document] = []
-    n = size = 0
-    for n, document in enumerate(request.documents(Progress()), 1):
-        text = document.text
-        size += len(text.encode(errors="replace")) if isinstance(text, str) else 0
-        if len(kept) < SAMPLE:
-            kept.append(document)
-        elif (at := choose.randrange(n)) < SAMPLE:
-            kept[at] = document
-    return kept, n, size
+    sample = Sample()
+    for document in request.documents(Progress()):
+        sample.texts += 1
+        sample.text_bytes += _size(document.text)
+        sample.guessed += _guess(document.text, max_length)
+        if sample.texts <= SAMPLE:
+            sample.documents.append(document)
+        elif (at := choose.randrange(sample.texts)) < SAMPLE:
+            sample.documents[at] = document
+    return sample
+
+
+def _size(text: object) -> int:
+    return len(text.encode(errors="replace")) if isinstance(text, str) else 0
+
+
+def _guess(text: object, max_length: int) -> float:
+    return guess_tokens(_size(text), max_length) if refusal(text) is Code.NONE else 0.0
 
 
 def _first(pieces: list[Slice], only: bool) -> list[Slice]:

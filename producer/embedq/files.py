@@ -13,12 +13,14 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
 from embedq.contract import MAX_TEXT_BYTES
+from embedq.csv_rows import csv_rows
 from embedq.errors import InputError
 from embedq.hints import nearest
 
@@ -68,6 +70,9 @@ class BadLine(InputError):
             f"{source}, line {line:,}: {reason}. Mend the line, or skip such lines with "
             "--on-bad-line skip."
         )
+
+
+_Items = Generator[Document | BadLine, None, None]
 
 
 @dataclass(slots=True)
@@ -170,13 +175,14 @@ def read(
             reading.position = _teller(raw)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
             try:
-                for item in parse(stream, source, fields):
-                    if isinstance(item, Document):
-                        yield item
-                    elif skip_bad_lines:
-                        reading.skipped += 1
-                    else:
-                        raise item
+                with closing(parse(stream, source, fields)) as items:
+                    for item in items:
+                        if isinstance(item, Document):
+                            yield item
+                        elif skip_bad_lines:
+                            reading.skipped += 1
+                        else:
+                            raise item
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InputError(f"{source}: cannot be read further ({reason}).") from error
@@ -185,7 +191,7 @@ def read(
             reading.bytes_done += Path(name).stat().st_size
 
 
-def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     for number, line in _lines(stream):
         if line is None:
             yield BadLine(source, number, f"longer than {MAX_LINE_BYTES:,} bytes")
@@ -193,7 +199,7 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document 
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode("utf-8", "surrogatepass"))  # bytes would be guessed at
         except (ValueError, RecursionError) as error:
             yield BadLine(source, number, f"not JSON ({_reason(error)})")
             continue
@@ -210,37 +216,44 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document 
                 yield Document(number, record[fields.text], named=False)
 
 
-def _csv(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     csv.field_size_limit(MAX_LINE_BYTES)
     # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, strict=True)
-    header = next(rows, None)
-    if header is None:
-        return
+    try:
+        rows = csv_rows(text)
+        _, header = next(rows, (0, []))
+        if isinstance(header, csv.Error):
+            raise InputError(f"{source}, line 1: not CSV ({header}).")
+        if header:
+            yield from _csv_documents(rows, header, source, fields)
+    finally:
+        text.detach()  # the stream belongs to the caller
+
+
+def _csv_documents(
+    rows: Iterator[tuple[int, list[str] | csv.Error]],
+    header: list[str],
+    source: str,
+    fields: Fields,
+) -> _Items:
     if fields.text not in header:
         hint = nearest(fields.text, header)
         raise InputError(f"{source}: no column {fields.text!r} (--text-field).{hint}")
     text_at = header.index(fields.text)
     id_at = header.index(fields.id) if fields.id in header else None
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield BadLine(source, rows.line_num, f"not CSV ({error})")
-            continue
-        if len(row) != len(header):
-            if row:
-                columns = f"{len(row)} columns where the header has {len(header)}"
-                yield BadLine(source, rows.line_num, columns)
-            continue
-        name = rows.line_num if id_at is None else row[id_at]
-        yield Document(name, row[text_at], named=id_at is not None)
+    for number, row in rows:
+        if isinstance(row, csv.Error):
+            yield BadLine(source, number, f"not CSV ({row})")
+        elif len(row) == len(header):
+            name = number if id_at is None else row[id_at]
+            yield Document(name, row[text_at], named=id_at is not None)
+        elif row:
+            columns = f"{len(row)} columns where the header has {len(header)}"
+            yield BadLine(source, number, columns)
 
 
-def _txt(stream: IO[bytes], source: str, fields: Fields) -> Iterator[Document | BadLine]:
+def _txt(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     for number, line in _lines(stream):
         if line is None:
             text = "x" * (MAX_TEXT_BYTES + 1)  # refused as too large
@@ -294,4 +307,6 @@ def _reason(error: Exception) -> str:
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
-    return "nested too deeply"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number of too many digits"

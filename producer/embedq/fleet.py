@@ -18,6 +18,8 @@ from embedq.errors import MalformedMessage, NoNode
 
 #: Sorted set of node names, scored by their last heartbeat.
 NODES_KEY: Final = "embedq:nodes"
+#: Exists while an operator has paused the fleet.
+PAUSED_KEY: Final = "embedq:paused"
 #: Seconds after which a silent node counts as gone.
 ALIVE_S: Final = 15.0
 #: Seconds after which a silent node is forgotten.
@@ -34,6 +36,8 @@ class Heartbeat:
         reason: why, when it is not healthy.
         since: Unix time of the last change of state, in seconds.
         device, engine, precision: what computes here.
+        home: the device that the node is for; another than `device` while it is degraded.
+        may_return: a degraded NPU will be tried again.
         card: the model served, or None while there is none.
         at: Unix time of this heartbeat, in seconds.
         pid: of the node's parent process.
@@ -49,6 +53,8 @@ class Heartbeat:
     engine: str = ""
     precision: str = ""
     card: ModelCard | None = None
+    home: str = ""
+    may_return: bool = False
 
     def to_message(self) -> bytes:
         """Encode as msgpack."""

@@ -6,19 +6,22 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 from redis import Redis
 
 from embedq.batching import Slice
+from embedq.broker import Broker
 from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
 from embedq.errors import BatchTooLarge, CorruptValue, ResultExpired, ResultTimeout
+from embedq.gate import Gate
 from embedq.ledger import Commit, Ledger
 from embedq.outcomes import TRUNCATED, OutcomeTable
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
+from embedq.reconcile import Sent, View, is_lost, is_missing
 from embedq.vectors import Value, Vectors, decode
 
 T = TypeVar("T")
@@ -26,6 +29,8 @@ T = TypeVar("T")
 READ_BLOCK_MS = 1_000
 #: Commits taken in one read.
 READ_COUNT = 32
+#: Seconds between two looks for lost batches, and the age at which a batch is looked for.
+RECONCILE_EVERY_S, RECONCILE_AFTER_S = 5.0, 10.0
 #: Times a batch whose stored vectors were lost or damaged is computed again.
 MAX_RECOMPUTES = 3
 
@@ -36,15 +41,19 @@ class Link:
 
     Attributes:
         redis: of the results.
+        broker: the queues, looked at from outside Celery.
         publisher: of the broker.
         patience_s: how long to wait for a Redis that went away.
+        visibility_timeout_s: the fleet's lease on a batch.
         on_wait: told what is waited for.
         on_idle: called about every second while nothing arrives; may raise to end the job.
     """
 
     redis: Redis
+    broker: Broker
     publisher: Publisher
     patience_s: float
+    visibility_timeout_s: float
     on_wait: OnWait
     on_idle: Callable[[], None]
 
@@ -102,6 +111,7 @@ class JobProgress:
 @dataclass(slots=True)
 class _Outstanding:
     slice: Slice
+    sent: Sent
     recomputes: int = 0
 
 
@@ -134,7 +144,7 @@ class Job:
         slices: Iterable[Slice],
         *,
         queue: Queue,
-        window: int,
+        window: Callable[[], int],
         ttl_s: int,
         ordered: bool = True,
         label: str = "",
@@ -147,7 +157,7 @@ class Job:
             slices: the batches with consecutive indices from any first one, pulled only as fast
                 as the window allows.
             queue: where they go.
-            window: most batches published and not yet handed to the caller.
+            window: tells the most batches that may be published and not yet handed out.
             ttl_s: life of the job in Redis after its last sign of life.
             ordered: hand batches out in their order, or as they complete.
             label: shown to operators.
@@ -165,14 +175,18 @@ class Job:
         self._ledger = Ledger(link.redis, self.id)
         self._state = _State()
         self._kept: deque[FinishedBatch] = deque()
+        self._gate = Gate(link.redis, link.broker, link.on_wait)
+        self._looked = time.monotonic()
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
 
         Raises:
             QueueUnavailable: Redis cannot be reached.
+            QueueFull: Redis has no room for another job.
         """
         if not self._state.open:
+            self._patiently(self._gate.require_room)
             self._patiently(self._open)
             self._state.open = True
             self._publish_up_to_window()
@@ -255,13 +269,15 @@ class Job:
             self._publish_up_to_window()
             if self._state.exhausted and not self._state.outstanding:
                 return None
-            commits = self._patiently(self._read)
+            left_s = None if silence_s is None else heard + silence_s - time.monotonic()
+            commits = self._patiently(lambda left_s=left_s: self._read(left_s))  # type: ignore[misc] # as in _collect
+            self._reconcile()
             if commits:
                 self._collect(commits)
                 heard = time.monotonic()
             elif silence_s is not None and time.monotonic() - heard >= silence_s:
                 raise ResultTimeout(
-                    f"No batch of job {self.id} arrived for {silence_s:.0f} s; "
+                    f"No batch of job {self.id} arrived for {silence_s:.1f} s; "
                     f"{len(self._state.outstanding)} are outstanding. Look at `embedq status`."
                 )
             else:
@@ -279,16 +295,17 @@ class Job:
     def _open(self) -> None:
         self._ledger.open(fingerprint=self._fingerprint, ttl_s=self._ttl_s, label=self._label)
 
-    def _read(self) -> list[Commit]:
-        return self._ledger.read_commits(
-            self._state.cursor, count=READ_COUNT, block_ms=READ_BLOCK_MS
-        )
+    def _read(self, left_s: float | None) -> list[Commit]:
+        block_ms = READ_BLOCK_MS
+        if left_s is not None:  # to Redis, 0 means for ever
+            block_ms = max(1, min(block_ms, int(1e3 * left_s)))
+        return self._ledger.read_commits(self._state.cursor, count=READ_COUNT, block_ms=block_ms)
 
     def _publish_up_to_window(self) -> None:
         state = self._state
         while not state.exhausted:
             ahead = state.published - state.yielded if self._ordered else len(state.outstanding)
-            if ahead >= self._window:
+            if ahead >= self._window() or not self._patiently(self._gate.may_publish):
                 return
             piece = next(self._slices, None)
             if piece is None:
@@ -300,13 +317,56 @@ class Job:
                 )
             if not state.published:
                 state.first = piece.index
-            state.outstanding[piece.index] = _Outstanding(piece)
             state.published += 1
             self._publish(piece)
 
-    def _publish(self, piece: Slice) -> None:
+    def _publish(self, piece: Slice, recomputes: int = 0) -> None:
         batch = EmbedBatch(self.id, piece.index, piece.texts, self._spec, piece.refused)
         self._patiently(lambda: self._link.publisher.publish(batch, self._queue))
+        sent = Sent(batch.task_id, time.time())
+        self._state.outstanding[piece.index] = _Outstanding(piece, sent, recomputes)
+
+    def _reconcile(self) -> None:
+        """Publish again what Redis has lost; every few seconds, and only what is old enough."""
+        if time.monotonic() - self._looked < RECONCILE_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        if not self._patiently(self._ledger.exists):
+            self._begin_again()
+            return
+        now = time.time()
+        old = [
+            waiting
+            for waiting in self._state.outstanding.values()
+            if now - waiting.sent.published >= RECONCILE_AFTER_S
+        ]
+        if not old:
+            return
+        ids = [waiting.sent.task_id for waiting in old]
+        view = self._patiently(lambda: self._link.broker.look(ids, self._link.redis))
+        for waiting in old:
+            self._judge(waiting, view, now)
+
+    def _judge(self, waiting: _Outstanding, view: View, now: float) -> None:
+        timeout_s = self._link.visibility_timeout_s
+        if not is_missing(waiting.sent, view, visibility_timeout_s=timeout_s):
+            waiting.sent = replace(waiting.sent, missed=None)
+            return
+        if waiting.sent.missed is None:
+            waiting.sent = replace(waiting.sent, missed=now)
+        if is_lost(waiting.sent, now, patience_s=RECONCILE_EVERY_S):
+            index = waiting.slice.index
+            if self._patiently(lambda: self._ledger.is_committed(index)):
+                return  # its commit is on the way to us
+            self._link.on_wait(f"Batch {index} was lost in Redis; it is published again.")
+            self._publish(waiting.slice, waiting.recomputes)
+
+    def _begin_again(self) -> None:
+        """Bring a job back to life whose keys were deleted under it, as by FLUSHALL."""
+        self._link.on_wait("Redis has forgotten this job; what is outstanding is published again.")
+        self._patiently(self._open)
+        for waiting in list(self._state.outstanding.values()):
+            self._publish(waiting.slice, waiting.recomputes)
 
     def _hand_out(self) -> FinishedBatch | None:
         state = self._state
@@ -360,8 +420,9 @@ class Job:
                 f"vectors were lost or damaged in Redis each time: {error}"
             ) from error
         self._link.on_wait(f"Batch {index} is computed again: {error}")
+        self._patiently(self._open)  # in case Redis forgot the whole job
         self._patiently(lambda: self._ledger.forget(index))
-        self._publish(waiting.slice)
+        self._publish(waiting.slice, waiting.recomputes)
 
     def _close(self) -> None:
         """Leave nothing of the job in Redis, as far as Redis lets us; its keys expire anyway."""

@@ -16,6 +16,8 @@ from redis import Redis
 
 #: Sorted set of living jobs, scored by their start; what `embedq status` lists.
 JOBS_KEY: Final = "embedq:jobs"
+#: Life of the notes of careful mode, in seconds: longer than any batch takes text by text.
+CAREFUL_TTL_S: Final = 86_400
 
 
 class Verdict(StrEnum):
@@ -66,6 +68,16 @@ for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
 return 1
 """
 
+# KEYS meta. A job that is gone stays gone: a key written now would live for ever.
+_CANCEL: Final = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
+"""
+
+# KEYS bits; ARGV index
+_FORGET: Final = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1], 0) end
+"""
+
 
 class Ledger:
     """The ledger of one job."""
@@ -77,9 +89,12 @@ class Ledger:
         self._meta, self._bits, self._commits, self._tries = (
             prefix + name for name in ("meta", "bits", "commits", "tries")
         )
+        self._careful = prefix + "careful"
         self._value_prefix = prefix + "v:"
         self._begin = client.register_script(_BEGIN)
         self._commit = client.register_script(_COMMIT)
+        self._cancel = client.register_script(_CANCEL)
+        self._forget = client.register_script(_FORGET)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
         """Create the job, or find it again; repeating it changes nothing."""
@@ -116,6 +131,30 @@ class Ledger:
         answer = int(cast(int, self._commit(keys=keys, args=[index, *values])))
         return {1: True, 0: False, -1: None}[answer]
 
+    def start_text(self, index: int, offset: int) -> int:
+        """Note that a text is tried on its own, and return how often it was, this time included."""
+        pipe = self._redis.pipeline()
+        pipe.hincrby(self._careful, f"{index}:{offset}", 1)
+        pipe.expire(self._careful, CAREFUL_TTL_S)
+        return int(pipe.execute()[0])
+
+    def end_text(self, index: int, offset: int) -> None:
+        """Note that a text tried on its own was survived."""
+        self._redis.hdel(self._careful, f"{index}:{offset}")
+
+    def progress(self) -> tuple[str, int, int] | None:
+        """Return label, committed batches and those not yet taken; None if the job is gone."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hget(self._meta, "label")
+        pipe.bitcount(self._bits)
+        pipe.xlen(self._commits)
+        label, committed, waiting = pipe.execute()
+        return None if label is None else (label.decode(), int(committed), int(waiting))
+
+    def exists(self) -> bool:
+        """Tell whether Redis still knows the job."""
+        return bool(self._redis.exists(self._meta))
+
     def is_committed(self, index: int) -> bool:
         """Tell whether a batch has been committed."""
         return bool(self._redis.getbit(self._bits, index))
@@ -148,7 +187,7 @@ class Ledger:
 
     def forget(self, index: int) -> None:
         """Mark a batch as not committed, so that it can be computed again."""
-        self._redis.setbit(self._bits, index, 0)
+        self._forget(keys=[self._bits], args=[index])
 
     def keep_alive(self, ttl_s: int) -> None:
         """Put off the end of the job's keys."""
@@ -159,7 +198,7 @@ class Ledger:
 
     def cancel(self) -> None:
         """Tell every worker to drop what is still queued of this job."""
-        self._redis.hset(self._meta, "cancelled", "1")
+        self._cancel(keys=[self._meta])
 
     def drop(self) -> None:
         """Delete everything of the job; batches still queued find it gone and are dropped."""
@@ -172,7 +211,7 @@ class Ledger:
         for _, body in entries:
             for part in range(int(body[b"v"])):
                 pipe.unlink(self._value_key(int(body[b"i"]), part))
-        pipe.unlink(self._bits, self._commits, self._tries)
+        pipe.unlink(self._bits, self._commits, self._tries, self._careful)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
 

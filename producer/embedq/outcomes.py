@@ -74,6 +74,24 @@ class OutcomeTable:
     def __iter__(self) -> Iterator[Outcome]:
         return (self[row] for row in range(len(self)))
 
+    def as_dicts(self) -> Iterator[dict[str, str | bool | int]]:
+        """Yield what `asdict` would give of each outcome, at a tenth of its price."""
+        columns = (self.kind, self.flags, self.n_tokens, self.n_dropped)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for kind, flags, n_tokens, n_dropped in rows:
+            status, device, precision, code = self.kinds[kind]
+            yield {
+                "status": status,
+                "truncated": bool(flags & TRUNCATED),
+                "cached": bool(flags & CACHED),
+                "rerouted": bool(flags & REROUTED),
+                "n_tokens": n_tokens,
+                "n_tokens_dropped": n_dropped,
+                "device": device,
+                "precision": precision,
+                "code": code,
+            }
+
     def count_failed(self) -> int:
         """Count the texts that have no vector."""
         return sum(n for kind, n in self.count_kinds() if kind[0] != Status.OK)
@@ -136,7 +154,7 @@ class OutcomeTable:
         """
         try:
             (size,) = struct.unpack_from("<I", raw)
-            kinds = [tuple(kind) for kind in msgpack.unpackb(raw[4 : 4 + size])]
+            kinds = [_kind(*kind) for kind in msgpack.unpackb(raw[4 : 4 + size])]
             at = 4 + size
             kind, flags = (np.frombuffer(raw, np.uint8, n, at + n * i) for i in range(2))
             n_tokens, n_dropped = (
@@ -144,6 +162,10 @@ class OutcomeTable:
             )
             if n and int(kind.max()) >= len(kinds):
                 raise ValueError("kind out of range")
-        except (struct.error, ValueError, msgpack.UnpackException) as error:
+        except (struct.error, ValueError, TypeError, msgpack.UnpackException) as error:
             raise CorruptValue(f"The outcomes of {n:,} texts are unreadable.") from error
         return cls(kinds, kind, flags, n_tokens, n_dropped)
+
+
+def _kind(status: str, device: str, precision: str, code: str) -> tuple[str, str, str, str]:
+    return str(Status(status)), str(device), str(precision), str(code)

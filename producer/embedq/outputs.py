@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 
 from embedq.errors import InputError
+from embedq.files import STDIN
 from embedq.hints import nearest
-from embedq.resume import NPY_HEADER_BYTES, Spool, npy_header, writing
+from embedq.resume import NPY_HEADER_BYTES, SpoolFiles, npy_header, writing
 from embedq.vectors import Vectors
 
 #: Rows converted at a time.
@@ -41,6 +42,22 @@ def sidecar_path(output: Path) -> Path:
     return output.with_suffix(".items.jsonl")
 
 
+def files_of(output: Path) -> list[Path]:
+    """Return every file that an output consists of."""
+    return [output, sidecar_path(output)] if format_of(output) == "npy" else [output]
+
+
+def require_apart(output: Path, inputs: Sequence[str]) -> None:
+    """Check that no file of the output is one of the inputs.
+
+    Raises:
+        InputError: one is.
+    """
+    for path in filter(Path.exists, files_of(output)):
+        if any(name != STDIN and path.samefile(name) for name in inputs):
+            raise InputError(f"{path}: is an input and would be overwritten. Name another output.")
+
+
 def require_writable(output: Path) -> None:
     """Check before any work that the output can be written.
 
@@ -58,14 +75,26 @@ def require_writable(output: Path) -> None:
         _pyarrow()
 
 
-def finish(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
-    """Turn complete spools into the output and remove them.
+def finish(output: Path, spool: SpoolFiles, rows: int, dim: int) -> list[Path]:
+    """Turn complete spools into the output and remove them; goes on where a killed call stopped.
 
     Returns:
-        The files written.
+        The files of the output.
+
+    Raises:
+        InputError: the output cannot be written, or there are neither spools nor output.
     """
-    written = _FINISHERS[format_of(output)](output, spool, rows, dim)
+    kind = format_of(output)
+    if spool.vectors_path.exists():
+        _FINISHERS[kind](output, spool, rows, dim)
     spool.remove()
+    written = files_of(output)
+    for path in written:
+        if not path.exists():
+            raise InputError(
+                f"{path}: is gone, and its manifest says that it was finished. Put it back, or "
+                "start over with --restart."
+            )
     return written
 
 
@@ -111,7 +140,7 @@ def unpack(output: Path, folder: Path, dim: int) -> Unpacked:
                 vector = item.pop("vector")
                 row = missing if vector is None else np.array(vector, "<f4")
                 if row.shape != (dim,):
-                    raise InputError(f"{output}: row {rows - 1} has not {dim} components.")
+                    raise ValueError(f"Row {rows - 1} has not {dim} components.")
                 vectors.write(row.tobytes())
                 items.write(json.dumps(item) + "\n")
         except (ValueError, KeyError, TypeError) as error:
@@ -136,32 +165,30 @@ def _read_parquet(output: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _finish_npy(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
-    sidecar = sidecar_path(output)
+def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
     with writing(output), spool.vectors_path.open("r+b") as vectors:
         vectors.write(npy_header(rows, dim))
         vectors.flush()
         os.fsync(vectors.fileno())
         # The sidecar first: an npy without its sidecar must not be seen.
-        spool.items_path.replace(sidecar)
+        if spool.items_path.exists():
+            spool.items_path.replace(sidecar_path(output))
         spool.vectors_path.replace(output)
-    return [output, sidecar]
 
 
-def _finish_jsonl(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
     temporary = output.with_name(output.name + ".tmp")
     with writing(output), temporary.open("w", encoding="utf-8") as out:
         for items, vectors in _chunks(spool, dim):
             for item, vector in zip(items, vectors, strict=True):
                 item["vector"] = vector.tolist() if item["status"] == "ok" else None
-                out.write(json.dumps(item, ensure_ascii=False) + "\n")
+                out.write(json.dumps(item) + "\n")
         out.flush()
         os.fsync(out.fileno())
         temporary.replace(output)
-    return [output]
 
 
-def _finish_parquet(output: Path, spool: Spool, rows: int, dim: int) -> list[Path]:
+def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
     pa, pq = _pyarrow()
     temporary = output.with_name(output.name + ".tmp")
     kind = pa.list_(pa.float32(), dim)
@@ -169,7 +196,7 @@ def _finish_parquet(output: Path, spool: Spool, rows: int, dim: int) -> list[Pat
     with writing(output):
         for items, vectors in _chunks(spool, dim):
             columns = {key: [item[key] for item in items] for key in items[0]}
-            columns["id"] = [str(name) for name in columns["id"]]
+            columns["id"] = [_as_utf8(str(name)) for name in columns["id"]]
             values = pa.array(np.ascontiguousarray(vectors).reshape(-1), pa.float32())
             missing = pa.array([item["status"] != "ok" for item in items])
             columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=missing)
@@ -180,18 +207,19 @@ def _finish_parquet(output: Path, spool: Spool, rows: int, dim: int) -> list[Pat
             empty = pa.schema([("id", pa.string()), ("status", pa.string()), ("vector", kind)])
             writer = pq.ParquetWriter(temporary, empty)
         writer.close()
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(output)
-    return [output]
 
 
-_FINISHERS: dict[str, Callable[[Path, Spool, int, int], list[Path]]] = {
+_FINISHERS: dict[str, Callable[[Path, SpoolFiles, int, int], None]] = {
     "npy": _finish_npy,
     "jsonl": _finish_jsonl,
     "parquet": _finish_parquet,
 }
 
 
-def _chunks(spool: Spool, dim: int) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
+def _chunks(spool: SpoolFiles, dim: int) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
     """Yield items and their vectors, a bounded number of rows at a time."""
     with (
         spool.items_path.open(encoding="utf-8") as items,
@@ -204,6 +232,11 @@ def _chunks(spool: Spool, dim: int) -> Iterator[tuple[list[dict[str, Any]], Vect
                 [json.loads(line) for line in lines],
                 np.frombuffer(raw, "<f4").reshape(len(lines), dim),
             )
+
+
+def _as_utf8(name: str) -> str:
+    """Spell out what Parquet cannot hold: half of a surrogate pair, or a byte that was no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _pyarrow() -> tuple[Any, Any]:

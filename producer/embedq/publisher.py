@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from celery import Celery
@@ -9,7 +10,7 @@ from kombu import Queue as KombuQueue
 from kombu.exceptions import OperationalError
 from redis import exceptions
 
-from embedq.contract import TASK_NAME, EmbedBatch, Queue
+from embedq.contract import TASK_NAME, EmbedBatch, Queue, message_headers
 
 
 class Publisher:
@@ -42,17 +43,16 @@ class Publisher:
         Raises:
             redis.exceptions.RedisError: Redis did not take it.
         """
+        body = batch.to_message()
         options: dict[str, Any] = {
             "task_id": batch.task_id,
             "queue": str(queue),
-            # Celery's own repr would copy the first kilobyte of the texts into headers and events.
-            "argsrepr": batch.describe(),
-            "kwargsrepr": "{}",
             "ignore_result": True,
             "retry": False,  # embedq.patience waits, and says what for
+            **message_headers(body, time.time()),
         }
         try:
-            self._app.send_task(TASK_NAME, args=(batch.to_message(),), **options)
+            self._app.send_task(TASK_NAME, args=(body,), **options)
         except OperationalError as error:
             cause = error.__cause__ or error.__context__
             if isinstance(cause, exceptions.RedisError):

@@ -23,6 +23,7 @@ def open_redis(
     Raises:
         SettingsError: the URL is not one of Redis.
     """
+    url = _as_redis_url(url)
     options: dict[str, Any] = {
         "socket_connect_timeout": connect_timeout_s,
         "socket_timeout": timeout_s,
@@ -41,3 +42,11 @@ def open_redis(
             f"{mask_password(url)} is not a Redis URL ({error}). "
             "Use redis://host:port/db, rediss://..., or unix:///path?db=0."
         ) from None
+
+
+def _as_redis_url(url: str) -> str:
+    """Turn kombu's URL of a unix socket into redis-py's; others are the same for both."""
+    if not url.startswith("redis+socket://"):
+        return url
+    path, _, query = url.removeprefix("redis+socket://").partition("?")
+    return f"unix://{path}?{query.replace('virtual_host=', 'db=')}"

@@ -2,7 +2,8 @@
 
 A run writes vectors and items into two spool files and, after fsync, notes in the manifest how far
 they are good. The same command finds the manifest, cuts the spools to that length and goes on. When
-everything is there, the spools become the output in one rename.
+everything is there, the manifest says so before the spools become the output, so that a run which
+was killed between two renames is finished by the next.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ NPY_HEADER_BYTES: Final = 128
 #: What a run did to the texts so far; the keys of Manifest.counts.
 COUNTS: Final = ("ok", "failed", "cancelled", "truncated", "cached", "rerouted")
 
+#: What may change under an output: the model is known by its identity, wherever it lies, and a line
+#: that is now skipped shows in the digest if it was a document before.
+FREE: Final = frozenset({"model_label", "bad_lines"})
+
 
 @dataclass(slots=True)
 class Manifest:
@@ -37,6 +42,7 @@ class Manifest:
         inputs: the input files and how they were read; a change is refused by name.
         engine: device, engine and precision of a local run; empty for a fleet.
         job: id of the running job, so that the next run can cancel what is left of it.
+        embedded: every row is safe in the spools, or in the output already.
         complete: the output is finished.
         rows, batches: how much of it is safe on disk.
         skipped: bad lines left out so far.
@@ -50,6 +56,7 @@ class Manifest:
     inputs: dict[str, Any]
     engine: dict[str, str] = field(default_factory=dict)
     job: str = ""
+    embedded: bool = False
     complete: bool = False
     rows: int = 0
     batches: int = 0
@@ -105,12 +112,14 @@ class Manifest:
             ("input", self.inputs, now.inputs),
             ("engine", self.engine, now.engine or self.engine),
         ):
-            for key in sorted(before.keys() | after.keys()):
+            advice = "Use the former, or start over with --restart."
+            if part == "input" and self.complete:
+                advice = f"{advice[:-1]}, or bring the output up to date with --update."
+            for key in sorted((before.keys() | after.keys()) - FREE):
                 if before.get(key) != after.get(key):
                     raise InputChanged(
                         f"The output was begun with {part} {key} = {_shown(before.get(key))}; now "
-                        f"it is {_shown(after.get(key))}. Use the former, start over with "
-                        "--restart, or bring the output up to date with --update."
+                        f"it is {_shown(after.get(key))}. {advice}"
                     )
 
 
@@ -125,11 +134,56 @@ class InputChanged(InputError):
     code = "input_changed"
 
 
-class Spool:
-    """Vectors and items on their way into an output.
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Keep every other embedq off an output while the block lasts.
 
-    The vectors are an npy file already, whose header is filled in at the end.
+    Raises:
+        InputError: another one is writing this output, or its folder cannot be written.
     """
+    path = output.with_name(output.name + ".lock")
+    while True:
+        with writing(path):
+            lock = path.open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(
+                f"{output}: another embedq is writing this output. Wait for it, or name another."
+            ) from None
+        # Its last owner may have deleted the file after we opened it; then it keeps nobody off.
+        if _is_at(lock.fileno(), path):
+            break
+        lock.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+
+
+class SpoolFiles:
+    """The two files that rows wait in.
+
+    Attributes:
+        vectors_path: an npy file already, whose header is filled in at the end.
+        items_path: one JSON object a line.
+    """
+
+    def __init__(self, output: Path) -> None:
+        """Name the spools of an output."""
+        self.vectors_path = output.with_name(output.name + ".vectors.partial")
+        self.items_path = output.with_name(output.name + ".items.partial")
+
+    def remove(self) -> None:
+        """Delete what is left of the spools; while the vectors are there, both are needed."""
+        self.vectors_path.unlink(missing_ok=True)
+        self.items_path.unlink(missing_ok=True)
+
+
+class Spool(SpoolFiles):
+    """The spools, open for writing by the one who claimed the output."""
 
     def __init__(self, output: Path, manifest: Manifest) -> None:
         """Open the spools of an output and cut them to what the manifest vouches for.
@@ -137,11 +191,14 @@ class Spool:
         Raises:
             InputError: they cannot be written, or are shorter than the manifest says.
         """
-        self.vectors_path = output.with_name(output.name + ".vectors.partial")
-        self.items_path = output.with_name(output.name + ".items.partial")
+        super().__init__(output)
         fresh = manifest.batches == 0
         self._vectors = _open_at(self.vectors_path, 0 if fresh else manifest.vectors_bytes)
-        self._items = _open_at(self.items_path, 0 if fresh else manifest.items_bytes)
+        try:
+            self._items = _open_at(self.items_path, 0 if fresh else manifest.items_bytes)
+        except InputError:
+            self._vectors.close()
+            raise
         if fresh:
             self._vectors.write(npy_header(0, 1))
 
@@ -164,11 +221,6 @@ class Spool:
         for spool in (self._vectors, self._items):
             with writing(self.vectors_path):
                 spool.close()
-
-    def remove(self) -> None:
-        """Delete what is left of the spools."""
-        self.vectors_path.unlink(missing_ok=True)
-        self.items_path.unlink(missing_ok=True)
 
 
 def npy_header(rows: int, dim: int) -> bytes:
@@ -198,13 +250,6 @@ def writing(path: Path) -> Iterator[None]:
 def _open_at(path: Path, length: int) -> BinaryIO:
     with writing(path):
         spool = path.open("r+b" if path.exists() else "w+b")
-        try:
-            fcntl.flock(spool, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            spool.close()
-            raise InputError(
-                f"{path}: another embedq is writing this output. Wait for it, or name another."
-            ) from None
         if spool.seek(0, os.SEEK_END) < length:
             spool.close()
             raise InputError(
@@ -214,6 +259,13 @@ def _open_at(path: Path, length: int) -> BinaryIO:
         spool.truncate(length)
         spool.seek(length)
         return spool
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _shown(value: object) -> str:

@@ -41,13 +41,13 @@ def load_manifest(vectors: Path) -> Manifest:
     if format_of(vectors) != "npy":
         raise InputError(f"{vectors}: search reads .npy outputs.")
     manifest = Manifest.load(manifest_path(vectors))
+    if manifest is not None and not manifest.complete:
+        raise InputError(f"{vectors}: is not finished. Run its `embedq embed` command again.")
     if manifest is None or not vectors.exists():
         raise InputError(
             f"{vectors}: no output of `embedq embed` (it and {manifest_path(vectors).name} "
             "belong together)."
         )
-    if not manifest.complete:
-        raise InputError(f"{vectors}: is not finished. Run its `embedq embed` command again.")
     return manifest
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -25,10 +25,40 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 OTHER_ROOMS = frozenset(
     PREFIX + name.upper()
     for name in (
-        *("cache_dir", "commit_patience_s", "device", "heartbeat_s", "lease_renewal_s"),
-        *("log_level", "model_revision", "name", "offline", "runtime_dir", "stub_delay_s"),
-        *("stub_texts_per_s", "threads", "token_budget", "visibility_timeout_s", "wheel_dir"),
-        *("test_model", "test_npu", "venv"),
+        "cache_dir",
+        "commit_patience_s",
+        "compile_deadline_s",
+        "degraded_cpu",
+        "device",
+        "engine",
+        "engine_deadline_s",
+        "heartbeat_s",
+        "help_npu",
+        "infer_deadline_s",
+        "lease_renewal_s",
+        "lock_dir",
+        "log_level",
+        "model_revision",
+        "name",
+        "npu_binding",
+        "npu_commandlist_mode",
+        "npu_node",
+        "npu_properties",
+        "npu_requests",
+        "npu_standin",
+        "offline",
+        "precision",
+        "row_tokens",
+        "runtime_dir",
+        "stub_delay_s",
+        "stub_device",
+        "stub_texts_per_s",
+        "threads",
+        "token_budget",
+        "wheel_dir",
+        "test_model",
+        "test_npu",
+        "venv",
     )
 )
 
@@ -69,7 +99,8 @@ class Room(BaseSettings):
         try:
             return cls(**{key: value for key, value in overrides.items() if value is not None})
         except ValidationError as error:
-            lines = [_explain(cls, details) for details in error.errors()]
+            found = [each for each in error.errors() if each["type"] != _UNTRIED]
+            lines = [_explain(cls, details) for details in found]
             raise SettingsError("\n".join(lines)) from None
 
     @classmethod
@@ -82,7 +113,7 @@ class Room(BaseSettings):
         present = {name.upper() for name in os.environ}
         for name, info in type(self).model_fields.items():
             variable = PREFIX + name.upper()
-            default = info.get_default(call_default_factory=True)
+            default = info.get_default(call_default_factory=True, validated_data=vars(self))
             extra = info.json_schema_extra
             unit = extra.get("unit", "") if isinstance(extra, dict) else ""
             yield Described(
@@ -105,13 +136,22 @@ class RedisSettings(Room):
 
     broker_url: str = Field(
         "redis://127.0.0.1:6379/0",
+        repr=False,  # may hold a password
         description="Redis that carries the batches.",
         json_schema_extra=unit("URL"),
     )
     results_url: str = Field(
         "redis://127.0.0.1:6379/1",
+        repr=False,
         description="Redis that holds the ledger and the vectors; in production another instance.",
         json_schema_extra=unit("URL"),
+    )
+    visibility_timeout_s: int = Field(
+        60,
+        ge=4,
+        le=86_400,
+        description="Silence after which another node may take over a batch; same for all.",
+        json_schema_extra=unit("s"),
     )
 
 
@@ -127,6 +167,10 @@ class ProducerSettings(RedisSettings):
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
         description="Accuracy class: standard (cosine >= 0.999 to fp32) or exact (fp32).",
+    )
+    strict: bool = Field(
+        False,
+        description="Take vectors from an NPU or not at all.",
     )
     on_long: OnLong = Field(
         OnLong.TRUNCATE,
@@ -147,10 +191,10 @@ class ProducerSettings(RedisSettings):
         json_schema_extra=unit("tokens"),
     )
     window: int = Field(
-        16,
-        ge=1,
+        0,
+        ge=0,
         le=1024,
-        description="Most batches published and not yet taken, for each job.",
+        description="Most batches of a job in flight; 0 takes four per living node, 16 to 256.",
         json_schema_extra=unit("batches"),
     )
     results_ttl_s: int = Field(
@@ -164,9 +208,18 @@ class ProducerSettings(RedisSettings):
         60.0,
         ge=0,
         le=86_400,
-        description="How long to wait for a first node that serves the model.",
+        description="How long to wait for a node with the model, and for an NPU if strict.",
         json_schema_extra=unit("s"),
     )
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.strict and self.accuracy is Accuracy.EXACT:
+            raise ValueError(
+                "EMBEDQ_STRICT and EMBEDQ_ACCURACY=exact exclude each other: only the CPU computes "
+                "in fp32, and a strict job takes vectors from an NPU alone. Drop one of the two."
+            )
+        return self
 
 
 def mask_password(url: str) -> str:
@@ -189,6 +242,8 @@ def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> 
 
 def _explain(cls: type[Room], details: ErrorDetails) -> str:
     field = str(details["loc"][0]) if details["loc"] else ""
+    if not field:  # a rule about several settings, which names them itself
+        return str(details["ctx"]["error"])
     name = PREFIX + field.upper()
     given = mask_password(str(details["input"]))
     if details["type"] == "extra_forbidden":
@@ -206,6 +261,8 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
     return f"{name}: expected {reason}{measure}, got {given}."
 
 
+#: What pydantic says of a computed default once another field is wrong.
+_UNTRIED = "default_factory_not_called"
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 

@@ -39,7 +39,9 @@ class Opener(Protocol):
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
         """Cut texts into batches."""
 
-    def job(self, slices: Iterable[Slice], spec: VectorSpec, *, ordered: bool) -> Job:
+    def job(
+        self, slices: Iterable[Slice], spec: VectorSpec, *, ordered: bool, strict: bool | None
+    ) -> Job:
         """Prepare a job."""
 
 
@@ -63,6 +65,7 @@ class Stream:
         *,
         ordered: bool,
         checkpoint: str | os.PathLike[str] | None,
+        strict: bool | None = None,
     ) -> None:
         """Prepare a stream; documents are pulled only as fast as the window allows.
 
@@ -71,6 +74,7 @@ class Stream:
             spec: what shapes the vectors.
             documents: texts, (id, text) pairs or Documents.
             ordered: in the order of the documents, or as they complete.
+            strict: take vectors from an NPU or not at all; None as the client's settings say.
             checkpoint: file that `commit` writes; if it exists, the documents that it vouches for
                 are read and checked, and not embedded again.
 
@@ -92,7 +96,7 @@ class Stream:
         self._documents = (_document(at, document) for at, document in enumerate(documents))
         self.resumed = self._skip(self._load())
         texts = self._remember()
-        self._job = opener.job(opener.split(texts, spec), spec, ordered=ordered)
+        self._job = opener.job(opener.split(texts, spec), spec, ordered=ordered, strict=strict)
         self._results = self._job.results()
 
     def __iter__(self) -> Iterator[Embedded]:

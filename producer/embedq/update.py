@@ -7,9 +7,10 @@ like any other. Then old and new rows are merged in the order of the input, and 
 from __future__ import annotations
 
 import json
-import sqlite3
-import tempfile
+import shutil
+import struct
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -19,7 +20,7 @@ import numpy as np
 from embedq import outputs
 from embedq.client import Client
 from embedq.contract import VectorSpec
-from embedq.embedding import EmbedRun, fresh_manifest
+from embedq.embedding import EmbedRun, finish, fresh_manifest
 from embedq.errors import InputError
 from embedq.files import Document
 from embedq.pieces import Piece, pieces
@@ -31,14 +32,19 @@ from embedq.resume import (
     InputChanged,
     Manifest,
     Spool,
+    claimed,
     manifest_path,
+    writing,
 )
+from embedq.row_index import TO_EMBED, RowIndex
 from embedq.vectors import Vectors
 
 #: Rows merged at a time.
 CHUNK_ROWS: Final = 4_096
-#: Stands in the plan for a document that has to be embedded.
-TO_EMBED: Final = -1
+#: Stands in the plan for a document whose id the file gives; else it is the number of its line.
+NAMED: Final = -1
+#: One document in the plan: its row in the old output, and the number of its line.
+_STEP: Final = struct.Struct("<qq")
 
 
 @dataclass(slots=True)
@@ -73,29 +79,36 @@ class UpdateRun:
         """
         output = self._request.output
         outputs.require_writable(output)
-        before = self._finished_manifest()
         spec = self._request.spec(self._client)
-        fresh = fresh_manifest(self._client, self._request, spec)
-        # Other files or names are what an update is for; other settings would mix vectors.
-        replace_inputs(before, fresh)
-        before.refuse_change(fresh)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            old = outputs.unpack(output, Path(scratch), spec.dim)
-            index = RowIndex(Path(scratch) / "index", old.items_path)
-            plan = (Path(scratch) / "plan").open("w+b")
-            with plan:
+        with claimed(output), _scratch_folder(output) as scratch:
+            fresh = fresh_manifest(self._client, self._request, spec)
+            before = self._finished(fresh, spec)
+            old = outputs.unpack(output, scratch, spec.dim)
+            index = RowIndex(scratch / "index", old.items_path)
+            with closing(index), (scratch / "plan").open("w+b") as plan:
+                held = (index.count_unused(), old.vectors_path.stat().st_size)
+                if held != (before.rows, NPY_HEADER_BYTES + 4 * spec.dim * before.rows):
+                    raise InputError(
+                        f"{output}: holds other rows than its manifest says; something else "
+                        "changed it. Start over with --restart."
+                    )
                 delta = self._embed_delta(index, plan, spec)
-                self._counts.removed = index.n_rows - index.n_used - self._counts.changed
+                self._counts.removed = index.count_unused()
                 return self._merge(fresh, old, plan, delta, spec)
 
-    def _finished_manifest(self) -> Manifest:
+    def _finished(self, fresh: Manifest, spec: VectorSpec) -> Manifest:
+        """Return the manifest of an output whose rows may be mixed with those of this run."""
         output = self._request.output
-        manifest = Manifest.load(manifest_path(output))
-        if manifest is None or not manifest.complete or not output.exists():
+        before = Manifest.load(manifest_path(output))
+        if before is None or not before.embedded:
             raise InputError(
                 f"{output}: no finished output to update. Run the command without --update first."
             )
-        return manifest
+        # Other files or names are what an update is for; other settings would mix vectors.
+        before.inputs, before.engine = fresh.inputs, fresh.engine
+        before.refuse_change(fresh)
+        finish(output, before, spec.dim)
+        return before
 
     def _embed_delta(self, index: RowIndex, plan: BinaryIO, spec: VectorSpec) -> Summary:
         """Embed what is new or changed, going on from a killed update if it fits."""
@@ -126,11 +139,11 @@ class UpdateRun:
         for piece in pieces(documents, lambda texts: self._client.split(texts, spec)):
             for document, digest in zip(piece.documents, piece.hashes, strict=True):
                 row = index.find(document, digest)
-                plan.write(row.to_bytes(8, "little", signed=True))
+                plan.write(_STEP.pack(row, NAMED if document.named else int(document.id)))
                 if row == TO_EMBED:
-                    known = document.named and index.knows(document.id)
-                    self._counts.changed += known
-                    self._counts.new += not known
+                    replaces = document.named and index.supersede(document.id)
+                    self._counts.changed += replaces
+                    self._counts.new += not replaces
                     yield document
                 else:
                     self._counts.kept += 1
@@ -152,11 +165,10 @@ class UpdateRun:
             manifest.vectors_bytes, manifest.items_bytes = spool.sync()
         finally:
             spool.close()
-        manifest.rows, manifest.complete = self._rows, True
+        manifest.rows, manifest.skipped = self._rows, delta.skipped_lines
         if self._last is not None:
             manifest.batches, manifest.digest = self._last.slice.index + 1, self._last.digest
-        written = outputs.finish(output, spool, manifest.rows, spec.dim)
-        manifest.save(manifest_path(output))
+        written = finish(output, manifest, spec.dim)
         for path in (delta_path, outputs.sidecar_path(delta_path), manifest_path(delta_path)):
             path.unlink(missing_ok=True)
         return replace(
@@ -177,68 +189,17 @@ class UpdateRun:
         return output.with_name(output.name + ".update.npy")
 
 
-class RowIndex:
-    """Where each document of an output is, by id and by hash of its text; on disk."""
-
-    def __init__(self, path: Path, items: Path) -> None:
-        """Read the items of an output.
-
-        Args:
-            path: of the index, thrown away with its folder.
-            items: one JSON object a line, in row order.
-        """
-        self._db = sqlite3.connect(path)
-        self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("PRAGMA synchronous = OFF")
-        self._db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, id TEXT, hash TEXT)")
-        with items.open(encoding="utf-8") as lines:
-            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?)", map(_index_row, lines))
-        self._db.execute("CREATE INDEX by_id ON rows (id)")
-        self._db.execute("CREATE INDEX by_hash ON rows (hash)")
-        (self.n_rows,) = self._db.execute("SELECT COUNT(*) FROM rows").fetchone()
-        self._used = bytearray(self.n_rows)
-
-    @property
-    def n_used(self) -> int:
-        """How many rows were found at least once."""
-        return sum(self._used)
-
-    def forget_use(self) -> None:
-        """Start counting anew."""
-        self._used = bytearray(self.n_rows)
-
-    def find(self, document: Document, digest: str) -> int:
-        """Return the row that holds this text under this id, or TO_EMBED.
-
-        A document that the file gives no id is found by its text alone, wherever it moved.
-        """
-        if not digest:
-            return TO_EMBED
-        query, values = "SELECT row FROM rows WHERE hash = ?", [digest]
-        if document.named:
-            query, values = query + " AND id = ?", [digest, str(document.id)]
-        found = self._db.execute(query + " LIMIT 1", values).fetchone()
-        if found is None:
-            return TO_EMBED
-        self._used[found[0]] = 1
-        return int(found[0])
-
-    def knows(self, name: str | int) -> bool:
-        """Tell whether the output has a document of this id."""
-        query = "SELECT 1 FROM rows WHERE id = ? LIMIT 1"
-        return self._db.execute(query, [str(name)]).fetchone() is not None
-
-
-def replace_inputs(before: Manifest, now: Manifest) -> None:
-    """Let the inputs and the local engine of a manifest be those of this run."""
-    before.inputs, before.engine = now.inputs, now.engine
-
-
-def _index_row(line: str) -> tuple[int, str, str]:
-    item = json.loads(line)
-    # A failed text has no vector worth keeping: an empty hash is never found.
-    digest = item["text_hash"] if item["status"] == "ok" else ""
-    return item["row"], str(item["id"]), digest
+@contextmanager
+def _scratch_folder(output: Path) -> Iterator[Path]:
+    """Make a folder beside the output, in the place of one that a killed run left."""
+    path = output.with_name(output.name + ".update")
+    with writing(path):
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _merge_rows(
@@ -258,11 +219,10 @@ def _merge_rows(
         old.items_path.open("rb") as old_items,
         outputs.sidecar_path(delta).open("rb") as new_items,
     ):
-        while chunk := plan.read(8 * CHUNK_ROWS):
-            rows = np.frombuffer(chunk, "<i8")
-            merged = np.empty((len(rows), dim), np.float32)
+        while chunk := plan.read(_STEP.size * CHUNK_ROWS):
+            merged = np.empty((len(chunk) // _STEP.size, dim), np.float32)
             lines = []
-            for at, row in enumerate(rows.tolist()):
+            for at, (row, number) in enumerate(_STEP.iter_unpack(chunk)):
                 if row == TO_EMBED:
                     merged[at] = new_vectors[new_row]
                     line = new_items.readline()
@@ -271,13 +231,15 @@ def _merge_rows(
                     merged[at] = old_vectors[row]
                     old_items.seek(int(offsets[row]))
                     line = old_items.readline()
-                lines.append(_renumbered(line, manifest))
+                lines.append(_renumbered(line, number, manifest))
             spool.write(merged, lines)
 
 
-def _renumbered(line: bytes, manifest: Manifest) -> str:
+def _renumbered(line: bytes, number: int, manifest: Manifest) -> str:
     item: dict[str, Any] = json.loads(line)
     item["row"] = manifest.rows
+    if number != NAMED:
+        item["id"] = number  # the line that the text is on now
     manifest.rows += 1
     manifest.tokens += item["n_tokens"]
     manifest.counts[item["status"]] += 1
@@ -295,7 +257,6 @@ def _rows_of(path: Path) -> Vectors:
 
 def _line_offsets(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Return where each line of a file begins, int64 [n]; eight bytes a row is all that grows."""
-    lengths = []
     with path.open("rb") as lines:
-        lengths = [len(line) for line in lines]
-    return np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int64)
+        lengths = np.fromiter((len(line) for line in lines), np.int64)
+    return np.cumsum(lengths) - lengths

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-
 import re
 from pathlib import Path
 
 import pytest
+
 from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, Room
 from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
 
 README = Path(__file__).parents[2] / "README.md"
-ROOMS = {
+ROOMS: dict[str, type[Room]] = {
     "embedq.settings.ProducerSettings": ProducerSettings,
     "embedq_worker.settings.WorkerSettings": WorkerSettings,
 }

@@ -8,15 +8,19 @@ from celery import Celery
 from kombu import Queue as KombuQueue
 
 from embedq.contract import Queue
+from embedq_worker import transport
 from embedq_worker.consumer import add_steps
 from embedq_worker.settings import WorkerSettings
 
 
 def build_app(settings: WorkerSettings) -> Celery:
     """Build the app of a node from its settings."""
+    transport.install()
     app = Celery("embedq_worker", set_as_current=True)
     app.conf.update(_options(settings))
     app.conf.embedq = settings
+    # What answers `celery inspect` and Flower must be readable with Celery's defaults.
+    app.control.mailbox.serializer = "json"  # type: ignore[attr-defined] # not in celery-types
     add_steps(app)
     return app
 
@@ -24,7 +28,6 @@ def build_app(settings: WorkerSettings) -> Celery:
 def _options(settings: WorkerSettings) -> dict[str, Any]:
     return {
         "broker_url": settings.broker_url,
-        "broker_transport": "embedq_worker.transport:Transport",
         "result_backend": f"embedq_worker.backend:LedgerBackend+{settings.results_url}",
         "include": ["embedq_worker.tasks"],
         "worker_consumer": "embedq_worker.consumer:Consumer",

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from celery.backends.base import Backend
+from celery.backends.base import BaseBackend
 from celery.exceptions import Reject
 from redis import Redis
 
-from embedq.contract import EmbedBatch
+from embedq import dead
+from embedq.contract import Code, EmbedBatch
 from embedq.errors import QueueUnavailable
 from embedq.ledger import Ledger, Verdict
 from embedq.outcomes import OutcomeTable
@@ -28,24 +29,24 @@ T = TypeVar("T")
 log = logging.getLogger("embedq.worker")
 
 
-class LedgerBackend(Backend):
+class LedgerBackend(BaseBackend):
     """Celery's view of the ledger."""
 
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
         super().__init__(app, url=url, **options)
-        self._settings: WorkerSettings = app.conf.embedq
+        self.settings: WorkerSettings = app.conf.embedq
         self._client: Redis | None = None
 
     @property
     def redis(self) -> Redis:
         """The results Redis; opened in the process that uses it, after the fork."""
         if self._client is None:
-            self._client = open_redis(self._settings.results_url)
+            self._client = open_redis(self.settings.results_url)
         return self._client
 
     def begin(self, job: str, index: int) -> tuple[Verdict, int]:
         """Ask the ledger whether a batch still wants computing; see Ledger.begin."""
-        return self._waiting(lambda: Ledger(self.redis, job).begin(index))
+        return self.waiting(lambda: Ledger(self.redis, job).begin(index))
 
     def commit(self, batch: EmbedBatch, vectors: Vectors, outcomes: OutcomeTable) -> bool | None:
         """Commit the vectors of a batch; see Ledger.commit.
@@ -63,14 +64,16 @@ class LedgerBackend(Backend):
             encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
             for start, stop in split_rows(len(vectors), batch.spec.dim)
         ] or [encode(vectors, outcomes, fingerprint)]
-        return self._waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
+        return self.waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
 
-    def commit_failure(
-        self, job: str, index: int, code: str, detail: str, fingerprint: bytes = bytes(8)
-    ) -> bool | None:
+    def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
-        value = encode_failure(code, detail, fingerprint)
-        return self._waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
+        value = encode_failure(code, detail)
+        return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
+
+    def notes(self, batch: EmbedBatch) -> LedgerNotes:
+        """Return where careful mode notes what it tries of a batch."""
+        return LedgerNotes(self, batch)
 
     def store_result(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the task has committed already."""
@@ -79,14 +82,19 @@ class LedgerBackend(Backend):
         """Say what the ledger knows of a task, in Celery's words."""
         job, _, rest = task_id.partition(":")
         index = rest.partition(":")[0]
-        done = index.isdigit() and self._waiting(
+        done = index.isdigit() and self.waiting(
             lambda: Ledger(self.redis, job).is_committed(int(index))
         )
         status = "SUCCESS" if done else "PENDING"
         return {"status": status, "result": None, "traceback": None, "children": []}
 
-    def _waiting(self, action: Callable[[], T]) -> T:
-        settings = self._settings
+    def waiting(self, action: Callable[[], T]) -> T:
+        """Run an action on the results Redis, waiting for it as long as the settings say.
+
+        Raises:
+            Reject: it stayed away too long; the batch goes back to its queue.
+        """
+        settings = self.settings
         try:
             return patiently(
                 action,
@@ -98,3 +106,36 @@ class LedgerBackend(Backend):
             log.error("batch_handed_back reason=%s", error)
             # Any other error here would be acknowledged as a failure, and the batch would be gone.
             raise Reject(str(error), requeue=True) from error
+
+
+class LedgerNotes:
+    """The notes of careful mode, in the ledger; see embedq_worker.careful.Notes."""
+
+    def __init__(self, backend: LedgerBackend, batch: EmbedBatch) -> None:
+        self._backend = backend
+        self._batch = batch
+        self._ledger = Ledger(backend.redis, batch.job)
+
+    def start(self, offset: int) -> int:
+        """Note that a text is tried, and return how often it was, this time included."""
+        return self._backend.waiting(lambda: self._ledger.start_text(self._batch.index, offset))
+
+    def end(self, offset: int) -> None:
+        """Note that a text was survived."""
+        self._backend.waiting(lambda: self._ledger.end_text(self._batch.index, offset))
+
+    def set_aside(self, offset: int, reason: str) -> None:
+        """Keep a text among the dead letters."""
+        batch = self._batch
+        log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
+        letter = dead.new(
+            batch.job,
+            batch.index,
+            offset,
+            code=Code.SET_ASIDE,
+            reason=reason,
+            node=self._backend.settings.name,
+            prompt=batch.spec.prompt,
+            text=batch.texts[offset],
+        )
+        self._backend.waiting(lambda: dead.add(self._backend.redis, letter))

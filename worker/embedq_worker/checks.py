@@ -18,9 +18,13 @@ from embedq.errors import EmbedqError
 from embedq.patience import patiently
 from embedq.redis_client import open_redis
 from embedq.settings import mask_password
-from embedq_worker.lifecycle import Serving, find_model, open_serving
+from embedq_worker import checks_device
+from embedq_worker.lifecycle import claim_device, find_model, open_placed
 from embedq_worker.models import Model
+from embedq_worker.placement import place
+from embedq_worker.serving import Serving
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.state import private_dir
 
 #: Packages whose version decides how a node behaves.
 PACKAGES: Final = ("embedq", "celery", "kombu", "redis", "onnxruntime", "openvino", "tokenizers")
@@ -66,9 +70,11 @@ Finding = tuple[str, Level, str]
 def run(settings: WorkerSettings) -> Iterator[Check]:
     """Yield every check as soon as it is done, each before those that depend on it."""
     yield _check("versions", lambda: (_versions(), Level.OK, ""))
-    yield _check("broker", lambda: _redis(_socket_form(settings.broker_url)))
+    yield _check("broker", lambda: _redis(settings.broker_url))
     yield _check("results", lambda: _redis(settings.results_url))
+    yield _check("folders", lambda: _folders(settings))
     yield _check("disk", lambda: _disk(settings.cache_dir))
+    yield from _device(settings)
     found: list[Model | None] = []
 
     def model() -> Finding:
@@ -81,24 +87,58 @@ def run(settings: WorkerSettings) -> Iterator[Check]:
         yield from _engine(settings, found[0])
 
 
+def _device(settings: WorkerSettings) -> Iterator[Check]:
+    """Yield the lines about the NPU; what auto can do without is a warning."""
+    bad = Level.RED if checks_device.wants_npu(settings) else Level.WARN
+    began = time.monotonic()
+    for line in checks_device.lines(settings):
+        level = Level.OK if line.ok else bad
+        yield Check(line.name, level, line.detail, time.monotonic() - began, line.mend)
+        began = time.monotonic()
+
+
+def _folders(settings: WorkerSettings) -> Finding:
+    private = [private_dir(folder) for folder in (settings.runtime_dir, settings.cache_dir)]
+    return " and ".join(map(str, private)), Level.OK, ""
+
+
 def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
     opened: list[Serving] = []
 
     def engine() -> Finding:
-        serving = open_serving(settings, model)
+        placement = place(settings)
+        claim = claim_device(settings, placement)
+        serving = open_placed(settings, placement, model)
         opened.append(serving)
         serving.close()
+        if claim is not None:
+            claim.release()
         shown = f"{serving.engine.name} on {serving.engine.device}, {serving.engine.precision}"
-        return shown, Level.OK, ""
+        return f"{shown}. {placement.reason}", Level.OK, ""
 
     yield _check("engine", engine)
     for serving in opened:
+        yield from _runtime(settings, serving)
         report = serving.report
         figures = (
             f"{report.reason} Largest deviation {report.max_deviation:.1e}, "
-            f"smallest cosine {report.min_cosine:.6f}"
+            f"smallest cosine {report.min_cosine:.6f}, {report.inversions} inversions"
         )
         yield Check("self-test", Level.OK, figures, report.seconds)
+
+
+def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
+    """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
+    details = {**serving.engine.details, "chosen": serving.why}
+    ignored = details.pop("ignored", "")
+    shown = ", ".join(f"{name} {value}" for name, value in details.items())
+    yield Check("runtime", Level.OK, shown, 0.0)
+    wishes = [*settings.npu_properties]
+    wishes += ["NPU_COMMANDLIST_MODE"] if settings.npu_commandlist_mode else []
+    unknown = [word for word in ignored.split() if word.partition("=")[0] in wishes]
+    if unknown:
+        mend = "This plugin does not know them; unset them, or use an OpenVINO that does."
+        yield Check("properties", Level.WARN, f"ignored: {' '.join(unknown)}", 0.0, mend)
 
 
 def _check(name: str, look: Callable[[], Finding]) -> Check:
@@ -161,14 +201,6 @@ def _disk(folder: Path) -> Finding:
     if free < LITTLE_SPACE:
         return detail, Level.WARN, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
     return detail, Level.OK, ""
-
-
-def _socket_form(url: str) -> str:
-    """Turn kombu's URL of a Unix socket into redis-py's."""
-    if not url.startswith("redis+socket://"):
-        return url
-    path, _, query = url.removeprefix("redis+socket://").partition("?")
-    return f"unix://{path}?{query.replace('virtual_host=', 'db=')}"
 
 
 def _describe(model: Model | None) -> str:

@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Mapping
 from typing import NoReturn
 
 import click
 
 from embedq.errors import EmbedqError, SettingsError
-from embedq_worker.errors import EngineError, ModelError
-from embedq_worker.settings import DeviceChoice, LogLevel, WorkerSettings
-from embedq_worker.state import StateFile
+from embedq_worker import exits, logs
+from embedq_worker.choices import DeviceChoice, LogLevel
+from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
+from embedq_worker.settings import WorkerSettings
 
-EXIT_OK, EXIT_SETTINGS, EXIT_MODEL, EXIT_ENGINE, EXIT_CHECK = 0, 2, 3, 4, 5
-
+_CODES: dict[type[EmbedqError], int] = {
+    SettingsError: exits.SETTINGS,
+    ModelError: exits.MODEL,
+    NpuUnproven: exits.NPU_UNPROVEN,
+    DeviceError: exits.DEVICE,
+    EngineError: exits.ENGINE,
+}
 _COLOURS = {"ok": "green", "warn": "yellow", "red": "red"}
-_EPILOG = """\b
-Exit codes:
-  0 done    2 wrong setting or option    3 model missing or damaged
-  4 engine failed    5 a check is red
+_EPILOG = f"""\
+{exits.EPILOG}
 \b
 Examples:
   embedq-worker check
   EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq-worker start --device cpu
+  embedq-worker start --all
   celery --app embedq_worker.app worker --concurrency 1
 """
 
@@ -34,7 +41,7 @@ def _model_options(command: click.decorators.FC) -> click.decorators.FC:
         click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]"),
         click.option(
             "--device",
-            type=click.Choice([str(choice) for choice in DeviceChoice]),
+            metavar="|".join(DeviceChoice),
             help="What to compute on.  [EMBEDQ_DEVICE]",
         ),
     ):
@@ -57,22 +64,77 @@ def cli() -> None:
 @click.option("--threads", type=int, help="Cores for the engine, 0 for all.  [EMBEDQ_THREADS]")
 @click.option(
     "--log-level",
-    type=click.Choice([str(level) for level in LogLevel]),
+    metavar="|".join(LogLevel),
     help="How much to say.  [EMBEDQ_LOG_LEVEL]",
 )
-def start(**options: str | int | None) -> None:
-    """Start a node: load the model, prove it, then take batches from the queue."""
-    settings = _load(options)
-    # Looked up here as well as in the child, so that a wrong model ends the command with a sentence
-    # instead of a node that never serves. The checksums are cached, so it costs once.
-    from embedq_worker.lifecycle import find_model
+@click.option("--strict", is_flag=True, default=None, help="NPU or nothing.  [EMBEDQ_STRICT]")
+@click.option("--all", "_all", is_flag=True, help="One node on the NPU and one on the CPU.")
+@click.option("--part", hidden=True)
+@click.option("--attempt", type=int, default=0, hidden=True)
+@click.option("--npu-off", default="", hidden=True)
+def start(
+    _all: bool, part: str | None, attempt: int, npu_off: str, **options: str | int | bool | None
+) -> None:
+    """Start a node and keep it running: load the model, prove it, then take batches."""
+    from embedq_worker import starting
 
+    _export(options)
     try:
-        find_model(settings)
-        StateFile(settings.runtime_dir, settings.name).remove()
+        if part:
+            starting.take_part(part)
+        code = starting.start(WorkerSettings.load(), attempt=attempt, npu_off=npu_off)
     except EmbedqError as error:
         _fail(error)
-    sys.exit(_run_node(settings))
+    sys.exit(code)
+
+
+@cli.command(epilog=_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def devices(as_json: bool) -> None:
+    """Show the NPUs of this machine, who holds them, and what `start` would compute on."""
+    settings = _load({})
+    from embedq_worker import checks_device
+
+    shown = checks_device.survey(settings)
+    if as_json:
+        click.echo(json.dumps(shown.as_dict()))
+        return
+    for line in shown.lines():
+        click.echo(line)
+
+
+@cli.command(epilog=_EPILOG)
+@_model_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def warm(as_json: bool, **options: str | None) -> None:
+    """Compile the model for the device and prove it, so that the next start finds it done."""
+    settings = _load(options)
+    logs.send_native_to_stderr()
+    from embedq_worker import lifecycle
+    from embedq_worker.placement import place
+
+    began = time.monotonic()
+    try:
+        placement = place(settings)
+        claim = lifecycle.claim_device(settings, placement)
+        opened = lifecycle.open_placed(settings, placement)
+    except EmbedqError as error:
+        _fail(error)
+    engine = opened.engine
+    shown = {
+        "model": opened.card.label,
+        "engine": engine.name,
+        "device": str(engine.device),
+        "precision": str(engine.precision),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    opened.close()
+    if claim is not None:
+        claim.release()
+    if as_json:
+        click.echo(json.dumps(shown))
+        return
+    click.echo("{model} is ready: {engine} on {device}, {precision} ({seconds} s)".format(**shown))
 
 
 @cli.command(epilog=_EPILOG)
@@ -81,6 +143,7 @@ def start(**options: str | int | None) -> None:
 def check(as_json: bool, **options: str | None) -> None:
     """Check Redis, model, engine and self-test, one line each."""
     settings = _load(options)
+    logs.send_native_to_stderr()
     from embedq_worker import checks  # Celery and the engine, not needed for --help
 
     done = []
@@ -94,7 +157,29 @@ def check(as_json: bool, **options: str | None) -> None:
     ok = all(result.level != "red" for result in done)
     if as_json:
         click.echo(json.dumps({"ok": ok, "checks": [result.as_dict() for result in done]}))
-    sys.exit(EXIT_OK if ok else EXIT_CHECK)
+    sys.exit(exits.OK if ok else exits.CHECK)
+
+
+@cli.command("trace-binding", epilog=_EPILOG)
+@_model_options
+@click.option("--inferences", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None:
+    """Count how often the NPU's tensors moved and its command lists changed; best is never."""
+    settings = _load(options)
+    from embedq_worker import binding_trace, lifecycle
+    from embedq_worker.placement import place
+
+    try:
+        placement = place(settings)
+        claim = lifecycle.claim_device(settings, placement)
+        found = binding_trace.trace(settings, placement.device, inferences)
+    except EmbedqError as error:
+        _fail(error)
+    if claim is not None:
+        claim.release()
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+    sys.exit(exits.OK if found.is_pinned else exits.CHECK)
 
 
 @cli.command()
@@ -110,42 +195,30 @@ def settings(as_json: bool) -> None:
         click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
 
 
-def _load(options: dict[str, str | int | None] | dict[str, str | None]) -> WorkerSettings:
-    """Put options into the environment, where the app and the child read them, and load."""
+def _export(options: Mapping[str, str | int | bool | None]) -> None:
+    """Put options into the environment, where the app and the child read them."""
     for name, value in options.items():
         if value is not None:
             os.environ[f"EMBEDQ_{name.upper()}"] = str(value)
+
+
+def _load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
+    _export(options)
     try:
         return WorkerSettings.load()
     except SettingsError as error:
         _fail(error)
 
 
-def _run_node(settings: WorkerSettings) -> int:
-    """Run the Celery worker that `celery --app embedq_worker.app worker ...` would run."""
-    from embedq_worker import logs
-    from embedq_worker.app import app
-
-    logs.set_up(str(settings.log_level))
-    arguments = ["--quiet", "worker", "--hostname", f"{settings.name}@%h"]
-    # Gossip and mingle only add chatter on Redis; nodes here need not know each other.
-    arguments += ["--without-gossip", "--without-mingle", "--loglevel", str(settings.log_level)]
-    try:
-        app.worker_main(arguments)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else EXIT_ENGINE
-    return EXIT_OK
-
-
 def _fail(error: EmbedqError) -> NoReturn:
     click.echo(f"embedq-worker: {error}", err=True)
-    codes = {SettingsError: EXIT_SETTINGS, ModelError: EXIT_MODEL, EngineError: EXIT_ENGINE}
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
+    sys.exit(next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
 
 
-def main() -> None:
-    """Run the command line."""
+def run(arguments: list[str]) -> NoReturn:
+    """Run one command in this process."""
     if os.name == "nt":
         click.echo("embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True)
-        sys.exit(EXIT_SETTINGS)
-    cli()
+        sys.exit(exits.SETTINGS)
+    cli(arguments, prog_name="embedq-worker")
+    sys.exit(exits.OK)

@@ -17,26 +17,18 @@ from celery.worker.consumer import consumer as celery_consumer
 from redis.exceptions import RedisError
 
 from embedq import fleet
-from embedq.contract import Queue
 from embedq.redis_client import open_redis
+from embedq_worker.exits import CRASH_LOOP, ENGINE
+from embedq_worker.health import EarlyDeaths, queues_for
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
 
 log = logging.getLogger("embedq.worker")
 
-#: Exit status of a node whose engine cannot serve.
-EXIT_ENGINE = 4
 #: Seconds between two looks at the state file.
 LOOK_EVERY_S = 0.1
 #: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
 HEARTBEAT_TIMEOUT_S = 1.0
-
-
-def queues_for(state: NodeState | None) -> tuple[Queue, ...]:
-    """Return the queues that a node in this state consumes, first choice first."""
-    if state is None or state.state is not State.HEALTHY:
-        return ()
-    return (Queue.CPU, Queue.NPU)
 
 
 class ServeQueues(bootsteps.StartStopStep):
@@ -47,6 +39,8 @@ class ServeQueues(bootsteps.StartStopStep):
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
         settings: WorkerSettings = c.app.conf.embedq
+        self._helps = settings.help_npu
+        self._early = EarlyDeaths()
         self._file = StateFile(settings.runtime_dir, settings.name)
         self._timer: Any = None
 
@@ -65,19 +59,23 @@ class ServeQueues(bootsteps.StartStopStep):
         state = self._file.read()
         if state is None:
             return {"embedq": {"state": str(State.STARTING)}}
-        shown = ("state", "reason", "since", "device", "engine", "precision")
+        shown = ("state", "reason", "since", "device", "home", "engine", "precision")
         return {"embedq": {key: str(getattr(state, key)) for key in shown}}
 
     def _apply(self, c: Any) -> None:
         state = self._file.read()
         if state is not None and state.state is State.FAILED:
             log.error("node_ends reason=%s", state.reason)
-            worker_state.should_stop = EXIT_ENGINE  # type: ignore[assignment] # an exit status, or None
-        wanted = {str(queue) for queue in queues_for(state)}
+            worker_state.should_stop = ENGINE  # type: ignore[assignment] # an exit status, or None
+        if self._early.is_loop(state, time.monotonic()):
+            log.error("node_ends reason=its child died again and again before it was ready")
+            worker_state.should_stop = CRASH_LOOP  # type: ignore[assignment] # as above
+        wanted = [str(queue) for queue in queues_for(state, helps=self._helps)]
         current = {queue.name for queue in c.task_consumer.queues}
-        for queue in sorted(wanted - current):
-            c.add_task_queue(queue)
-        for queue in sorted(current - wanted):
+        for queue in wanted:
+            if queue not in current:
+                c.add_task_queue(queue)
+        for queue in sorted(current - set(wanted)):
             c.cancel_task_queue(queue)
 
 
@@ -176,6 +174,8 @@ class TellFleet(bootsteps.StartStopStep):
             engine=state.engine,
             precision=state.precision,
             card=state.card,
+            home=state.home,
+            may_return=state.may_return,
         )
         try:
             fleet.beat(self._redis, heartbeat)

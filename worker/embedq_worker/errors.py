@@ -2,6 +2,13 @@
 
 EmbedqError
 ├─ ModelError             the model cannot be used                 (fix EMBEDQ_MODEL or its files)
+├─ DeviceError            no NPU may be used; the message has the mend  (fix the machine)
+│   ├─ NoDevice           there is none, or none that is visible here
+│   ├─ SeveralDevices     there are several, and a process cannot choose
+│   ├─ DeviceForbidden    this user or container may not open it
+│   ├─ DeviceBusy         another process holds it; .holder
+│   ├─ WrongDevice        the runtime opened another one
+│   └─ NpuUnproven        it failed, and a strict node has nothing else
 └─ EngineError            an engine cannot be trusted              (feeds health, never the caller)
     ├─ CompileFailed      the model could not be prepared for the device
     ├─ InferFailed        an inference raised, or gave a wrong or non-finite vector
@@ -9,6 +16,8 @@ EmbedqError
 """
 
 from __future__ import annotations
+
+from enum import StrEnum
 
 from embedq.errors import EmbedqError
 
@@ -19,10 +28,88 @@ class ModelError(EmbedqError):
     code = "bad_model"
 
 
+class DeviceError(EmbedqError):
+    """No NPU may be used here; trying again changes nothing."""
+
+    code = "no_device"
+
+
+class NoDevice(DeviceError):
+    """There is no NPU, or none that is visible to this process."""
+
+
+class SeveralDevices(DeviceError):
+    """Several NPUs are visible, and a process cannot choose among them."""
+
+    code = "several_devices"
+
+
+class DeviceForbidden(DeviceError):
+    """This user or container may not open the NPU."""
+
+    code = "device_forbidden"
+
+
+class DeviceBusy(DeviceError):
+    """Another process holds the NPU.
+
+    Attributes:
+        holder: what it wrote into the lock, `pid host node`.
+    """
+
+    code = "device_busy"
+
+    def __init__(self, message: str, holder: str = "") -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
+class WrongDevice(DeviceError):
+    """The runtime opened another NPU than the one that this process holds."""
+
+    code = "wrong_device"
+
+
+class NpuUnproven(DeviceError):
+    """The NPU of a strict node could not be proven, and nothing else may serve."""
+
+    code = "npu_unproven"
+
+
+class Reason(StrEnum):
+    """Why an engine cannot be trusted: one word for log, wire and metric."""
+
+    ENGINE_FAILED = "engine_failed"
+    NPU_UNPROVEN = "npu_unproven"
+    COMPILE_FAILED = "compile_failed"
+    INFER_FAILED = "infer_failed"
+    DEVICE_LOST = "device_lost"
+    DEVICE_UNKNOWN = "device_unknown"
+    DEVICE_ERROR = "device_error"
+    OUT_OF_MEMORY = "out_of_memory"
+    DEADLINE = "deadline"
+    NOT_FINITE = "not_finite"
+    WRONG_CANARY = "wrong_canary"
+    SELFTEST_FAILED = "selftest_failed"
+    COMPILE_REFUSED = "compile_refused"
+    COMPILE_CRASHED = "compile_crashed"
+    COMPILE_DEADLINE = "compile_deadline"
+    BLOB_REFUSED = "blob_refused"
+    NO_COMPILER = "no_compiler"
+
+
 class EngineError(EmbedqError):
-    """An engine cannot be trusted."""
+    """An engine cannot be trusted.
+
+    Attributes:
+        reason: why, in a word.
+    """
 
     code = "engine_failed"
+
+    def __init__(self, message: str, reason: Reason | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or Reason(self.code)
 
 
 class CompileFailed(EngineError):

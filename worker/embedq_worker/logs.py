@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 #: Chatty loggers whose events ours already tell in one line.
@@ -26,3 +27,19 @@ def set_up(level: str) -> None:
     )
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def send_native_to_stderr() -> None:
+    """Keep what a runtime writes to descriptor 1, as OpenVINO logs, out of our results.
+
+    Python's own stdout stays where it was. Where it is not descriptor 1, somebody has taken care.
+    """
+    try:
+        if sys.stdout.fileno() != 1:
+            return
+    except (OSError, ValueError, AttributeError):
+        return
+    sys.stdout.flush()
+    ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
+    os.dup2(2, 1)
+    sys.stdout = ours

@@ -1,9 +1,10 @@
-"""Ragged tokens -> token batches. Pure numpy: no runtime, no clock, no threads."""
+"""Ragged tokens -> token batches of a form. Pure numpy: no runtime, no clock, no threads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 import numpy as np
@@ -12,10 +13,60 @@ import numpy.typing as npt
 from embedq_worker.tokens import RaggedTokens
 
 Ints = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.intp]
 
-#: Padded tokens below which a token batch is not shrunk further: smaller ones cost more in calls
-#: than they win in balance.
-MIN_BUDGET: Final = 128
+#: Tokens of the smallest bucket; a foreign model that needs less than these is not worth a shape.
+MIN_BUCKET: Final = 16
+
+
+class Form(StrEnum):
+    """How texts lie in token batches."""
+
+    PADDED = "padded"
+    PACKED = "packed"
+    BUCKETS = "buckets"
+
+
+@dataclass(frozen=True, slots=True)
+class RowForm:
+    """The token batches that an engine takes.
+
+    Attributes:
+        form: ``padded``, [B, T] of any size with one text a row; ``packed``, one row [1, T] with
+            several texts; ``buckets``, one row [1, T] with one text.
+        widths: the tokens T that a row may have, rising; empty for ``padded``.
+    """
+
+    form: Form = Form.PADDED
+    widths: tuple[int, ...] = ()
+
+    @classmethod
+    def packed(cls, width: int) -> RowForm:
+        """Describe packed rows of this many tokens."""
+        return cls(Form.PACKED, (width,))
+
+    @classmethod
+    def buckets(cls, max_length: int) -> RowForm:
+        """Describe rows of one text, padded to a power of two or to the longest text there is."""
+        widths = []
+        width = MIN_BUCKET
+        while width < max_length:
+            widths.append(width)
+            width *= 2
+        return cls(Form.BUCKETS, (*widths, max_length))
+
+    @property
+    def is_static(self) -> bool:
+        """Say whether every token batch has one of a few shapes."""
+        return self.form is not Form.PADDED
+
+    def segments(self, width: int) -> int:
+        """Return how many texts a row of this width has room for: each has two tokens or more."""
+        return max(1, width // 2) if self.form is Form.PACKED else 1
+
+    def width_for(self, n_tokens: int) -> int:
+        """Return the smallest width that takes this many tokens."""
+        return next(width for width in self.widths if width >= n_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,55 +93,21 @@ class TokenBatch:
         return int(np.count_nonzero(self.members >= 0))
 
 
-def plan_padded(
-    lengths: npt.ArrayLike, token_budget: int, streams: int = 1
-) -> list[npt.NDArray[np.intp]]:
-    """Group texts of like length so that each group fills a token batch without much padding.
-
-    The longest go first; equal lengths keep their order, so the plan depends on nothing but its
-    arguments. A text longer than the budget goes alone.
-
-    Args:
-        lengths: tokens of each text.
-        token_budget: most padded tokens in one group.
-        streams: groups that will run at once at the end; the last groups shrink so that these
-            streams finish together. 1 shrinks none.
-
-    Returns:
-        For each group the indices of its texts, longest first.
-    """
-    sizes = np.asarray(lengths, np.int64)
-    order = np.argsort(-sizes, kind="stable")
-    remaining = int(sizes.sum())
-    groups = []
-    at = 0
-    while at < len(order):
-        budget = token_budget
-        if streams > 1:
-            # A share of half of what each stream has left: big groups first, small ones last.
-            budget = min(budget, max(MIN_BUDGET, remaining // (2 * streams)))
-        longest = max(1, int(sizes[order[at]]))
-        group = order[at : at + max(1, budget // longest)]
-        remaining -= int(sizes[group].sum())
-        groups.append(group)
-        at += len(group)
-    return groups
-
-
 def build_padded(
-    tokens: RaggedTokens, members: Sequence[int] | npt.NDArray[np.intp], pad_id: int
+    tokens: RaggedTokens, members: Sequence[int] | Indices, pad_id: int, width: int = 0
 ) -> TokenBatch:
-    """Place each text in a row of its own, as wide as the longest of them.
+    """Place each text in a row of its own.
 
     Args:
         tokens: the tokens of all texts.
         members: which of the texts to place, one per row.
         pad_id: token that fills the rest of a row; never attended to.
+        width: tokens of a row; 0 for as many as the longest of them has.
     """
     rows = np.asarray(members, np.intp)
     starts = tokens.offsets[rows]
     lengths = tokens.offsets[rows + 1] - starts
-    places = np.arange(max(1, int(lengths.max(initial=0))), dtype=np.int64)
+    places = np.arange(width or max(1, int(lengths.max(initial=0))), dtype=np.int64)
     real = places < lengths[:, None]  # [B, T]
     input_ids = np.full(real.shape, pad_id, np.int64)
     input_ids[real] = tokens.ids[(starts[:, None] + places)[real]]
@@ -101,3 +118,34 @@ def build_padded(
         segments=np.ones(1, np.int64),
         members=rows.astype(np.int64)[:, None],
     )
+
+
+def build_row(
+    tokens: RaggedTokens, members: Sequence[int] | Indices, pad_id: int, form: RowForm
+) -> TokenBatch:
+    """Place texts one after the other in one static row, B is 1.
+
+    Args:
+        tokens: the tokens of all texts.
+        members: which of the texts to place.
+        pad_id: token that fills the rest of the row; never attended to.
+        form: packed rows or buckets.
+    """
+    texts = np.asarray(members, np.intp)
+    if form.form is Form.BUCKETS:
+        width = form.width_for(int(tokens.lengths[texts].sum()))
+        return build_padded(tokens, texts, pad_id, width)
+    (width,) = form.widths
+    lengths = tokens.lengths[texts]
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    input_ids = np.full((1, width), pad_id, np.int64)
+    position_ids, segment_ids = (np.zeros((1, width), np.int64) for _ in range(2))
+    places = np.arange(total) - np.repeat(ends - lengths, lengths)  # restart at each text
+    input_ids[0, :total] = tokens.ids[np.repeat(tokens.offsets[texts], lengths) + places]
+    position_ids[0, :total] = places
+    segment_ids[0, :total] = np.repeat(np.arange(1, len(texts) + 1), lengths)
+    segments = np.arange(1, form.segments(width) + 1, dtype=np.int64)
+    seats = np.full((1, len(segments)), -1, np.int64)
+    seats[0, : len(texts)] = texts
+    return TokenBatch(input_ids, position_ids, segment_ids, segments, seats)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import tempfile
-from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from embedq.settings import (
     DEFAULT_MODEL,
@@ -20,24 +21,24 @@ from embedq.settings import (
     cache_home,
     unit,
 )
+from embedq_worker.choices import (
+    Binding,
+    CommandlistMode,
+    DeviceChoice,
+    EngineChoice,
+    LogLevel,
+    PrecisionChoice,
+    Standin,
+    StubDevice,
+    contradictions,
+)
+from embedq_worker.machine import discover
 
+__all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
+
+#: How a setting that is a map may be written.
+MAP_FORMS = "KEY=VALUE,KEY=VALUE, or a JSON object"
 SOURCE_ONLY = frozenset(PREFIX + name for name in ("TEST_MODEL", "TEST_NPU", "VENV"))
-
-
-class DeviceChoice(StrEnum):
-    """What a node may be started on."""
-
-    CPU = "cpu"
-    STUB = "stub"
-
-
-class LogLevel(StrEnum):
-    """How much a node says."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def default_runtime_dir() -> Path:
@@ -48,18 +49,104 @@ def default_runtime_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"embedq-{os.getuid()}"
 
 
+def default_lock_dir() -> Path:
+    """Return a folder that every user of this machine sees, for they share its devices."""
+    system = Path("/run/lock")
+    return system if system.is_dir() else Path(tempfile.gettempdir())
+
+
+def default_name(data: dict[str, Any]) -> str:
+    """Name a node by host and by what it is for, which a restart does not change."""
+    device = data.get("device", DeviceChoice.AUTO)
+    if device is DeviceChoice.AUTO:
+        device = DeviceChoice.NPU if discover().visible else DeviceChoice.CPU
+    return f"{socket.gethostname().partition('.')[0]}-{device}"
+
+
 class WorkerSettings(RedisSettings):
     """Settings of one node."""
 
     elsewhere: ClassVar[frozenset[str]] = ProducerSettings.variables() | SOURCE_ONLY
 
+    device: DeviceChoice = Field(
+        DeviceChoice.AUTO,
+        description="What the node computes on: npu, cpu, auto (an NPU if there is one), or stub.",
+    )
+    strict: bool = Field(
+        False,
+        description="Compute on the NPU or not at all; the node ends if it cannot prove its NPU.",
+    )
     name: str = Field(
-        default_factory=lambda: f"{socket.gethostname().partition('.')[0]}-cpu",
+        default_factory=default_name,
         description="Name of the node, the same over restarts and unique in the fleet.",
     )
-    device: DeviceChoice = Field(
-        DeviceChoice.CPU,
-        description="What the node computes on: cpu, or stub for trying the queue without a model.",
+    npu_node: Path | None = Field(
+        None,
+        description="Node of the NPU, as /dev/accel/accel0, where several are visible.",
+    )
+    lock_dir: Path = Field(
+        default_factory=default_lock_dir,
+        description="Folder of the locks of NPUs; the same for all containers of a machine.",
+    )
+    engine: EngineChoice = Field(
+        EngineChoice.AUTO,
+        description="What runs the model: openvino, onnxruntime, or auto for the faster.",
+    )
+    precision: PrecisionChoice = Field(
+        PrecisionChoice.AUTO,
+        description="Arithmetic of the engine: f32, bf16, f16, int8, or auto for the device's own.",
+    )
+    npu_binding: Binding = Field(
+        Binding.PINNED,
+        description="How tensors reach the NPU: pinned, host_tensor or shared.",
+    )
+    npu_commandlist_mode: CommandlistMode | None = Field(
+        None,
+        description="NPU_COMMANDLIST_MODE, for plugins that know it.",
+    )
+    npu_properties: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Further properties for the NPU plugin: KEY=VALUE,KEY=VALUE, or a JSON object.",
+    )
+    npu_requests: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Inference requests on the NPU; 0 takes as many as the device likes, 1 to 8.",
+        json_schema_extra=unit("requests"),
+    )
+    npu_standin: Standin = Field(
+        Standin.NONE,
+        description="For tests and rehearsals: what plays the NPU, alias or npuw; none is the NPU.",
+    )
+    row_tokens: int = Field(
+        0,
+        ge=0,
+        le=8_192,
+        description="Tokens of a packed row; 0, and too few, take the longest text of the model.",
+        json_schema_extra=unit("tokens"),
+    )
+    compile_deadline_s: float = Field(
+        600.0,
+        gt=0,
+        le=86_400,
+        description="Time after which a compiler counts as hung and is stopped.",
+        json_schema_extra=unit("s"),
+    )
+    infer_deadline_s: float = Field(
+        0.0,
+        ge=0,
+        le=3_600,
+        description="The same for one inference on the NPU; 0 measures: 20 times the slowest.",
+        json_schema_extra=unit("s"),
+    )
+    help_npu: bool = Field(
+        True,
+        description="A node on the CPU also takes batches of embed.npu.",
+    )
+    degraded_cpu: bool = Field(
+        True,
+        description="A node whose NPU is not to be trusted serves on its CPU meanwhile.",
     )
     model: str = Field(
         DEFAULT_MODEL,
@@ -106,11 +193,11 @@ class WorkerSettings(RedisSettings):
         description="How long to wait for the results Redis before a batch goes back to its queue.",
         json_schema_extra=unit("s"),
     )
-    visibility_timeout_s: int = Field(
-        60,
-        ge=4,
+    engine_deadline_s: float = Field(
+        300.0,
+        gt=0,
         le=86_400,
-        description="Silence after which another node may take over a batch; the lease.",
+        description="Longest time the engine may take for one batch; then its process is replaced.",
         json_schema_extra=unit("s"),
     )
     lease_renewal_s: float = Field(
@@ -131,6 +218,10 @@ class WorkerSettings(RedisSettings):
         LogLevel.INFO,
         description="How much the node says: debug, info, warning or error.",
     )
+    stub_device: StubDevice = Field(
+        StubDevice.CPU,
+        description="Which queues the stub takes: those of a cpu or of an npu.",
+    )
     stub_delay_s: float = Field(
         0.0,
         ge=0,
@@ -145,12 +236,33 @@ class WorkerSettings(RedisSettings):
         json_schema_extra=unit("texts/s"),
     )
 
+    @field_validator("npu_properties", mode="before")
+    @classmethod
+    def _map(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            try:
+                return {str(key): str(item) for key, item in json.loads(value).items()}
+            except json.JSONDecodeError:
+                raise ValueError(MAP_FORMS) from None
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        if not all(key.strip() and sign for key, sign, _ in pairs):
+            raise ValueError(MAP_FORMS)
+        return {key.strip(): item.strip() for key, _, item in pairs}
+
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
             raise ValueError("letters, digits, dot, dash and underscore only, 64 at most")
         return value
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        if found := "\n".join(contradictions(self)):
+            raise ValueError(found)
+        return self
 
     def cores(self) -> int:
         """Return how many cores the engine may use."""

@@ -24,6 +24,8 @@ class State(StrEnum):
 
     STARTING = "starting"
     HEALTHY = "healthy"
+    DEGRADED = "degraded"
+    PROBING = "probing"
     FAILED = "failed"
 
 
@@ -32,11 +34,13 @@ class NodeState:
     """How a node is.
 
     Attributes:
-        state: starting, healthy or failed.
-        reason: why it failed; a sentence.
+        state: starting, healthy, degraded, probing or failed.
+        reason: why it is not healthy; a sentence.
         since: Unix time of the last change of state, in seconds.
         pid: of the child that wrote this.
-        device, engine, precision: what computes.
+        device, engine, precision: what computes; empty while nothing does.
+        home: the device that the node is for; another than `device` while it is degraded.
+        may_return: a degraded NPU will be tried again.
         card: the model served.
     """
 
@@ -48,6 +52,8 @@ class NodeState:
     engine: str = ""
     precision: str = ""
     card: ModelCard | None = None
+    home: str = ""
+    may_return: bool = False
 
     def now(self, state: State, reason: str = "") -> NodeState:
         """Return this state changed at this moment."""
@@ -80,7 +86,7 @@ class StateFile:
             card = body.pop("card", None)
             state = State(body.pop("state"))
             return NodeState(state, card=ModelCard(**card) if card else None, **body)
-        except (OSError, ValueError, TypeError, KeyError, msgpack.UnpackException):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
             return None
 
     def remove(self) -> None:

@@ -4,32 +4,66 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from celery import Task
 from celery.exceptions import Reject
+from celery.worker.request import Request
 
-from embedq.contract import TASK_NAME, EmbedBatch, Header
+from embedq.contract import TASK_NAME, EmbedBatch, Header, message_headers
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
+from embedq.outcomes import OutcomeTable
+from embedq.vectors import Vectors
+from embedq_worker import watchdog
+from embedq_worker.answer import Stats
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
+from embedq_worker.careful import CAREFUL_AT, embed_carefully
+from embedq_worker.embedder import Embedder
 from embedq_worker.errors import EngineError
-from embedq_worker.lifecycle import Serving, serving
+from embedq_worker.health import may_answer
+from embedq_worker.lifecycle import serving
+from embedq_worker.serving import Serving
 
 log = logging.getLogger("embedq.worker")
 
-#: Deliveries of a batch that never reached a commit after which it is answered as failed.
-MAX_TRIES = 5
 #: Seconds that a child which may not serve holds a batch before it goes back to its queue.
 HAND_BACK_PAUSE_S = 1.0
 
 
+class BatchRequest(Request):
+    """A batch in a node's hand, of which inspection shows the description and never the texts."""
+
+    def info(self, safe: bool = False) -> Any:
+        """Describe the batch for `celery inspect` and Flower."""
+        return super().info(safe=True)
+
+
+class BatchTask(Task[..., Any]):
+    """A task whose messages look like the SDK's when this node publishes one again."""
+
+    abstract = True
+    Request = "embedq_worker.tasks:BatchRequest"
+
+    def apply_async(  # type: ignore[override] # every option of Celery passes through
+        self, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
+        """Publish a batch, as Celery does when a child was lost under it."""
+        if args and isinstance(args[0], Mapping):
+            options.update(message_headers(args[0], time.time()))
+        return super().apply_async(args, kwargs, **options)
+
+
 @app.task(
+    base=BatchTask,
     name=TASK_NAME,
     bind=True,
     ignore_result=True,
-    # A lost child's batch comes back at once; the default would park it for three minutes.
-    max_retries=MAX_TRIES + 1,
+    # A lost child's batch comes back at once, as often as it takes: the ledger counts, and careful
+    # mode ends it. The defaults are three times, three minutes apart.
+    max_retries=None,
     default_retry_delay=0,
 )
 def embed_batch(self: Any, body: object) -> dict[str, Any]:
@@ -42,32 +76,42 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         return {"refused": "malformed_message"}
     job, index = address
 
-    node = _may_serve(job, index)
+    node = _may_serve(job, index, self.request.delivery_info or {})
     verdict, tries = backend.begin(job, index)
     if verdict is not Verdict.GO:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
         return {"skipped": str(verdict)}
+    stats = Stats()
     try:
-        batch = _accept(body, node, tries)
-        vectors, outcomes = node.embedder.embed(batch)
+        batch = _accept(body, node)
+        proven = node.proven_for(batch.spec.accuracy)
+        vectors, outcomes = _embed(
+            batch, proven.embedder, backend, stats, careful=tries >= CAREFUL_AT
+        )
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
-        backend.commit_failure(job, index, refused.code, refused.detail, refused.fingerprint)
+        backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
-    except EngineError as error:
-        log.error("engine_failed job=%s index=%d reason=%s", job, index, error)
-        raise Reject(str(error), requeue=True) from error
+    except Exception as error:  # Celery would acknowledge it, and the batch would be gone
+        # An error that is not ours may quote a text.
+        reason = str(error) if isinstance(error, EngineError) else type(error).__name__
+        log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
+        raise Reject(reason, requeue=True) from None
 
     infer_s = time.monotonic() - began
     committed = backend.commit(batch, vectors, outcomes)
     log.info(
-        "batch_done job=%s index=%d engine=%s texts=%d tokens=%d embed_ms=%.0f commit_ms=%.1f "
-        "committed=%s",
+        "batch_done job=%s index=%d engine=%s device=%s precision=%s texts=%d tokens=%d "
+        "inferences=%d pack_fill_ratio=%.3f embed_ms=%.0f commit_ms=%.1f committed=%s",
         job,
         index,
-        node.engine.name,
+        proven.engine.name,
+        proven.engine.device,
+        proven.engine.precision,
         len(batch.texts),
         int(outcomes.n_tokens.sum()),
+        stats.inferences,
+        stats.pack_fill_ratio,
         1e3 * infer_s,
         1e3 * (time.monotonic() - began - infer_s),
         {True: "yes", False: "duplicate", None: "job_gone"}[committed],
@@ -78,51 +122,55 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
 class _Refused(Exception):
     """A batch that is answered as failed instead of computed."""
 
-    def __init__(self, code: str, detail: str, fingerprint: bytes = bytes(8)) -> None:
+    def __init__(self, code: str, detail: str) -> None:
         super().__init__(code)
-        self.code, self.detail, self.fingerprint = code, detail, fingerprint
+        self.code, self.detail = code, detail
 
 
-def _may_serve(job: str, index: int) -> Serving:
+def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
     """Return what to embed with, or put the batch back: it did nothing wrong."""
     node = serving()
-    if node is None:
+    if node is None or not may_answer(delivery.get("routing_key", ""), node.engine.device):
         log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
         time.sleep(HAND_BACK_PAUSE_S)
         raise Reject("not serving", requeue=True)
     return node
 
 
-def _accept(body: object, node: Serving, tries: int) -> EmbedBatch:
+def _embed(
+    batch: EmbedBatch,
+    embedder: Embedder,
+    backend: LedgerBackend,
+    stats: Stats,
+    *,
+    careful: bool,
+) -> tuple[Vectors, OutcomeTable]:
+    """Embed a batch under the watchdog; text by text if it has stopped processes before."""
+    limit_s = app.conf.embedq.engine_deadline_s
+    if not careful:
+        with watchdog.deadline(limit_s):
+            return embedder.embed(batch, stats)
+    log.warning("careful job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts))
+
+    def embed(alone: EmbedBatch, _on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
+        with watchdog.deadline(limit_s):
+            return embedder.embed(alone, stats)
+
+    return embed_carefully(batch, embed, backend.notes(batch))
+
+
+def _accept(body: object, node: Serving) -> EmbedBatch:
     """Decode a batch that this node can answer; raise _Refused with the reason otherwise."""
     try:
         batch = EmbedBatch.from_message(body)
     except ContractError as error:
-        raise _Refused(error.code, str(error), _fingerprint(body)) from error
-    fingerprint = batch.spec.fingerprint()
+        raise _Refused(error.code, str(error)) from error
     if batch.spec.model != node.card.identity:
         raise _Refused(
             "wrong_model",
             f"The job asks for model {batch.spec.model[:12]}; node serves {node.card.label} "
             f"({node.card.identity[:12]}). Start a node with the job's model, or run the job anew.",
-            fingerprint,
         )
     if (batch.spec.dim, batch.spec.max_length) != (node.card.dim, node.card.max_length):
-        raise _Refused(
-            "wrong_model", "The job's dimension or length is not the model's.", fingerprint
-        )
-    if tries > MAX_TRIES:
-        raise _Refused(
-            "gave_up",
-            f"The batch was begun {tries - 1} times and no process survived or finished it.",
-            fingerprint,
-        )
+        raise _Refused("wrong_model", "The job's dimension or length is not the model's.")
     return batch
-
-
-def _fingerprint(body: object) -> bytes:
-    """Return the fingerprint that the producer will expect, as far as it can be told."""
-    try:
-        return Header.from_message(body).spec.fingerprint()
-    except ContractError:
-        return bytes(8)

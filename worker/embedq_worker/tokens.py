@@ -24,6 +24,16 @@ class RaggedTokens:
     offsets: npt.NDArray[np.int64]
     n_dropped: npt.NDArray[np.uint32]
 
+    @classmethod
+    def join(cls, parts: Sequence[RaggedTokens]) -> RaggedTokens:
+        """Put the texts of several parts one after the other."""
+        lengths = np.concatenate([np.zeros(1, np.int64), *(part.lengths for part in parts)])
+        return cls(
+            np.concatenate([np.empty(0, np.int32), *(part.ids for part in parts)]),
+            np.cumsum(lengths, dtype=np.int64),
+            np.concatenate([np.empty(0, np.uint32), *(part.n_dropped for part in parts)]),
+        )
+
     def __len__(self) -> int:
         return len(self.n_dropped)
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from embedq.contract import Code, Device, EmbedBatch, OnLong, Outcome, Precision, Status, VectorSpec
 from embedq.testing import stub_vectors
+from embedq_worker.answer import Stats
+from embedq_worker.canary import TEXT, Canary
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
-from embedq_worker.errors import DeviceLost, EngineError, InferFailed
-from embedq_worker.packing import TokenBatch
+from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
+from embedq_worker.packing import RowForm, TokenBatch
 from embedq_worker.tokens import RaggedTokens
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
@@ -215,3 +217,118 @@ def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
 
     for name in "ab":
         assert found[name] == stub_vectors([f"{name} {i}" for i in range(100)]).tobytes()
+
+
+FORMS = (RowForm.packed(256), RowForm.packed(300), RowForm.buckets(256))
+
+
+def static_embedder(form: RowForm, engine: StubEngine | None = None) -> Embedder:
+    """Make an embedder that gives its engine static rows, with a canary in each batch."""
+    embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=form)
+    embedder.canary = Canary(StubTokenizer().tokenize([TEXT]), stub_vectors([TEXT])[0])
+    return embedder
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.text(st.characters(codec="ascii"), max_size=400), max_size=60))
+def test_static_rows_give_every_text_its_vector(form: RowForm, texts: list[str]) -> None:
+    """Packed or in buckets, row i is the vector of text i, and the canary takes nobody's place."""
+    embedder = static_embedder(form)
+
+    vectors, outcomes = embedder.embed(batch_of(texts))
+    embedder.close()
+
+    assert vectors.tobytes() == stub_vectors(texts).tobytes()
+    assert len(outcomes) == len(texts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_static_rows_leave_out_what_failed(form: RowForm) -> None:
+    """Refused and too long texts take no room in a row; their neighbours are served."""
+    embedder = static_embedder(form)
+    texts = ["one", "", "word " * 300, "two"]
+
+    vectors, outcomes = embedder.embed(
+        batch_of(texts, refused={1: Code.NUL_CHARACTER}, on_long=OnLong.ERROR)
+    )
+    embedder.close()
+
+    assert [outcome.status for outcome in outcomes].count(Status.FAILED) == 2
+    assert vectors[[0, 3]].tobytes() == stub_vectors(["one", "two"]).tobytes()
+    assert np.isnan(vectors[[1, 2]]).all()
+
+
+def test_batch_without_a_text_needs_no_canary() -> None:
+    """Where nothing is embedded, the device is not asked at all."""
+    engine = WideStub()
+    embedder = static_embedder(FORMS[0], engine)
+
+    embedder.embed(batch_of([""], refused={0: Code.NOT_UNICODE}))
+    embedder.close()
+
+    assert engine.asked == []
+
+
+class WrongFrom(StubEngine):
+    """A stub that spoils the canary's vector: with another vector, or with none."""
+
+    def __init__(self, spoilt: float) -> None:
+        super().__init__()
+        self._spoilt = spoilt
+
+    def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        vectors = super().infer(batch)
+        last = int(batch.members.max())
+        seat = np.argwhere(batch.members == last)[0]
+        if last == 3:  # three texts, then the canary
+            vectors[tuple(seat)] = np.roll(vectors[tuple(seat)], 1) * self._spoilt
+        return vectors
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"), [(1.0, Reason.WRONG_CANARY), (float("nan"), Reason.NOT_FINITE)]
+)
+def test_wrong_canary_refuses_the_batch(spoilt: float, reason: Reason) -> None:
+    """No vector of a batch is handed out whose canary came out wrong."""
+    embedder = static_embedder(FORMS[0], WrongFrom(spoilt))
+
+    with pytest.raises(InferFailed) as caught:
+        embedder.embed(batch_of(["a", "b", "c"]))
+    embedder.close()
+
+    assert caught.value.reason is reason
+
+
+def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
+    """Tokens of the texts against all that was computed; several calls add up."""
+    packed = static_embedder(RowForm.packed(100))
+    stats = Stats()
+
+    packed.embed(batch_of(["word " * 48] * 3), stats)
+    packed.close()
+
+    assert (stats.inferences, stats.tokens, stats.computed_tokens) == (2, 150, 200)
+    assert stats.pack_fill_ratio == 0.75
+    embedder.embed(batch_of(["word " * 48] * 2), stats)
+    assert (stats.tokens, stats.inferences) == (250, 4)
+
+
+def test_stats_of_nothing_are_full() -> None:
+    """A batch without inferences wasted nothing."""
+    assert Stats().pack_fill_ratio == 1.0
+
+
+def test_static_grouping_depends_on_the_batch_alone() -> None:
+    """Two runs ask for the same rows, whatever the threads did."""
+    texts = [f"text {i} " * (i % 17) for i in range(200)]
+    asked = []
+
+    for _ in range(2):
+        engine = WideStub()
+        embedder = static_embedder(FORMS[0], engine)
+        embedder.embed(batch_of(texts))
+        embedder.close()
+        asked.append(sorted(engine.asked))
+
+    assert asked[0] == asked[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from tests.model_fixtures import (
     TINY,
     real_model,
     reference_vector,
     tiny_model,
+    write_foreign,
     write_json,
     write_safetensors,
     write_tiny,
-    write_tokenizer,
 )
 
 from embedq_worker.adapter import adapt_onnx, adapted_dim
@@ -235,60 +235,6 @@ def test_damaged_weights_name_the_file(tmp_path: Path, damage: Any) -> None:
 
     with pytest.raises(ModelError, match=r"model\.safetensors is not a readable"):
         build_graph(model)
-
-
-def write_foreign(
-    folder: Path,
-    *,
-    opset: int = 17,
-    output: str = "last_hidden_state",
-    inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
-    int_type: int = TensorProto.INT64,
-    axes: Sequence[Any] = ("batch", "sequence"),
-) -> npt.NDArray[np.float32]:
-    """Write an ONNX model whose token vectors are rows of a table, and return the table [V, D].
-
-    With ``sentence_embedding`` as output, its vector is that of the first token, times 3.
-    """
-    table = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
-    shape: list[Any] = [*axes, 8]
-    if output == "sentence_embedding":
-        nodes += [
-            helper.make_node("Gather", ["rows", "zero"], ["first"], axis=1),
-            helper.make_node("Mul", ["first", "three"], [output]),
-        ]
-        shape = [axes[0], 8]
-    else:
-        # Every input is used, and padding is spoilt, so that a wrong mask shows.
-        total = "input_ids"
-        for i, name in enumerate(inputs[1:]):
-            nodes.append(helper.make_node("Add", [total, name], [f"sum{i}"]))
-            total = f"sum{i}"
-        nodes += [
-            helper.make_node("Sub", [total, "input_ids"], ["others"]),
-            helper.make_node("Cast", ["others"], ["scale"], to=TensorProto.FLOAT),
-            helper.make_node("Reshape", ["scale", "column"], ["scales"]),
-            helper.make_node("Mul", ["rows", "scales"], [output]),
-        ]
-    constants: Mapping[str, Any] = {
-        "table": table,
-        "zero": np.array(0, np.int64),
-        "three": np.array(3, np.float32),
-        "column": np.array([0, -1, 1], np.int64),
-    }
-    graph = helper.make_graph(
-        nodes,
-        "foreign",
-        [helper.make_tensor_value_info(name, int_type, list(axes)) for name in inputs],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7)
-    (folder / "onnx").mkdir(parents=True)
-    onnx.save(model, folder / "onnx" / "model.onnx")
-    write_tokenizer(folder / "tokenizer.json")
-    return table
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 20])

@@ -1,13 +1,11 @@
-"""Ragged tokens become token batches that hold every text once, within the budget."""
+"""Texts lie in token batches where the plan put them, in the types of the graph."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_worker.packing import MIN_BUDGET, build_padded, plan_padded
+from embedq_worker.packing import RowForm, build_padded, build_row
 from embedq_worker.tokens import RaggedTokens
-
-LENGTHS = st.lists(st.integers(2, 300), max_size=200)
 
 
 def ragged(lengths: list[int]) -> RaggedTokens:
@@ -15,67 +13,6 @@ def ragged(lengths: list[int]) -> RaggedTokens:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     return RaggedTokens(ids, offsets, np.zeros(len(lengths), np.uint32))
-
-
-@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
-    """The groups of a plan are a partition of the texts, whatever the lengths and the budget."""
-    plan = plan_padded(lengths, budget, streams)
-
-    placed = [int(index) for group in plan for index in group]
-    assert sorted(placed) == list(range(len(lengths)))
-
-
-@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
-    """A group of several texts has at most `token_budget` padded tokens."""
-    for group in plan_padded(lengths, budget, streams):
-        longest = max(lengths[int(index)] for index in group)
-        assert len(group) == 1 or longest * len(group) <= budget
-
-
-@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_goes_from_long_to_short(lengths: list[int], budget: int, streams: int) -> None:
-    """The lengths never rise along a plan, so the smallest work comes last."""
-    order = [lengths[int(i)] for group in plan_padded(lengths, budget, streams) for i in group]
-
-    assert order == sorted(lengths, reverse=True)
-
-
-def test_plan_is_deterministic_for_equal_lengths() -> None:
-    """Texts of equal length keep their order: the plan depends on nothing but its arguments."""
-    plan = plan_padded([5] * 10, 20)
-
-    assert [list(map(int, group)) for group in plan] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-
-
-def test_text_beyond_the_budget_goes_alone() -> None:
-    """A text longer than the budget gets a group of its own and is not refused."""
-    plan = plan_padded([600, 10, 700], 512)
-
-    assert [list(map(int, group)) for group in plan] == [[2], [0], [1]]
-
-
-def test_last_groups_shrink_for_streams() -> None:
-    """With two streams the last group is small, so that neither waits long for the other."""
-    lengths = [32] * 128
-
-    shrunk = [len(group) * 32 for group in plan_padded(lengths, 1024, streams=2)]
-
-    assert shrunk[0] == 1024
-    assert shrunk[-1] <= MIN_BUDGET
-
-
-def test_one_stream_shrinks_nothing() -> None:
-    """With one stream every group but the last is as large as the budget allows."""
-    sizes = [len(group) * 32 for group in plan_padded([32] * 128, 1024)]
-
-    assert sizes == [1024] * 4
-
-
-def test_plan_of_nothing_is_empty() -> None:
-    """No texts give no groups."""
-    assert plan_padded([], 512) == []
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.randoms())
@@ -107,3 +44,61 @@ def test_build_padded_has_the_types_of_the_graph() -> None:
         assert array.dtype == np.int64, name
         assert array.flags.c_contiguous, name
     assert list(batch.segments) == [1]
+
+
+PACKED = RowForm.packed(32)
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(1, 9))
+def test_packed_row_holds_its_texts_one_after_the_other(lengths: list[int], skip: int) -> None:
+    """Each segment has the tokens of its text, positions from 0 and a number of its own."""
+    tokens = ragged(lengths)
+    fitting = np.cumsum(lengths[::-1]) <= 32
+    members = list(range(len(lengths)))[::-1][: int(fitting.sum())]
+
+    batch = build_row(tokens, members, skip, PACKED)
+
+    assert batch.input_ids.shape == (1, 32)
+    assert batch.members.shape == (1, 16)
+    assert list(batch.segments) == list(range(1, 17))
+    at = 0
+    for number, text in enumerate(members, start=1):
+        n, start = lengths[text], int(tokens.offsets[text])
+        assert list(batch.input_ids[0, at : at + n]) == list(tokens.ids[start : start + n])
+        assert list(batch.position_ids[0, at : at + n]) == list(range(n))
+        assert set(batch.segment_ids[0, at : at + n]) == {number}
+        assert batch.members[0, number - 1] == text
+        at += n
+    assert set(batch.input_ids[0, at:]) <= {skip}
+    assert not batch.segment_ids[0, at:].any()
+    assert not batch.position_ids[0, at:].any()
+    assert set(batch.members[0, len(members) :]) <= {-1}
+
+
+def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:
+    """One text of 17 tokens lies in a row of 32, and one of 40 in the widest."""
+    form = RowForm.buckets(40)
+
+    shapes = [build_row(ragged([n]), [0], 0, form).input_ids.shape for n in (2, 16, 17, 32, 40)]
+
+    assert form.widths == (16, 32, 40)
+    assert shapes == [(1, 16), (1, 16), (1, 32), (1, 32), (1, 40)]
+
+
+def test_packed_row_has_the_types_of_the_graph() -> None:
+    """All arrays of a row are contiguous int64."""
+    batch = build_row(ragged([2, 3]), [1, 0], 0, PACKED)
+
+    for name in ("input_ids", "position_ids", "segment_ids", "segments", "members"):
+        array = getattr(batch, name)
+        assert array.dtype == np.int64, name
+        assert array.flags.c_contiguous, name
+
+
+def test_joined_tokens_keep_their_texts() -> None:
+    """Two parts put together hold the texts of the first, then those of the second."""
+    joined = RaggedTokens.join([ragged([2, 3]), ragged([]), ragged([4])])
+
+    assert list(joined.lengths) == [2, 3, 4]
+    assert list(joined.ids) == [1, 2, 3, 4, 5, 1, 2, 3, 4]
+    assert len(RaggedTokens.join([])) == 0

@@ -9,12 +9,15 @@ import numpy.typing as npt
 import pytest
 from tests.model_fixtures import real_model, tiny_model
 
+from embedq.contract import Accuracy
+from embedq.testing import stub_vectors
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
-from embedq_worker.packing import TokenBatch
-from embedq_worker.selftest import GOLDEN, PUBLISHED, Report
+from embedq_worker.golden import GOLDEN, PUBLISHED
+from embedq_worker.packing import RowForm, TokenBatch
+from embedq_worker.selftest import Report
 from embedq_worker.tokenization import Tokenizer
 
 
@@ -31,19 +34,18 @@ class Scripted(StubEngine):
         return vectors
 
 
-def run(engine: StubEngine, reference: StubEngine | None = None) -> Report:
+def run(
+    engine: StubEngine,
+    reference: npt.NDArray[np.float32] | None = None,
+    accuracy: Accuracy = Accuracy.STANDARD,
+    form: RowForm | None = None,
+) -> Report:
     """Run the self-test of a stub engine."""
-    embedders = [
-        Embedder(StubTokenizer(), each, token_budget=4096) if each else None
-        for each in (engine, reference)
-    ]
+    embedder = Embedder(StubTokenizer(), engine, token_budget=4096, form=form)
     try:
-        assert embedders[0]
-        return selftest.run(embedders[0], None, embedders[1])
+        return selftest.run(embedder, None, reference, accuracy)
     finally:
-        for embedder in embedders:
-            if embedder:
-                embedder.close()
+        embedder.close()
 
 
 def test_honest_engine_passes() -> None:
@@ -100,11 +102,63 @@ def test_engine_that_differs_from_its_reference_fails() -> None:
     def turn(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors[:] = np.roll(vectors, 1, axis=-1)
 
-    report = run(Scripted(turn), reference=StubEngine())
+    report = run(Scripted(turn), stub_vectors(GOLDEN))
 
     assert not report.passed
     assert "cosine" in report.reason
     assert report.min_cosine < 0.5
+
+
+def blend(share: float) -> Scripted:
+    """Make a stub whose vectors lean a little towards a wrong one, alone and in company alike."""
+
+    def lean(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+        vectors += share * np.roll(vectors, 1, axis=-1)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+
+    return Scripted(lean)
+
+
+@pytest.mark.parametrize(
+    ("share", "standard", "exact"), [(0.0, True, True), (0.02, True, False), (0.2, False, False)]
+)
+def test_each_accuracy_class_has_its_floor(share: float, standard: bool, exact: bool) -> None:
+    """A cosine of 0.9998 serves `standard` and not `exact`; one of 0.98 serves neither."""
+    trusted = stub_vectors(GOLDEN)
+
+    reports = [run(blend(share), trusted, accuracy) for accuracy in Accuracy]
+
+    assert [report.passed for report in reports] == [standard, exact]
+
+
+def test_changed_order_of_neighbours_fails() -> None:
+    """An engine that keeps cosines and swaps who is nearer to whom is caught."""
+    trusted = stub_vectors(GOLDEN)
+    trusted[1] = trusted[0] + 0.030 * trusted[2] + 0.001 * trusted[3]
+    swapped = trusted.copy()
+    swapped[1] = trusted[0] + 0.001 * trusted[2] + 0.030 * trusted[3]
+
+    class Swapped(StubEngine):
+        def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+            vectors = super().infer(batch)
+            for at, vector in enumerate(stub_vectors(GOLDEN)):
+                same = np.abs(vectors - vector).max(axis=-1) < 1e-6
+                vectors[same] = swapped[at] / np.linalg.norm(swapped[at])
+            return vectors
+
+    report = run(Swapped(), trusted)
+
+    assert report.min_cosine > 0.999
+    assert report.inversions > 0
+    assert "nearer" in report.reason
+
+
+def test_packed_rows_pass() -> None:
+    """Alone and in company is alone and packed for an engine of packed rows."""
+    report = run(StubEngine(), stub_vectors(GOLDEN), form=RowForm.packed(256))
+
+    assert report.passed, report.reason
+    assert report.max_deviation == 0
 
 
 def test_failed_inference_is_a_report() -> None:

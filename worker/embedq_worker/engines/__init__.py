@@ -1,27 +1,31 @@
-"""The engines, chosen by name; only the chosen runtime is imported."""
+"""The engines of the CPU and the stub, chosen by name; only the chosen runtime is imported."""
 
 from __future__ import annotations
 
 import difflib
 from typing import Final
 
+from embedq.contract import Precision
 from embedq.errors import SettingsError
-from embedq_worker.engines.base import Engine
+from embedq_worker.engines.base import Engine, available_cores
 from embedq_worker.models import Model
 
 __all__ = ["ENGINES", "Engine", "open_engine"]
 
 #: Names that open_engine knows.
-ENGINES: Final = ("onnxruntime", "stub")
+ENGINES: Final = ("onnxruntime", "openvino", "stub")
 
 
-def open_engine(name: str, model: Model | None, threads: int = 0) -> Engine:
-    """Open the engine of this name and load the model into it.
+def open_engine(
+    name: str, model: Model | None, threads: int = 0, precision: Precision = Precision.F32
+) -> Engine:
+    """Open the engine of this name on the CPU and load the model into it.
 
     Args:
         name: one of ENGINES.
         model: the model to load; only the stub does without.
         threads: cores to use, 0 for all this process may use.
+        precision: the arithmetic; onnxruntime and the stub know one only.
 
     Raises:
         SettingsError: no engine has this name, or it needs a model and got none.
@@ -39,6 +43,10 @@ def open_engine(name: str, model: Model | None, threads: int = 0) -> Engine:
         raise SettingsError(f"Engine: expected one of {', '.join(ENGINES)}, got {name}.{hint}")
     if model is None:
         raise SettingsError(f"Engine {name} needs a model; only the stub does without.")
+    if name == "openvino":
+        from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
+
+        return OpenVinoCpuEngine(model, precision, threads or available_cores())
     from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(model, threads)

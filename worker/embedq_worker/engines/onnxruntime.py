@@ -5,17 +5,16 @@ The only file that imports ``onnxruntime``.
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from embedq.contract import Device, Precision
+from embedq_worker.engines.base import available_cores
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.graph import Graph, build_graph
 from embedq_worker.models import Model
-from embedq_worker.packing import TokenBatch
+from embedq_worker.packing import RowForm, TokenBatch
 
 
 class OnnxRuntimeEngine:
@@ -24,6 +23,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     device = Device.CPU
     precision = Precision.F32
+    form = RowForm()
 
     def __init__(self, model: Model, threads: int = 0) -> None:
         """Build the graph and load it.
@@ -38,6 +38,7 @@ class OnnxRuntimeEngine:
         """
         self.dim = model.dim
         self.concurrency = threads or available_cores()
+        self.details = {"streams": str(self.concurrency)}
         graph = build_graph(model)
         # The session reads the graph's weights in place, so they live as long as it does.
         self._opened: tuple[ort.InferenceSession, Graph] | None = (
@@ -71,13 +72,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Free the session and the weights that it reads in place."""
         self._opened = None
-
-
-def available_cores() -> int:
-    """Count the cores this process may use; macOS has no affinity to ask."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _open(graph: Graph, label: str) -> ort.InferenceSession:

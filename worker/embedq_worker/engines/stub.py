@@ -16,7 +16,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from embedq.contract import Device, ModelCard, Precision
 from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
 from embedq_worker.errors import InferFailed
-from embedq_worker.packing import TokenBatch
+from embedq_worker.packing import RowForm, TokenBatch
 from embedq_worker.tokens import RaggedTokens
 
 #: sha256 of the words "embedq stub engine 1": the identity of the stub's model.
@@ -83,6 +84,8 @@ class StubEngine:
     device = Device.STUB
     precision = Precision.F32
     concurrency = 1
+    form = RowForm()
+    details: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, dim: int = STUB_DIM, delay_s: float = 0.0, texts_per_s: float = 0.0) -> None:
         """Script the speed of a device.

@@ -1,0 +1,109 @@
+"""`embedq status`: the fleet in a terminal, once or live."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from embedq.exits import errors_as_sentences
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from embedq.status import FleetStatus
+
+#: Seconds between two looks with --watch.
+WATCH_EVERY_S = 1.0
+_COLOURS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "failed": "red"}
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Keep looking until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def status(watch: bool, as_json: bool) -> None:
+    """Show nodes, queues and jobs."""
+    with errors_as_sentences():
+        from rich.console import Console
+        from rich.live import Live
+
+        look = _looker()
+        if as_json:
+            click.echo(json.dumps(look().as_dict()))
+        elif not watch:
+            Console().print(render(look()))
+        else:
+            with Live(render(look()), console=Console(), screen=False) as live:
+                try:
+                    while True:
+                        time.sleep(WATCH_EVERY_S)
+                        live.update(render(look()))
+                except KeyboardInterrupt:
+                    return
+
+
+def _looker() -> Callable[[], FleetStatus]:
+    """Return a function that looks at the fleet of the settings, on connections that it keeps."""
+    from embedq.patience import patiently
+    from embedq.redis_client import open_redis
+    from embedq.settings import ProducerSettings, mask_password
+    from embedq.status import fetch_status
+
+    settings = ProducerSettings.load()
+    broker, results = open_redis(settings.broker_url), open_redis(settings.results_url)
+
+    def look() -> FleetStatus:
+        return patiently(
+            lambda: fetch_status(broker, results),
+            patience_s=0,
+            on_wait=lambda _: None,
+            where=mask_password(settings.results_url),
+        )
+
+    return look
+
+
+def render(found: FleetStatus) -> Group:
+    """Draw a status as tables."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    nodes = Table("node", "state", "device", "engine", "precision", "since", "reason", box=None)
+    for node in found.nodes:
+        state = Text(node.state, style=_COLOURS.get(node.state, ""))
+        since = f"{age(found.at - node.since)} ago"
+        nodes.add_row(
+            node.node, state, node.device, node.engine, node.precision, since, node.reason
+        )
+    queues = Table("queue", "waiting", box=None)
+    for queue, waiting in found.queues.items():
+        queues.add_row(queue, f"{waiting:,}")
+    queues.add_row("in hand", f"{found.in_hand:,}")
+    jobs = Table("job", "batches done", "to be taken", "age", "output", box=None)
+    for job in found.jobs:
+        jobs.add_row(job.id, f"{job.committed:,}", f"{job.waiting:,}", age(job.age_s), job.label)
+    memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
+    head = "paused by an operator\n" if found.paused else ""
+    missing = "no node is alive\n" if not found.nodes else ""
+    return Group(
+        Text(head + missing, style="red", end=""), nodes, queues, jobs, f"memory of Redis: {memory}"
+    )
+
+
+def age(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    for big, small, names in (
+        (days, hours, ("d", "h")),
+        (hours, minutes, ("h", "min")),
+        (minutes, rest, ("min", "s")),
+    ):
+        if big:
+            return f"{big} {names[0]} {small} {names[1]}"
+    return f"{rest} s"

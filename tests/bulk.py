@@ -1,0 +1,223 @@
+"""What tests of whole runs share: inputs, the command as a child process, outputs read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wait_for
+
+from embedq import Client
+from embedq.embedding import EmbedRun
+from embedq.outputs import sidecar_path
+from embedq.report import Progress, Summary
+from embedq.request import Request
+from embedq.resume import Manifest, manifest_path
+from embedq.update import UpdateRun
+
+#: Small batches and a small window, so that a few hundred texts are many batches.
+SMALL = {"batch_texts": 32, "window": 8}
+#: The same for a child process.
+SMALL_ENVIRONMENT = {"EMBEDQ_BATCH_TEXTS": "32", "EMBEDQ_WINDOW": "8"}
+
+Documents = list[dict[str, Any]]
+
+
+def documents(n: int) -> Documents:
+    """Return n documents of different lengths."""
+    return [{"id": f"d{i}", "text": f"document {i} {'word ' * (i % 40)}"} for i in range(n)]
+
+
+def write_jsonl(path: Path, records: Iterable[object]) -> Path:
+    """Write one JSON value a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+class Notes:
+    """A display that keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def update(self, progress: Progress) -> None:
+        """Ignore progress."""
+
+    def note(self, message: str) -> None:
+        """Keep a sentence."""
+        self.notes.append(message)
+
+
+def embed(
+    client: Client,
+    inputs: Path | Iterable[str],
+    output: Path,
+    *,
+    update: bool = False,
+    display: Notes | None = None,
+    **options: Any,
+) -> Summary:
+    """Do in this process what `embedq embed` does; options are those of Request."""
+    names = (os.fspath(inputs),) if isinstance(inputs, Path) else tuple(inputs)
+    run = UpdateRun if update else EmbedRun
+    request = Request(names, output, **options)
+    return run(client, request, display or Notes(), time.monotonic()).run()
+
+
+def start(redis: RedisProcess, *arguments: str | Path, **settings: str) -> subprocess.Popen[str]:
+    """Start `embedq` as a child that talks to a stub node through this Redis."""
+    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "embedq", *(os.fspath(argument) for argument in arguments)],
+        env=environment(**{**urls, "EMBEDQ_MODEL": "stub", **SMALL_ENVIRONMENT, **settings}),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
+    """Wait for a child; return its exit code, stdout and stderr."""
+    out, err = child.communicate(text, timeout=60)
+    return child.returncode, out, err
+
+
+def command(redis: RedisProcess, *arguments: str | Path, **settings: str) -> tuple[int, str, str]:
+    """Run `embedq` as a child to its end; return its exit code, stdout and stderr."""
+    return finish(start(redis, *arguments, **settings))
+
+
+def kill_at(child: subprocess.Popen[str], output: Path, rows: int) -> int:
+    """Kill -9 a command once so many rows are safe in its output; return how many were."""
+    wait_for(lambda: safe_rows(output) >= rows or child.poll() is not None, f"{rows} rows")
+    assert child.poll() is None, f"The command ended before it was killed:\n{finish(child)}"
+    child.kill()
+    finish(child)
+    return safe_rows(output)
+
+
+def safe_rows(output: Path) -> int:
+    """Return how many rows the manifest beside an output vouches for."""
+    manifest = Manifest.load(manifest_path(output))
+    return manifest.rows if manifest is not None else 0
+
+
+def vectors(output: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Load the vectors of an npy output."""
+    return np.asarray(np.load(output))
+
+
+def items(output: Path) -> Documents:
+    """Load the sidecar of an npy output."""
+    return [json.loads(line) for line in sidecar_path(output).read_text().splitlines()]
+
+
+def rows(output: Path) -> Documents:
+    """Load an output of any format as one dict a row, its vector as a list or None."""
+    if output.suffix == ".jsonl":
+        return [json.loads(line) for line in output.read_text().splitlines()]
+    if output.suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        found: Documents = parquet.read_table(output).to_pylist()
+        return found
+    return [
+        {**item, "vector": row.tolist() if item["status"] == "ok" else None}
+        for item, row in zip(items(output), vectors(output), strict=True)
+    ]
+
+
+def files_beside(output: Path) -> set[str]:
+    """Return the names of everything in the folder of an output."""
+    return {path.name for path in output.parent.iterdir()}
+
+
+class Work:
+    """Counts the texts that a node with one child computes from here on, by its log."""
+
+    def __init__(self, client: Client, node: NodeProcess) -> None:
+        self._client, self._node = client, node
+        self._others = {self._settle()} | {_job(line) for line in node.lines("batch_done")}
+
+    def texts(self) -> int:
+        """Return how many texts it has computed."""
+        self._others.add(self._settle())
+        lines = [line for line in self._node.lines("batch_done") if _job(line) not in self._others]
+        return sum(int(line.split("texts=")[1].split()[0]) for line in lines)
+
+    def _settle(self) -> str:
+        """Give the node a text of ours: once it has done that, all before it is in the log."""
+        job = self._client.submit(["settle"])
+        job.wait(timeout_s=DEADLINE_S)
+        return job.id
+
+
+def _job(line: str) -> str:
+    return line.split("job=")[1].split()[0]
+
+
+def wait_until_forgotten(redis: RedisProcess) -> None:
+    """Wait until Redis holds nothing of any job: no ledger, no vectors, no queued batch."""
+
+    def left() -> list[bytes]:
+        return [
+            key
+            for db in (0, 1)
+            for key in _keys(redis, db)
+            if not key.startswith((b"_kombu", b"embedq:node"))
+        ]
+
+    wait_for(lambda: not left(), "Redis to forget every job")
+
+
+def _keys(redis: RedisProcess, db: int) -> list[bytes]:
+    with redis.open(db) as client:
+        return list(client.scan_iter("*", count=1000))
+
+
+class Killed(BaseException):
+    """Stands for a kill -9 in this process."""
+
+
+@contextmanager
+def killed_at_step(n: int) -> Iterator[None]:
+    """End a run in this process before its n-th fsync, rename or deletion of a file.
+
+    Nothing of these happens after the first that was refused, as after a kill; the lock alone is
+    given back, which the system does for the dead.
+    """
+    done = 0
+
+    def mortal(step: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            if str(args[0]).endswith(".lock"):
+                return step(*args, **kwargs)
+            done += 1
+            if done >= n:
+                raise Killed
+            return step(*args, **kwargs)
+
+        return act
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", mortal(os.fsync))
+        patch.setattr(Path, "replace", mortal(Path.replace))
+        patch.setattr(Path, "unlink", mortal(Path.unlink))
+        yield
+
+
+def unfinished(client: Client, source: Path, output: Path, *, step: int = 10) -> None:
+    """Leave an output as a run does that is killed in its middle."""
+    with killed_at_step(step), pytest.raises(Killed):
+        embed(client, source, output)
+    assert safe_rows(output) > 0

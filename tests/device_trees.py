@@ -1,0 +1,50 @@
+"""Trees of /dev and /sys as kernels with NPUs show them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from embedq_worker.machine import Roots
+
+#: PCI device ids by the architecture that OpenVINO gives them.
+IDS = {"3720": 0x7D1D, "4000": 0x643E, "5010": 0xB03E}
+
+
+class DeviceTree:
+    """A machine to which NPUs are added one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.roots = Roots(dev=folder / "dev", sys=folder / "sys")
+        (self.roots.dev / "accel").mkdir(parents=True)
+        (self.roots.sys / "class/accel").mkdir(parents=True)
+        (self.roots.sys / "bus/pci/devices").mkdir(parents=True)
+
+    def add(
+        self,
+        number: int,
+        pci: str = "0000:00:0b.0",
+        *,
+        device_id: int = IDS["4000"],
+        vendor: int = 0x8086,
+        node: bool = True,
+        driver: bool = True,
+    ) -> Path:
+        """Add an accelerator, and return its node."""
+        device = self.roots.sys / "devices" / pci
+        device.mkdir(parents=True)
+        (device / "vendor").write_text(f"{vendor:#06x}\n")
+        (device / "device").write_text(f"{device_id:#06x}\n")
+        (self.roots.sys / "bus/pci/devices" / pci).symlink_to(device)
+        path = self.roots.dev / "accel" / f"accel{number}"
+        if not driver:
+            return path
+        module = self.roots.sys / "bus/pci/drivers/intel_vpu"
+        module.mkdir(parents=True, exist_ok=True)
+        (device / "driver").symlink_to(module)
+        entry = self.roots.sys / "class/accel" / path.name
+        entry.mkdir()
+        (entry / "device").symlink_to(device)
+        (entry / "dev").write_text(f"261:{number}\n")
+        if node:
+            path.touch()
+        return path

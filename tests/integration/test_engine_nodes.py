@@ -1,0 +1,75 @@
+"""Whole nodes with the engines of OpenVINO: Celery, a forked child, Redis, vectors that agree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.model_fixtures import WORDS, tiny_model
+from tests.servers import RedisProcess, stub_node
+
+from embedq import Client
+from embedq.contract import Device, Outcome, Precision
+from embedq_worker.answer import Vectors
+from embedq_worker.models import Model
+
+TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def settings_of(model: Model, folder: Path, **settings: str) -> dict[str, str]:
+    """Return the environment of a node that serves the tiny model."""
+    own = {"MODEL": os.fspath(model.folder), "CACHE_DIR": os.fspath(folder / "cache")}
+    return {f"EMBEDQ_{name}": value for name, value in {**own, **settings}.items()}
+
+
+def embed(
+    redis: RedisProcess, model: Model, accuracy: str = "standard"
+) -> tuple[Vectors, list[Outcome]]:
+    """Embed the texts through the queue."""
+    with Client(settings=redis.settings(model=os.fspath(model.folder))) as client:
+        found = list(client.submit(TEXTS, accuracy=accuracy).results(timeout_s=30))
+    return np.array([each.vector for each in found]), [each.outcome for each in found]
+
+
+def test_node_on_a_standin_serves_the_queue_of_npus(
+    model: Model, redis: RedisProcess, short_dir: Path
+) -> None:
+    """Outcomes say npu and f16, the log says how full the rows were, and strict jobs are served."""
+    settings = settings_of(model, short_dir, DEVICE="npu", NPU_STANDIN="alias", STRICT="1")
+    with stub_node(redis, short_dir, "alias", **settings) as node:
+        vectors, outcomes = embed(redis, model)
+
+        (done,) = node.lines("batch_done")
+        heartbeat = node.heartbeat()
+
+    assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, Precision.F16)}
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    assert "engine=openvino device=npu precision=f16" in done
+    assert 0.5 < float(done.partition("pack_fill_ratio=")[2].split()[0]) <= 1
+    assert heartbeat and (heartbeat.engine, heartbeat.precision) == ("openvino", "f16")
+
+
+def test_node_on_the_cpu_serves_each_class_with_its_engine(
+    model: Model, redis: RedisProcess, short_dir: Path
+) -> None:
+    """With bf16 for `standard`, an exact job makes the same node open an engine in f32."""
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no bf16")
+    settings = settings_of(model, short_dir, DEVICE="cpu", PRECISION="bf16", ENGINE="openvino")
+    with stub_node(redis, short_dir, "cpu", **settings) as node:
+        standard, rounded = embed(redis, model)
+        exact, precise = embed(redis, model, "exact")
+        heartbeat = node.heartbeat()
+
+    assert {(each.device, each.precision) for each in rounded} == {(Device.CPU, Precision.BF16)}
+    assert {(each.device, each.precision) for each in precise} == {(Device.CPU, Precision.F32)}
+    assert 0.999 <= (standard * exact).sum(axis=1).min() < 0.9999999
+    assert heartbeat and heartbeat.precision == "bf16"

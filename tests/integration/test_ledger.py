@@ -1,0 +1,184 @@
+"""The ledger in a real Redis: one commit a batch, all or nothing, and nothing lives for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+from redis.exceptions import OutOfMemoryError
+from tests.servers import RedisProcess
+
+from embedq.ledger import JOBS_KEY, Ledger, Verdict
+from embedq.patience import waits_for
+
+TTL_S = 600
+
+
+@pytest.fixture
+def results(redis: RedisProcess) -> Iterator[Redis]:
+    """A client of the results database."""
+    with redis.open() as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(results: Redis) -> Ledger:
+    """The ledger of an open job."""
+    opened = Ledger(results, "job")
+    opened.open(fingerprint=bytes(8), ttl_s=TTL_S, label="test")
+    return opened
+
+
+def keys_of_job(results: Redis) -> set[bytes]:
+    """Return the keys of every job."""
+    return set(results.scan_iter("embedq:{*"))
+
+
+def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
+    """Of two threads that commit the same batch with different values, one is told that it did."""
+    barrier = threading.Barrier(2)
+    told: dict[bytes, list[bool | None]] = {b"one": [], b"two": []}
+
+    def commit_all(value: bytes) -> None:
+        with redis.open() as client:
+            own = Ledger(client, "job")
+            for index in range(100):
+                barrier.wait(10)
+                told[value].append(own.commit(index, [value]))
+
+    threads = [threading.Thread(target=commit_all, args=(value,)) for value in told]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    commits = ledger.read_commits(b"0-0", count=1000, block_ms=1)
+    assert sorted(commit.index for commit in commits) == list(range(100))
+    for commit in commits:
+        [value] = ledger.fetch_values(commit)
+        assert value is not None
+        assert told[value][commit.index] is True
+        assert told[b"two" if value == b"one" else b"one"][commit.index] is False
+
+
+def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis) -> None:
+    """A batch of several values is read in their order; taking it deletes them and its entry."""
+    ledger.commit(7, [b"a", b"b", b"c"])
+
+    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    values = ledger.fetch_values(commit)
+    ledger.take([commit])
+
+    assert (commit.index, values) == (7, [b"a", b"b", b"c"])
+    assert ledger.fetch_values(commit) == [None] * 3
+    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
+    assert ledger.is_committed(7)
+
+
+def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -> None:
+    """Whatever a job writes fades by itself if its producer never comes back."""
+    ledger.begin(1)
+    ledger.commit(0, [b"value"])
+    ledger.start_text(1, 5)
+    ledger.cancel()
+    ledger.forget(0)
+
+    lives = {key: results.ttl(key) for key in keys_of_job(results)}
+
+    assert len(lives) == 6
+    assert all(ttl > 0 for ttl in lives.values()), lives
+    assert all(ttl <= TTL_S for key, ttl in lives.items() if b"careful" not in key), lives
+
+
+def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> None:
+    """A batch of a dropped job is told so, and leaves no trace."""
+    ledger.drop()
+
+    assert ledger.begin(0) == (Verdict.GONE, 0)
+    assert ledger.commit(0, [b"late"]) is None
+    assert keys_of_job(results) == set()
+
+
+@pytest.mark.parametrize("action", ["cancel", "forget", "keep_alive", "drop"])
+def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
+    """What a producer does to a job that has expired brings no key back."""
+    arguments = {"forget": [0], "keep_alive": [TTL_S]}.get(action, [])
+    ledger.drop()
+
+    getattr(ledger, action)(*arguments)
+
+    assert keys_of_job(results) == set()
+    assert results.zrange(JOBS_KEY, 0, -1) == []
+
+
+def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
+    """Commits that were never taken go with the job."""
+    for index in range(50):
+        ledger.commit(index, [b"x", b"y"])
+
+    ledger.drop()
+
+    assert keys_of_job(results) == set()
+
+
+def test_cancelled_job_wants_nothing_more(ledger: Ledger) -> None:
+    """After a cancel every batch is told so before it is computed."""
+    ledger.cancel()
+
+    assert ledger.begin(0) == (Verdict.CANCELLED, 0)
+
+
+def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
+    """Each delivery of a batch counts; a committed one is not begun again."""
+    deliveries = [ledger.begin(3) for _ in range(3)]
+    ledger.commit(3, [b"value"])
+
+    assert deliveries == [(Verdict.GO, 1), (Verdict.GO, 2), (Verdict.GO, 3)]
+    assert ledger.begin(3) == (Verdict.COMMITTED, 0)
+
+
+def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
+    """A batch whose vectors were lost can be begun and committed once more."""
+    ledger.commit(3, [b"lost"])
+
+    ledger.forget(3)
+
+    assert ledger.begin(3) == (Verdict.GO, 1)
+    assert ledger.commit(3, [b"again"]) is True
+
+
+def test_opening_again_changes_nothing(ledger: Ledger) -> None:
+    """A producer that repeats its opening keeps what is committed."""
+    ledger.commit(0, [b"value"])
+
+    ledger.open(fingerprint=bytes(8), ttl_s=TTL_S)
+
+    assert ledger.commit(0, [b"other"]) is False
+
+
+def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Redis) -> None:
+    """Under memory pressure the commit writes no byte, says why, and succeeds later."""
+    values = [bytes(100_000)] * 3
+    ledger.commit(0, values)
+    before = {key: results.dump(key) for key in keys_of_job(results)}
+    results.config_set("maxmemory", 1)
+
+    with pytest.raises(OutOfMemoryError) as caught:
+        ledger.commit(1, values)
+
+    assert waits_for(caught.value) == "Redis is full (maxmemory)"
+    assert {key: results.dump(key) for key in keys_of_job(results)} == before
+    results.config_set("maxmemory", 0)
+    assert ledger.commit(1, values) is True
+
+
+def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) -> None:
+    """A job that cannot be opened for want of memory says what it waits for."""
+    results.config_set("maxmemory", 1)
+
+    with pytest.raises(Exception) as caught:  # which class it is, is the point below
+        Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=TTL_S)
+
+    assert waits_for(caught.value) == "Redis is full (maxmemory)"

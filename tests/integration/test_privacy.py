@@ -1,0 +1,182 @@
+"""No text outside the payload: not in headers, events, logs, or what Celery tells an operator."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from tests.forging import MARKER, batch_of, push, queued, with_body
+from tests.servers import NodeProcess, RedisProcess, stub_node, wait_for
+
+from embedq import Client
+from embedq.contract import Queue
+from embedq.errors import TextsFailed
+
+#: Short enough that zstd leaves it as it is: what quotes the message quotes the text.
+TEXTS = [f"{MARKER} {i}" for i in range(3)]
+PASSWORD = "correct-horse-battery"
+
+
+@contextmanager
+def remote(redis: RedisProcess) -> Iterator[Celery]:
+    """Open an app as an operator's Celery or Flower would."""
+    app = Celery("operator", broker=redis.broker_url(), set_as_current=False)
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+@contextmanager
+def captured_events(app: Celery) -> Iterator[list[dict[str, Any]]]:
+    """Collect every event of the fleet while the block lasts, as Flower does."""
+    events: list[dict[str, Any]] = []
+    listening = threading.Event()
+
+    class Receiver(app.events.Receiver):  # type: ignore[name-defined, misc] # made by the app
+        def on_consume_ready(self, *args: Any, **options: Any) -> None:
+            listening.set()
+
+    with app.connection_for_read() as connection:
+        receiver = Receiver(connection, handlers={"*": events.append})
+        thread = threading.Thread(target=lambda: list(receiver.consume(limit=None)))
+        thread.start()
+        assert listening.wait(10)
+        try:
+            yield events
+        finally:
+            receiver.should_stop = True
+            thread.join()
+
+
+@contextmanager
+def captured_commands(redis: RedisProcess) -> Iterator[list[str]]:
+    """Collect every command that Redis is sent while the block lasts."""
+    commands: list[str] = []
+    with redis.open() as client, client.monitor() as monitor:
+
+        def listen() -> None:
+            for command in monitor.listen():
+                commands.append(command["command"])
+                if command["command"] == "ECHO the-end":
+                    return
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield commands
+        finally:
+            client.echo("the-end")
+            thread.join()
+
+
+def test_message_in_redis_holds_text_in_its_body_only(redis: RedisProcess) -> None:
+    """Whatever Celery writes beside the body is free of text; the body itself is msgpack."""
+    message = queued(redis, batch_of(TEXTS))
+
+    body = base64.b64decode(message.pop("body"))
+
+    assert MARKER.encode() in body
+    assert MARKER not in json.dumps(message)
+    assert message["headers"]["argsrepr"] == "<3 texts, 0 kB>"
+    assert message["content-type"] == "application/x-msgpack"
+
+
+def test_events_and_logs_tell_of_batches_without_text(
+    node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """Flower sees each batch sent, received, started and done, and no word of it."""
+    with remote(shared_redis) as app, captured_events(app) as events:
+        client.encode(TEXTS)
+        with pytest.raises(TextsFailed):
+            client.encode([f"{MARKER}\0"])
+
+        wait_for(lambda: [e for e in events if e["type"] == "task-succeeded"][1:], "the events")
+
+    kinds = {event["type"] for event in events}
+    assert {"task-sent", "task-received", "task-started", "task-succeeded"} <= kinds
+    assert MARKER not in repr(events)
+    assert MARKER not in node.log()
+
+
+def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: Path) -> None:
+    """Any Celery can inspect a busy node, and sees a description instead of the arguments."""
+    with (
+        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as node,
+        Client(settings=redis.settings()) as client,
+        remote(redis) as app,
+    ):
+        # With a limit the answer is there as soon as the node has spoken.
+        inspect = app.control.inspect(timeout=5, limit=1)
+        job = client.job(client.split(TEXTS * 20, client.spec()), client.spec())
+        job.start()
+        active = wait_for(lambda: next(iter((inspect.active() or {}).values()), []), "a batch")
+        shown = [inspect.query_task(active[0]["id"]), inspect.reserved(), inspect.stats()]
+        shown.append(inspect.conf(with_defaults=True))
+        job.cancel()
+
+    assert active[0]["name"] == "embedq.embed_batch"
+    assert str(active[0]["args"]) == "<60 texts, 1 kB>"
+    assert all(shown)
+    assert MARKER not in repr([active, shown])
+    assert "<60 texts, 1 kB>" in repr(shown[0])
+    assert MARKER not in node.log()
+
+
+def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
+    """Neither log nor inspection shows the password that Redis asks for."""
+    redis = RedisProcess(short_dir, password=PASSWORD)
+    try:
+        with stub_node(redis, short_dir) as node, remote(redis) as app:
+            shown = app.control.inspect(timeout=5, limit=1).conf(with_defaults=True)
+    finally:
+        redis.stop()
+
+    assert "embedq" in repr(shown)
+    assert PASSWORD not in repr(shown)
+    assert PASSWORD not in node.log()
+
+
+def test_batch_put_back_by_a_dead_child_carries_no_text(
+    redis: RedisProcess, short_dir: Path
+) -> None:
+    """A batch that kills its child is sent again by Celery: without text in headers and events."""
+    with (
+        stub_node(redis, short_dir) as node,
+        Client(settings=redis.settings()) as client,
+        remote(redis) as app,
+        captured_events(app) as events,
+        captured_commands(redis) as commands,
+    ):
+        with pytest.raises(TextsFailed):
+            client.encode([f"embedq-fault:exit {MARKER}"], timeout_s=30)
+
+        wait_for(lambda: [e for e in events if e["type"] == "task-retried"][3:], "the retries")
+
+    assert len([command for command in commands if command.startswith("LPUSH embed.")]) > 4
+    # Bodies are base64, so a readable word is in a header or a key. A dead letter keeps its text.
+    assert not [c for c in commands if MARKER in c and not c.startswith("HSETNX embedq:dead")]
+    assert MARKER not in repr(events)
+    assert MARKER not in node.log()
+
+
+def test_undecodable_message_is_logged_by_its_size(
+    node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """A body that does not decode appears in the log as a number of bytes and a digest."""
+    message = queued(shared_redis, batch_of(TEXTS))
+
+    push(shared_redis, with_body(message, MARKER.encode() * 100), Queue.NPU)
+    client.encode(["after"])
+
+    [line] = node.lines("message_refused")[-1:]
+    assert "bytes=" in line
+    assert "sha256=" in line
+    assert MARKER not in node.log()

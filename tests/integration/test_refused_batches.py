@@ -1,0 +1,89 @@
+"""A batch that cannot be served is answered: its producer hears why, and the node goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.forging import MARKER, SPEC, batch_of, push, queued
+from tests.servers import NodeProcess, RedisProcess, wait_for
+
+from embedq import Client
+from embedq.contract import MAX_BATCH_TEXTS, SCHEMA, EmbedBatch
+from embedq.errors import BatchFailed
+from embedq.ledger import Ledger
+from embedq.testing import stub_vectors
+
+SPECIFICATION = list(SPEC)
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "newer schema": ("unknown_schema", {"v": SCHEMA + 1}),
+    "newer schema of another shape": ("unknown_schema", {"v": SCHEMA + 1, "spec": {"a": 1}}),
+    "no schema": ("malformed_message", {"v": MARKER}),
+    "too many texts": ("batch_too_large", {"n": MAX_BATCH_TEXTS + 1}),
+    "too many bytes": ("batch_too_large", {"raw": 2**31}),
+    "texts are no frame": ("malformed_message", {"texts": MARKER.encode()}),
+    "texts are no bytes": ("malformed_message", {"texts": MARKER}),
+    "counts do not add up": ("malformed_message", {"n": 2}),
+    "another model": ("wrong_model", {"spec": ["ab" * 32, *SPECIFICATION[1:]]}),
+    "another dimension": ("wrong_model", {"spec": [SPEC.model, 768, *SPECIFICATION[2:]]}),
+    "specification of text": ("malformed_message", {"spec": [MARKER] * 7}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_producer_hears_why(
+    name: str, node: NodeProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The producer gets BatchFailed with code and sentence; the log has one line with the code."""
+    code, change = CASES[name]
+    pids, before = node.pids(), len(node.lines("batch_failed"))
+    good = EmbedBatch.to_message
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbedBatch, "to_message", lambda self: {**good(self), **change})
+        with pytest.raises(BatchFailed) as caught:
+            client.encode([MARKER], timeout_s=20)
+
+    assert caught.value.code == code
+    assert caught.value.detail.endswith(".")
+    [line] = node.lines("batch_failed")[before:]
+    assert f"code={code}" in line
+    assert MARKER not in node.log()
+    assert np.array_equal(client.encode("after"), stub_vectors(["after"])[0])
+    assert node.pids() == pids
+
+
+def test_batch_of_no_job_is_dropped(
+    node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """A batch whose job is not in the ledger is skipped and leaves nothing behind."""
+    message = queued(shared_redis, batch_of([MARKER], job="nobodys"))
+
+    push(shared_redis, message)
+    client.encode(["after"], accuracy="exact")
+
+    assert wait_for(lambda: node.lines("batch_skipped", "nobodys", "gone"), "the skipped batch")
+    with shared_redis.open() as redis:
+        assert not list(redis.scan_iter("*nobodys*"))
+
+
+def test_index_beyond_the_job_is_ignored_by_its_producer(
+    node: NodeProcess, client: Client, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forged batch with an index that the job never sent does not disturb the job."""
+    open_at_first = Ledger.open
+
+    def open_and_forge(self: Ledger, **options: Any) -> None:
+        open_at_first(self, **options)
+        forged = queued(shared_redis, batch_of(["x"], job=self._job, index=999))
+        push(shared_redis, forged)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "open", open_and_forge)
+        vectors = client.encode(["a", "b"], accuracy="exact", timeout_s=20)
+
+    assert np.array_equal(vectors, stub_vectors(["a", "b"]))
+    with shared_redis.open() as redis:
+        assert [key for key in redis.scan_iter("embedq:{*")] == []

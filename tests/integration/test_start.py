@@ -1,0 +1,302 @@
+"""`embedq-worker start` with real processes: restarts, ends, refusals, strict jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.servers import (
+    DEADLINE_S,
+    NodeProcess,
+    RedisProcess,
+    environment,
+    stub_node,
+    wait_for,
+)
+
+from embedq import Client
+from embedq.contract import Queue
+from embedq.errors import StrictUnavailable
+from embedq.fleet import Heartbeat
+from embedq.testing import stub_vectors
+from embedq_worker import exits
+
+#: A stub that takes the queues of an NPU.
+AS_NPU = {"EMBEDQ_STUB_DEVICE": "npu"}
+TEXTS = [f"text {i}" for i in range(50)]
+
+
+def worker(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "embedq_worker", *arguments],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process runs; a zombie that nobody reaps here does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@contextmanager
+def encoding(redis: RedisProcess) -> Iterator[list[object]]:
+    """Encode beside the block; the vectors are in the list when it is left."""
+    results: list[object] = []
+
+    def encode() -> None:
+        with Client(settings=redis.settings()) as client:
+            results.append(client.encode(TEXTS))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    try:
+        yield results
+    finally:
+        thread.join()
+
+
+def test_killed_node_comes_back_with_its_name(redis: RedisProcess, short_dir: Path) -> None:
+    """kill -9 of the node ends its child too; the supervisor starts both again and they serve."""
+    with stub_node(redis, short_dir, "phoenix") as node:
+        before = node.pids()
+        os.kill(before[0], signal.SIGKILL)
+
+        def reborn() -> bool:
+            pids = node.pids()
+            return not {0, *before} & set(pids)
+
+        wait_for(reborn, "the node to come back")
+        with Client(settings=redis.settings()) as client:
+            vectors = client.encode(TEXTS)
+
+        assert np.array_equal(vectors, stub_vectors(TEXTS))
+        assert not any(map(alive, before))
+        assert len(node.lines("node_died", "signal 9")) == 1
+
+
+def test_crash_loop_keeps_the_node_off(redis: RedisProcess, short_dir: Path) -> None:
+    """Five deaths in a minute end the command with a code of its own and one line that says so."""
+    node = NodeProcess(redis, short_dir, "doomed")
+    children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
+    try:
+        for _ in range(5):
+            pid = wait_for(lambda: children.read_text().strip(), "the node")
+            os.kill(int(pid), signal.SIGKILL)
+            wait_for(lambda pid=pid: not alive(int(pid)), "its end")  # type: ignore[misc] # bound
+
+        assert node.process.wait(DEADLINE_S) == exits.CRASH_LOOP
+    finally:
+        node.stop()
+    assert len(node.lines("node_crash_loop", "deaths=5")) == 1
+
+
+def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path) -> None:
+    """A node that is told to end commits what it computes, and exits 0."""
+    with (
+        stub_node(redis, short_dir, "leaving", EMBEDQ_STUB_TEXTS_PER_S="50") as node,
+        redis.open() as results,
+        encoding(redis) as vectors,
+    ):
+        wait_for(lambda: list(results.scan_iter("embedq:{*}:tries")), "a batch to begin")
+        node.process.terminate()
+
+        assert node.process.wait(DEADLINE_S) == 0
+    assert np.array_equal(np.asarray(vectors[0]), stub_vectors(TEXTS))
+    assert len(node.lines("batch_done")) == 1
+
+
+def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
+    """kill -9 of the supervisor ends node and child, for nobody would restart them."""
+    with stub_node(redis, short_dir, "orphans") as node:
+        pids = node.pids()
+        node.process.kill()
+        node.process.wait()
+
+        wait_for(lambda: not any(map(alive, pids)), "node and child to end")
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        ({"EMBEDQ_DEVICE": "nup"}, exits.SETTINGS, "Did you mean npu?"),
+        ({"EMBEDQ_STRICT": "1", "EMBEDQ_DEVICE": "cpu"}, exits.SETTINGS, "exclude each other"),
+        ({"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": "/nowhere"}, exits.MODEL, "/nowhere"),
+    ],
+)
+def test_start_that_cannot_work_ends_with_its_code(
+    settings: dict[str, str], code: int, words: str, short_dir: Path
+) -> None:
+    """Each cause has a code and a sentence, and nothing is tried twice."""
+    run = worker("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+
+    assert run.returncode == code
+    assert words in run.stderr
+    assert "node_died" not in run.stderr
+
+
+@pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
+@pytest.mark.parametrize("settings", [{"EMBEDQ_DEVICE": "npu"}, {"EMBEDQ_STRICT": "1"}])
+def test_start_without_the_npu_that_was_asked_for(
+    settings: dict[str, str], short_dir: Path
+) -> None:
+    """Who asks for an NPU gets one or a code."""
+    run = worker("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+
+    assert run.returncode == exits.DEVICE
+    assert "NPU" in run.stderr
+
+
+@pytest.mark.parametrize("option", ["--strict", "--device=cpu"])
+def test_all_is_refused_with_options_that_mean_one_node(option: str, short_dir: Path) -> None:
+    """Two nodes side by side are neither strict nor on one device."""
+    run = worker("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
+
+    assert run.returncode == exits.SETTINGS
+    assert re.search("--all and EMBEDQ_(STRICT|DEVICE=cpu) exclude each other", run.stderr)
+
+
+def test_help_names_every_exit_code() -> None:
+    """The epilog is where an operator looks them up."""
+    run = worker("start", "--help")
+
+    codes = {value for name, value in vars(exits).items() if name.isupper() and name != "EPILOG"}
+    numbers = {code for code in codes if isinstance(code, int)} - {exits.FAILURE}
+    assert run.returncode == 0
+    assert all(f"{code} " in run.stdout for code in numbers)
+
+
+def test_strict_job_is_served_by_an_npu_alone(
+    node: NodeProcess, shared_redis: RedisProcess, short_dir: Path
+) -> None:
+    """A node of the CPU beside it stays idle while the NPU's node takes the strict batch."""
+    before = len(node.lines("batch_"))
+    with (
+        stub_node(shared_redis, short_dir, "npu", **AS_NPU) as npu,
+        Client(settings=shared_redis.settings(strict=True)) as client,
+    ):
+        vectors = client.encode(TEXTS)
+
+        assert np.array_equal(vectors, stub_vectors(TEXTS))
+        assert len(npu.lines("batch_done")) == 1
+        assert len(node.lines("batch_")) == before
+
+
+def test_strict_job_fails_with_the_reason_when_no_npu_comes(
+    node: NodeProcess, shared_redis: RedisProcess
+) -> None:
+    """After EMBEDQ_NODE_WAIT_S without an NPU the caller hears why; no CPU touched the batch."""
+    before = len(node.lines("batch_"))
+    with (
+        Client(settings=shared_redis.settings(node_wait_s=1)) as client,
+        pytest.raises(StrictUnavailable, match="1 alive, none with an NPU"),
+    ):
+        client.encode(TEXTS, strict=True)
+
+    assert len(node.lines("batch_")) == before
+    with shared_redis.open(0) as broker:
+        assert (
+            broker.llen(str(Queue.NPU_STRICT)) == 1
+        )  # dropped by whoever takes it: its job is gone
+
+
+def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_dir: Path) -> None:
+    """`devices` and `check` answer as start does, for people and for scripts."""
+    settings = {
+        "EMBEDQ_BROKER_URL": redis.broker_url(),
+        "EMBEDQ_RESULTS_URL": redis.results_url(),
+        "EMBEDQ_RUNTIME_DIR": os.fspath(short_dir / "run"),
+        "EMBEDQ_CACHE_DIR": os.fspath(short_dir / "cache"),
+        "EMBEDQ_DEVICE": "stub",
+    }
+    devices = worker("devices", **settings)
+    check = worker("check", **settings)
+    warm = worker("warm", **settings)
+
+    assert "start would compute on: stub" in devices.stdout
+    assert (devices.returncode, warm.returncode) == (0, 0)
+    assert "stub is ready: stub on stub" in warm.stdout
+    assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
+def test_all_without_an_npu_is_one_node_on_the_cpu(
+    redis: RedisProcess, short_dir: Path, model_settings: dict[str, str]
+) -> None:
+    """The NPU's node ends and says why; the other serves on, and ends well when it is told to."""
+    log_path = short_dir / "all.log"
+    settings = {
+        "EMBEDQ_BROKER_URL": redis.broker_url(),
+        "EMBEDQ_RESULTS_URL": redis.results_url(),
+        "EMBEDQ_RUNTIME_DIR": os.fspath(short_dir / "run"),
+        "EMBEDQ_NAME": "both",
+    }
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "embedq_worker", "start", "--all"],
+            env=environment(**model_settings, **settings),
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: "serving node=both-cpu" in log_path.read_text(), "the node on the CPU")
+        wait_for(lambda: "node_ended node=npu exit_code=6" in log_path.read_text(), "the other")
+        process.terminate()
+
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_npu_that_cannot_be_proven(
+    strict: str,
+    redis: RedisProcess,
+    short_dir: Path,
+    shared_dir: Path,
+    model_settings: dict[str, str],
+) -> None:
+    """A node whose compiler hangs starts again without its NPU; a strict one ends with its code."""
+    pytest.importorskip("openvino")
+    hanging = {
+        "EMBEDQ_DEVICE": "npu",
+        "EMBEDQ_NPU_STANDIN": "alias",
+        "EMBEDQ_COMPILE_DEADLINE_S": "0.01",
+        "EMBEDQ_DEGRADED_CPU": "0",
+        "EMBEDQ_CACHE_DIR": os.fspath(shared_dir / "unproven-cache"),
+        "EMBEDQ_MODEL": "sentence-transformers/all-MiniLM-L6-v2",
+        "EMBEDQ_STRICT": strict,
+    }
+    node = NodeProcess(redis, short_dir, "unproven", **{**hanging, **model_settings})
+    try:
+        if strict == "1":
+            assert node.process.wait(DEADLINE_S) == exits.NPU_UNPROVEN
+            assert "EMBEDQ_STRICT keeps this node off the CPU" in node.log()
+            return
+        degraded = wait_for(
+            lambda: (found := node.heartbeat()) and found.state == "degraded" and found,
+            "the node to be degraded",
+        )
+
+        assert isinstance(degraded, Heartbeat)
+        assert (degraded.home, degraded.device) == ("npu", "")
+        assert degraded.reason.startswith("Compiling ")
+        assert len(node.lines("device_chosen", "device=cpu home=npu")) == 1
+    finally:
+        node.stop()

@@ -1,0 +1,333 @@
+"""Jobs and streams of the SDK: handles, order, laziness, and points to go on from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.bulk import SMALL, Work, wait_until_forgotten
+from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+
+from embedq import Client
+from embedq.errors import InputError, ResultTimeout
+from embedq.files import Document
+from embedq.stream import AnyDocument
+from embedq.testing import stub_vectors
+
+#: Texts of one batch and of a full window of a small client.
+BATCH, WINDOW = SMALL["batch_texts"], SMALL["window"] * SMALL["batch_texts"]
+
+
+@pytest.fixture
+def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client with small batches."""
+    with Client(settings=shared_redis.settings(**SMALL)) as client:
+        yield client
+
+
+def texts(n: int) -> list[str]:
+    return [f"text {i}" for i in range(n)]
+
+
+class Counted:
+    """An iterable that counts how far it was pulled."""
+
+    def __init__(self, values: Iterable[object]) -> None:
+        self.pulled = 0
+        self._values = values
+
+    def __iter__(self) -> Iterator[object]:
+        for value in self._values:
+            self.pulled += 1
+            yield value
+
+
+def test_job_gives_results_in_order(small: Client, shared_redis: RedisProcess) -> None:
+    """A submitted job hands out every vector at its position, and is gone from Redis then."""
+    job = small.submit(texts(500))
+
+    results = list(job.results())
+
+    assert [result.id for result in results] == list(range(500))
+    assert np.array_equal([result.vector for result in results], stub_vectors(texts(500)))
+    assert {str(result.outcome.status) for result in results} == {"ok"}
+    wait_until_forgotten(shared_redis)
+
+
+def test_submit_publishes_one_window(small: Client) -> None:
+    """submit() returns with the first batches on their way and pulls no text beyond its window."""
+    source = Counted(texts(5_000))
+
+    job = small.submit(source)  # type: ignore[arg-type] # any iterable of texts
+    progress = job.progress()
+    job.cancel()
+
+    assert progress.published == SMALL["window"]
+    assert source.pulled <= WINDOW + 1  # a batch ends where the next text does not fit
+    assert (progress.texts, progress.finished) == (0, False)
+
+
+def test_progress_counts_what_was_handed_out(small: Client) -> None:
+    """texts, failed and truncated grow with the results; finished comes last."""
+    job = small.submit([*texts(90), "bad \0", "long " * 300])
+
+    results = job.results()
+    first = next(results)
+    during = job.progress()
+    rest = list(results)
+    after = job.progress()
+
+    assert first.id == 0
+    assert len(rest) == 91
+    assert (during.finished, during.failed) == (False, 0)
+    assert (after.texts, after.failed, after.truncated, after.finished) == (92, 1, 1, True)
+
+
+def test_wait_keeps_the_results(small: Client) -> None:
+    """After wait() all results are there, without Redis."""
+    job = small.submit(texts(100))
+
+    progress = job.wait(timeout_s=20)
+    results = list(job.results())
+
+    assert (progress.texts, progress.finished) == (100, True)
+    assert np.array_equal([result.vector for result in results], stub_vectors(texts(100)))
+
+
+def test_wait_that_times_out_loses_nothing(redis: RedisProcess, short_dir: Path) -> None:
+    """ResultTimeout is raised in time, and the job can be waited for again."""
+    with (
+        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="200") as node,
+        Client(settings=redis.settings(**SMALL)) as client,
+    ):
+        work = Work(client, node)
+        job = client.submit(texts(200))
+
+        with pytest.raises(ResultTimeout, match=job.id):
+            job.wait(timeout_s=0.3)
+        progress = job.wait()
+
+        assert (progress.texts, progress.finished) == (200, True)
+        results = list(job.results())
+        assert np.array_equal([result.vector for result in results], stub_vectors(texts(200)))
+        assert work.texts() == 200
+
+
+def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
+    """cancel() empties Redis, and the node drops the queued batches without computing them."""
+    with (
+        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as node,
+        Client(settings=redis.settings(batch_texts=64, window=16)) as client,
+    ):
+        job = client.submit(texts(2_000))
+        wait_for(lambda: node.lines("batch_done"), "a first batch")
+
+        job.cancel()
+
+        assert job.progress().finished
+        assert list(job.results()) == []
+        wait_until_forgotten(redis)
+        wait_for(
+            lambda: len(node.lines("batch_done")) + len(node.lines("batch_skipped")) >= 16,
+            "the node to drop the rest",
+        )
+        assert len(node.lines("batch_done")) <= 3
+
+
+def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProcess) -> None:
+    """Leaving the loop over results early is a cancel."""
+    for result in small.submit(texts(2_000)).results():
+        if result.id == 10:
+            break
+
+    wait_until_forgotten(shared_redis)
+
+
+def test_stream_keeps_order_and_ids(small: Client) -> None:
+    """Pairs, documents and bare texts come back in order under their own names."""
+    documents: list[AnyDocument] = [("a", "one"), (7, "two"), Document("c", "three"), "four"]
+
+    embedded = list(small.stream(documents))
+
+    assert [item.id for item in embedded] == ["a", 7, "c", 3]
+    vectors = [item.vector for item in embedded]
+    assert np.array_equal(vectors, stub_vectors(["one", "two", "three", "four"]))
+
+
+def test_unordered_stream_names_what_it_hands_out(small: Client) -> None:
+    """In any order each vector is under the id of its text, and each comes once."""
+    documents = [(f"d{i}", f"text {i}") for i in range(1_000)]
+
+    embedded = {item.id: item.vector for item in small.stream(documents, ordered=False)}
+
+    assert len(embedded) == 1_000
+    vectors = np.array([embedded[name] for name, _ in documents])
+    assert np.array_equal(vectors, stub_vectors([text for _, text in documents]))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_stream_pulls_no_further_than_its_window(ordered: bool, small: Client) -> None:
+    """However long the iterable, only a window and the batch in hand is ahead of the reader.
+
+    Unordered, what is ready does not keep the next from being published: that is a window more.
+    """
+    source = Counted(texts(5_000))
+    ahead = 0
+
+    stream = small.stream(source, ordered=ordered)  # type: ignore[arg-type] # as a generator
+    untouched = source.pulled
+    for handed_out, _ in enumerate(stream, 1):
+        ahead = max(ahead, source.pulled - handed_out)
+
+    assert untouched == 0
+    assert source.pulled == 5_000
+    assert ahead <= (1 if ordered else 2) * WINDOW + BATCH + 1
+
+
+def test_endless_stream_may_be_closed(small: Client, shared_redis: RedisProcess) -> None:
+    """A generator without end can be read for a while; close() leaves nothing in Redis."""
+
+    def endless() -> Iterator[str]:
+        number = 0
+        while True:
+            number += 1
+            yield f"text {number}"
+
+    stream = small.stream(endless())
+    first = [next(stream).id for _ in range(100)]
+    stream.close()
+
+    assert first == list(range(100))
+    wait_until_forgotten(shared_redis)
+
+
+def test_failed_texts_come_with_their_reason(small: Client) -> None:
+    """A text that cannot be embedded has its outcome and no vector; the others have theirs."""
+    good, bad = small.stream([("good", "text"), ("bad", "\0")])
+
+    assert (good.outcome.status, good.outcome.code) == ("ok", "")
+    assert (bad.outcome.status, bad.outcome.code) == ("failed", "nul_character")
+    assert np.isnan(bad.vector).all()
+
+
+def test_committed_documents_are_not_embedded_again(
+    small: Client, node: NodeProcess, tmp_path: Path
+) -> None:
+    """A program that starts again goes on behind the last commit, and gets all that follows."""
+    checkpoint = tmp_path / "sink.json"
+    stream = small.stream(texts(300), checkpoint=checkpoint)
+    seen = [next(stream).id for _ in range(123)]
+    stream.commit()
+    next(stream)
+    stream.close()
+    work = Work(small, node)
+
+    again = small.stream(texts(300), checkpoint=checkpoint)
+    rest = list(again)
+    again.commit()
+
+    assert seen == list(range(123))
+    assert again.resumed == 123
+    assert [item.id for item in rest] == list(range(123, 300))
+    vectors = [item.vector for item in rest]
+    assert np.array_equal(vectors, stub_vectors(texts(300)[123:]))
+    assert work.texts() == 300 - 123
+    assert list(small.stream(texts(300), checkpoint=checkpoint)) == []
+
+
+#: Streams numbered texts into a file that is its sink, with a commit every 50, until it is killed.
+PROGRAM = """
+import os, sys
+from embedq import Client
+sink = open(sys.argv[1], "a")
+with Client() as client:
+    stream = client.stream((f"text {i}" for i in range(2000)), checkpoint=sys.argv[2])
+    sink.truncate(int(open(sys.argv[3]).read()) if os.path.exists(sys.argv[3]) else 0)
+    for n, embedded in enumerate(stream, 1):
+        sink.write(f"{embedded.id} {embedded.vector.tobytes().hex()}\\n")
+        if n % 50 == 0:
+            sink.flush(); os.fsync(sink.fileno())
+            with open(sys.argv[3] + ".tmp", "w") as out: out.write(str(sink.tell()))
+            os.replace(sys.argv[3] + ".tmp", sys.argv[3])
+            stream.commit()
+sink.close()
+"""
+
+
+def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir: Path) -> None:
+    """After kill -9 the next run hands out what follows the last commit: nothing lost, mixed up."""
+    sink, checkpoint, safe = (short_dir / name for name in ("sink", "checkpoint", "safe"))
+    settings = {
+        "EMBEDQ_BROKER_URL": redis.broker_url(),
+        "EMBEDQ_RESULTS_URL": redis.results_url(),
+        "EMBEDQ_MODEL": "stub",
+        "EMBEDQ_BATCH_TEXTS": "32",
+        "EMBEDQ_WINDOW": "4",
+    }
+    program = [sys.executable, "-c", PROGRAM, str(sink), str(checkpoint), str(safe)]
+
+    with stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="1500"):
+        child = subprocess.Popen(program, env=environment(**settings))
+        wait_for(lambda: safe.exists() and int(safe.read_text() or 0) > 500_000, "some commits")
+        child.kill()
+        assert child.wait() < 0
+        killed_at = len(sink.read_text().splitlines())
+        again = subprocess.run(program, env=environment(**settings), timeout=60)
+
+    assert again.returncode == 0
+    assert 0 < killed_at < 2000
+    lines = [line.split() for line in sink.read_text().splitlines()]
+    names = [int(name) for name, _ in lines]
+    # A kill between the two commits hands out one group twice: at least once, never less.
+    assert sorted(set(names)) == list(range(2000))
+    assert len(names) <= 2050
+    expected = stub_vectors(texts(2000))
+    assert all(bytes.fromhex(raw) == expected[int(name)].tobytes() for name, raw in lines)
+
+
+@pytest.mark.parametrize(
+    ("changed", "options", "reason"),
+    [
+        (["other", *texts(99)[1:]], {}, "the first 50 documents are not those"),
+        (texts(20), {}, "the first 50 documents are not those"),
+        ([(f"n{i}", text) for i, text in enumerate(texts(99))], {}, "are not those"),
+        (texts(99), {"prompt": "query: "}, "other settings"),
+        (texts(99), {"accuracy": "exact"}, "other settings"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(
+    changed: list[str], options: dict[str, str], reason: str, small: Client, tmp_path: Path
+) -> None:
+    """Other documents or settings than those that were committed are not mixed in."""
+    checkpoint = tmp_path / "sink.json"
+    stream = small.stream(texts(99), checkpoint=checkpoint)
+    for _ in range(50):
+        next(stream)
+    stream.commit()
+    stream.close()
+
+    with pytest.raises(InputError, match=reason):
+        small.stream(changed, checkpoint=checkpoint, **options)  # type: ignore[arg-type] # options are texts
+
+
+def test_damaged_checkpoint_is_refused(small: Client, tmp_path: Path) -> None:
+    """A file that is no checkpoint is neither believed nor overwritten."""
+    checkpoint = tmp_path / "sink.json"
+    checkpoint.write_text('{"documents": 3}')
+
+    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+        small.stream(texts(5), checkpoint=checkpoint)
+
+    assert checkpoint.read_text() == '{"documents": 3}'
+
+
+def test_checkpoint_needs_order(small: Client, tmp_path: Path) -> None:
+    """A checkpoint counts documents from the first, so unordered streams have none."""
+    with pytest.raises(InputError, match="ordered=True"):
+        small.stream(texts(5), ordered=False, checkpoint=tmp_path / "sink.json")
+    with pytest.raises(InputError, match="checkpoint='PATH'"):
+        small.stream(texts(5)).commit()

@@ -1,0 +1,73 @@
+"""The sample of a dry run: even, of a fixed size, and measured against the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedq.batching import guess_tokens
+from embedq.estimate import SAMPLE, Estimate, sample_of
+from embedq.request import Request
+
+ESTIMATE = Estimate(
+    texts=1_234_567,
+    text_bytes=390_000_000,
+    tokens=75_000_000,
+    truncated_share=0.034,
+    failed_share=0.0,
+    docs_per_second=120.0,
+    seconds=10_288.0,
+    output_bytes=1_896_294_912,
+    redis_bytes=30_000_000,
+    sampled=256,
+)
+
+
+def request(folder: Path, n: int) -> Request:
+    """Write n numbered lines, each as long as its number says."""
+    source = folder / "in.txt"
+    source.write_text("".join(f"{i}{'x' * (i % 50)}\n" for i in range(n)))
+    return Request((str(source),), folder / "out.npy")
+
+
+def test_small_input_is_its_own_sample(tmp_path: Path) -> None:
+    """Up to the size of a sample everything is taken, in order."""
+    sample = sample_of(request(tmp_path, SAMPLE), 256)
+
+    assert [document.id for document in sample.documents] == list(range(1, SAMPLE + 1))
+    assert sample.texts == SAMPLE
+
+
+def test_large_input_is_sampled_evenly(tmp_path: Path) -> None:
+    """Every part of the file has its share of the sample, which is the same each time."""
+    asked = request(tmp_path, 10_000)
+
+    sample = sample_of(asked, 256)
+
+    chosen = [int(document.id) for document in sample.documents]
+    assert len(set(chosen)) == SAMPLE
+    quarters = [
+        sum(start < at <= start + 2_500 for at in chosen) for start in range(0, 10_000, 2_500)
+    ]
+    assert min(quarters) > SAMPLE / 4 / 2
+    assert sample_of(asked, 256) == sample
+
+
+def test_the_whole_input_is_measured(tmp_path: Path) -> None:
+    """Texts and bytes are counted, tokens guessed, over all lines and not over the sample."""
+    lines = [f"{i}{'x' * (i % 50)}" for i in range(1_000)]
+
+    sample = sample_of(request(tmp_path, 1_000), 8)
+
+    assert sample.texts == 1_000
+    assert sample.text_bytes == sum(map(len, lines))
+    assert sample.guessed == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
+
+
+def test_estimate_reads_as_lines() -> None:
+    """A person sees counts with separators, shares, and a time in fitting units."""
+    text = "\n".join(ESTIMATE.lines())
+
+    for part in ("1,234,567 (390.0 MB)", "about 75,000,000", "3.4%", "120 docs/s", "2.9 h"):
+        assert part in text

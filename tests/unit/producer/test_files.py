@@ -1,0 +1,182 @@
+"""Documents out of files: every format, every kind of broken line, one line at a time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from embedq.errors import InputError
+from embedq.files import Document, Fields, Reading, expand, format_of, read
+
+FIELDS = Fields()
+
+
+def documents(path: Path, *, skip: bool = False) -> list[tuple[str | int, object]]:
+    """Return id and text of every document of a file."""
+    return [
+        (doc.id, doc.text) for doc in read([os.fspath(path)], fields=FIELDS, skip_bad_lines=skip)
+    ]
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    """Write a file and return its path."""
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_jsonl_gives_id_and_text(tmp_path: Path) -> None:
+    """Ids are strings or numbers as the file has them, else the number of the line."""
+    path = written(
+        tmp_path,
+        "a.jsonl",
+        '{"id": "x", "text": "one"}\n\n{"id": 7, "text": "two"}\n{"text": "three", "id": null}\n',
+    )
+
+    assert documents(path) == [("x", "one"), (7, "two"), (4, "three")]
+
+
+def test_text_that_is_no_string_fails_later_and_alone(tmp_path: Path) -> None:
+    """A number as text is a document; whether it can be embedded is not the file's question."""
+    path = written(tmp_path, "a.jsonl", '{"text": 7}\n{"text": null}\n{"text": "\\ud800"}\n')
+
+    assert [text for _, text in documents(path)] == [7, None, "\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "not JSON"),
+        ('{"text": "a"', "not JSON"),
+        ("[1]", "a JSON list, not an object"),
+        ('"text"', "a JSON str, not an object"),
+        ('{"txt": "a"}', r"no field 'text' \(--text-field\). Did you mean txt\?"),
+        ('{"text": "a", "n": ' + "1" * 5000 + "}", "not JSON .*digits"),
+        ("[" * 100_000, "not JSON .nested too deeply"),
+    ],
+)
+def test_broken_line_is_named_by_its_number(line: str, reason: str, tmp_path: Path) -> None:
+    """A bad line says file, number, reason and how to skip it, and quotes nothing of it."""
+    path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' + line + "\n")
+
+    with pytest.raises(InputError, match=rf"a\.jsonl, line 2: {reason}.*--on-bad-line skip"):
+        documents(path)
+
+
+def test_bytes_that_are_no_utf8_are_a_broken_line(tmp_path: Path) -> None:
+    """JSON is UTF-8."""
+    path = written(tmp_path, "a.jsonl", b'{"text": "\xff"}\n')
+
+    with pytest.raises(InputError, match=r"line 1: not JSON \(not UTF-8"):
+        documents(path)
+
+
+def test_skipped_lines_are_counted(tmp_path: Path) -> None:
+    """With skip the good lines come with their own numbers, the bad ones are counted."""
+    path = written(tmp_path, "a.jsonl", '{"text": "a"}\nbad\n[]\n{"text": "b"}\n')
+    reading = Reading()
+
+    found = list(read([os.fspath(path)], fields=FIELDS, skip_bad_lines=True, reading=reading))
+
+    assert [(doc.id, doc.text) for doc in found] == [(1, "a"), (4, "b")]
+    assert reading.skipped == 2
+
+
+def test_txt_gives_one_document_a_line(tmp_path: Path) -> None:
+    """Lines end at a newline of any system, and nowhere else; a byte order mark is no text."""
+    path = written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n\ntw\xc2\x85o\x0b\nlast")
+
+    assert documents(path) == [(1, "one"), (2, ""), (3, "tw\x85o\x0b"), (4, "last")]
+
+
+def test_txt_line_that_is_no_utf8_fails_alone(tmp_path: Path) -> None:
+    """Broken bytes become a text that is refused as not Unicode, not a broken file."""
+    path = written(tmp_path, "a.txt", b"good\n\xff\xfe\n")
+
+    [_, (_, broken)] = documents(path)
+
+    assert isinstance(broken, str)
+    with pytest.raises(UnicodeEncodeError):
+        broken.encode()
+
+
+def test_line_beyond_every_limit_is_not_read_into_memory(tmp_path: Path) -> None:
+    """A line of 20 MB is one bad line, and the next line has the next number."""
+    path = written(tmp_path, "a.jsonl", b"x" * 20_000_000 + b'\n{"text": "next"}\n')
+
+    assert documents(path, skip=True) == [(2, "next")]
+
+
+def test_csv_takes_columns_by_name(tmp_path: Path) -> None:
+    """Quoted commas and newlines belong to the text; a row of other width is a bad line."""
+    path = written(tmp_path, "a.csv", 'id,text,more\n1,"a, b\nc",x\n2,short\n3,last,y\n')
+
+    assert documents(path, skip=True) == [("1", "a, b\nc"), ("3", "last")]
+    with pytest.raises(InputError, match="line 4: 2 columns where the header has 3"):
+        documents(path)
+
+
+def test_csv_without_the_column_names_the_nearest(tmp_path: Path) -> None:
+    """The error of a missing column says which option names it."""
+    path = written(tmp_path, "a.csv", "id,texts\n1,a\n")
+
+    with pytest.raises(InputError, match=r"no column 'text' \(--text-field\). Did you mean texts"):
+        documents(path)
+
+
+def test_gzip_is_read_through(tmp_path: Path) -> None:
+    """A .gz of any format is that format; a damaged one says so."""
+    packed = gzip.compress(json.dumps({"text": "a" * 5000}).encode())
+    good = written(tmp_path, "a.jsonl.gz", packed)
+    cut = written(tmp_path, "b.jsonl.gz", packed[:-20])
+
+    assert documents(good) == [(1, "a" * 5000)]
+    with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read further"):
+        documents(cut)
+
+
+def test_inputs_are_expanded_in_order(tmp_path: Path) -> None:
+    """Globs are sorted, names stay where they are, and a glob of nothing is an error."""
+    for name in ("b.txt", "a.txt", "z.txt"):
+        written(tmp_path, name, "x")
+
+    found = expand([os.fspath(tmp_path / "z.txt"), os.fspath(tmp_path / "[ab].txt")])
+
+    assert [Path(name).name for name in found] == ["z.txt", "a.txt", "b.txt"]
+    with pytest.raises(InputError, match="No such file"):
+        expand([os.fspath(tmp_path / "q*.txt")])
+
+
+def test_folder_missing_file_and_second_stdin_are_refused(tmp_path: Path) -> None:
+    """Each is one sentence with the name."""
+    with pytest.raises(InputError, match=r"is a folder\. Name a file, or a glob"):
+        expand([os.fspath(tmp_path)])
+    with pytest.raises(InputError, match=r"missing\.txt: No such file"):
+        expand([os.fspath(tmp_path / "missing.txt")])
+    with pytest.raises(InputError, match="named twice"):
+        expand(["-", "-"])
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"),
+    [("a.jsonl", "jsonl"), ("a.TXT", "txt"), ("a.csv.gz", "csv"), ("-", "jsonl")],
+)
+def test_format_follows_the_ending(name: str, format_: str) -> None:
+    """The ending decides unless the format is given."""
+    assert format_of(name) == format_
+    assert format_of(name, "txt") == "txt"
+
+
+def test_unknown_ending_names_the_nearest(tmp_path: Path) -> None:
+    """A typo in the ending is answered with what was meant and the option."""
+    with pytest.raises(InputError, match=r"unknown ending josnl.*--format.*Did you mean jsonl"):
+        format_of("a.josnl")
+
+
+def test_text_is_in_no_representation() -> None:
+    """A document in a traceback or a log shows no text."""
+    assert "geheimnis" not in repr(Document(1, "Kundengeheimnis"))

@@ -1,0 +1,163 @@
+"""The manifest and the spools: what a kill leaves behind is what the next run goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedq.errors import InputError
+from embedq.resume import (
+    MANIFEST_VERSION,
+    Manifest,
+    Spool,
+    claimed,
+    manifest_path,
+    npy_header,
+    writing,
+)
+
+MANIFEST = Manifest(
+    settings={"model": "ab", "prompt": ""}, inputs={"files": ["a.txt"]}, rows=5, batches=2
+)
+
+
+def saved(folder: Path, **changes: object) -> Path:
+    """Save a manifest with some fields changed and return its path."""
+    path = folder / "m.json"
+    MANIFEST.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def test_manifest_comes_back(tmp_path: Path) -> None:
+    """Every field survives, nothing else is left in the folder."""
+    path = manifest_path(tmp_path / "out.npy")
+    MANIFEST.save(path)
+
+    assert Manifest.load(path) == MANIFEST
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.npy.embedq.json"]
+
+
+def test_missing_manifest_is_none(tmp_path: Path) -> None:
+    """An output without one was not begun."""
+    assert Manifest.load(tmp_path / "none.json") is None
+
+
+def test_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
+    """A manifest of the same version may say more."""
+    assert Manifest.load(saved(tmp_path, colour="blue")) == MANIFEST
+
+
+def test_newer_manifest_is_refused(tmp_path: Path) -> None:
+    """A manifest of a newer version names both and the ways out."""
+    with pytest.raises(InputError, match=r"manifest version 2; .* up to 1\. Upgrade embedq, or"):
+        Manifest.load(saved(tmp_path, version=MANIFEST_VERSION + 1))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": "one"}'])
+def test_damaged_manifest_is_refused(content: str, tmp_path: Path) -> None:
+    """What cannot be read says how to start over."""
+    path = tmp_path / "m.json"
+    path.write_text(content)
+
+    with pytest.raises(InputError, match="--restart"):
+        Manifest.load(path)
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (replace(MANIFEST, settings={"model": "ab", "prompt": "q"}), 'setting prompt = ""'),
+        (replace(MANIFEST, settings={"model": "ab"}), "now it is nothing"),
+        (replace(MANIFEST, inputs={"files": ["b.txt"]}), r'input files = \["a.txt"\]'),
+    ],
+)
+def test_change_is_named_then_and_now(now: Manifest, words: str) -> None:
+    """A setting or input that differs is told with both values and the ways out."""
+    with pytest.raises(InputError, match=f"{words}.*--restart"):
+        MANIFEST.refuse_change(now)
+
+
+def test_same_request_goes_on() -> None:
+    """The same settings and inputs are no change, however far the run is."""
+    MANIFEST.refuse_change(replace(MANIFEST, rows=0, batches=0, job="other"))
+
+
+def test_spool_is_cut_to_what_the_manifest_vouches_for(tmp_path: Path) -> None:
+    """Rows after the last checkpoint are dropped; the spool goes on behind it."""
+    output = tmp_path / "out.npy"
+    first = Spool(output, replace(MANIFEST, batches=0))
+    first.write(np.ones((2, 3), np.float32), ["a\n", "b\n"])
+    vectors_bytes, items_bytes = first.sync()
+    first.write(np.zeros((9, 3), np.float32), ["lost\n"] * 9)
+    first.close()
+
+    safe = replace(MANIFEST, vectors_bytes=vectors_bytes, items_bytes=items_bytes)
+    again = Spool(output, safe)
+    again.write(np.full((1, 3), 2, np.float32), ["c\n"])
+    again.close()
+
+    rows = np.frombuffer(again.vectors_path.read_bytes()[128:], "<f4").reshape(-1, 3)
+    assert rows[:, 0].tolist() == [1, 1, 2]
+    assert again.items_path.read_text() == "a\nb\nc\n"
+
+
+def test_spool_shorter_than_its_manifest_is_refused(tmp_path: Path) -> None:
+    """A spool that something else cut is not gone on from."""
+    with pytest.raises(InputError, match="shorter than its manifest says"):
+        Spool(tmp_path / "out.npy", replace(MANIFEST, vectors_bytes=1000))
+
+
+def test_second_writer_is_kept_off(tmp_path: Path) -> None:
+    """While one embedq writes an output, another is refused; afterwards it is not."""
+    output = tmp_path / "out.npy"
+
+    with (
+        claimed(output),
+        pytest.raises(InputError, match="another embedq is writing this output"),
+        claimed(output),
+    ):
+        pytest.fail("claimed twice")
+    with claimed(output):
+        pass
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(0, 1), (1, 384), (10**9, 65_536)])
+def test_header_is_one_that_numpy_reads(rows: int, dim: int, tmp_path: Path) -> None:
+    """The header has one length for any shape, and numpy agrees with it."""
+    path = tmp_path / "a.npy"
+    path.write_bytes(npy_header(rows, dim))
+
+    with path.open("rb") as raw:
+        assert np.lib.format.read_magic(raw) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(raw)
+
+    assert len(npy_header(rows, dim)) == 128
+    assert (shape, fortran, dtype) == ((rows, dim), False, np.dtype("<f4"))
+
+
+def test_full_disk_is_told_with_the_next_step(tmp_path: Path) -> None:
+    """A full disk says that the run can be gone on with."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+
+    with (
+        pytest.raises(InputError, match=r"the disk is full.*run the same command again"),
+        writing(full),
+        full.open("wb", buffering=0) as out,
+    ):
+        out.write(b"x")
+
+
+def test_unwritable_place_is_told_with_its_reason(tmp_path: Path) -> None:
+    """Any other error of the system keeps its reason."""
+    with pytest.raises(InputError, match=r"cannot be written \(Is a dir"), writing(tmp_path):
+        os.open(tmp_path, os.O_WRONLY)

@@ -1,0 +1,135 @@
+"""Settings of the SDK: a wrong name or value is one sentence with the next step."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedq.contract import Accuracy
+from embedq.errors import SettingsError
+from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, mask_password
+from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
+
+
+def test_defaults_need_no_environment() -> None:
+    """Everything has a default."""
+    settings = ProducerSettings.load()
+
+    assert settings.broker_url == "redis://127.0.0.1:6379/0"
+    assert settings.accuracy is Accuracy.STANDARD
+
+
+def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable replaces the default, an argument the variable; None means not given."""
+    monkeypatch.setenv("EMBEDQ_WINDOW", "7")
+    monkeypatch.setenv("EMBEDQ_MODEL", "folder")
+
+    settings = ProducerSettings.load(model="other", window=None)
+
+    assert (settings.window, settings.model) == (7, "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("EMBEDQ_MODLE", "EMBEDQ_MODEL"),
+        ("EMBEDQ_BROKER_URI", "EMBEDQ_BROKER_URL"),
+        ("EMBEDQ_DEVISE", "EMBEDQ_DEVICE"),
+    ],
+)
+def test_typo_in_a_name_names_the_nearest(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable of no class is refused, also one that would be the worker's."""
+    monkeypatch.setenv(name, "x")
+
+    with pytest.raises(SettingsError, match=f"{name}: no such setting. Did you mean {meant}"):
+        ProducerSettings.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCURACY", "exakt", "EMBEDQ_ACCURACY: .*exact.*, got exakt. Did you mean exact?"),
+        ("RESULTS_TTL_S", "1", "EMBEDQ_RESULTS_TTL_S: expected at least 60 s, got 1."),
+        ("WINDOW", "many", "EMBEDQ_WINDOW: .*got many"),
+        ("BATCH_TEXTS", "9999", "EMBEDQ_BATCH_TEXTS: expected at most 4096 texts, got 9999."),
+        ("NODE_WAIT_S", "soon", "EMBEDQ_NODE_WAIT_S: .*got soon"),
+    ],
+)
+def test_wrong_value_names_variable_limit_and_value(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong value says which variable, what is allowed and what was given."""
+    monkeypatch.setenv(PREFIX + name, value)
+
+    with pytest.raises(SettingsError, match=message):
+        ProducerSettings.load()
+
+
+def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two mistakes are two lines, not two runs."""
+    monkeypatch.setenv("EMBEDQ_RESULTS_TTL_S", "0")
+    monkeypatch.setenv("EMBEDQ_BATCH_TEXTS", "0")
+
+    with pytest.raises(SettingsError) as caught:
+        ProducerSettings.load()
+
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_rooms_know_of_each_other() -> None:
+    """The SDK tolerates exactly the worker's own variables and those of scripts, and vice versa."""
+    assert (WorkerSettings.variables() - ProducerSettings.variables()) | SOURCE_ONLY == OTHER_ROOMS
+    assert ProducerSettings.variables() <= WorkerSettings.variables() | WorkerSettings.elsewhere
+
+
+@pytest.mark.parametrize("room", [ProducerSettings, WorkerSettings])
+def test_every_setting_is_described(
+    room: type[ProducerSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each setting tells its variable, value, source and description; numbers tell their unit."""
+    monkeypatch.setenv("EMBEDQ_BROKER_URL", "redis://me:secret@host:1/0")
+
+    described = list(room.load().describe())
+
+    assert {one.name for one in described} == room.variables()
+    assert all(one.description.endswith(".") for one in described)
+    numbers = [one for one in described if one.default.replace(".", "", 1).isdigit()]
+    assert all(one.unit for one in numbers), [one.name for one in numbers if not one.unit]
+    [broker] = [one for one in described if one.name == "EMBEDQ_BROKER_URL"]
+    assert (broker.value, broker.source) == ("redis://me:***@host:1/0", "environment")
+
+
+@pytest.mark.parametrize(
+    ("url", "masked"),
+    [
+        ("redis://:secret@host:1/0", "redis://:***@host:1/0"),
+        ("rediss://me:p@ss@host/1", "rediss://me:***@host/1"),
+        ("redis+socket://:secret@/tmp/redis.sock?db=0", "redis+socket://:***@/tmp/redis.sock?db=0"),
+        ("redis://host/0", "redis://host/0"),
+        ("plain text", "plain text"),
+    ],
+)
+def test_passwords_are_masked(url: str, masked: str) -> None:
+    """What a person is shown holds no password."""
+    assert mask_password(url) == masked
+
+
+def test_no_password_in_any_representation() -> None:
+    """Neither repr nor str of the settings shows a password."""
+    settings = ProducerSettings.load(
+        broker_url="redis://:secret@h/0", results_url="redis://:secret@h/1"
+    )
+
+    assert "secret" not in f"{settings!r} {settings!s}"
+
+
+def test_password_in_a_wrong_url_is_not_quoted() -> None:
+    """A URL that is refused is quoted without its password."""
+    from embedq.redis_client import open_redis
+
+    with pytest.raises(SettingsError) as caught:
+        open_redis("redsi://me:secret@host/0")
+
+    assert "secret" not in str(caught.value)
+    assert "redis://host:port/db" in str(caught.value)

@@ -1,0 +1,136 @@
+"""The value in Redis: what goes in comes out, and any tampering is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedq.contract import Code, Outcome, Status
+from embedq.errors import CorruptValue
+from embedq.outcomes import OutcomeTable
+from embedq.vectors import (
+    MAX_VALUE_BYTES,
+    Vectors,
+    decode,
+    encode,
+    encode_failure,
+    split_rows,
+)
+
+FINGERPRINT = b"12345678"
+OK = Outcome(device="cpu", precision="f32", n_tokens=7)
+FAILED = Outcome(status=Status.FAILED, code=Code.NUL_CHARACTER)
+
+
+def sample(rows: int = 3, dim: int = 8) -> tuple[Vectors, OutcomeTable]:
+    """Return vectors with one failed row, and their outcomes."""
+    vectors = np.random.default_rng(1).standard_normal((rows, dim)).astype(np.float32)
+    outcomes = [OK] * rows
+    if rows:
+        vectors[-1], outcomes[-1] = np.nan, FAILED
+    return vectors, OutcomeTable.from_outcomes(outcomes)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(0, 384), (1, 1), (3, 8), (170, 384), (2, 4096)])
+def test_rows_and_outcomes_come_back(rows: int, dim: int) -> None:
+    """Every bit of every vector survives, failed rows as NaN, with their outcomes."""
+    vectors, outcomes = sample(rows, dim)
+
+    value = decode(encode(vectors, outcomes, FINGERPRINT), FINGERPRINT)
+
+    assert value.vectors.tobytes() == vectors.tobytes()
+    assert value.vectors.shape == (rows, dim)
+    assert list(value.outcomes) == list(outcomes)
+    assert value.failure is None
+
+
+def test_view_of_a_larger_array_is_encoded_as_its_own_rows() -> None:
+    """A slice with strides is stored as what it shows."""
+    vectors, outcomes = sample(6)
+
+    value = decode(encode(vectors[::2], outcomes.rows(0, 3), FINGERPRINT), FINGERPRINT)
+
+    assert np.array_equal(value.vectors, vectors[::2], equal_nan=True)
+
+
+def test_refusal_comes_back_whatever_was_asked_for() -> None:
+    """A refused batch says why, even if the worker could not read the specification."""
+    value = decode(encode_failure("wrong_model", "Not this one.\nReally."), FINGERPRINT)
+
+    assert value.failure == ("wrong_model", "Not this one.\nReally.")
+    assert len(value.outcomes) == 0
+
+
+def test_refusal_of_any_length_is_bounded() -> None:
+    """A long reason is cut, never refused."""
+    stored = encode_failure("code", "é" * 100_000)
+
+    assert len(stored) < 5_000
+    failure = decode(stored, FINGERPRINT).failure
+    assert failure is not None
+    assert failure[0] == "code"
+
+
+def test_any_changed_byte_is_seen() -> None:
+    """One flipped bit anywhere, header included, is a corrupt value."""
+    stored = encode(*sample(), FINGERPRINT)
+
+    for place in range(len(stored)):
+        tampered = bytearray(stored)
+        tampered[place] ^= 0x10
+        with pytest.raises(CorruptValue):
+            decode(bytes(tampered), FINGERPRINT)
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_corrupt_value(garbage: bytes) -> None:
+    """Bytes that are no value raise nothing else."""
+    with pytest.raises(CorruptValue):
+        decode(garbage, FINGERPRINT)
+
+
+def test_cut_or_longer_value_is_seen() -> None:
+    """A value ends where its header says."""
+    stored = encode(*sample(), FINGERPRINT)
+
+    for tampered in (stored[:-1], stored[:31], stored + b"\0", b""):
+        with pytest.raises(CorruptValue):
+            decode(tampered, FINGERPRINT)
+
+
+def test_vectors_of_another_specification_are_refused() -> None:
+    """A value made under another specification is never handed out."""
+    stored = encode(*sample(), FINGERPRINT)
+
+    with pytest.raises(CorruptValue, match=r"3132333435363738, expected 3837363534333231"):
+        decode(stored, FINGERPRINT[::-1])
+
+
+@given(st.integers(0, 5_000), st.integers(1, 4_096))
+def test_pieces_cover_all_rows_and_are_bounded(rows: int, dim: int) -> None:
+    """Rows are cut into consecutive pieces of at least one row, none above 256 KiB."""
+    pieces = list(split_rows(rows, dim))
+
+    assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces)][: len(pieces)]
+    assert (pieces[-1][1] if pieces else 0) == rows
+    assert all(start < stop for start, stop in pieces)
+    assert max((stop - start) * (4 * dim + 10) for start, stop in pieces or [(0, 0)]) <= (
+        MAX_VALUE_BYTES
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 17, 128, 341, 1024, 4096])
+def test_largest_outcomes_fit_as_well(rows: int) -> None:
+    """With the outcomes of a batch that failed in many ways, every value is within 256 KiB."""
+    vectors = np.zeros((rows, 384), np.float32)
+    kinds = [FAILED, OK, *(Outcome(status=Status.FAILED, code=str(code)) for code in Code)]
+    outcomes = OutcomeTable.from_outcomes([kinds[row % len(kinds)] for row in range(rows)])
+
+    sizes = [
+        len(encode(vectors[start:stop], outcomes.rows(start, stop), FINGERPRINT))
+        for start, stop in split_rows(rows, 384)
+    ]
+
+    assert max(sizes) <= MAX_VALUE_BYTES

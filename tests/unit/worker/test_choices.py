@@ -1,0 +1,87 @@
+"""A wrong word or two settings that exclude each other never start a node."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from embedq.errors import SettingsError
+from embedq_worker.settings import WorkerSettings
+from embedq_worker.state import private_dir
+
+
+@pytest.mark.parametrize(
+    ("variable", "typo", "meant"),
+    [
+        ("DEVICE", "nup", "npu"),
+        ("ENGINE", "openvio", "openvino"),
+        ("PRECISION", "bf61", "bf16"),
+        ("NPU_BINDING", "pined", "pinned"),
+        ("NPU_COMMANDLIST_MODE", "DEFALT", "DEFAULT"),
+        ("LOG_LEVEL", "warn", "warning"),
+    ],
+)
+def test_typo_is_refused_with_the_nearest_name(
+    variable: str, typo: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A typo once meant "use the NPU": a finding of the review of the daemon embedq comes from."""
+    monkeypatch.setenv(f"EMBEDQ_{variable}", typo)
+
+    with pytest.raises(SettingsError) as caught:
+        WorkerSettings.load()
+
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"EMBEDQ_{variable}: expected ")
+    assert line.endswith(f"got {typo}. Did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"strict": True, "device": "cpu"}, "EMBEDQ_STRICT and EMBEDQ_DEVICE=cpu"),
+        ({"strict": True, "device": "stub"}, "EMBEDQ_STRICT and EMBEDQ_DEVICE=stub"),
+        ({"device": "npu", "engine": "onnxruntime"}, "only openvino drives an NPU"),
+        ({"device": "npu", "precision": "f32"}, "an NPU computes in f16"),
+        ({"engine": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in f32"),
+        ({"lease_renewal_s": 16, "visibility_timeout_s": 60}, "Use at most 15 s"),
+    ],
+)
+def test_contradiction_is_refused_with_both_names(given: dict[str, object], words: str) -> None:
+    """Neither of two settings wins in silence."""
+    with pytest.raises(SettingsError, match="exclude each other") as caught:
+        WorkerSettings.load(**given)
+
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"strict": True},
+        {"strict": True, "device": "stub", "stub_device": "npu"},
+        {"threads": 512},
+        {"visibility_timeout_s": 4},
+        {"lease_renewal_s": 15, "visibility_timeout_s": 60},
+    ],
+)
+def test_what_can_be_meant_is_taken(given: dict[str, object]) -> None:
+    """More threads than cores, and a default that gives way, are no contradictions."""
+    WorkerSettings.load(**given)
+
+
+def test_name_says_what_the_node_is_for() -> None:
+    """Two nodes of a machine must not share a name."""
+    names = {device: WorkerSettings.load(device=device).name for device in ("cpu", "npu", "stub")}
+
+    assert all(name.endswith(f"-{device}") for device, name in names.items())
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_runtime_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    """What another user may replace, nobody may trust."""
+    os.chown(tmp_path, 12345, 12345)
+
+    with pytest.raises(SettingsError, match="not a folder of this user"):
+        private_dir(tmp_path)

@@ -1,0 +1,97 @@
+"""A compiler that crashes, hangs or refuses is an error with a reason, and takes nobody along."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.model_fixtures import tiny_model
+
+from embedq_worker.compiling import Job, compile_in_child
+from embedq_worker.engines.target import CPU, Target
+from embedq_worker.errors import CompileFailed, ModelError, Reason
+from embedq_worker.models import Model
+
+PREAMBLE = "import json, os, signal, sys, time; job = json.load(sys.stdin); "
+
+
+def job_of(model: Model, target: Target = CPU, **others: str) -> Job:
+    """Describe a compile of the tiny model for the CPU, which needs no plugin of a stand-in."""
+    shapes = {"input_ids": [1, 24], "position_ids": [1, 24], "segment_ids": [1, 24]}
+    job = Job.of(model, model.folder / "cache", target, {**shapes, "segments": [12]}, {})
+    return Job(**{**{name: getattr(job, name) for name in Job.__slots__}, **others})
+
+
+def compiler(script: str) -> list[str]:
+    """Return a command that is run in the place of the compiler."""
+    return [sys.executable, "-c", PREAMBLE + script]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_blob_comes_back_through_the_descriptor(model: Model) -> None:
+    """What the child writes is what the parent gets, and no file is left anywhere."""
+    script = "os.write(job['blob_fd'], b'blob' * 1000); print(json.dumps({'ok': True}))"
+
+    assert compile_in_child(job_of(model), 30, compiler(script)).tobytes() == b"blob" * 1000
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("sys.stderr.write('LLVM ERROR: out of luck'); sys.stderr.flush(); os.abort()", "LLVM"),
+        ("os._exit(3)", "status 3"),
+        ("print('not an answer')", "status 0"),
+    ],
+)
+def test_compiler_that_dies_is_a_crash(model: Model, script: str, words: str) -> None:
+    """The message has the signal or the status and the compiler's own last words."""
+    quiet = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+
+    with pytest.raises(CompileFailed, match=words) as caught:
+        compile_in_child(job_of(model), 30, compiler(quiet + script))
+
+    assert caught.value.reason is Reason.COMPILE_CRASHED
+
+
+def test_compiler_that_hangs_is_stopped(model: Model) -> None:
+    """After the deadline the child and what it started are killed."""
+    began = time.monotonic()
+
+    with pytest.raises(CompileFailed, match="EMBEDQ_COMPILE_DEADLINE_S") as caught:
+        compile_in_child(job_of(model), 0.5, compiler("time.sleep(60)"))
+
+    assert caught.value.reason is Reason.COMPILE_DEADLINE
+    assert time.monotonic() - began < 10
+
+
+def test_real_child_compiles(model: Model) -> None:
+    """The command that production uses gives a blob."""
+    assert compile_in_child(job_of(model), 60).size > 1000
+
+
+def test_refusal_comes_back_as_a_sentence(model: Model) -> None:
+    """A device that the child does not find is a CompileFailed that names it."""
+    with pytest.raises(CompileFailed, match="NPU") as caught:
+        compile_in_child(job_of(model, Target()), 60)
+
+    assert caught.value.reason is Reason.COMPILE_FAILED
+
+
+def test_model_that_changed_meanwhile_is_not_compiled(model: Model) -> None:
+    """A blob belongs to the identity it is named by: other files are a ModelError."""
+    with pytest.raises(ModelError, match="has changed"):
+        compile_in_child(job_of(model, identity="0" * 64), 60)
+
+
+def test_missing_program_is_not_ours_to_hide(model: Model, tmp_path: Path) -> None:
+    """Where there is no Python to run, the system's own error comes out."""
+    with pytest.raises(FileNotFoundError):
+        compile_in_child(job_of(model), 1, [str(tmp_path / "python")])

@@ -1,0 +1,86 @@
+"""What OpenVINO and Level Zero say becomes an error with a reason (facts/npu.md, section 5.1)."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedq_worker.engines.faults import compile_failed, infer_failed
+from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
+
+LOST = (
+    "Exception from src/inference/src/cpp/infer_request.cpp:224:\n"
+    "zero_wrappers.cpp:382: L0 zeFenceHostSynchronize result: ZE_RESULT_ERROR_DEVICE_LOST, code "
+    "0x70000001 - device hung, reset, was removed, or driver update occurred\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "reason"),
+    [
+        (LOST, DeviceLost, Reason.DEVICE_LOST),
+        ("L0 zeCommandQueueExecuteCommandLists result: 0x70000001", DeviceLost, Reason.DEVICE_LOST),
+        ("result: ZE_RESULT_ERROR_UNKNOWN, code 0x7ffffffe", DeviceLost, Reason.DEVICE_UNKNOWN),
+        ("result: ZE_RESULT_NOT_READY, code 0x1", DeviceLost, Reason.DEVICE_UNKNOWN),
+        (
+            "L0 zeMemAllocHost result: ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY, code 0x70000003",
+            InferFailed,
+            Reason.OUT_OF_MEMORY,
+        ),
+        ("Infer Request is busy", InferFailed, Reason.DEVICE_ERROR),
+        ("something new", InferFailed, Reason.DEVICE_ERROR),
+        ("result: ZE_RESULT_ERROR_INVALID_ARGUMENT, code 0x78000004", InferFailed, "device_error"),
+        ("", InferFailed, Reason.DEVICE_ERROR),
+    ],
+)
+def test_failed_inference_has_kind_and_reason(
+    text: str, kind: type[EngineError], reason: Reason
+) -> None:
+    """A device that is gone asks for a new process; everything else is a failed inference."""
+    error = infer_failed(RuntimeError(text))
+
+    assert type(error) is kind
+    assert error.reason == reason
+
+
+def test_message_keeps_the_cause_and_drops_the_places() -> None:
+    """Of OpenVINO's stack of exceptions, the line with the result is what an operator reads."""
+    message = str(infer_failed(RuntimeError(LOST)))
+
+    assert "ZE_RESULT_ERROR_DEVICE_LOST" in message
+    assert "Exception from" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "words"),
+    [
+        (
+            "VCL compiler loading failed, aborting. Error: Cannot load library x.so",
+            Reason.NO_COMPILER,
+            "intel-driver-compiler-npu",
+        ),
+        (
+            "Could not find an NPU device. The driver compiler requires a valid device to be "
+            "present in the system.",
+            Reason.NO_COMPILER,
+            "intel-level-zero-npu",
+        ),
+        (
+            "L0 pfnCreate2 result: ZE_RESULT_ERROR_INVALID_NATIVE_BINARY, code 0x7800000f",
+            Reason.BLOB_REFUSED,
+            "Importing failed",
+        ),
+        ("to_shape was called on a dynamic shape", Reason.COMPILE_REFUSED, "dynamic shape"),
+    ],
+)
+def test_failed_compile_has_a_reason(text: str, reason: Reason, words: str) -> None:
+    """A missing compiler comes with the packages to install, a stale blob is told from the rest."""
+    error = compile_failed(text, "Importing")
+
+    assert error.reason is reason
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("kind", [EngineError, InferFailed, DeviceLost])
+def test_error_without_a_reason_has_that_of_its_class(kind: type[EngineError]) -> None:
+    """Every engine error has a word for metrics, also where nobody named one."""
+    assert kind("text").reason == kind.code

@@ -1,0 +1,181 @@
+"""Plans hold every text once, waste little, and depend on nothing but the lengths."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.model_fixtures import docstrings, real_model
+
+from embedq_worker.packing import RowForm
+from embedq_worker.planning import MIN_BUDGET, plan_packed, plan_padded, plan_rows, seat_last
+from embedq_worker.tokenization import Tokenizer
+
+LENGTHS = st.lists(st.integers(2, 300), max_size=200)
+ROW = RowForm.packed(256)
+FITTING = st.lists(st.integers(2, 256), max_size=300)
+
+
+@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
+def test_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
+    """The groups of a plan are a partition of the texts, whatever the lengths and the budget."""
+    plan = plan_padded(lengths, budget, streams)
+
+    placed = [int(index) for group in plan for index in group]
+    assert sorted(placed) == list(range(len(lengths)))
+
+
+@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
+def test_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
+    """A group of several texts has at most `token_budget` padded tokens."""
+    for group in plan_padded(lengths, budget, streams):
+        longest = max(lengths[int(index)] for index in group)
+        assert len(group) == 1 or longest * len(group) <= budget
+
+
+@given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
+def test_plan_goes_from_long_to_short(lengths: list[int], budget: int, streams: int) -> None:
+    """The lengths never rise along a plan, so the smallest work comes last."""
+    order = [lengths[int(i)] for group in plan_padded(lengths, budget, streams) for i in group]
+
+    assert order == sorted(lengths, reverse=True)
+
+
+def test_plan_is_deterministic_for_equal_lengths() -> None:
+    """Texts of equal length keep their order: the plan depends on nothing but its arguments."""
+    plan = plan_padded([5] * 10, 20)
+
+    assert [list(map(int, group)) for group in plan] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_text_beyond_the_budget_goes_alone() -> None:
+    """A text longer than the budget gets a group of its own and is not refused."""
+    plan = plan_padded([600, 10, 700], 512)
+
+    assert [list(map(int, group)) for group in plan] == [[2], [0], [1]]
+
+
+def test_last_groups_shrink_for_streams() -> None:
+    """With two streams the last group is small, so that neither waits long for the other."""
+    lengths = [32] * 128
+
+    shrunk = [len(group) * 32 for group in plan_padded(lengths, 1024, streams=2)]
+
+    assert shrunk[0] == 1024
+    assert shrunk[-1] <= MIN_BUDGET
+
+
+def test_one_stream_shrinks_nothing() -> None:
+    """With one stream every group but the last is as large as the budget allows."""
+    sizes = [len(group) * 32 for group in plan_padded([32] * 128, 1024)]
+
+    assert sizes == [1024] * 4
+
+
+def test_plan_of_nothing_is_empty() -> None:
+    """No texts give no groups."""
+    assert plan_padded([], 512) == []
+
+
+def rows_of_the_oracle(lengths: list[int], width: int) -> int:
+    """Count the rows of best fit decreasing, written from its definition over a sorted list."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        at = bisect_left(rooms, length)
+        room = rooms.pop(at) if at < len(rooms) else width
+        insort(rooms, room - length)
+        count = len(rooms)
+        assert count <= len(lengths)
+    return len(rooms)
+
+
+@given(FITTING)
+def test_packed_plan_places_every_text_once(lengths: list[int]) -> None:
+    """The rows are a partition of the texts: none is lost, none split."""
+    plan = plan_packed(lengths, ROW)
+
+    assert sorted(int(i) for row in plan for i in row) == list(range(len(lengths)))
+
+
+@given(FITTING)
+def test_packed_row_is_never_over_full(lengths: list[int]) -> None:
+    """A row has at most its width in tokens, and no more texts than segments."""
+    for row in plan_packed(lengths, ROW):
+        assert sum(lengths[int(i)] for i in row) <= 256
+        assert 1 <= len(row) <= ROW.segments(256)
+
+
+@given(FITTING, st.integers(0, 3))
+def test_packed_plan_needs_no_more_rows_than_best_fit_decreasing(
+    lengths: list[int], extra: int
+) -> None:
+    """On any mix the number of rows is at most that of an independent best fit decreasing."""
+    lengths = [*lengths, *lengths[: 10 * extra]]
+
+    assert len(plan_packed(lengths, ROW)) <= rows_of_the_oracle(lengths, 256)
+
+
+@given(st.lists(st.integers(0, 8), max_size=60))
+def test_texts_of_one_token_and_none_find_rows(lengths: list[int]) -> None:
+    """A tokenizer without special tokens may give them; then the segments of a row bind."""
+    form = RowForm.packed(8)
+
+    plan = plan_packed(lengths, form)
+
+    assert sorted(int(i) for row in plan for i in row) == list(range(len(lengths)))
+    assert all(len(row) <= 4 for row in plan)
+
+
+def test_text_longer_than_a_row_is_a_bug() -> None:
+    """Texts are cut by the tokenizer; the plan refuses to split one."""
+    with pytest.raises(ValueError, match="257 tokens"):
+        plan_packed([3, 257], ROW)
+
+
+@given(FITTING)
+def test_packed_plan_is_the_same_twice(lengths: list[int]) -> None:
+    """The plan of the same lengths is the same, row by row."""
+    once, again = plan_packed(lengths, ROW), plan_packed(lengths, ROW)
+
+    assert [list(row) for row in once] == [list(row) for row in again]
+
+
+@given(st.lists(st.integers(2, 256), min_size=1, max_size=200), st.integers(2, 60))
+def test_rider_costs_a_row_only_where_none_has_room(lengths: list[int], size: int) -> None:
+    """The rider sits in the last row; there is a new row only if no other had room for it."""
+    plan = plan_packed(lengths, ROW)
+    rider = len(lengths)
+
+    seated = seat_last(plan, [*lengths, size], ROW, rider)
+
+    assert seated[-1][-1] == rider
+    assert sorted(int(i) for row in seated for i in row) == list(range(rider + 1))
+    room = 256 - min(sum(lengths[int(i)] for i in row) for row in plan)
+    assert len(seated) == len(plan) + (room < size)
+
+
+def test_rider_of_a_bucket_has_a_row_of_its_own() -> None:
+    """A row of a bucket takes one text, so the canary comes last and alone."""
+    form = RowForm.buckets(64)
+    plan = plan_rows([5, 20], form)
+
+    seated = seat_last(plan, [5, 20, 9], form, 2)
+
+    assert [list(row) for row in seated] == [[1], [0], [2]]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("n", [512, 1024, 2048])
+def test_pad_share_on_docstrings(n: int) -> None:
+    """With 512 docstrings or more, canary included, 2 % or less of what is computed is padding."""
+    model = real_model()
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    lengths = tokenizer.tokenize(docstrings()[:n]).lengths
+
+    plan = seat_last(plan_packed(lengths, ROW), np.append(lengths, 21), ROW, n)
+
+    computed = 256 * len(plan)
+    assert 1 - int(lengths.sum()) / computed <= 0.02

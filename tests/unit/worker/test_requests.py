@@ -1,0 +1,261 @@
+"""Tensors stay where they are, every move is counted, and callers wait for a free request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from embedq_worker.choices import Binding
+from embedq_worker.engines.pool import Pool, request_count
+from embedq_worker.engines.requests import INPUTS, Counters, Slot
+from embedq_worker.errors import DeviceLost, InferFailed, Reason
+from embedq_worker.packing import RowForm, TokenBatch, build_row
+from embedq_worker.tokens import RaggedTokens
+
+FORM = RowForm.packed(8)
+DIM = 4
+
+
+class Tensor:
+    """A tensor as OpenVINO's: its data is a view."""
+
+    def __init__(self, data: npt.NDArray[Any]) -> None:
+        self.data = data
+
+
+class FakeRequest:
+    """A request that answers its input ids, and remembers how it was used."""
+
+    def __init__(self) -> None:
+        self.tensors = {name: Tensor(np.zeros((1, 8), np.int64)) for name in INPUTS}
+        self.tensors["segments"] = Tensor(np.zeros(4, np.int64))
+        self.tensors["vectors"] = Tensor(np.zeros((1, 4, DIM), np.float32))
+        self.started_with: list[Any] = []
+        self.answers = True
+        self.error = ""
+        self.users = 0
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor
+
+    def start_async(self, inputs: Any = None, *, share_inputs: bool = False) -> None:
+        self.users += 1
+        assert self.users == 1, "used by two at once"
+        self.started_with.append(inputs)
+        if share_inputs:
+            for name, array in inputs.items():
+                self.tensors[name] = Tensor(array)
+
+    def wait_for(self, timeout: int) -> bool:
+        time.sleep(0.001)
+        self.users -= 1
+        if self.error:
+            raise RuntimeError(self.error)
+        ids = self.tensors["input_ids"].data[0, :4].astype(np.float32)
+        self.tensors["vectors"].data[0] = ids[:, None]
+        return self.answers
+
+
+def make_tensor(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Tensor:
+    """Make a tensor of our own."""
+    return Tensor(np.zeros(shape, dtype))
+
+
+def slot_of(request: FakeRequest, binding: Binding = Binding.PINNED) -> Slot:
+    """Make a slot."""
+    return Slot(request, binding, make_tensor)
+
+
+def row(first: int) -> TokenBatch:
+    """Build a row whose tokens count up from here."""
+    ids = np.arange(first, first + 8, dtype=np.int32)
+    tokens = RaggedTokens(ids, np.array([0, 8], np.int64), np.zeros(1, np.uint32))
+    return build_row(tokens, [0], 0, FORM)
+
+
+def test_pinned_tensors_are_filled_in_place() -> None:
+    """The request is started with no arguments, and its own memory holds the row."""
+    request = FakeRequest()
+    before = {name: request.tensors[name].data.ctypes.data for name in INPUTS}
+    slot = slot_of(request)
+
+    answers = [slot.run(row(first), 1.0)[0, 0, 0] for first in (1, 20, 300)]
+
+    assert answers == [1, 20, 300]
+    assert request.started_with == [None] * 3
+    assert {name: request.tensors[name].data.ctypes.data for name in INPUTS} == before
+    assert list(request.tensors["segments"].data) == [1, 2, 3, 4]
+    assert slot.counters == Counters(inferences=3)
+
+
+def test_vectors_are_a_copy() -> None:
+    """The next inference of a request does not change what the last one gave."""
+    slot = slot_of(FakeRequest())
+    first = slot.run(row(1), 1.0)
+
+    slot.run(row(50), 1.0)
+
+    assert first[0, 0, 0] == 1
+
+
+def test_moved_tensor_is_counted_and_used() -> None:
+    """A pointer that changed is one change, and the row goes where the tensor is now."""
+    request = FakeRequest()
+    slot = slot_of(request)
+    slot.run(row(1), 1.0)
+    request.tensors["input_ids"] = Tensor(np.zeros((1, 8), np.int64))
+
+    assert slot.run(row(7), 1.0)[0, 0, 0] == 7
+    assert slot.counters == Counters(inferences=2, pointer_changes=1)
+
+    slot.run(row(8), 1.0)
+    assert slot.counters.pointer_changes == 1
+
+
+def test_changed_strides_and_shape_are_counted() -> None:
+    """A tensor that is laid out in another way is told from one that has only moved."""
+    request = FakeRequest()
+    slot = slot_of(request)
+    request.tensors["input_ids"] = Tensor(np.zeros((1, 16), np.int64)[:, ::2])
+    request.tensors["vectors"] = Tensor(np.zeros((1, 5, DIM), np.float32)[:, :4])
+    slot.run(row(1), 1.0)
+
+    assert slot.counters.stride_changes == 2
+    assert slot.counters.shape_changes == 0
+    request.tensors["vectors"] = Tensor(np.zeros((1, 4, DIM + 1), np.float32))
+    slot.run(row(1), 1.0)
+    assert slot.counters.shape_changes == 1
+
+
+def test_host_tensors_are_bound_once() -> None:
+    """Four binds when the slot is made, and none after."""
+    slot = slot_of(FakeRequest(), Binding.HOST_TENSOR)
+
+    for first in range(5):
+        slot.run(row(first), 1.0)
+
+    assert slot.counters == Counters(inferences=5, binds=4)
+
+
+def test_shared_arrays_are_bound_each_time() -> None:
+    """The binding for experiments costs four binds an inference, and says so."""
+    slot = slot_of(FakeRequest(), Binding.SHARED)
+
+    answers = [slot.run(row(first), 1.0)[0, 0, 0] for first in (3, 4)]
+
+    assert answers == [3, 4]
+    assert slot.counters.binds == 8
+
+
+def test_row_of_another_shape_is_a_bug() -> None:
+    """A static request never sees another width."""
+    tokens = RaggedTokens(np.ones(9, np.int32), np.array([0, 9]), np.zeros(1, np.uint32))
+
+    with pytest.raises(RuntimeError, match="This is a bug"):
+        slot_of(FakeRequest()).run(build_row(tokens, [0], 0, RowForm.packed(16)), 1.0)
+
+
+def test_missed_deadline_is_a_lost_device() -> None:
+    """There is no way to end an inference, so a hung one means a new process."""
+    request = FakeRequest()
+    request.answers = False
+
+    with pytest.raises(DeviceLost, match=r"within 0\.5 s") as caught:
+        slot_of(request).run(row(1), 0.5)
+
+    assert caught.value.reason is Reason.DEADLINE
+
+
+def test_more_callers_than_requests_wait() -> None:
+    """Sixteen callers share two requests; none fails and none shares one."""
+    pool = Pool([slot_of(FakeRequest()) for _ in range(2)])
+
+    def ask(first: int) -> float:
+        with pool.checkout() as slot:
+            return float(slot.run(row(first), 1.0)[0, 0, 0])
+
+    with ThreadPoolExecutor(16) as callers:
+        answers = list(callers.map(ask, range(200)))
+
+    assert answers == list(range(200))
+    assert pool.counters().inferences == 200
+
+
+def test_failed_inference_gives_the_request_back() -> None:
+    """After an error that is not a lost device, the same request serves again."""
+    request = FakeRequest()
+    pool = Pool([slot_of(request)])
+    request.error = "odd"
+    with pytest.raises(InferFailed), pool.checkout() as slot:
+        slot.run(row(1), 1.0)
+
+    request.error = ""
+    with pool.checkout() as slot:
+        assert slot.run(row(1), 1.0)[0, 0, 0] == 1
+    assert not pool.lost
+
+
+def test_lost_device_ends_the_wait_of_all() -> None:
+    """Callers that wait for a request of a lost device hear of it, and so do later ones."""
+    pool = Pool([slot_of(FakeRequest())])
+    waiting = threading.Event()
+    heard: list[Reason] = []
+
+    def ask() -> None:
+        waiting.set()
+        try:
+            with pool.checkout():
+                pass
+        except DeviceLost as error:
+            heard.append(error.reason)
+
+    caller = threading.Thread(target=ask)
+    with pytest.raises(DeviceLost), pool.checkout():
+        caller.start()
+        waiting.wait(5)
+        raise DeviceLost("gone", Reason.DEADLINE)
+    caller.join(5)
+
+    assert heard == [Reason.DEADLINE]
+    assert pool.lost
+    with pytest.raises(DeviceLost, match="gone"), pool.checkout():
+        pass
+
+
+def test_closed_pool_says_so() -> None:
+    """After close nobody gets a request."""
+    pool = Pool([slot_of(FakeRequest())])
+    pool.close()
+
+    with pytest.raises(InferFailed, match="closed"), pool.checkout():
+        pass
+
+
+def test_every_request_is_warmed_and_none_of_it_counted() -> None:
+    """The first inference of each request records its commands; counting starts after it."""
+    requests = [FakeRequest() for _ in range(3)]
+    pool = Pool([slot_of(request) for request in requests])
+
+    seconds = pool.warm(row(1), 1.0)
+
+    assert seconds > 0
+    assert [len(request.started_with) for request in requests] == [1, 1, 1]
+    assert pool.counters() == Counters()
+
+
+@pytest.mark.parametrize(
+    ("optimal", "wanted", "count"),
+    [("4", 0, 4), ("8", 0, 8), ("1", 0, 1), ("64", 0, 8), ("0", 0, 1), ("", 0, 4), ("4", 2, 2)],
+)
+def test_requests_are_as_many_as_the_device_likes(optimal: str, wanted: int, count: int) -> None:
+    """The device says, 1 to 8; 4 where it says nothing; a setting wins."""
+    assert request_count(optimal, wanted) == count

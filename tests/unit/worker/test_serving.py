@@ -1,0 +1,164 @@
+"""Each accuracy class is served by an engine that has proven it, opened when a batch wants it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.model_fixtures import tiny_model
+
+from embedq.contract import Accuracy, Precision
+from embedq.errors import SettingsError
+from embedq_worker.answer import Vectors
+from embedq_worker.choices import DeviceChoice, EngineChoice, PrecisionChoice
+from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
+from embedq_worker.errors import CompileFailed, EngineError, Reason
+from embedq_worker.models import Model
+from embedq_worker.opening import Opener
+from embedq_worker.packing import TokenBatch
+from embedq_worker.selection import Candidate, Memory
+from embedq_worker.serving import Serving
+from embedq_worker.settings import WorkerSettings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def opener(model: Model, cache: Path, **settings: object) -> Opener:
+    """Make an opener for a node on the CPU."""
+    values = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2, **settings}
+    return Opener(WorkerSettings(**values), model)  # type: ignore[arg-type]
+
+
+def serve(opened: Opener, model: Model) -> Serving:
+    """Serve class standard with what opens."""
+    standard = opened.open_cpu(Accuracy.STANDARD)
+    return Serving(model.card(), standard, lambda: opened.open_cpu(Accuracy.EXACT))
+
+
+def test_f32_engine_serves_both_classes(model: Model, tmp_path: Path) -> None:
+    """One engine is enough where it is exact; nothing else is opened."""
+    node = serve(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
+
+    exact = node.proven_for(Accuracy.EXACT)
+    node.close()
+
+    assert exact.engine is node.engine
+    assert (node.engine.name, node.engine.precision) == ("onnxruntime", Precision.F32)
+
+
+def test_bf16_engine_is_joined_by_an_exact_one(model: Model, tmp_path: Path) -> None:
+    """A node whose standard engine rounds opens a second for exact, at the first exact batch."""
+    opened = opener(model, tmp_path, precision=PrecisionChoice.BF16)
+    try:
+        node = serve(opened, model)
+    except CompileFailed:
+        pytest.skip("this CPU has no bf16")
+    assert node.proven_for(Accuracy.STANDARD).engine.precision is Precision.BF16
+
+    exact = node.proven_for(Accuracy.EXACT)
+
+    assert exact.engine.precision is Precision.F32
+    assert exact.report.min_cosine >= 0.99999
+    assert node.proven_for(Accuracy.EXACT) is exact
+    assert node.engine.precision is Precision.BF16
+    node.close()
+
+
+def test_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
+    """The first start measures all candidates, the second takes what was kept."""
+    first = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
+    second = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
+
+    assert (first.why, second.why) == ("measured", "kept")
+    assert (first.engine.name, first.engine.precision) == (
+        second.engine.name,
+        second.engine.precision,
+    )
+    first.close()
+    second.close()
+
+
+def test_precision_that_no_engine_has_is_refused(model: Model, tmp_path: Path) -> None:
+    """int8 by a setting, without a quantised model, is a SettingsError with both names."""
+    opened = opener(model, tmp_path, precision=PrecisionChoice.INT8)
+
+    with pytest.raises(SettingsError, match="EMBEDQ_PRECISION=int8"):
+        opened.open_cpu(Accuracy.STANDARD)
+
+
+def test_kept_engine_that_does_not_open_gives_way(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where OpenVINO was chosen and now refuses, onnxruntime serves and says that it fell back."""
+
+    def refuse(*_: object) -> None:
+        raise CompileFailed("not today", Reason.COMPILE_REFUSED)
+
+    monkeypatch.setattr(
+        Memory, "recall", lambda self, key, among: Candidate(EngineChoice.OPENVINO, Precision.F32)
+    )
+    monkeypatch.setattr("embedq_worker.engines.openvino_cpu.OpenVinoCpuEngine.__init__", refuse)
+
+    proven = opener(model, tmp_path, precision=PrecisionChoice.F32).open_cpu(Accuracy.STANDARD)
+    proven.close()
+
+    assert (proven.engine.name, proven.why) == ("onnxruntime", "fallback")
+
+
+def test_engine_that_lies_is_not_served(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong vectors end in an EngineError with the reason, never in a node that serves."""
+    honest = OnnxRuntimeEngine.infer
+
+    def double(self: OnnxRuntimeEngine, batch: TokenBatch) -> Vectors:
+        return 2 * honest(self, batch)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "infer", double)
+
+    with pytest.raises(EngineError, match="unit length") as caught:
+        opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME).open_cpu(Accuracy.STANDARD)
+
+    assert caught.value.reason is Reason.SELFTEST_FAILED
+
+
+#: Opens an engine in a process of its own: model, cache, engine, and whether openvino is hidden.
+OPEN_CPU = """
+import importlib.util, sys
+from pathlib import Path
+from embedq.contract import Accuracy
+from embedq_worker.digests import Digests
+from embedq_worker.models import load_model
+from embedq_worker.opening import Opener
+from embedq_worker.settings import WorkerSettings
+
+folder, cache, engine, hidden = sys.argv[1:]
+if hidden:
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name: None if name == "openvino" else find(name)
+    sys.modules["openvino"] = None
+settings = WorkerSettings(device="cpu", engine=engine, cache_dir=Path(cache))
+opener = Opener(settings, load_model(Path(folder), "tiny", Digests(Path(cache))))
+proven = opener.open_cpu(Accuracy.STANDARD)
+print(proven.engine.name, sys.modules.get("openvino") is None)
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_node_without_openvino_never_imports_it(
+    model: Model, tmp_path: Path, installed: bool
+) -> None:
+    """With the extra [cpu] alone, or pinned to onnxruntime, openvino is not touched."""
+    pin = "onnxruntime" if installed else "auto"
+    arguments = [str(model.folder), str(tmp_path), pin, "" if installed else "hidden"]
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_CPU, *arguments], capture_output=True, text=True, check=False
+    )
+
+    assert done.stdout.split() == ["onnxruntime", "True"], done.stderr

@@ -1,0 +1,50 @@
+"""Settings of a node: defaults that work, and mistakes told by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedq.errors import SettingsError
+from embedq_worker.settings import WorkerSettings
+
+
+def test_defaults_need_no_environment() -> None:
+    """A node starts without any setting, under a name that a restart keeps."""
+    settings = WorkerSettings.load()
+
+    assert settings.name == WorkerSettings.load().name
+    assert settings.cores() >= 1
+
+
+def test_settings_of_the_sdk_are_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One environment can serve producer and node."""
+    monkeypatch.setenv("EMBEDQ_WINDOW", "8")
+
+    WorkerSettings.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DEVICE", "cup", "EMBEDQ_DEVICE: .*got cup. Did you mean cpu?"),
+        ("LOG_LEVEL", "warn", "EMBEDQ_LOG_LEVEL: .*got warn. Did you mean warning?"),
+        ("NAME", "a b", "EMBEDQ_NAME: .*letters, digits"),
+        ("NAME", "../x", "EMBEDQ_NAME: .*letters, digits"),
+        ("THREADS", "-1", "EMBEDQ_THREADS: expected at least 0 cores, got -1."),
+        ("HEARTBEAT_S", "0", "EMBEDQ_HEARTBEAT_S: expected more than 0.* s, got 0."),
+        ("DEVISE", "cpu", "EMBEDQ_DEVISE: no such setting. Did you mean EMBEDQ_DEVICE?"),
+    ],
+)
+def test_mistake_names_variable_and_remedy(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong name or value is one sentence with what is allowed."""
+    monkeypatch.setenv(f"EMBEDQ_{name}", value)
+
+    with pytest.raises(SettingsError, match=message):
+        WorkerSettings.load()
+
+
+def test_cores_can_be_limited() -> None:
+    """A setting wins over what the machine has."""
+    assert WorkerSettings.load(threads=3).cores() == 3

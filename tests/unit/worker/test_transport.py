@@ -1,0 +1,165 @@
+"""What may be popped from a queue at all, decided on the bytes alone."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kombu import Connection, compression
+from kombu import transport as kombu_transport
+
+from embedq.contract import MAX_BATCH_BYTES, MAX_RAW_BYTES, TASK_NAME
+from embedq_worker import transport
+from embedq_worker.admission import MAX_MESSAGE_BYTES, objection
+
+BATCH = {"v": 1, "job": "job", "i": 0, "texts": b"packed"}
+EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+
+
+def message(payload: object = None, body: bytes | None = None, **changes: Any) -> bytes:
+    """Return a message as Celery writes it, with another payload, body or headers."""
+    packed = msgpack.packb([[BATCH], {}, EMBED] if payload is None else payload)
+    raw = {
+        "body": base64.b64encode(packed if body is None else body).decode(),
+        "content-encoding": "binary",
+        "content-type": "application/x-msgpack",
+        "headers": {
+            "task": TASK_NAME,
+            "id": "job:0:digest",
+            "eta": None,
+            "timelimit": [None, None],
+            "retries": 0,
+            "ignore_result": True,
+            **changes,
+        },
+        "properties": {
+            "delivery_tag": "tag",
+            "delivery_info": {"exchange": "", "routing_key": "embed.npu"},
+            "body_encoding": "base64",
+            "priority": 0,
+        },
+    }
+    return json.dumps(raw).encode()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install the transport, for one test."""
+    monkeypatch.setattr(kombu_transport, "TRANSPORT_ALIASES", {**kombu_transport.TRANSPORT_ALIASES})
+    monkeypatch.setattr(kombu_transport, "_transport_cache", {})
+    for name in ("_aliases", "_decoders", "_encoders"):
+        monkeypatch.setattr(compression, name, {**getattr(compression, name)})
+    transport.install()
+
+
+def test_message_of_ours_passes() -> None:
+    """What the SDK publishes is let through, also when Celery publishes it again."""
+    assert objection(message()) is None
+    assert objection(message(retries=3, root_id="job:0:digest", shadow=None)) is None
+
+
+def test_largest_batch_passes() -> None:
+    """The bound is above the largest batch in base64 with its headers, and below twice that."""
+    largest = message(
+        [[{**BATCH, "texts": bytes(MAX_RAW_BYTES + MAX_RAW_BYTES // 128)}], {}, EMBED]
+    )
+
+    assert objection(largest) is None
+    assert objection(largest + b" " * (MAX_MESSAGE_BYTES - len(largest) + 1))
+    assert 2 * MAX_BATCH_BYTES > MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    "body", [pickle.dumps({"a": 1}), b"\xc1", b"", b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000]
+)
+def test_body_that_is_no_msgpack_is_refused(body: bytes) -> None:
+    """Pickle, garbage, nothing, a promise of four billion items and a deep nest are refused."""
+    assert objection(message(body=body)) == "its body is not msgpack in base64"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        7,
+        "args",
+        {},
+        [],
+        [[BATCH], {}],
+        [BATCH, {}, EMBED],
+        [[BATCH, 1], {}, EMBED],
+        [[], {}, EMBED],
+    ],
+    ids=repr,
+)
+def test_call_of_another_shape_is_refused(payload: object) -> None:
+    """A call has one batch and nothing else."""
+    assert objection(message(payload))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [[[BATCH], {"more": 1}, EMBED], [[BATCH], {}, {"chain": [{"task": "x"}]}], [[BATCH], {}, []]],
+    ids=repr,
+)
+def test_work_for_other_tasks_is_refused(payload: object) -> None:
+    """Keywords, callbacks and chains are never followed."""
+    assert objection(message(payload)) == "it carries work for other tasks"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"eta": "2999-01-01T00:00:00"},
+        {"expires": "x"},
+        {"timelimit": [1, 1]},
+        {"retries": -1},
+        {"retries": True},
+        {"ignore_result": False},
+        {"argsrepr": "x" * 1000},
+        {"shadow": ["x"]},
+        {"stamps": {"a": 1}},
+        {"compression": "application/zstd"},
+        {"task": "other"},
+        {"id": ""},
+    ],
+    ids=repr,
+)
+def test_header_that_celery_would_act_on_is_refused(header: dict[str, Any]) -> None:
+    """Each header is one that embedq writes, or the message is refused."""
+    assert objection(message(**header))
+
+
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_garbage_is_refused_in_a_sentence(raw: bytes) -> None:
+    """No bytes at all raise anything, and the answer quotes none of them."""
+    answer = objection(raw)
+
+    assert answer is not None
+    assert answer.startswith(("it ", "its ", "body"))
+
+
+@given(st.binary(max_size=200))
+def test_any_body_is_judged(body: bytes) -> None:
+    """No body raises anything."""
+    objection(message(body=body))
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h/0", "rediss://h/0", "redis+socket:///tmp/x.sock", "redis://a/0;redis://b/0"]
+)
+def test_every_redis_url_gets_the_hardened_transport(url: str, installed: None) -> None:
+    """However Redis is named, a node's connection checks what it pops."""
+    assert Connection(url).get_transport_cls() is transport.Transport
+
+
+def test_kombu_inflates_nothing(installed: None) -> None:
+    """After the install every compression of kombu's is refused, by any of its names."""
+    for name in ("gzip", "zlib", "bzip2", "lzma", "zstd", *compression.encoders()):
+        with pytest.raises((ValueError, KeyError), match=r"no message compression|zstd|lzma"):
+            compression.decompress(b"x", name)

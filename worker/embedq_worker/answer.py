@@ -1,0 +1,105 @@
+"""The rows of a batch while they fill: vectors, outcomes, and how much was computed for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq.contract import Code, EmbedBatch, OnLong, Status
+from embedq.outcomes import REROUTED, TRUNCATED, OutcomeTable
+from embedq_worker.engines.base import Engine
+from embedq_worker.errors import InferFailed, Reason
+from embedq_worker.packing import Indices, TokenBatch
+from embedq_worker.tokens import RaggedTokens
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a batch cost; handed to several calls, it adds up.
+
+    Attributes:
+        inferences: token batches computed.
+        tokens: tokens of the texts, special tokens included.
+        computed_tokens: the same with padding and canary, B times T of every token batch.
+    """
+
+    inferences: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+
+    @property
+    def pack_fill_ratio(self) -> float:
+        """Return the share of what was computed that was text; 1 if nothing was."""
+        return self.tokens / self.computed_tokens if self.computed_tokens else 1.0
+
+
+class Answer:
+    """Collects what becomes of a batch; rows of different texts may be filled from any thread."""
+
+    def __init__(self, batch: EmbedBatch, engine: Engine, stats: Stats) -> None:
+        n = len(batch.texts)
+        self.vectors = np.full((n, engine.dim), np.nan, np.float32)
+        self._stats = stats
+        self._batch = batch
+        self._engine = engine
+        self._n_tokens = np.zeros(n, np.uint32)
+        self._n_dropped = np.zeros(n, np.uint32)
+        self._codes = [str(batch.refused.get(row, Code.NONE)) for row in range(n)]
+        self.last = int(self.accepted()[-1]) if len(self.accepted()) else -1
+
+    def accepted(self) -> Indices:
+        """Return the rows that have not failed."""
+        return np.array([row for row, code in enumerate(self._codes) if not code], np.intp)
+
+    def wanted(self, rows: Indices) -> Indices:
+        """Return the places within ``rows`` that have not failed."""
+        return np.nonzero([not self._codes[row] for row in rows])[0]
+
+    def count(self, rows: Indices, tokens: RaggedTokens) -> None:
+        """Note the tokens of these rows, and fail those that are too long if the job says so."""
+        self._n_tokens[rows] = tokens.lengths
+        self._n_dropped[rows] = tokens.n_dropped
+        if self._batch.spec.on_long is OnLong.ERROR:
+            for row in rows[tokens.n_dropped > 0]:
+                self._codes[row] = Code.TOO_MANY_TOKENS.value
+                self._n_tokens[row] = 0
+
+    def charge(self, batch: TokenBatch) -> None:
+        """Note that this token batch is computed."""
+        self._stats.inferences += 1
+        self._stats.computed_tokens += batch.input_ids.size
+
+    def finish(self) -> tuple[Vectors, OutcomeTable]:
+        """Refuse to hand out a vector that is not finite: a device's fault, never a text's.
+
+        Raises:
+            InferFailed: there is one.
+        """
+        rows = self.accepted()
+        wrong = int(np.count_nonzero(~np.isfinite(self.vectors[rows]).all(axis=1)))
+        if wrong:
+            raise InferFailed(
+                f"Engine {self._engine.name} on {self._engine.device} gave {wrong:,} of "
+                f"{len(rows):,} vectors that are not finite.",
+                Reason.NOT_FINITE,
+            )
+        self._stats.tokens += int(self._n_tokens.sum())
+        return self.vectors, self._outcomes()
+
+    def _outcomes(self) -> OutcomeTable:
+        served = (str(Status.OK), str(self._engine.device), str(self._engine.precision), "")
+        kinds = {served: 0}
+        kind = [
+            kinds.setdefault((str(Status.FAILED), "", "", code) if code else served, len(kinds))
+            for code in self._codes
+        ]
+        flags = np.full(len(kind), REROUTED * self._batch.rerouted, np.uint8)
+        truncated = np.array([not code for code in self._codes], bool) & (self._n_dropped > 0)
+        flags[truncated] |= TRUNCATED
+        return OutcomeTable(
+            list(kinds), np.array(kind, np.uint8), flags, self._n_tokens, self._n_dropped
+        )

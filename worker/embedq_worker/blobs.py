@@ -1,0 +1,196 @@
+"""Compiled models on the disk, each in a folder that carries all it depends on.
+
+OpenVINO's own cache does not know the driver (facts/npu.md, section 1.8), so the name is ours. A
+blob is used only if this user alone could have written it and nothing about it has changed; any
+other is compiled again. Losing the folder costs a compile, nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq_worker.digests import Digests
+from embedq_worker.errors import CompileFailed, Reason
+
+log = logging.getLogger("embedq.worker")
+
+Bytes = npt.NDArray[np.uint8]
+#: Names inside a blob's folder.
+BLOB, META = "model.blob", "meta.json"
+#: Seconds between two tries to take the lock of a compile.
+LOCK_POLL_S: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class BlobKey:
+    """What a compiled model depends on.
+
+    Attributes:
+        model: identity of the model.
+        what: device, shape, properties and graph: what was asked for.
+        versions: runtime, driver, compiler and architecture: what answered.
+    """
+
+    model: str
+    what: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    @property
+    def folder(self) -> str:
+        """Name the folder: what was asked for, then what answered."""
+        return f"{_digest(self.what)}-{_digest(self.versions)}"
+
+    def fields(self) -> dict[str, Any]:
+        """Return everything in clear."""
+        return {
+            "model": self.model,
+            "what": dict(sorted(self.what.items())),
+            "versions": dict(sorted(self.versions.items())),
+        }
+
+
+class BlobStore:
+    """The compiled models of one model identity."""
+
+    def __init__(self, cache_dir: Path, model: str) -> None:
+        """Make the folder, or note why there is none: serving does not need it."""
+        self._digests = Digests(cache_dir)
+        self.folder = cache_dir / "compiled" / model[:16]
+        #: Why nothing is kept; empty if all is well.
+        self.trouble = ""
+        for folder in (cache_dir, cache_dir / "compiled", self.folder):
+            self.trouble = self.trouble or _make_private(folder)
+        if self.trouble:
+            log.warning("cache_unusable reason=%s", self.trouble)
+
+    def load(self, key: BlobKey) -> Bytes | None:
+        """Return a compiled model, or None if there is none to be trusted."""
+        folder = self.folder / key.folder
+        if self.trouble or not folder.exists():
+            return None
+        try:
+            return self._load(folder, key)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("blob_refused folder=%s reason=%s", folder.name, error)
+            return None
+
+    def store(self, key: BlobKey, blob: Bytes) -> bool:
+        """Keep a compiled model and drop those for the same by another runtime or driver."""
+        if self.trouble:
+            return False
+        target = self.folder / key.folder
+        fresh = None
+        try:
+            fresh = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder))
+            blob.tofile(fresh / BLOB)
+            meta = {**key.fields(), "bytes": blob.size, "sha256": hashlib.sha256(blob.data).hexdigest()}
+            (fresh / META).write_text(json.dumps(meta, indent=1))
+            self.discard(key)
+            fresh.rename(target)
+        except OSError as error:
+            if fresh:
+                shutil.rmtree(fresh, ignore_errors=True)
+            log.warning("blob_not_kept reason=%s", error.strerror or error)
+            return False
+        for other in self.folder.glob(f"{_digest(key.what)}-*"):
+            if other != target:
+                shutil.rmtree(other, ignore_errors=True)
+        return True
+
+    def discard(self, key: BlobKey) -> None:
+        """Remove a compiled model; a missing one is fine."""
+        shutil.rmtree(self.folder / key.folder, ignore_errors=True)
+
+    @contextmanager
+    def lock(self, key: BlobKey, deadline_s: float) -> Iterator[None]:
+        """Hold the right to compile this: nodes that start together compile once.
+
+        Raises:
+            CompileFailed: another process holds it past the deadline.
+        """
+        if self.trouble:
+            yield
+            return
+        descriptor = -1
+        with suppress(OSError):  # a full or read-only disk: compiling twice is better than not
+            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self.folder / f"{key.folder}.lock", flags, 0o600)
+        try:
+            if descriptor >= 0:
+                _wait_for(descriptor, deadline_s)
+            yield
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _load(self, folder: Path, key: BlobKey) -> Bytes:
+        path = folder / BLOB
+        for place in (folder, path, folder / META):
+            found = place.lstat()
+            if found.st_uid != os.geteuid() or found.st_mode & 0o022 or stat.S_ISLNK(found.st_mode):
+                raise ValueError(f"{place.name} is not this user's alone")
+        meta = json.loads((folder / META).read_text())
+        if {name: meta[name] for name in key.fields()} != key.fields():
+            raise ValueError("it was made for something else")
+        if path.stat().st_size != meta["bytes"]:
+            raise ValueError("it is truncated")
+        if self._digests.of(path) != meta["sha256"]:
+            raise ValueError("its bytes have changed")
+        return np.fromfile(path, np.uint8)
+
+
+def _digest(fields: Mapping[str, str]) -> str:
+    text = json.dumps(dict(fields), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _wait_for(descriptor: int, deadline_s: float) -> None:
+    deadline = time.monotonic() + deadline_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise CompileFailed(
+                    f"Another process compiles the same model and took over {deadline_s:.0f} s.",
+                    Reason.COMPILE_DEADLINE,
+                ) from None
+            time.sleep(LOCK_POLL_S)
+        except OSError as error:  # a file system without locks
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            return
+
+
+def _make_private(folder: Path) -> str:
+    """Make a folder of our own, 0700, and say what is wrong with it; empty if nothing is."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            return f"{folder} is not a folder of this user"
+        if found.st_mode & 0o022:
+            return f"{folder} may be written by others; run: chmod 700 {folder}"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            return f"{folder} cannot be written"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return ""

@@ -1,0 +1,200 @@
+"""Compiles a model in a process of its own, because compilers abort, segfault and hang.
+
+Run as ``python -m embedq_worker.compiling``: one JSON object on stdin says what to compile, the
+blob goes into an inherited file descriptor, one JSON object on stdout says how it went.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq.errors import EmbedqError
+from embedq_worker.digests import Digests
+from embedq_worker.engines.target import Target
+from embedq_worker.errors import CompileFailed, ModelError, Reason
+from embedq_worker.models import Model, load_model
+
+#: What runs this file.
+COMMAND: Final = (sys.executable, "-m", "embedq_worker.compiling")
+#: Most characters of the child's own words in a message.
+LAST_WORDS: Final = 300
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to compile.
+
+    Attributes:
+        folder, label, identity: of the model.
+        cache_dir: where digests are remembered.
+        target: the device.
+        shapes: of the inputs, by name.
+        properties: for the plugin.
+    """
+
+    folder: str
+    label: str
+    identity: str
+    cache_dir: str
+    target: dict[str, Any]
+    shapes: dict[str, list[int]]
+    properties: dict[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        cache_dir: Path,
+        target: Target,
+        shapes: Mapping[str, list[int]],
+        properties: Mapping[str, str],
+    ) -> Job:
+        """Describe a job in types of JSON."""
+        return cls(
+            os.fspath(model.folder),
+            model.label,
+            model.identity,
+            os.fspath(cache_dir),
+            target.to_message(),
+            dict(shapes),
+            dict(properties),
+        )
+
+
+def compile_in_child(job: Job, deadline_s: float, command: Sequence[str] = COMMAND) -> Bytes:
+    """Compile in a child process and return the blob.
+
+    Args:
+        job: what to compile.
+        deadline_s: seconds after which the child is killed.
+        command: what to run; tests run compilers that misbehave.
+
+    Raises:
+        ModelError: the files of the model are damaged.
+        CompileFailed: the compiler refused, crashed or hung; ``reason`` says which.
+    """
+    with _scratch_file() as file:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(file.fileno(),),
+            start_new_session=True,
+        )
+        message = json.dumps({**asdict(job), "blob_fd": file.fileno()}).encode()
+        try:
+            out, errors = child.communicate(message, timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            raise CompileFailed(
+                f"Compiling {job.label} did not end within {deadline_s:.0f} s and was stopped. "
+                "Update the NPU driver, or allow more in EMBEDQ_COMPILE_DEADLINE_S.",
+                Reason.COMPILE_DEADLINE,
+            ) from None
+        finally:
+            _end(child)
+        _raise_failure(job, child.returncode, out, errors)
+        file.seek(0)
+        return np.frombuffer(bytearray(file.read()), np.uint8)
+
+
+def _raise_failure(job: Job, status: int, out: bytes, errors: bytes) -> None:
+    try:
+        answer = json.loads(out)
+    except ValueError:
+        answer = {}
+    if status == 0 and answer.get("ok"):
+        return
+    if answer.get("kind") == "model":
+        raise ModelError(str(answer["message"]))
+    if "message" in answer:
+        raise CompileFailed(str(answer["message"]), Reason(answer["reason"]))
+    words = " ".join(errors.decode(errors="replace").split())[-LAST_WORDS:]
+    died = f"died of {_signal(-status)}" if status < 0 else f"ended with status {status}"
+    raise CompileFailed(
+        f"The compiler {died} while it compiled {job.label}. {words}".strip(),
+        Reason.COMPILE_CRASHED,
+    )
+
+
+def _signal(number: int) -> str:
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kill whatever is left of the child, and of what it started."""
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+def _scratch_file() -> IO[bytes]:
+    """Open a file that no disk can be too full for, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("embedq-blob"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
+    from embedq_worker.engines.openvino import Runtime  # heavy, and only the child needs it
+    from embedq_worker.graph import build_graph
+
+    began = time.monotonic()
+    fields = {name: message[name] for name in Job.__slots__}
+    job = Job(**fields)
+    model = load_model(Path(job.folder), job.label, Digests(Path(job.cache_dir)))
+    if model.identity != job.identity:
+        raise ModelError(f"{job.folder} has changed since it was checked. Start anew.")
+    runtime = Runtime(Target(**job.target))
+    graph = build_graph(model).to_bytes()
+    blob = runtime.compile(graph, job.properties, job.shapes).export()
+    # A blob that crashes the plugin must do so here and not in the process that serves.
+    runtime.import_blob(np.frombuffer(bytearray(blob), np.uint8), job.properties).create_request()
+    with os.fdopen(message["blob_fd"], "wb", closefd=False) as file:
+        file.write(blob)
+    return {"ok": True, "bytes": len(blob), "seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    """Compile what stdin says."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, ctypes.c_ulong(signal.SIGKILL))
+    # OpenVINO logs to stdout, where the answer belongs.
+    answer_to = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        answer = _compile(json.load(sys.stdin))
+    except ModelError as error:
+        answer = {"kind": "model", "message": str(error)}
+    except EmbedqError as error:
+        reason = getattr(error, "reason", Reason.COMPILE_FAILED)
+        answer = {"kind": "engine", "message": str(error), "reason": str(reason)}
+    json.dump(answer, answer_to)
+    answer_to.flush()
+    # Not through destructors: a driver may hang in them, and the work is done.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""OpenVINO in our words. The only file that imports ``openvino``; the engines stand on it.
+
+Whoever imports this file has imported the runtime: the parent of a node never does, for an NPU
+context does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq_worker.engines.faults import compile_failed
+from embedq_worker.engines.target import Target
+from embedq_worker.errors import NoDevice
+
+# Importing openvino tells Google Analytics, from a forked child, without asking; a missing module
+# is what it takes for a refusal (facts/npu.md, section 7).
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
+import openvino as ov  # noqa: E402 # after the line above
+
+#: Version that makes a compiled model useless when it changes.
+VERSION: Final = str(ov.get_version())
+#: What the plugin is asked about itself, where it knows the question.
+TRAITS: Final = (
+    "FULL_DEVICE_NAME",
+    "DEVICE_ARCHITECTURE",
+    "DEVICE_PCI_INFO",
+    "NPU_DRIVER_VERSION",
+    "NPU_COMPILER_VERSION",
+)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Runtime:
+    """One device of OpenVINO in this process."""
+
+    def __init__(self, target: Target) -> None:
+        """Find the device.
+
+        Raises:
+            NoDevice: OpenVINO does not see it.
+            CompileFailed: a plugin cannot be loaded.
+        """
+        self.target = target
+        try:
+            self._core = ov.Core(target.plugins) if target.plugins else ov.Core()
+            if target.library:
+                self._core.register_plugin(target.library, target.device)
+            present = target.device in self._core.available_devices or bool(target.forced)
+            #: The properties that the plugin knows.
+            self.supported: frozenset[str] = frozenset()
+            if present:
+                known = self._core.get_property(target.device, "SUPPORTED_PROPERTIES")
+                self.supported = frozenset(known)
+        except RuntimeError as error:
+            raise compile_failed(str(error), f"Opening {target.device}") from error
+        if not present:
+            raise NoDevice(
+                f"OpenVINO {VERSION} shows no {target.device} (only "
+                f"{', '.join(self._core.available_devices)}). Look at: embedq-worker check"
+            )
+
+    def get(self, name: str) -> str:
+        """Return a property of the device as text; empty if it has none of this name."""
+        if name not in self.supported:
+            return ""
+        try:
+            return _shown(self._core.get_property(self.target.device, name))
+        except (RuntimeError, TypeError):  # NPU_BATCH_MODE and others have no Python type
+            return ""
+
+    def traits(self) -> dict[str, str]:
+        """Return what the device says about itself and its driver."""
+        return {name: self.get(name) for name in TRAITS}
+
+    def compile(
+        self,
+        graph: bytes,
+        properties: Mapping[str, str],
+        shapes: Mapping[str, list[int]] | None = None,
+    ) -> Compiled:
+        """Compile a graph for the device.
+
+        Args:
+            graph: an ONNX message.
+            properties: for the plugin; those of a stand-in are added.
+            shapes: of the inputs by name; None leaves them dynamic.
+
+        Raises:
+            CompileFailed: OpenVINO refuses it.
+        """
+        try:
+            model = self._core.read_model(graph)
+            if shapes:
+                # An input that a foreign model does not look at is not there any more.
+                has = _names(model)
+                model.reshape({name: shape for name, shape in shapes.items() if name in has})
+            config = {**properties, **self.target.forced}
+            return Compiled(self._core.compile_model(model, self.target.device, config), self)
+        except RuntimeError as error:
+            raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
+
+    def import_blob(self, blob: Bytes, properties: Mapping[str, str]) -> Compiled:
+        """Load a compiled model.
+
+        Raises:
+            CompileFailed: the plugin refuses it.
+        """
+        config = {**properties, **self.target.forced}
+        try:
+            found = self._core.import_model(ov.Tensor(blob), self.target.device, config)
+        except RuntimeError as error:
+            raise compile_failed(str(error), "Importing a compiled model") from error
+        # The weights may be read in place, so the bytes live as long as what was made of them.
+        return Compiled(found, self, blob)
+
+    def host_tensor(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
+        """Return a tensor in memory that the device reads in place; plain where it has no such."""
+        kind = ov.Type(np.dtype(dtype))
+        try:
+            context = self._core.get_default_context(self.target.device)
+            return context.create_host_tensor(kind, ov.Shape(shape))
+        except RuntimeError:
+            return ov.Tensor(kind, ov.Shape(shape))
+
+
+class Compiled:
+    """A model on a device."""
+
+    def __init__(self, model: Any, runtime: Runtime, blob: Bytes | None = None) -> None:
+        self._model = model
+        self.runtime = runtime
+        self.inputs = _names(model)
+        self._blob = blob
+
+    def get(self, name: str) -> str:
+        """Return a property of the compiled model as text; empty if it has none of this name."""
+        try:
+            return _shown(self._model.get_property(name))
+        except (RuntimeError, TypeError):
+            return ""
+
+    def export(self) -> bytes:
+        """Return the compiled model as bytes.
+
+        Raises:
+            CompileFailed: the plugin cannot.
+        """
+        try:
+            return bytes(self._model.export_model().getvalue())
+        except RuntimeError as error:
+            raise compile_failed(str(error), "Exporting a compiled model") from error
+
+    def create_request(self) -> Any:
+        """Create an inference request; it belongs to one caller at a time.
+
+        Raises:
+            CompileFailed: there is no memory for it.
+        """
+        try:
+            return self._model.create_infer_request()
+        except RuntimeError as error:
+            raise compile_failed(str(error), "Creating an inference request") from error
+
+
+def _names(model: Any) -> list[str]:
+    return sorted(name for port in model.inputs for name in port.names)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, ov.Type):
+        return str(value.get_type_name())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)

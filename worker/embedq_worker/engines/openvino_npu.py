@@ -1,0 +1,186 @@
+"""The NPU through OpenVINO: static rows, compiled elsewhere, in requests that never move."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq.contract import Device, Precision
+from embedq_worker.choices import Binding
+from embedq_worker.compiling import compile_in_child
+from embedq_worker.engines import openvino
+from embedq_worker.engines.lengths import unit_lengths
+from embedq_worker.engines.loader import Compile, Loader, shapes_of
+from embedq_worker.engines.openvino import Compiled, Runtime
+from embedq_worker.engines.pool import Pool, request_count
+from embedq_worker.engines.properties import npu_properties, precision_of
+from embedq_worker.engines.requests import Counters, Slot
+from embedq_worker.engines.target import Target
+from embedq_worker.models import Model
+from embedq_worker.packing import RowForm, TokenBatch, build_row
+from embedq_worker.tokens import RaggedTokens
+
+log = logging.getLogger("embedq.worker")
+
+#: Seconds that the first inference of a request may take; the kernel gives up after 60.
+WARM_DEADLINE_S: Final = 60.0
+#: Least seconds until an inference counts as hung, and how many times the slowest of the warm-up.
+MIN_DEADLINE_S, DEADLINE_FACTOR = 2.0, 20.0
+#: Models whose requests hang: their destructors would hang too, so they are kept for ever.
+_ABANDONED: list[object] = []
+
+
+@dataclass(frozen=True, slots=True)
+class NpuOptions:
+    """How to use an NPU.
+
+    Attributes:
+        target: the device.
+        row_tokens: tokens of a packed row; 0 for as many as the longest text may have.
+        requests: inference requests; 0 for as many as the device likes.
+        binding: where tensors lie.
+        commandlist_mode: for plugins that know it; empty for none.
+        properties: further ones for the plugin.
+        compile_deadline_s: seconds until a compiler counts as hung.
+        infer_deadline_s: the same for an inference; 0 measures it.
+        compile_in_child: what compiles.
+    """
+
+    target: Target
+    row_tokens: int = 0
+    requests: int = 0
+    binding: Binding = Binding.PINNED
+    commandlist_mode: str = ""
+    properties: Mapping[str, str] = field(default_factory=dict)
+    compile_deadline_s: float = 600.0
+    infer_deadline_s: float = 0.0
+    compile_in_child: Compile = compile_in_child
+
+
+class OpenVinoNpuEngine:
+    """One compiled model for each width of a row, each with its requests."""
+
+    name = "openvino"
+    device = Device.NPU
+
+    def __init__(
+        self,
+        compiled: Mapping[int, Compiled],
+        model: Model,
+        form: RowForm,
+        options: NpuOptions,
+        details: Mapping[str, str],
+    ) -> None:
+        """Make the requests, take their tensors and warm each.
+
+        Args:
+            compiled: by width.
+            model: what was compiled.
+            form: of the rows.
+            options: how to use the device.
+            details: what is known of the device so far.
+
+        Raises:
+            EngineError: a request cannot be made, or does not end.
+        """
+        self.dim, self.form = model.dim, form
+        self._normalize = model.normalize
+        self._compiled = dict(compiled)
+        first = next(iter(compiled.values()))
+        self.precision = precision_of(first.get("INFERENCE_PRECISION_HINT"), Precision.F16)
+        optimal = first.get("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        self.concurrency = request_count(optimal, options.requests)
+        self._pools: dict[int, Pool] = {}
+        self._deadlines: dict[int, float] = {}
+        for width, found in compiled.items():
+            make = found.runtime.host_tensor
+            slots = [
+                Slot(found.create_request(), options.binding, make, found.inputs)
+                for _ in range(self.concurrency)
+            ]
+            pool = self._pools[width] = Pool(slots)
+            slowest = pool.warm(_empty_row(form, width), WARM_DEADLINE_S)
+            measured = max(MIN_DEADLINE_S, DEADLINE_FACTOR * slowest)
+            self._deadlines[width] = options.infer_deadline_s or measured
+        self.details = {
+            **details,
+            "requests": str(self.concurrency),
+            "binding": str(options.binding),
+            "deadline_s": f"{max(self._deadlines.values()):.1f}",
+        }
+
+    def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        """Turn one static row into vectors, float32 [1, S, D].
+
+        Raises:
+            InferFailed: the inference failed, or the engine is closed.
+            DeviceLost: the device is gone or did not answer in time.
+        """
+        width = batch.input_ids.shape[1]
+        with self._pools[width].checkout() as slot:
+            vectors = slot.run(batch, self._deadlines[width])
+        return unit_lengths(vectors) if self._normalize else vectors
+
+    def counters(self) -> Counters:
+        """Return what the device was asked since it was warmed."""
+        return Counters.total([pool.counters() for pool in self._pools.values()])
+
+    def close(self) -> None:
+        """Give the device back, unless a request still runs: then only the process's end does."""
+        if any(pool.lost for pool in self._pools.values()):
+            _ABANDONED.append((self._compiled, dict(self._pools)))
+        for pool in self._pools.values():
+            pool.close()
+        self._compiled = {}
+
+
+def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuEngine:
+    """Open the device and load the model into it, compiled now or before.
+
+    Raises:
+        ModelError: the files of the model are damaged.
+        NoDevice: there is none.
+        EngineError: it cannot be compiled, loaded or warmed.
+    """
+    began = time.monotonic()
+    runtime = Runtime(options.target)
+    properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
+    form = _form(model, options.row_tokens)
+    loader = Loader(runtime, model, properties.applied, cache_dir, options.compile_in_child)
+    deadline_s = options.compile_deadline_s
+    compiled = {width: loader.load(shapes_of(form, width), deadline_s) for width in form.widths}
+    details = {
+        **{name.lower(): value for name, value in runtime.traits().items() if value},
+        **properties.details(),
+        "openvino": openvino.VERSION,
+        "rows": f"{form.form} {'x'.join(map(str, form.widths))}",
+        "blob": "compiled" if loader.compiled else "cached",
+        "cache": loader.store.trouble or str(loader.store.folder),
+    }
+    if options.target.standin:
+        details["standin"] = options.target.standin
+    engine = OpenVinoNpuEngine(compiled, model, form, options, details)
+    shown = " ".join(f"{key}={value!r}" for key, value in engine.details.items())
+    log.info("npu_opened seconds=%.2f %s", time.monotonic() - began, shown)
+    return engine
+
+
+def _form(model: Model, row_tokens: int) -> RowForm:
+    if not model.packable:
+        return RowForm.buckets(model.max_length)
+    return RowForm.packed(max(row_tokens, model.max_length))
+
+
+def _empty_row(form: RowForm, width: int) -> TokenBatch:
+    """Build a row of one short text, to warm a request with."""
+    tokens = RaggedTokens(
+        np.zeros(width, np.int32), np.array([0, width], np.int64), np.zeros(1, np.uint32)
+    )
+    return build_row(tokens, [0], 0, form)

@@ -1,0 +1,97 @@
+"""What a proven process embeds with: an engine for each accuracy class, opened when needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from embedq.contract import Accuracy, Device, ModelCard, Precision
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines.base import Engine
+from embedq_worker.selftest import MIN_COSINES, Report
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """An engine that has passed its self-test.
+
+    Attributes:
+        engine: open.
+        embedder: with that engine.
+        report: what the self-test found.
+        why: how the engine came to be chosen, in a word.
+    """
+
+    engine: Engine
+    embedder: Embedder
+    report: Report
+    why: str
+
+    def is_exact(self) -> bool:
+        """Say whether this engine may serve class ``exact`` as well."""
+        if self.engine.device is Device.NPU or self.engine.precision is not Precision.F32:
+            return False
+        return self.report.min_cosine >= MIN_COSINES[Accuracy.EXACT]
+
+    def close(self) -> None:
+        """Give the device back."""
+        self.embedder.close()
+        self.engine.close()
+
+
+class Serving:
+    """The engines of a process; the one for class ``standard`` is what the node announces."""
+
+    def __init__(self, card: ModelCard, standard: Proven, open_exact: Callable[[], Proven]) -> None:
+        """Serve with an engine that is open.
+
+        Args:
+            card: of the model.
+            standard: for class ``standard``, and for ``exact`` if it is good enough.
+            open_exact: opens one for ``exact``, asked once and only if a batch wants it.
+        """
+        self.card = card
+        self._standard = standard
+        self._exact = standard if standard.is_exact() else None
+        self._open_exact = open_exact
+        self._opening = threading.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine for class ``standard``."""
+        return self._standard.engine
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder for class ``standard``."""
+        return self._standard.embedder
+
+    @property
+    def report(self) -> Report:
+        """The self-test of the engine for class ``standard``."""
+        return self._standard.report
+
+    @property
+    def why(self) -> str:
+        """How the engine for class ``standard`` came to be chosen."""
+        return self._standard.why
+
+    def proven_for(self, accuracy: Accuracy) -> Proven:
+        """Return what serves an accuracy class, opened now if it was not.
+
+        Raises:
+            EngineError: it does not open, or fails its self-test.
+        """
+        if accuracy is not Accuracy.EXACT:
+            return self._standard
+        with self._opening:
+            if self._exact is None:
+                self._exact = self._open_exact()
+            return self._exact
+
+    def close(self) -> None:
+        """Give the devices back."""
+        if self._exact is not None and self._exact is not self._standard:
+            self._exact.close()
+        self._standard.close()

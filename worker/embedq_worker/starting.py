@@ -1,0 +1,130 @@
+"""`embedq-worker start` in the node's own process: choose the device, then be Celery's parent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+from embedq.contract import Device
+from embedq.errors import SettingsError
+from embedq_worker import exits, logs, supervisor
+from embedq_worker.choices import DeviceChoice, Standin
+from embedq_worker.machine import discover
+from embedq_worker.placement import Placement, place
+from embedq_worker.settings import WorkerSettings
+from embedq_worker.state import StateFile, private_dir
+
+log = logging.getLogger("embedq.worker")
+
+#: Seconds that a killed predecessor may take to give its device back.
+PREDECESSOR_S = 10.0
+#: What the supervisor says of an NPU that it wants left alone.
+UNPROVEN, CRASHED = "unproven", "crashed"
+
+
+def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: str = "") -> int:
+    """Run a node until it ends; return its exit code.
+
+    Args:
+        settings: of the node; the environment says the same, for the app reads it again.
+        attempt: how often the supervisor has started it before.
+        npu_off: why the supervisor wants the NPU left alone, if it does.
+
+    Raises:
+        ModelError, DeviceError, SettingsError: it cannot run; the message says why.
+    """
+    logs.set_up(str(settings.log_level))
+    state_file = StateFile(settings.runtime_dir, settings.name)
+    if settings.cache_dir.exists():
+        private_dir(settings.cache_dir)
+    placement = place(
+        settings,
+        npu_off=_why(npu_off, state_file),
+        wait_s=PREDECESSOR_S if attempt else 0.0,
+    )
+    if npu_off == CRASHED and not placement.degraded:
+        log.error("node_ends node=%s reason=it died again and again", settings.name)
+        return exits.CRASH_LOOP
+    log.info(
+        "device_chosen node=%s device=%s home=%s reason=%s",
+        settings.name,
+        placement.device,
+        placement.home,
+        placement.reason,
+    )
+    # Looked up here as well as in the child, so that a wrong model ends the command with a sentence
+    # instead of a node that never serves. The checksums are cached, so it costs once.
+    from embedq_worker.lifecycle import find_model
+
+    find_model(settings)
+    state_file.remove()
+    code = _run_celery(settings, placement)
+    on_npu = placement.device is Device.NPU
+    return exits.NPU_UNPROVEN if code == exits.ENGINE and on_npu else code
+
+
+def take_part(part: str) -> None:
+    """Make the environment that of one of the two nodes of `start --all`.
+
+    Raises:
+        SettingsError: the settings speak of one node only.
+    """
+    asked = os.environ.get("EMBEDQ_DEVICE", DeviceChoice.AUTO)
+    if asked != DeviceChoice.AUTO:
+        raise SettingsError(
+            f"--all and EMBEDQ_DEVICE={asked} exclude each other: --all starts a node on the NPU "
+            "and one on the CPU. Drop one of the two."
+        )
+    rehearsed = os.environ.get("EMBEDQ_NPU_STANDIN", Standin.NONE) != Standin.NONE
+    if part == Device.CPU:
+        os.environ.pop("EMBEDQ_NPU_STANDIN", None)
+    os.environ["EMBEDQ_DEVICE"] = part
+    whole = WorkerSettings.load()
+    if whole.strict:
+        raise SettingsError(
+            "--all and EMBEDQ_STRICT exclude each other: a strict node computes on its NPU alone, "
+            "and --all adds one on the CPU. Use --device npu."
+        )
+    if named := os.environ.get("EMBEDQ_NAME"):
+        os.environ["EMBEDQ_NAME"] = f"{named}-{part}"
+    # The node on the CPU serves what a degraded NPU leaves.
+    os.environ.setdefault("EMBEDQ_DEGRADED_CPU", "0")
+    npu_visible = rehearsed or bool(discover().visible)
+    os.environ["EMBEDQ_THREADS"] = str(share_cores(whole.cores(), part, npu_visible=npu_visible))
+
+
+def share_cores(cores: int, part: str, *, npu_visible: bool) -> int:
+    """Return the cores of one of two nodes: a quarter to feed the NPU, the others to compute."""
+    to_npu = max(1, cores // 4)
+    if part == Device.NPU:
+        return to_npu
+    return max(1, cores - to_npu) if npu_visible else cores
+
+
+def _why(npu_off: str, state_file: StateFile) -> str:
+    """Return a sentence about what the NPU's node died of."""
+    if npu_off == CRASHED:
+        return f"The node died {supervisor.CRASHES} times in {supervisor.WINDOW_S:.0f} s."
+    if npu_off != UNPROVEN:
+        return ""
+    state = state_file.read()
+    return state.reason if state and state.reason else "The NPU could not be proven."
+
+
+def _run_celery(settings: WorkerSettings, placement: Placement) -> int:
+    """Run the Celery worker that `celery --app embedq_worker.app worker ...` would run."""
+    from embedq_worker.app import app  # Celery, not needed to refuse a start
+
+    app.conf.embedq_placement = placement
+    worker = app.Worker(
+        hostname=f"{settings.name}@{socket.gethostname()}",
+        loglevel=str(settings.log_level).upper(),
+        quiet=True,
+        # Gossip and mingle only add chatter on Redis; nodes here need not know each other.
+        without_gossip=True,
+        without_mingle=True,
+    )
+    # Not app.worker_main(), which forgets the exit status, so that nothing would restart a node.
+    worker.start()
+    return worker.exitcode or exits.OK
