@@ -187,7 +187,7 @@ def batch_of(texts: list[str], model: Model) -> EmbedBatch:
 #: What the last operator of the graph does to its n-th inference from now on.
 _fault: dict[str, Any] = {"kind": "", "after": 0}
 
-#: What the plugin said of a lost device [facts/npu.md, section 5.1].
+#: What the plugin said of a lost device.
 LOST = (
     "zero_wrappers.cpp:382: L0 zeFenceHostSynchronize result: ZE_RESULT_ERROR_DEVICE_LOST, code "
     "0x70000001 - device hung, reset, was removed, or driver update occurred"

@@ -1,4 +1,4 @@
-"""The path of an NPU from settings to vectors, on what plays an NPU here (facts/npu.md, section 6).
+"""The path of an NPU from settings to vectors, on what plays an NPU here.
 
 alias: real numbers, real cache, real child. npuw: Intel's own NPU plugin and its device string.
 shim: the device string with properties. Fault operator: what a device does when it fails.

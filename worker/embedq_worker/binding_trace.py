@@ -25,7 +25,7 @@ from embedq_worker.tokens import RaggedTokens
 
 #: What runs this file.
 COMMAND: Final = (sys.executable, "-m", "embedq_worker.binding_trace")
-#: Lines of the plugin, by what they count (OpenVINO 2026.4.1; facts/npu.md, section 3).
+#: Lines of the plugin, by what they count (OpenVINO 2026.4.1).
 LINES: Final[Mapping[str, str]] = {
     "list_updates": "update_graph_arguments - update command list",
     "copies": "prepare_inputs - tensor is not allocated in the current Level Zero context",

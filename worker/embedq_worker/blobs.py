@@ -1,14 +1,12 @@
 """Compiled models on the disk, each in a folder that carries all it depends on.
 
-OpenVINO's own cache does not know the driver (facts/npu.md, section 1.8), so the name is ours. A
+OpenVINO's own cache does not know the driver, so the name is ours. A
 blob is used only if this user alone could have written it and nothing about it has changed; any
 other is compiled again. Losing the folder costs a compile, nothing else.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,26 +14,24 @@ import os
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedq_worker.digests import Digests
 from embedq_worker.errors import CompileFailed, Reason
+from embedq_worker.file_lock import locked
 
 log = logging.getLogger("embedq.worker")
 
 Bytes = npt.NDArray[np.uint8]
 #: Names inside a blob's folder.
 BLOB, META = "model.blob", "meta.json"
-#: Seconds between two tries to take the lock of a compile.
-LOCK_POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,11 @@ class BlobStore:
         try:
             fresh = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder))
             blob.tofile(fresh / BLOB)
-            meta = {**key.fields(), "bytes": blob.size, "sha256": hashlib.sha256(blob.data).hexdigest()}
+            meta = {
+                **key.fields(),
+                "bytes": blob.size,
+                "sha256": hashlib.sha256(blob.data).hexdigest(),
+            }
             (fresh / META).write_text(json.dumps(meta, indent=1))
             self.discard(key)
             fresh.rename(target)
@@ -128,17 +128,14 @@ class BlobStore:
         if self.trouble:
             yield
             return
-        descriptor = -1
-        with suppress(OSError):  # a full or read-only disk: compiling twice is better than not
-            flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(self.folder / f"{key.folder}.lock", flags, 0o600)
         try:
-            if descriptor >= 0:
-                _wait_for(descriptor, deadline_s)
-            yield
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+            with locked(self.folder / f"{key.folder}.lock", deadline_s):
+                yield
+        except TimeoutError:
+            raise CompileFailed(
+                f"Another process compiles the same model and took over {deadline_s:.0f} s.",
+                Reason.COMPILE_DEADLINE,
+            ) from None
 
     def _load(self, folder: Path, key: BlobKey) -> Bytes:
         path = folder / BLOB
@@ -159,25 +156,6 @@ class BlobStore:
 def _digest(fields: Mapping[str, str]) -> str:
     text = json.dumps(dict(fields), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _wait_for(descriptor: int, deadline_s: float) -> None:
-    deadline = time.monotonic() + deadline_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise CompileFailed(
-                    f"Another process compiles the same model and took over {deadline_s:.0f} s.",
-                    Reason.COMPILE_DEADLINE,
-                ) from None
-            time.sleep(LOCK_POLL_S)
-        except OSError as error:  # a file system without locks
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            return
 
 
 def _make_private(folder: Path) -> str:

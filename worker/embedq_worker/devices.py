@@ -1,6 +1,6 @@
 """Which NPU this process may use, and whether it can. Opens nodes; no runtime.
 
-One process can only use the first NPU that it sees (facts/npu.md, section 1.2).
+One process can only use the first NPU that it sees.
 """
 
 from __future__ import annotations

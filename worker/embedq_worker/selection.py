@@ -6,20 +6,19 @@ Where it cannot be kept, it is decided without measuring, so that it is still th
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from embedq.contract import Accuracy, Precision
 from embedq_worker.choices import EngineChoice, PrecisionChoice
+from embedq_worker.file_lock import locked
 from embedq_worker.private_files import read_private, replace_private
 
 log = logging.getLogger("embedq.worker")
@@ -30,6 +29,8 @@ FILE_NAME: Final = "engines.json"
 MAX_BYTES: Final = 1024 * 1024
 #: How much faster bf16 must be than f32 before it is worth its rounding and a second engine.
 BF16_MARGIN: Final = 1.1
+#: Seconds to wait for another node's measurement, which takes some ten.
+LOCK_DEADLINE_S: Final = 120.0
 
 
 class Candidate(NamedTuple):
@@ -112,16 +113,9 @@ class Memory:
             return True
         return False
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Let one node measure at a time; the others find its answer."""
-        flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._path.with_suffix(".lock"), flags, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+        return locked(self._path.with_suffix(".lock"), LOCK_DEADLINE_S)
 
     def _read(self) -> dict[str, object]:
         with suppress(ValueError):
@@ -151,16 +145,26 @@ def choose(
         return kept, "kept"
     if not memory.is_writable():
         return among[0], "unmeasured"
-    with memory.lock():
-        kept = memory.recall(key, among)
-        if kept:
-            return kept, "kept"
-        seconds = measure(among)
-        if not seconds:
-            return among[-1], "unmeasured"
-        chosen = fastest(seconds)
-        figures = {f"{one.engine} {one.precision}": took for one, took in seconds.items()}
-        memory.keep(key, chosen, figures)
+    try:
+        with memory.lock():
+            kept = memory.recall(key, among)
+            return (kept, "kept") if kept else _measure(among, key, memory, measure)
+    except TimeoutError:
+        return among[0], "unmeasured"
+
+
+def _measure(
+    among: Sequence[Candidate],
+    key: str,
+    memory: Memory,
+    measure: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
+) -> tuple[Candidate, str]:
+    seconds = measure(among)
+    if not seconds:
+        return among[-1], "unmeasured"
+    chosen = fastest(seconds)
+    figures = {f"{one.engine} {one.precision}": took for one, took in seconds.items()}
+    memory.keep(key, chosen, figures)
     return chosen, "measured"
 
 

@@ -1,7 +1,7 @@
 """Every feature of the NPU embedder that embedq descends from has its place and a test.
 
-The rows are those of facts/npu.md, section 4: panda's pull request 7, feature by feature, and the
-findings of its review. A row whose test is still owed says by which issue, and is skipped for it.
+The rows are the features of an NPU path for an embedding daemon, one by one, and the findings of
+its review. A row whose test is still owed says by which issue, and is skipped for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     """One feature.
 
     Attributes:
-        feature: what panda's embedder does, or what its review found.
+        feature: what that embedder does, or what its review found.
         place: where it lives here, as `module:name`.
         test: where it is proven, as `file::name` below tests/; empty while it is owed.
         owed: what is still to be done.
@@ -51,7 +51,7 @@ ROWS = (
         f"{UNIT}/test_placement.py::test_strict_node_never_computes_on_its_cpu",
     ),
     Row(
-        "strict in the middle of a run, which panda lacks",
+        "strict in the middle of a run, which that one lacks",
         "embedq_worker.health:queues_for",
         f"{UNIT}/test_health.py::test_no_cpu_ever_gets_a_strict_batch",
     ),
@@ -78,14 +78,18 @@ ROWS = (
     Row(
         "warm request pool and its sizing, 4 at a loss and 1 to 8",
         "embedq_worker.engines.pool:request_count",
-        owed="issue 4",
+        f"{UNIT}/test_requests.py::test_requests_are_as_many_as_the_device_likes",
     ),
     Row(
         "static reshape, now rows of one compiled shape",
         "embedq_worker.engines.loader:shapes_of",
-        owed="issue 4",
+        f"{UNIT}/test_loader.py::test_model_is_compiled_once",
     ),
-    Row("blob cache", "embedq_worker.blobs:BlobStore", owed="issue 4"),
+    Row(
+        "blob cache",
+        "embedq_worker.blobs:BlobStore",
+        f"{UNIT}/test_blobs.py::test_stored_blob_comes_back",
+    ),
     Row(
         "precision knob, f16 on an NPU",
         "embedq_worker.choices:PrecisionChoice",
@@ -94,7 +98,7 @@ ROWS = (
     Row(
         "properties that the plugin does not know are left out",
         "embedq_worker.engines.properties:npu_properties",
-        owed="issue 4",
+        f"{UNIT}/test_properties.py::test_unknown_property_is_ignored_visibly",
     ),
     Row(
         "graceful fallback when the NPU fails at the start",
@@ -107,7 +111,7 @@ ROWS = (
         owed="health: probes that bring a degraded NPU back",
     ),
     Row(
-        "the texts of the failing call go to the CPU, which panda answers with an error",
+        "the texts of the failing call go to the CPU, which that one answers with an error",
         "embedq.contract:EmbedBatch",
         owed="rerouting",
     ),
@@ -164,7 +168,7 @@ ROWS = (
     Row(
         "review: a request has one owner at a time",
         "embedq_worker.engines.requests:Slot",
-        owed="issue 4",
+        f"{UNIT}/test_requests.py::test_more_callers_than_requests_wait",
     ),
     Row(
         "review: no NPU plugin on ARM, and that is said",

@@ -1,4 +1,4 @@
-"""What OpenVINO and Level Zero say becomes an error with a reason (facts/npu.md, section 5.1)."""
+"""What OpenVINO and Level Zero say becomes an error with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which queues a node consumes: the table of DESIGN section 6, row by row."""
+"""Which queues a node consumes: the whole table, row by row."""
 
 from __future__ import annotations
 

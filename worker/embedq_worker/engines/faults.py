@@ -13,7 +13,7 @@ from typing import Final
 from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, InferFailed, Reason
 
 #: Level Zero's results by name. UNKNOWN and NOT_READY are in the class of DEVICE_LOST: the driver
-#: says them for a context that a reset has killed (facts/npu.md, section 5.2).
+#: says them for a context that a reset has killed.
 RESULTS: Final[Mapping[str, Reason]] = {
     "DEVICE_LOST": Reason.DEVICE_LOST,
     "DEVICE_REQUIRES_RESET": Reason.DEVICE_LOST,

@@ -18,7 +18,7 @@ from embedq_worker.engines.target import Target
 from embedq_worker.errors import NoDevice
 
 # Importing openvino tells Google Analytics, from a forked child, without asking; a missing module
-# is what it takes for a refusal (facts/npu.md, section 7).
+# is what it takes for a refusal.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
 import openvino as ov  # noqa: E402 # after the line above
 

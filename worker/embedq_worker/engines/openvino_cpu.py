@@ -92,7 +92,7 @@ def _compile(model: Model, precision: Precision, threads: int) -> Compiled:
     runtime = Runtime(CPU)
     wanted = {
         "INFERENCE_PRECISION_HINT": str(precision),
-        # Small inferences on one stream per core win: facts/speed.md, section 1.4.
+        # Small inferences on one stream per core win (measured on two cores).
         "NUM_STREAMS": str(threads),
         "INFERENCE_NUM_THREADS": str(threads),
         # Two nodes on one machine would be pinned to the same cores.

@@ -23,6 +23,7 @@ from embedq_worker.engines.pool import Pool, request_count
 from embedq_worker.engines.properties import npu_properties, precision_of
 from embedq_worker.engines.requests import Counters, Slot
 from embedq_worker.engines.target import Target
+from embedq_worker.errors import DeviceLost
 from embedq_worker.models import Model
 from embedq_worker.packing import RowForm, TokenBatch, build_row
 from embedq_worker.tokens import RaggedTokens
@@ -99,14 +100,8 @@ class OpenVinoNpuEngine:
         self.concurrency = request_count(optimal, options.requests)
         self._pools: dict[int, Pool] = {}
         self._deadlines: dict[int, float] = {}
-        for width, found in compiled.items():
-            make = found.runtime.host_tensor
-            slots = [
-                Slot(found.create_request(), options.binding, make, found.inputs)
-                for _ in range(self.concurrency)
-            ]
-            pool = self._pools[width] = Pool(slots)
-            slowest = pool.warm(_empty_row(form, width), WARM_DEADLINE_S)
+        for width in compiled:
+            slowest = self._open_pool(width, options.binding)
             measured = max(MIN_DEADLINE_S, DEADLINE_FACTOR * slowest)
             self._deadlines[width] = options.infer_deadline_s or measured
         self.details = {
@@ -139,6 +134,19 @@ class OpenVinoNpuEngine:
         for pool in self._pools.values():
             pool.close()
         self._compiled = {}
+
+    def _open_pool(self, width: int, binding: Binding) -> float:
+        """Make and warm the requests of one width; return the seconds of the slowest."""
+        model = self._compiled[width]
+        make = model.runtime.host_tensor
+        requests = [model.create_request() for _ in range(self.concurrency)]
+        slots = [Slot(request, binding, make, model.inputs) for request in requests]
+        pool = self._pools[width] = Pool(slots)
+        try:
+            return pool.warm(_empty_row(self.form, width), WARM_DEADLINE_S)
+        except DeviceLost:
+            _ABANDONED.append((self._compiled, self._pools))
+            raise
 
 
 def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
 
@@ -21,7 +22,7 @@ class Pool:
     """The requests of one shape. A caller that finds none free waits; it never fails for that."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots = tuple(slots)
+        self._slots: Sequence[Slot] = tuple(slots)
         self._free = list(slots)
         self._changed = threading.Condition()
         self._fault: DeviceLost | None = None
@@ -43,15 +44,17 @@ class Pool:
         """Run every request once, for the plugin records its commands at the first; then recount.
 
         Returns:
-            Seconds of the slowest.
+            Seconds of the slowest, with all of them in flight as in service.
         """
-        slowest = 0.0
-        for slot in self._slots:
+
+        def run(slot: Slot) -> float:
             began = time.perf_counter()
             slot.run(batch, deadline_s)
-            slowest = max(slowest, time.perf_counter() - began)
             slot.counters.inferences = 0
-        return slowest
+            return time.perf_counter() - began
+
+        with ThreadPoolExecutor(len(self._slots)) as callers:
+            return max(callers.map(run, self._slots))
 
     @contextmanager
     def checkout(self) -> Iterator[Slot]:
@@ -76,9 +79,12 @@ class Pool:
         self._give_back(slot)
 
     def close(self) -> None:
-        """Lend no more."""
+        """Lend no more, and let go of the requests, unless one of them still runs."""
         with self._changed:
             self._closed = True
+            if not self._fault:
+                self._slots = ()
+                self._free.clear()
             self._changed.notify_all()
 
     def _take(self) -> Slot:
@@ -92,7 +98,8 @@ class Pool:
 
     def _give_back(self, slot: Slot) -> None:
         with self._changed:
-            self._free.append(slot)
+            if not self._closed:
+                self._free.append(slot)
             self._changed.notify()
 
 

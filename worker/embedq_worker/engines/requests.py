@@ -2,7 +2,7 @@
 
 Which memory a tensor lies in decides whether the NPU plugin may reuse its command list. Written in
 place in the request's own tensors it changes nothing; a tensor of ours costs three updates of the
-list, and page-aligned memory three imports in every inference (facts/npu.md, section 3.3). So the
+list, and page-aligned memory three imports in every inference. So the
 tensors are pinned and every change of a pointer is counted.
 """
 

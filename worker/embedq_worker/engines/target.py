@@ -33,7 +33,7 @@ class Target:
 
 #: The CPU of OpenVINO, as itself.
 CPU: Final = Target("CPU")
-#: The real NPU, and the stand-ins that need nothing but OpenVINO (facts/npu.md, section 6).
+#: The real NPU, and the stand-ins that need nothing but OpenVINO.
 TARGETS: Final[Mapping[str, Target]] = {
     "none": Target(),
     "alias": Target("NPUCPU", library="openvino_intel_cpu_plugin", standin="alias"),
