@@ -15,7 +15,13 @@ from redis import Redis
 from embedq.batching import Slice
 from embedq.broker import Broker
 from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
-from embedq.errors import BatchTooLarge, CorruptValue, ResultExpired, ResultTimeout
+from embedq.errors import (
+    BatchTooLarge,
+    CorruptValue,
+    QueueUnavailable,
+    ResultExpired,
+    ResultTimeout,
+)
 from embedq.gate import Gate
 from embedq.ledger import Commit, Ledger
 from embedq.outcomes import TRUNCATED, OutcomeTable
@@ -27,6 +33,8 @@ from embedq.vectors import Value, Vectors, decode
 T = TypeVar("T")
 #: Milliseconds that one read of the stream waits before the job looks around.
 READ_BLOCK_MS = 1_000
+#: Seconds that a job which is left in its middle waits for a Redis that went away.
+CLOSE_PATIENCE_S = 2.0
 #: Commits taken in one read.
 READ_COUNT = 32
 #: Seconds between two looks for lost batches, and the age at which a batch is looked for.
@@ -430,7 +438,13 @@ class Job:
             self._state.closed = True
             return
         self._state.closed = True
-        patiently(self._ledger.drop, patience_s=2, on_wait=self._link.on_wait)
+        ended = self._state.exhausted and not self._state.outstanding
+        patience_s = self._link.patience_s if ended else CLOSE_PATIENCE_S
+        try:
+            patiently(self._ledger.drop, patience_s=patience_s, on_wait=self._link.on_wait)
+        except QueueUnavailable as error:
+            # The caller has its vectors, or a better reason to leave than this one.
+            self._link.on_wait(f"What is left of job {self.id} will expire: {error}")
 
     def _patiently(self, action: Callable[[], T]) -> T:
         return patiently(action, patience_s=self._link.patience_s, on_wait=self._link.on_wait)

@@ -14,10 +14,10 @@ from typing import Final, cast
 
 from redis import Redis
 
+from embedq.suspects import suspects_key
+
 #: Sorted set of living jobs, scored by their start; what `embedq status` lists.
 JOBS_KEY: Final = "embedq:jobs"
-#: Life of the notes of careful mode, in seconds: longer than any batch takes text by text.
-CAREFUL_TTL_S: Final = 86_400
 
 
 class Verdict(StrEnum):
@@ -89,7 +89,7 @@ class Ledger:
         self._meta, self._bits, self._commits, self._tries = (
             prefix + name for name in ("meta", "bits", "commits", "tries")
         )
-        self._careful = prefix + "careful"
+        self._suspects = suspects_key(job)
         self._value_prefix = prefix + "v:"
         self._begin = client.register_script(_BEGIN)
         self._commit = client.register_script(_COMMIT)
@@ -130,17 +130,6 @@ class Ledger:
         keys += [self._value_key(index, part) for part in range(len(values))]
         answer = int(cast(int, self._commit(keys=keys, args=[index, *values])))
         return {1: True, 0: False, -1: None}[answer]
-
-    def start_text(self, index: int, offset: int) -> int:
-        """Note that a text is tried on its own, and return how often it was, this time included."""
-        pipe = self._redis.pipeline()
-        pipe.hincrby(self._careful, f"{index}:{offset}", 1)
-        pipe.expire(self._careful, CAREFUL_TTL_S)
-        return int(pipe.execute()[0])
-
-    def end_text(self, index: int, offset: int) -> None:
-        """Note that a text tried on its own was survived."""
-        self._redis.hdel(self._careful, f"{index}:{offset}")
 
     def progress(self) -> tuple[str, int, int] | None:
         """Return label, committed batches and those not yet taken; None if the job is gone."""
@@ -211,7 +200,7 @@ class Ledger:
         for _, body in entries:
             for part in range(int(body[b"v"])):
                 pipe.unlink(self._value_key(int(body[b"i"]), part))
-        pipe.unlink(self._bits, self._commits, self._tries, self._careful)
+        pipe.unlink(self._bits, self._commits, self._tries, self._suspects)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
 

@@ -12,6 +12,7 @@ from tests.servers import RedisProcess
 
 from embedq.ledger import JOBS_KEY, Ledger, Verdict
 from embedq.patience import waits_for
+from embedq.suspects import Notes, Suspects
 
 TTL_S = 600
 
@@ -81,7 +82,7 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
     """Whatever a job writes fades by itself if its producer never comes back."""
     ledger.begin(1)
     ledger.commit(0, [b"value"])
-    ledger.start_text(1, 5)
+    Suspects(results, "job").start(1, 5, "node:7")
     ledger.cancel()
     ledger.forget(0)
 
@@ -89,12 +90,32 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
 
     assert len(lives) == 6
     assert all(ttl > 0 for ttl in lives.values()), lives
-    assert all(ttl <= TTL_S for key, ttl in lives.items() if b"careful" not in key), lives
+    assert all(ttl <= TTL_S for key, ttl in lives.items() if b"suspects" not in key), lives
+
+
+def test_notes_on_suspects_are_kept_by_process_and_batch(ledger: Ledger, results: Redis) -> None:
+    """Two processes at one batch do not wipe out each other's notes, nor those of batch 11."""
+    suspects = Suspects(results, "job")
+    suspects.start(1, 5, "node:7")
+    suspects.start(1, 6, "node:8")
+    suspects.start(11, 9, "node:7")
+    suspects.charge(1, 5, 4)
+    suspects.charge(11, 5, 1)
+    suspects.miss(1, 6, "node:8")
+    before = suspects.fetch(1)
+
+    suspects.end(1, 5, "node:7", cleared=True)
+
+    assert before == Notes({"node:7": 5}, {"node:8": 6}, {5: 4})
+    assert suspects.fetch(1) == Notes({}, {"node:8": 6}, {})
+    assert suspects.fetch(11) == Notes({"node:7": 9}, {}, {5: 1})
 
 
 def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> None:
     """A batch of a dropped job is told so, and leaves no trace."""
     ledger.drop()
+
+    Suspects(results, "job").start(0, 1, "node:7")
 
     assert ledger.begin(0) == (Verdict.GONE, 0)
     assert ledger.commit(0, [b"late"]) is None

@@ -7,6 +7,7 @@ is in the ledger, and the ledger takes the first commit only.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,7 +23,9 @@ from embedq.outcomes import OutcomeTable
 from embedq.patience import patiently
 from embedq.redis_client import open_redis
 from embedq.settings import mask_password
+from embedq.suspects import Suspects
 from embedq.vectors import Vectors, encode, encode_failure, split_rows
+from embedq_worker.careful import OUTSIDE_POINTS, OWN_POINTS
 from embedq_worker.settings import WorkerSettings
 
 T = TypeVar("T")
@@ -71,9 +74,14 @@ class LedgerBackend(BaseBackend):
         value = encode_failure(code, detail)
         return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
 
-    def notes(self, batch: EmbedBatch) -> LedgerNotes:
-        """Return where careful mode notes what it tries of a batch."""
-        return LedgerNotes(self, batch)
+    def notes(self, batch: EmbedBatch, died: str | None) -> LedgerNotes:
+        """Return where careful mode notes what it tries of a batch.
+
+        Args:
+            batch: what is tried.
+            died: the process that ended itself over it, if one did.
+        """
+        return LedgerNotes(self, batch, died)
 
     def store_result(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the task has committed already."""
@@ -111,18 +119,44 @@ class LedgerBackend(BaseBackend):
 class LedgerNotes:
     """The notes of careful mode, in the ledger; see embedq_worker.careful.Notes."""
 
-    def __init__(self, backend: LedgerBackend, batch: EmbedBatch) -> None:
+    def __init__(self, backend: LedgerBackend, batch: EmbedBatch, died: str | None) -> None:
         self._backend = backend
         self._batch = batch
-        self._ledger = Ledger(backend.redis, batch.job)
+        self._died = died
+        self._process = process_name(backend.settings.name, os.getpid())
+        self._suspects = Suspects(backend.redis, batch.job)
 
-    def start(self, offset: int) -> int:
-        """Note that a text is tried, and return how often it was, this time included."""
-        return self._backend.waiting(lambda: self._ledger.start_text(self._batch.index, offset))
+    def charges(self) -> dict[int, int]:
+        """Charge the texts that processes did not survive, and return offset -> points."""
+        index, suspects, waiting = self._batch.index, self._suspects, self._backend.waiting
+        found = waiting(lambda: suspects.fetch(index))
+        for process, offset in {**found.missed, **found.started}.items():
+            if process == self._died:
+                self._add(found.charges, offset, OWN_POINTS)
+                waiting(lambda o=offset, p=process: suspects.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
+            elif process in found.started:
+                self._add(found.charges, offset, OUTSIDE_POINTS)
+                waiting(lambda o=offset, p=process: suspects.miss(index, o, p))  # type: ignore[misc] # as above
+        return found.charges
 
-    def end(self, offset: int) -> None:
-        """Note that a text was survived."""
-        self._backend.waiting(lambda: self._ledger.end_text(self._batch.index, offset))
+    def start(self, offset: int) -> None:
+        """Note that a text is tried."""
+        index, process = self._batch.index, self._process
+        self._backend.waiting(lambda: self._suspects.start(index, offset, process))
+
+    def end(self, offset: int, *, cleared: bool) -> None:
+        """Note that the process survived a text; a cleared one has its vector."""
+        end, index, process = self._suspects.end, self._batch.index, self._process
+        self._backend.waiting(lambda: end(index, offset, process, cleared=cleared))
+
+    def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
+        self.charge(offset, points)
+        charges[offset] = charges.get(offset, 0) + points
+
+    def charge(self, offset: int, points: int) -> None:
+        """Charge a text with a failure."""
+        index = self._batch.index
+        self._backend.waiting(lambda: self._suspects.charge(index, offset, points))
 
     def set_aside(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
@@ -139,3 +173,8 @@ class LedgerNotes:
             text=batch.texts[offset],
         )
         self._backend.waiting(lambda: dead.add(self._backend.redis, letter))
+
+
+def process_name(node: str, pid: object) -> str:
+    """Name a process of the fleet."""
+    return f"{node}:{pid}"

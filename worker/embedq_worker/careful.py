@@ -1,8 +1,11 @@
 """Careful mode: one text at a time, for a batch that stopped the processes that tried it.
 
 Before each text its offset is noted in the ledger, so that a process that dies leaves behind which
-text it died of. A text that has stopped two is tried once more, alone, on the CPU; after that it is
-set aside, and the rest of the batch is embedded as if it were not there.
+text it was at. A text is charged in full for a failure of its own: the engine raised on it and not
+on a harmless text, or the process ended itself, as by SIGSEGV or the watchdog. A process that was
+ended from outside may have been killed over anything, so it counts for little. A text that has
+failed twice is tried once more, alone, on the CPU; after that it is set aside, and the rest of the
+batch is embedded as if it were not there.
 """
 
 from __future__ import annotations
@@ -20,21 +23,31 @@ from embedq_worker.errors import EngineError
 
 #: The delivery of a batch at which it runs in careful mode.
 CAREFUL_AT = 3
-#: Starts of one text that nothing survived after which it is set aside.
-MAX_STARTS = 3
+#: Points for a failure of a text's own, for a process ended from outside (kill -9, a dead node, the
+#: kernel out of memory), and those at which a text is set aside: three of the former, or twelve of
+#: the latter in a row. Nothing but the text is likely to end a process twelve times at one text.
+OWN_POINTS, OUTSIDE_POINTS, MAX_POINTS = 4, 1, 12
+#: What a sound engine embeds without fail.
+HARMLESS = "A harmless text."
 
 #: Embeds a batch; the flag asks for the engine on the CPU.
 Embed = Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]
 
 
 class Notes(Protocol):
-    """Where the offsets are noted, out of reach of a dying process."""
+    """What is noted of each text, out of reach of a dying process."""
 
-    def start(self, offset: int) -> int:
-        """Note that a text is tried, and return how often it was, this time included."""
+    def charges(self) -> dict[int, int]:
+        """Charge the text that the last process did not survive, and return offset -> points."""
 
-    def end(self, offset: int) -> None:
-        """Note that a text was survived."""
+    def start(self, offset: int) -> None:
+        """Note that a text is tried."""
+
+    def end(self, offset: int, *, cleared: bool) -> None:
+        """Note that the process survived a text; a cleared one has its vector."""
+
+    def charge(self, offset: int, points: int) -> None:
+        """Charge a text with a failure."""
 
     def set_aside(self, offset: int, reason: str) -> None:
         """Keep a text for a person to look at."""
@@ -45,7 +58,11 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
 
     Returns:
         float32 [n, D], NaN for a text that was set aside or refused, and n outcomes.
+
+    Raises:
+        EngineError: the engine fails a harmless text, so no text is to blame.
     """
+    charges = notes.charges()
     vectors = np.full((len(batch.texts), batch.spec.dim), np.nan, np.float32)
     outcomes: list[Outcome] = []
     for offset, text in enumerate(batch.texts):
@@ -53,7 +70,7 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
             outcomes.append(Outcome(status=Status.FAILED, code=batch.refused[offset]))
             continue
         alone = replace(batch, texts=[text], refused={})
-        found = _embed_one(alone, offset, embed, notes)
+        found = _embed_one(alone, offset, charges.get(offset, 0), embed, notes)
         if found is None:
             outcomes.append(Outcome(status=Status.FAILED, code=Code.SET_ASIDE))
         else:
@@ -63,17 +80,27 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
 
 
 def _embed_one(
-    alone: EmbedBatch, offset: int, embed: Embed, notes: Notes
+    alone: EmbedBatch, offset: int, points: int, embed: Embed, notes: Notes
 ) -> tuple[Vectors, OutcomeTable] | None:
     """Embed one text, or return None when it has used up its chances."""
     reason = "every process that tried it died or hung"
-    while (starts := notes.start(offset)) <= MAX_STARTS:
+    harmless = replace(alone, texts=[HARMLESS])
+    while points < MAX_POINTS:
+        on_cpu = points >= MAX_POINTS - OWN_POINTS
+        if points:
+            embed(harmless, on_cpu)  # a broken engine ends here, where nobody is charged
+        notes.start(offset)
         try:
-            found = embed(alone, starts == MAX_STARTS)
-        except EngineError as error:
-            reason = str(error)
+            found = embed(alone, on_cpu)
+        except Exception as error:
+            # An error that is not ours may quote the text.
+            reason = str(error) if isinstance(error, EngineError) else type(error).__name__
+            notes.end(offset, cleared=False)
+            embed(harmless, on_cpu)
+            points += OWN_POINTS
+            notes.charge(offset, OWN_POINTS)
         else:
-            notes.end(offset)
+            notes.end(offset, cleared=bool(points))
             return found
     notes.set_aside(offset, reason)
     return None

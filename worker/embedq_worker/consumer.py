@@ -1,7 +1,7 @@
 """What the parent of a node does beside passing batches to its child.
 
-Three steps on the event loop's own timer: consume the queues that the node's state allows, renew
-the leases of batches in hand, and tell the fleet how the node is.
+Four steps on the event loop's own timer: consume the queues that the node's state allows, renew
+the leases of batches in hand, miss a child that died, and tell the fleet how the node is.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ log = logging.getLogger("embedq.worker")
 
 #: Seconds between two looks at the state file.
 LOOK_EVERY_S = 0.1
+#: Seconds between two looks for a dead child.
+CHILD_EVERY_S = 0.5
 #: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
 HEARTBEAT_TIMEOUT_S = 1.0
 
@@ -121,6 +123,30 @@ class RenewLeases(bootsteps.StartStopStep):
             log.warning("lease_not_renewed held=%d reason=%s", len(held), type(error).__name__)
 
 
+class MissChild(bootsteps.StartStopStep):
+    """Notice a dead child soon.
+
+    Celery wakes up when the child's end of a pipe closes, which is a moment before the process can
+    be waited for; when it looks too early, it looks again after five seconds. Half of all killed
+    children were replaced that late (measured).
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, c: Any, **options: Any) -> None:
+        super().__init__(c, **options)
+        self._timer: Any = None
+
+    def start(self, c: Any) -> None:
+        """Look from now on."""
+        self._timer = c.timer.call_repeatedly(CHILD_EVERY_S, c.pool.maintain_pool)
+
+    def stop(self, c: Any) -> None:
+        """Stop looking."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 class TellFleet(bootsteps.StartStopStep):
     """Write the node's heartbeat."""
 
@@ -210,4 +236,4 @@ class Consumer(celery_consumer.Consumer):
 
 def add_steps(app: Any) -> None:
     """Add the steps to an app."""
-    app.steps["consumer"].update((ServeQueues, RenewLeases, TellFleet))
+    app.steps["consumer"].update((ServeQueues, RenewLeases, MissChild, TellFleet))

@@ -7,11 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from celery import Task
 from celery.exceptions import Reject
-from celery.worker.request import Request
 
-from embedq.contract import TASK_NAME, EmbedBatch, Header, message_headers
+from embedq.contract import TASK_NAME, EmbedBatch, Header
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
@@ -20,7 +18,8 @@ from embedq_worker import watchdog
 from embedq_worker.answer import Stats
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
-from embedq_worker.careful import CAREFUL_AT, embed_carefully
+from embedq_worker.careful import CAREFUL_AT, Notes, embed_carefully
+from embedq_worker.delivery import DIED_HEADER, BatchTask
 from embedq_worker.embedder import Embedder
 from embedq_worker.errors import EngineError
 from embedq_worker.health import may_answer
@@ -31,29 +30,6 @@ log = logging.getLogger("embedq.worker")
 
 #: Seconds that a child which may not serve holds a batch before it goes back to its queue.
 HAND_BACK_PAUSE_S = 1.0
-
-
-class BatchRequest(Request):
-    """A batch in a node's hand, of which inspection shows the description and never the texts."""
-
-    def info(self, safe: bool = False) -> Any:
-        """Describe the batch for `celery inspect` and Flower."""
-        return super().info(safe=True)
-
-
-class BatchTask(Task[..., Any]):
-    """A task whose messages look like the SDK's when this node publishes one again."""
-
-    abstract = True
-    Request = "embedq_worker.tasks:BatchRequest"
-
-    def apply_async(  # type: ignore[override] # every option of Celery passes through
-        self, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Any:
-        """Publish a batch, as Celery does when a child was lost under it."""
-        if args and isinstance(args[0], Mapping):
-            options.update(message_headers(args[0], time.time()))
-        return super().apply_async(args, kwargs, **options)
 
 
 @app.task(
@@ -85,9 +61,11 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     try:
         batch = _accept(body, node)
         proven = node.proven_for(batch.spec.accuracy)
-        vectors, outcomes = _embed(
-            batch, proven.embedder, backend, stats, careful=tries >= CAREFUL_AT
-        )
+        if tries < CAREFUL_AT:
+            vectors, outcomes = _embed(batch, proven.embedder, stats)
+        else:
+            notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
+            vectors, outcomes = _embed_carefully(batch, proven.embedder, stats, notes)
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
         backend.commit_failure(job, index, refused.code, refused.detail)
@@ -137,26 +115,18 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
     return node
 
 
-def _embed(
-    batch: EmbedBatch,
-    embedder: Embedder,
-    backend: LedgerBackend,
-    stats: Stats,
-    *,
-    careful: bool,
+def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:
+    """Embed a batch under the watchdog."""
+    with watchdog.deadline(app.conf.embedq.engine_deadline_s):
+        return embedder.embed(batch, stats)
+
+
+def _embed_carefully(
+    batch: EmbedBatch, embedder: Embedder, stats: Stats, notes: Notes
 ) -> tuple[Vectors, OutcomeTable]:
-    """Embed a batch under the watchdog; text by text if it has stopped processes before."""
-    limit_s = app.conf.embedq.engine_deadline_s
-    if not careful:
-        with watchdog.deadline(limit_s):
-            return embedder.embed(batch, stats)
+    """Embed a batch that has stopped processes before, text by text."""
     log.warning("careful job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts))
-
-    def embed(alone: EmbedBatch, _on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
-        with watchdog.deadline(limit_s):
-            return embedder.embed(alone, stats)
-
-    return embed_carefully(batch, embed, backend.notes(batch))
+    return embed_carefully(batch, lambda alone, _on_cpu: _embed(alone, embedder, stats), notes)
 
 
 def _accept(body: object, node: Serving) -> EmbedBatch:

@@ -1,0 +1,103 @@
+"""Careful mode blames a text only for what the text did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from embedq.contract import Code, Device, EmbedBatch, Outcome, Precision, Status, VectorSpec
+from embedq.outcomes import OutcomeTable
+from embedq.testing import STUB_DIM, stub_vectors
+from embedq.vectors import Vectors
+from embedq_worker.careful import MAX_POINTS, OUTSIDE_POINTS, OWN_POINTS, embed_carefully
+from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
+from embedq_worker.errors import EngineError
+
+TEXTS = ["first", "second", "third"]
+BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})
+
+
+class Notebook:
+    """Notes in memory."""
+
+    def __init__(self, charges: dict[int, int] | None = None) -> None:
+        self.points = charges or {}
+        self.aside: list[int] = []
+
+    def charges(self) -> dict[int, int]:
+        """Return the points as they are."""
+        return dict(self.points)
+
+    def start(self, offset: int) -> None:
+        """Do nothing: nobody dies here."""
+
+    def end(self, offset: int, *, cleared: bool) -> None:
+        """Forget the points of a cleared text."""
+        if cleared:
+            self.points.pop(offset, None)
+
+    def charge(self, offset: int, points: int) -> None:
+        """Add points."""
+        self.points[offset] = self.points.get(offset, 0) + points
+
+    def set_aside(self, offset: int, reason: str) -> None:
+        """Keep the offset."""
+        self.aside.append(offset)
+
+
+def engine(
+    fails: Callable[[str], bool],
+) -> Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]:
+    """Return an engine that raises on some texts."""
+
+    def embed(batch: EmbedBatch, _on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
+        if any(map(fails, batch.texts)):
+            raise EngineError("It failed.")
+        good = Outcome(status=Status.OK, device=Device.STUB, precision=Precision.F32)
+        outcomes = OutcomeTable.from_outcomes([good] * len(batch.texts))
+        return stub_vectors(batch.texts), outcomes
+
+    return embed
+
+
+def test_text_that_always_fails_is_set_aside() -> None:
+    """Three failures of its own are enough; its neighbours have their vectors."""
+    notes = Notebook()
+
+    vectors, outcomes = embed_carefully(BATCH, engine(lambda text: text == "second"), notes)
+
+    assert notes.aside == [1]
+    assert outcomes[1].code == Code.SET_ASIDE
+    assert np.array_equal(vectors[[0, 2]], stub_vectors(["first", "third"]))
+
+
+def test_engine_that_fails_everything_blames_no_text() -> None:
+    """A harmless text fails as well, so the device is at fault and nobody is charged."""
+    notes = Notebook()
+
+    with pytest.raises(EngineError):
+        embed_carefully(BATCH, engine(lambda text: True), notes)
+
+    assert notes.points == {}
+    assert notes.aside == []
+
+
+def test_text_under_suspicion_is_cleared_by_its_vector() -> None:
+    """Whatever ended the processes before: a text that is embedded is innocent."""
+    notes = Notebook({0: MAX_POINTS - OUTSIDE_POINTS})
+
+    vectors, _ = embed_carefully(BATCH, engine(lambda text: False), notes)
+
+    assert notes.points == {}
+    assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+def test_text_that_ended_three_processes_is_not_tried_again() -> None:
+    """At the limit a text is set aside before it stops another process."""
+    notes = Notebook({2: 3 * OWN_POINTS})
+
+    embed_carefully(BATCH, engine(lambda text: text == "third"), notes)
+
+    assert notes.aside == [2]

@@ -1,0 +1,59 @@
+"""A batch as Celery's parent process sees it: in hand, lost with its child, and published again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from celery import Task
+from celery.exceptions import WorkerLostError
+from celery.worker.request import Request
+
+from embedq.contract import message_headers
+from embedq_worker.backend import process_name
+
+#: Header of a message with the process that ended itself over the batch.
+DIED_HEADER: Final = "died"
+#: Signals that come from outside: an operator, the kernel short of memory, a parent that ends.
+FROM_OUTSIDE: Final = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+
+
+class BatchRequest(Request):
+    """A batch in the hand of the parent, which alone sees how its child ended.
+
+    Only the message of the batch travels on. So a batch that comes back because a process ended
+    itself names that process; careful mode knows from its notes which text it was at.
+    """
+
+    def info(self, safe: bool = False) -> Any:
+        """Describe the batch for `celery inspect` and Flower, without its texts."""
+        return super().info(safe=True)
+
+    def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
+        """Write down a child that ended itself, before Celery publishes its batch again."""
+        error = getattr(exc_info.exception, "exc", exc_info.exception)
+        # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
+        if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
+            request: Any = self  # celery-types lacks what follows
+            node = request.app.conf.embedq.name
+            request._context.headers = {DIED_HEADER: process_name(node, request.worker_pid)}
+        super().on_failure(exc_info, *args, **options)
+
+
+class BatchTask(Task[..., Any]):
+    """A task whose messages look like the SDK's when this node publishes one again."""
+
+    abstract = True
+    Request = "embedq_worker.delivery:BatchRequest"
+
+    def apply_async(  # type: ignore[override] # every option of Celery passes through
+        self, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
+        """Publish a batch, as Celery does when a child was lost under it."""
+        if args and isinstance(args[0], Mapping):
+            died = (options.get("headers") or {}).get(DIED_HEADER)
+            options.update(message_headers(args[0], time.time()))
+            if died:
+                options["headers"][DIED_HEADER] = died
+        return super().apply_async(args, kwargs, **options)
