@@ -1,0 +1,43 @@
+"""What a run can be told."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ops.chaos.fleet import ROOT
+
+from embedq.settings import DEFAULT_MODEL
+
+DESCRIPTION = "Break a real fleet at random while it works, and check every vector it delivers."
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="ops/chaos/run", description=DESCRIPTION)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=5.0, help="How long faults strike.")
+    length.add_argument("--hour", dest="minutes", action="store_const", const=60.0)
+    parser.add_argument("--seed", type=int, default=1, help="Of inputs and faults.")
+    parser.add_argument("--nodes", type=int, default=4, help="Workers.")
+    parser.add_argument("--engine", choices=["stub", "model"], default="stub")
+    parser.add_argument("--report", type=Path, default=ROOT / "ops" / "chaos" / "reports")
+    parser.add_argument("--keep", action="store_true", help="Keep logs and outputs.")
+    return parser.parse_args()
+
+
+def engine_settings(name: str) -> dict[str, str]:
+    """Return the settings of nodes with this engine; the model is looked for as tests do."""
+    if name == "stub":
+        return {
+            "EMBEDQ_DEVICE": "stub",
+            "EMBEDQ_MODEL": "stub",
+            "EMBEDQ_STUB_DELAY_S": "0.05",
+        }
+    engine = {"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": DEFAULT_MODEL, "EMBEDQ_THREADS": "1"}
+    if folder := os.environ.get("EMBEDQ_TEST_MODEL"):
+        engine["EMBEDQ_MODEL"] = folder
+    elif wheel := os.environ.get("EMBEDQ_WHEEL_DIR"):
+        engine["EMBEDQ_WHEEL_DIR"] = wheel
+    return engine

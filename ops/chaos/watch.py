@@ -1,0 +1,119 @@
+"""What the nodes do, read from their logs as they write them: executions, commits, recoveries."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+#: A batch: its job and its index.
+Key = tuple[str, int]
+
+#: Seconds after which a batch came back slowly.
+SLOW_S: Final = 8.0
+
+_RECEIVED: Final = re.compile(r"Task embedq\.embed_batch\[(\w+):(\d+)[:\]].* received")
+_DONE: Final = re.compile(r"batch_done job=(\w+) index=(\d+) .*committed=(\w+)")
+_OTHER: Final = re.compile(
+    r"(batch_skipped|batch_failed|careful|text_set_aside) job=(\w+) index=(\d+)"
+)
+
+
+class Watch:
+    """Reads the logs; one file for each node, over all its lives."""
+
+    def __init__(self, logs: dict[str, Path]) -> None:
+        self._logs = logs
+        self._read = dict.fromkeys(logs, 0)
+        self._rest = dict.fromkeys(logs, b"")
+        self._in_hand: dict[str, Key | None] = dict.fromkeys(logs)
+        self._missed: dict[Key, tuple[float, str]] = {}
+        self._redis_died: float | None = None
+        self._committed_at = time.monotonic()
+        #: Batch -> how often a node took it to compute it, and how the finished ones ended.
+        self.taken: Counter[Key] = Counter()
+        self.finished: Counter[Key] = Counter()
+        self.commits: Counter[Key] = Counter()
+        self.verdicts: Counter[str] = Counter()
+        self.events: Counter[str] = Counter()
+        #: Seconds until the batch in hand of what died was committed, and until any was.
+        self.recoveries: list[tuple[str, Key, float]] = []
+        self.redis_recoveries: list[float] = []
+        self.slow: list[str] = []
+        self.longest_silence_s = 0.0
+
+    def poll(self) -> None:
+        """Read what the nodes have said since the last time."""
+        for node, path in self._logs.items():
+            self._poll(node, path)
+
+    def dies(self, node: str, what: str) -> None:
+        """Note that a process of a node is about to be killed."""
+        self._poll(node, self._logs[node])
+        key = self._in_hand[node]
+        if key is not None:
+            self._missed.setdefault(key, (time.monotonic(), what))
+        self._in_hand[node] = None
+
+    def redis_dies(self) -> None:
+        """Note that a Redis was killed."""
+        self._redis_died = time.monotonic()
+
+    def forget(self, jobs: set[str]) -> None:
+        """Forget what was missed of jobs that ended otherwise."""
+        self._missed = {key: of for key, of in self._missed.items() if key[0] not in jobs}
+
+    def _poll(self, node: str, path: Path) -> None:
+        with path.open("rb") as log:
+            log.seek(self._read[node])
+            new = log.read()
+        self._read[node] += len(new)
+        *lines, self._rest[node] = (self._rest[node] + new).split(b"\n")
+        for line in lines:
+            self._note(node, line.decode(errors="replace"))
+
+    def _note(self, node: str, line: str) -> None:
+        if found := _RECEIVED.search(line):
+            key = (found[1], int(found[2]))
+            self._in_hand[node] = key
+            self.taken[key] += 1
+        elif found := _DONE.search(line):
+            self._done(node, (found[1], int(found[2])), found[3])
+        elif found := _OTHER.search(line):
+            self.events[found[1]] += 1
+            if found[1] == "batch_skipped":
+                key = (found[2], int(found[3]))
+                self.taken[key] -= 1
+                self._missed.pop(key, None)
+                self._in_hand[node] = None
+        elif "lease_not_renewed" in line or "waiting reason" in line or "Traceback" in line:
+            self.events[line.split()[-1] if "Traceback" not in line else "traceback"] += 1
+
+    def _done(self, node: str, key: Key, verdict: str) -> None:
+        now = time.monotonic()
+        self._in_hand[node] = None
+        self.finished[key] += 1
+        self.verdicts[verdict] += 1
+        missed = self._missed.pop(key, None)
+        if missed is not None and verdict != "job_gone":
+            self._came_back(key, missed[1], now - missed[0])
+        if verdict != "yes":
+            return
+        self.commits[key] += 1
+        self.longest_silence_s = max(self.longest_silence_s, now - self._committed_at)
+        self._committed_at = now
+        if self._redis_died is not None:
+            self.redis_recoveries.append(now - self._redis_died)
+            self._redis_died = None
+
+    def _came_back(self, key: Key, what: str, seconds: float) -> None:
+        self.recoveries.append((what, key, seconds))
+        if seconds > SLOW_S:
+            self.slow.append(f"{key[0]}:{key[1]} came back {seconds:.1f} s after a {what} died")
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the last commit."""
+        return time.monotonic() - self._committed_at
