@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 import redis
 from kombu import compression, transport
 from kombu.transport import redis as kombu_redis
+from redis.exceptions import OutOfMemoryError
 
 from embedq.contract import Queue
 from embedq_worker.admission import objection
@@ -49,8 +50,22 @@ class _CheckedClient(redis.Redis):
         return None
 
 
+class QoS(kombu_redis.QoS):
+    """The messages in hand, which can be acknowledged while Redis is full."""
+
+    def _remove_from_indices(self, delivery_tag: Any, pipe: Any = None) -> Any:
+        if pipe is None:
+            # A full Redis refuses whatever comes in a transaction, and frees nothing meanwhile.
+            # Last the index, so that what a crash leaves in between is swept.
+            with self.channel.conn_or_acquire() as client:  # type: ignore[attr-defined] # not in types
+                pipe = client.pipeline(transaction=False)
+        return pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag)
+
+
 class Channel(kombu_redis.Channel):
     """A channel whose pops are checked."""
+
+    QoS = QoS
 
     def _get_client(self) -> Any:
         return _CheckedClient
@@ -60,6 +75,8 @@ class Transport(kombu_redis.Transport):
     """The Redis transport of a node."""
 
     Channel = Channel
+    # A full Redis is waited for like one that is gone; otherwise Celery ends the node.
+    connection_errors = (*kombu_redis.Transport.connection_errors, OutOfMemoryError)
 
 
 def _refuse(_: bytes) -> NoReturn:
