@@ -24,7 +24,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parent.parent
 #: What a reader of the documentation might ask.
 QUESTIONS = (
-    "What happens if I kill the command with kill -9 or Ctrl-C?",
+    "What happens if I kill the embed command with kill -9 or Ctrl-C?",
     "What happens to a batch when its node dies?",
     "What becomes of a text that is too large?",
 )
