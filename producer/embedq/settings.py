@@ -52,6 +52,7 @@ OTHER_ROOMS = frozenset(
         "runtime_dir",
         "stub_delay_s",
         "stub_device",
+        "stub_faults",
         "stub_texts_per_s",
         "threads",
         "token_budget",

@@ -20,11 +20,14 @@ from celery import signals
 
 from embedq.contract import Accuracy
 from embedq.errors import EmbedqError
+from embedq.testing import stub_vectors
 from embedq_worker import claims, logs, models, selftest
 from embedq_worker.devices import verify_opened
 from embedq_worker.embedder import Embedder
+from embedq_worker.engines.script import FaultScript
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceError, EngineError, Reason
+from embedq_worker.golden import GOLDEN
 from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
 from embedq_worker.placement import Placement, place
 from embedq_worker.serving import Proven, Serving
@@ -83,10 +86,13 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
 
 
 def _open_stub(settings: WorkerSettings) -> Proven:
-    engine = StubEngine(delay_s=settings.stub_delay_s, texts_per_s=settings.stub_texts_per_s)
+    script = FaultScript(settings.stub_faults) if settings.stub_faults else None
+    engine = StubEngine(
+        delay_s=settings.stub_delay_s, texts_per_s=settings.stub_texts_per_s, script=script
+    )
     budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
     embedder = Embedder(StubTokenizer(), engine, token_budget=budget)
-    report = selftest.run(embedder, None)
+    report = selftest.run(embedder, None, stub_vectors(GOLDEN))
     if not report.passed:
         raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
     return Proven(engine, embedder, report, "only")

@@ -235,6 +235,10 @@ class WorkerSettings(RedisSettings):
         description="Speed of the stub engine; 0 is as fast as it can.",
         json_schema_extra=unit("texts/s"),
     )
+    stub_faults: Path | None = Field(
+        None,
+        description="For tests and rehearsals: file with the stub's faults, read as it works.",
+    )
 
     @field_validator("npu_properties", mode="before")
     @classmethod
