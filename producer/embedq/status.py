@@ -9,8 +9,9 @@ from typing import Any, cast
 from redis import Redis
 
 from embedq.broker import Broker
-from embedq.fleet import PAUSED_KEY, Heartbeat, fetch_alive
+from embedq.fleet import Heartbeat, fetch_alive
 from embedq.ledger import JOBS_KEY, Ledger
+from embedq.orders import Pause, fetch_pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class FleetStatus:
         oldest_lease_s: age of the oldest lease among them.
         jobs: the living ones, oldest first.
         redis: used share of the memory of broker and results; 0 where there is no limit.
-        paused: an operator has paused the fleet.
+        paused: why and since when an operator has paused the fleet; None while it works.
     """
 
     at: float
@@ -53,11 +54,13 @@ class FleetStatus:
     oldest_lease_s: float
     jobs: list[JobStatus]
     redis: dict[str, float]
-    paused: bool
+    paused: Pause | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status for JSON."""
-        return asdict(self)
+        shown = asdict(self)
+        shown["paused"] = self.paused._asdict() if self.paused else None
+        return shown
 
 
 def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
@@ -79,7 +82,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
             "broker": round(queues.load().ratio, 4),
             "results": round(Broker(results).load().ratio, 4),
         },
-        paused=bool(results.exists(PAUSED_KEY)),
+        paused=fetch_pause(results),
     )
 
 

@@ -18,7 +18,10 @@ WORKER = Path(embedq_worker.__file__).parent
 #: What a producer must never load.
 HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "huggingface_hub")
 #: Files of the worker that may touch Celery.
-CELERY_ROOMS = {"app", "backend", "consumer", "delivery", "lifecycle", "rerouting", "tasks"}
+CELERY_ROOMS = {
+    *("app", "backend", "consumer", "delivery", "hearing", "leases", "lifecycle", "rerouting"),
+    *("tasks", "telling"),
+}
 
 
 def imports(folder: Path) -> dict[str, set[str]]:

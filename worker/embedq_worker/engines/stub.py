@@ -79,7 +79,6 @@ class StubEngine:
     """Answers ``embedq.testing.stub_vectors`` from the tokens alone."""
 
     name = "stub"
-    device = Device.STUB
     precision = Precision.F32
     concurrency = 1
     form = RowForm()
@@ -91,6 +90,7 @@ class StubEngine:
         delay_s: float = 0.0,
         texts_per_s: float = 0.0,
         script: FaultScript | None = None,
+        device: Device = Device.STUB,
     ) -> None:
         """Open a device with a speed and faults.
 
@@ -99,6 +99,7 @@ class StubEngine:
             delay_s: seconds that every inference takes.
             texts_per_s: texts a second, 0 for no limit; callers share it as they share a device.
             script: its faults; None for a sound device.
+            device: what it says it is; the CPU, where a degraded stub goes.
 
         Raises:
             SettingsError: the script is none.
@@ -107,6 +108,7 @@ class StubEngine:
         if script is not None:
             script.strike(INIT)
         self.dim = dim
+        self.device = device
         self._delay_s = delay_s
         self._texts_per_s = texts_per_s
         self._script = script
