@@ -31,14 +31,19 @@ PARENT_FIRST_S = 5.0
 class Child:
     """The process of a node that owns its device."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        """Begin as a child that starts."""
+    def __init__(self, settings: WorkerSettings, pace_s: float = 0.0) -> None:
+        """Begin as a child that starts.
+
+        Args:
+            settings: of the node.
+            pace_s: what an inference took the child before this one; 0 if nobody knows.
+        """
         self._settings = settings
         self._file = StateFile(settings.runtime_dir, settings.name)
         self._serving: Serving | None = None
         self._on_npu = False
         self._failures = Failures(settings.infer_failures, settings.infer_failures_window_s)
-        self._pace = Pace(settings.slow_factor, settings.slow_batches)
+        self._pace = Pace(settings.slow_factor, settings.slow_batches, pace_s)
         self.state = NodeState(State.STARTING, time.time(), os.getpid())
         self._say(self.state)
 
@@ -98,7 +103,7 @@ class Child:
         """Take note of how long a batch kept the NPU; a slow one's vectors are right all the same.
 
         Args:
-            seconds: of the whole batch.
+            seconds: in which the device computed for it.
             inferences: in it.
         """
         if self._on_npu and inferences and self._pace.is_slow(seconds / inferences):
@@ -127,7 +132,7 @@ class Child:
             with watchdog.deadline(limit_s):
                 yield
         finally:
-            self._say(replace(self.state, busy_since=0.0))
+            self._say(replace(self.state, busy_since=0.0, pace_s=self._pace.known_s))
 
     def close(self) -> None:
         """Give the devices back."""

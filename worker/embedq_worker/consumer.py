@@ -74,6 +74,8 @@ class ServeQueues(bootsteps.StartStopStep):
     def _apply(self, c: Any) -> None:
         guard = self._guard
         guard.look(self._file.read(), time.time(), time.monotonic())
+        # The pool may start a child at any moment, for one that died.
+        c.app.conf.embedq_placement, c.app.conf.embedq_pace_s = guard.placement, guard.pace_s
         if guard.ends_with:
             worker_state.should_stop = guard.ends_with  # type: ignore[assignment] # an exit status, or None
         wanted = [str(queue) for queue in guard.wanted()]
@@ -89,7 +91,6 @@ class ServeQueues(bootsteps.StartStopStep):
 
     def _end_child(self, c: Any, pid: int) -> None:
         """End the child, whose driver may hang; the pool starts another where the guard wants."""
-        c.app.conf.embedq_placement = self._guard.placement
         if pid in c.pool.info["processes"]:
             os.kill(pid, signal.SIGKILL)
         self._guard.replaced(pid)

@@ -38,16 +38,19 @@ class Failures:
 class Pace:
     """How fast a device is against how fast it was when it began."""
 
-    def __init__(self, factor: float, batches: int) -> None:
+    def __init__(self, factor: float, batches: int, known_s: float = 0.0) -> None:
         """Call a device slow after ``batches`` in a row that took ``factor`` times as long.
 
         Args:
             factor: 0 never calls it slow.
             batches: in a row.
+            known_s: what an inference took before, so that a device that comes back slow is found
+                as well; 0 learns it from the first batches.
         """
         self._factor = factor
         self._batches = batches
         self._first: list[float] = []
+        self.known_s = known_s
         self._row: deque[float] = deque(maxlen=batches)
 
     def is_slow(self, seconds: float) -> bool:
@@ -58,12 +61,13 @@ class Pace:
         """
         if not self._factor:
             return False
-        if len(self._first) < LEARN_FROM:
+        if not self.known_s:
             self._first.append(seconds)
+            if len(self._first) == LEARN_FROM:
+                self.known_s = statistics.median(self._first)
             return False
         self._row.append(seconds)
-        limit = self._factor * statistics.median(self._first)
-        return len(self._row) == self._batches and min(self._row) > limit
+        return len(self._row) == self._batches and min(self._row) > self._factor * self.known_s
 
 
 class Deaths:

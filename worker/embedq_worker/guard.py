@@ -36,6 +36,8 @@ class Guard:
         ends_with: exit code, once the node must end; 0 while it need not.
         replaces: process id of a child that is to be replaced as soon as it holds no batch.
         kills: process id of a child that is to be ended at once.
+        paused: an operator has paused the fleet.
+        pace_s: seconds that an inference took on the NPU at first; 0 until that is known.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Guard:
         self._child: NodeState | None = None
         self._health = Health()
         self.paused = False
+        self.pace_s = 0.0
         if placement is not None and placement.degraded:
             self._health = Health().degraded(
                 Reason.CRASH_LOOP, placement.reason, time.time(), self._rules
@@ -122,7 +125,6 @@ class Guard:
     def replaced(self, pid: int) -> None:
         """Take note that a child was ended because this guard said so."""
         self._ended, self.replaces, self.kills = pid, 0, 0
-        self._deaths.forget()
 
     def hold(self, reason: str, now: float) -> None:
         """Do as an operator wants: keep off the NPU, or out of all queues where there is none."""
@@ -200,6 +202,7 @@ class Guard:
             self.kills = child.pid
         elif child.state is State.HEALTHY:
             self._was_proven = True
+            self.pace_s = child.pace_s or self.pace_s
             if self._health.state is not State.HEALTHY:
                 self._health = self._health.proven(now)
 
@@ -239,6 +242,7 @@ class Guard:
         )
         self.stop()
         if self._on_npu:
+            self._deaths.forget()  # the next children run elsewhere
             self.placement = Placement(Device.CPU, Device.NPU, reason)
             self.replaces = self._child.pid if self._child else 0
 

@@ -99,7 +99,8 @@ def _serve_stub(settings: WorkerSettings) -> Serving:
         return Serving(stub_card(), sound, lambda: sound)
     script = FaultScript(settings.stub_faults) if settings.stub_faults else None
     proven = _open_stub(settings, Device.STUB, script)
-    shadow = Shadow(settings.shadow_every, lambda: _open_stub(settings, Device.CPU))
+    quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
+    shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
     return Serving(stub_card(), proven, lambda: proven, shadow)
 
 
@@ -171,7 +172,7 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
     from embedq_worker.app import app  # the app imports the tasks, which import this file
 
     settings: WorkerSettings = app.conf.embedq
-    _child = Child(settings)
+    _child = Child(settings, app.conf.get("embedq_pace_s", 0.0))
     try:
         die_with_parent()
         # Ctrl-C in a terminal reaches the whole group; the parent decides when a child ends.

@@ -46,6 +46,7 @@ class NodeState:
         count: how often its NPU was given up in a row.
         probe_at: Unix time of the next probe, in seconds; 0 while none is planned.
         busy_since: monotonic seconds at which the engine was called; 0 while it rests.
+        pace_s: seconds that an inference took at first; 0 until that is known.
     """
 
     state: State
@@ -62,6 +63,7 @@ class NodeState:
     count: int = 0
     probe_at: float = 0.0
     busy_since: float = 0.0
+    pace_s: float = 0.0
 
     def now(self, state: State, reason: str = "", code: str = "") -> NodeState:
         """Return this state changed at this moment."""

@@ -151,7 +151,7 @@ def _ask(
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
     on_npu = child().on_npu and proven.engine is node.engine
-    before, began = stats.inferences, time.monotonic()
+    inferences, busy_s = stats.inferences, stats.busy_s
     try:
         with child().calling_engine():
             vectors, outcomes = proven.embedder.embed(batch, stats)
@@ -162,7 +162,7 @@ def _ask(
             raise DeviceFault(error) from error
         raise
     if on_npu:
-        child().took(time.monotonic() - began, stats.inferences - before)
+        child().took(stats.busy_s - busy_s, stats.inferences - inferences)
     return vectors, outcomes
 
 

@@ -35,6 +35,13 @@ def test_device_that_has_become_slow_is_found() -> None:
     assert pace.is_slow(9.0)
 
 
+def test_device_that_comes_back_slow_is_found() -> None:
+    """A new process knows from the one before it how fast the device was."""
+    pace = Pace(5.0, 2, known_s=0.1)
+
+    assert [pace.is_slow(0.9), pace.is_slow(0.9)] == [False, True]
+
+
 def test_factor_of_zero_never_calls_a_device_slow() -> None:
     """The trigger can be switched off."""
     pace = Pace(0.0, 1)
