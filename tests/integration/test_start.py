@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -232,6 +233,30 @@ def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_di
     assert (devices.returncode, warm.returncode) == (0, 0)
     assert "stub is ready: stub on stub" in warm.stdout
     assert check.returncode == 0, check.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "red"),
+    [
+        ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0"}, "broker"),
+        ({"EMBEDQ_MODEL": "/nowhere", "EMBEDQ_DEVICE": "cpu"}, "model"),
+        ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_RUNTIME_DIR": "/proc/1/no"}, "folders"),
+    ],
+)
+def test_every_red_line_of_check_has_a_next_step(
+    settings: dict[str, str], red: str, redis: RedisProcess, short_dir: Path
+) -> None:
+    """A script that reads `check --json` finds what was looked at, what is wrong, what to do."""
+    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+    folders = {f"EMBEDQ_{name}_DIR": f"{short_dir}/{name}" for name in ("RUNTIME", "CACHE")}
+
+    run = worker("check", "--json", **{**urls, **folders, **settings})
+
+    found = json.loads(run.stdout)
+    assert (run.returncode, found["ok"]) == (exits.CHECK, False)
+    [line] = [line for line in found["checks"] if line["level"] == "red"]
+    assert line["name"] == red
+    assert line["detail"] and line["mend"]
 
 
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")

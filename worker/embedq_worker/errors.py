@@ -96,6 +96,7 @@ class Reason(StrEnum):
     COMPILE_DEADLINE = "compile_deadline"
     BLOB_REFUSED = "blob_refused"
     NO_COMPILER = "no_compiler"
+    DRIVER_MISMATCH = "driver_mismatch"
 
 
 class EngineError(EmbedqError):
