@@ -33,6 +33,7 @@ Array = npt.NDArray[np.float32]
 
 #: Read while tests are collected, before a fixture wipes the environment.
 TEST_MODEL = os.environ.get("EMBEDQ_TEST_MODEL", "")
+WHEEL_DIR = os.environ.get("EMBEDQ_WHEEL_DIR", "")
 
 TINY: dict[str, Any] = {
     "model_type": "bert",
@@ -60,9 +61,12 @@ def real_model() -> Model:
     try:
         if TEST_MODEL:
             return load_model(Path(TEST_MODEL), TEST_MODEL, Digests(digests))
-        return resolve(DEFAULT_MODEL, None, cache_dir=digests, offline=True)
+        wheel_dir = Path(WHEEL_DIR) if WHEEL_DIR else None
+        return resolve(DEFAULT_MODEL, None, cache_dir=digests, wheel_dir=wheel_dir, offline=True)
     except ModelError as error:
-        pytest.skip(f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}: {error}")
+        pytest.skip(
+            f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}, or EMBEDQ_WHEEL_DIR: {error}"
+        )
 
 
 @functools.cache
