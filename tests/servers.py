@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
+from redis.exceptions import RedisError
 
 from embedq import fleet
 from embedq.redis_client import open_redis
@@ -164,6 +165,14 @@ class NodeProcess:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def discard(self) -> None:
+        """Kill the node and let the fleet forget it."""
+        if self.process.poll() is None:
+            self.kill()
+        with suppress(RedisError):
+            fleet.leave(self._redis, self.name)
+        self._redis.close()
+
     def stop(self) -> None:
         """Ask the node to end, and end its group if it does not."""
         if self.process.poll() is None:
@@ -177,14 +186,22 @@ class NodeProcess:
 
 @contextmanager
 def stub_node(
-    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+    redis: RedisProcess,
+    folder: Path,
+    name: str = "stub",
+    *,
+    in_good_order: bool = False,
+    **settings: str,
 ) -> Iterator[NodeProcess]:
-    """Run a healthy stub node for as long as the block lasts."""
+    """Run a healthy stub node for as long as the block lasts.
+
+    It is killed then, which takes no time; one whose log is judged afterwards ends in good order.
+    """
     node = NodeProcess(redis, folder, name, **settings)
     try:
         yield node.wait_healthy()
     finally:
-        node.stop()
+        node.stop() if in_good_order else node.discard()
 
 
 def forget_all(redis: RedisProcess) -> None:

@@ -79,8 +79,8 @@ def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: P
     """Leases are renewed: a batch of more than two leases is not given to an idle node."""
     slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "22"}  # 200 texts take 9 s
     with (
-        stub_node(redis, short_dir, "one", **slow) as one,
-        stub_node(redis, short_dir, "two", **slow) as two,
+        stub_node(redis, short_dir, "one", in_good_order=True, **slow) as one,
+        stub_node(redis, short_dir, "two", in_good_order=True, **slow) as two,
     ):
         vectors = embed_as_one_batch(redis, TEXTS)
         assert_nothing_left(redis)
