@@ -186,22 +186,24 @@ class NodeProcess:
 
 @contextmanager
 def stub_node(
-    redis: RedisProcess,
-    folder: Path,
-    name: str = "stub",
-    *,
-    in_good_order: bool = False,
-    **settings: str,
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
 ) -> Iterator[NodeProcess]:
-    """Run a healthy stub node for as long as the block lasts.
-
-    It is killed then, which takes no time; one whose log is judged afterwards ends in good order.
-    """
+    """Run a healthy stub node for as long as the block lasts; it is killed then, to save time."""
     node = NodeProcess(redis, folder, name, **settings)
     try:
         yield node.wait_healthy()
     finally:
-        node.stop() if in_good_order else node.discard()
+        node.discard()
+
+
+@contextmanager
+def leaving_node(
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+) -> Iterator[NodeProcess]:
+    """Run one that ends in good order, so that its log is whole when it is judged afterwards."""
+    with stub_node(redis, folder, name, **settings) as node:
+        yield node
+        node.stop()
 
 
 def forget_all(redis: RedisProcess) -> None:

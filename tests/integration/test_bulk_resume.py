@@ -370,8 +370,9 @@ def test_second_command_on_an_output_is_refused(
     first = start(slow_redis, "embed", source, "-o", output)
     wait_for(lambda: safe_rows(output), "the first run to save rows")
 
+    wishes: list[dict[str, Any]] = [{}, {"restart": True}, {"update": True}]
     with Client(settings=slow_redis.settings(**SMALL)) as client:
-        for options in ({}, {"restart": True}, {"update": True}):
+        for options in wishes:
             with pytest.raises(InputError, match="another embedq is writing this output"):
                 embed(client, source, output, **options)
     code, _, stderr = finish(first)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, tiny_model
-from tests.servers import RedisProcess, stub_node
+from tests.servers import RedisProcess, stub_node, wait_for
 
 from embedq import Client
 from embedq.contract import Device, Outcome, Precision
@@ -47,7 +47,7 @@ def test_node_on_a_standin_serves_the_queue_of_npus(
     with stub_node(redis, short_dir, "alias", **settings) as node:
         vectors, outcomes = embed(redis, model)
 
-        (done,) = node.lines("batch_done")
+        (done,) = wait_for(lambda: node.lines("batch_done"), "the line about the batch")
         heartbeat = node.heartbeat()
 
     assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, Precision.F16)}

@@ -204,6 +204,7 @@ def test_strict_job_is_served_by_an_npu_alone(
         vectors = client.encode(TEXTS)
 
         assert np.array_equal(vectors, stub_vectors(TEXTS))
+        wait_for(lambda: npu.lines("batch_done"), "the line about it, which comes after vectors")
         assert len(npu.lines("batch_done")) == 1
         assert len(node.lines("batch_")) == before
 
