@@ -266,7 +266,9 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
         hint = nearest(given, expected.replace(" or ", ", ").split(", "))
         return f"{name}: expected {expected}, got {given}.{hint}"
     limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
-    reason = ", ".join(limits) or details["msg"].lower()
+    # Our own validators say what is allowed in capitals that are meant; pydantic adds a prefix.
+    own = str(context["error"]) if isinstance(context.get("error"), ValueError) else ""
+    reason = ", ".join(limits) or own or details["msg"].lower()
     info = cls.model_fields.get(field)
     extra = info.json_schema_extra if info else None
     measure = f" {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""

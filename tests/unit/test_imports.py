@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,30 @@ def loaded_after(code: str) -> set[str]:
         check=True,
     )
     return set(done.stdout.splitlines()[-1].split())
+
+
+def requirements(*extras: str) -> set[str]:
+    """Return the packages that `embedq` with these extras asks for, extras of extras included."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    asked, found = [*project["dependencies"]], set()
+    for extra in extras:
+        asked += project["optional-dependencies"][extra]
+    for line in asked:
+        name, _, inner = line.partition(";")[0].partition("[")
+        if name == "embedq":
+            found |= requirements(*inner.rstrip("]").split(","))
+        else:
+            found.add(re.split("[<>=~! ]", name)[0].lower().replace("_", "-"))
+    return found
+
+
+def test_who_computes_on_the_cpu_installs_no_openvino() -> None:
+    """The extra [cpu] and the SDK do without; [npu] brings it, and the reference beside it."""
+    assert "onnxruntime" in requirements("cpu")
+    assert not {"openvino", "openvino-telemetry"} & requirements("cpu", "local", "parquet")
+    assert not {"onnxruntime", "openvino", "onnx", "tokenizers"} & requirements()
+    assert {"openvino", "onnxruntime"} <= requirements("npu")
 
 
 @pytest.mark.parametrize("package", HEAVY)

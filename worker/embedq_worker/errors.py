@@ -102,6 +102,7 @@ class Reason(StrEnum):
     INIT_DEADLINE = "init_deadline"
     CRASH_LOOP = "crash_loop"
     OPERATOR = "operator"
+    DRIVER_MISMATCH = "driver_mismatch"
 
 
 class EngineError(EmbedqError):
