@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from embedq import fleet
 from embedq.redis_client import open_redis
-from embedq_worker.exits import CRASH_LOOP, ENGINE
+from embedq_worker.exits import CRASH_LOOP, ENGINE, FAILURE
 from embedq_worker.health import EarlyDeaths, queues_for
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
@@ -43,6 +43,7 @@ class ServeQueues(bootsteps.StartStopStep):
         settings: WorkerSettings = c.app.conf.embedq
         self._helps = settings.help_npu
         self._early = EarlyDeaths()
+        self._served = False
         self._file = StateFile(settings.runtime_dir, settings.name)
         self._timer: Any = None
 
@@ -68,8 +69,10 @@ class ServeQueues(bootsteps.StartStopStep):
         state = self._file.read()
         if state is not None and state.state is State.FAILED:
             log.error("node_ends reason=%s", state.reason)
-            worker_state.should_stop = ENGINE  # type: ignore[assignment] # an exit status, or None
-        if self._early.is_loop(state, time.monotonic()):
+            # Where it has worked before, a fresh start may mend it; if not, that one is the last.
+            worker_state.should_stop = FAILURE if self._served else ENGINE  # type: ignore[assignment] # an exit status, or None
+        self._served = self._served or (state is not None and state.state is State.HEALTHY)
+        if self._early.is_loop(state):
             log.error("node_ends reason=its child died again and again before it was ready")
             worker_state.should_stop = CRASH_LOOP  # type: ignore[assignment] # as above
         wanted = [str(queue) for queue in queues_for(state, helps=self._helps)]

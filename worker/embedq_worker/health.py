@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from embedq.contract import Device, Queue
 from embedq_worker.state import NodeState, State
-from embedq_worker.supervisor import CRASHES, WINDOW_S
+from embedq_worker.supervisor import CRASHES
 
 #: States in which a node of the NPU may lend its CPU to the queues.
 _ON_ITS_CPU = (State.HEALTHY, State.DEGRADED, State.PROBING)
@@ -43,19 +43,19 @@ class EarlyDeaths:
 
     def __init__(self) -> None:
         self._last: NodeState | None = None
-        self._deaths: list[float] = []
+        self._deaths = 0
 
-    def is_loop(self, node: NodeState | None, now_s: float) -> bool:
+    def is_loop(self, node: NodeState | None) -> bool:
         """Take note of the node's state, and tell whether its children die again and again.
+
+        However long each takes to die: one that compiles for a minute first is no better.
 
         Args:
             node: its state at this look; looks may miss a child, which only makes this slower.
-            now_s: seconds on a clock that never goes back.
         """
         last, self._last = self._last, node
-        if last is None or node is None or node.pid == last.pid:
-            return False
-        if last.state is State.STARTING:
-            recent = [at for at in self._deaths if now_s - at < WINDOW_S]
-            self._deaths = [*recent, now_s]
-        return len(self._deaths) >= CRASHES
+        if node is not None and node.state is not State.STARTING:
+            self._deaths = 0
+        elif last is not None and node is not None and node.pid != last.pid:
+            self._deaths += last.state is State.STARTING
+        return self._deaths >= CRASHES

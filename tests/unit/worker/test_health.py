@@ -9,7 +9,7 @@ import pytest
 from embedq.contract import Device, Queue
 from embedq_worker.health import EarlyDeaths, may_answer, queues_for
 from embedq_worker.state import NodeState, State
-from embedq_worker.supervisor import CRASHES, WINDOW_S
+from embedq_worker.supervisor import CRASHES
 
 NOTHING: tuple[Queue, ...] = ()
 CPU_FIRST = (Queue.CPU, Queue.NPU)
@@ -73,7 +73,7 @@ def test_children_that_die_before_they_are_ready_are_a_loop() -> None:
     """The fifth replacement of a child that never came up ends the node."""
     deaths = EarlyDeaths()
 
-    answers = [deaths.is_loop(child(pid), now_s=pid) for pid in range(CRASHES + 1)]
+    answers = [deaths.is_loop(child(pid)) for pid in range(CRASHES + 1)]
 
     assert answers == [False] * CRASHES + [True]
 
@@ -83,12 +83,13 @@ def test_children_that_served_are_no_loop() -> None:
     deaths = EarlyDeaths()
 
     for pid in range(20):
-        assert not deaths.is_loop(child(pid), now_s=pid)
-        assert not deaths.is_loop(child(pid, State.HEALTHY), now_s=pid)
+        assert not deaths.is_loop(child(pid))
+        assert not deaths.is_loop(child(pid, State.HEALTHY))
 
 
-def test_rare_deaths_are_no_loop() -> None:
-    """One a window may go on for ever."""
+def test_child_that_came_up_ends_a_row_of_deaths() -> None:
+    """Only children that die one after the other are a loop, however long each takes."""
     deaths = EarlyDeaths()
+    states = [State.HEALTHY if pid % CRASHES == 0 else State.STARTING for pid in range(20)]
 
-    assert not any(deaths.is_loop(child(pid), now_s=pid * WINDOW_S) for pid in range(20))
+    assert not any(deaths.is_loop(child(pid, state)) for pid, state in enumerate(states))
