@@ -10,7 +10,7 @@ from celery import Task
 from celery.exceptions import WorkerLostError
 from celery.worker.request import Request
 
-from embedq.contract import message_headers
+from embedq.contract import PUBLISHED_HEADER, message_headers
 from embedq_worker.backend import process_name
 
 #: Header of a message with the process that ended itself over the batch.
@@ -32,12 +32,15 @@ class BatchRequest(Request):
 
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
         """Write down a child that ended itself, before Celery publishes its batch again."""
+        request: Any = self  # celery-types lacks what follows
+        # Its age goes on: the reconciler takes the head of a queue for its oldest message.
+        headers = {PUBLISHED_HEADER: request.message.headers.get(PUBLISHED_HEADER)}
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
         if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
-            request: Any = self  # celery-types lacks what follows
             node = request.app.conf.embedq.name
-            request._context.headers = {DIED_HEADER: process_name(node, request.worker_pid)}
+            headers[DIED_HEADER] = process_name(node, request.worker_pid)
+        request._context.headers = headers
         super().on_failure(exc_info, *args, **options)
 
 
@@ -52,8 +55,9 @@ class BatchTask(Task[..., Any]):
     ) -> Any:
         """Publish a batch, as Celery does when a child was lost under it."""
         if args and isinstance(args[0], Mapping):
-            died = (options.get("headers") or {}).get(DIED_HEADER)
-            options.update(message_headers(args[0], time.time()))
+            headers = options.get("headers") or {}
+            published, died = headers.get(PUBLISHED_HEADER), headers.get(DIED_HEADER)
+            options.update(message_headers(args[0], published or time.time()))
             if died:
                 options["headers"][DIED_HEADER] = died
         return super().apply_async(args, kwargs, **options)
