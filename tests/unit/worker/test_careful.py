@@ -53,11 +53,18 @@ def engine(
     """Return an engine that raises on some texts."""
 
     def embed(batch: EmbedBatch, _on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
-        if any(map(fails, batch.texts)):
+        rows = [row for row in range(len(batch.texts)) if row not in batch.refused]
+        if any(fails(batch.texts[row]) for row in rows):
             raise EngineError("It failed.")
         good = Outcome(status=Status.OK, device=Device.STUB, precision=Precision.F32)
-        outcomes = OutcomeTable.from_outcomes([good] * len(batch.texts))
-        return stub_vectors(batch.texts), outcomes
+        outcomes = [
+            Outcome(status=Status.FAILED, code=batch.refused[row]) if row in batch.refused else good
+            for row in range(len(batch.texts))
+        ]
+        # As a device whose sums depend on how many share a token batch.
+        return stub_vectors(batch.texts) / np.float32(len(rows)), OutcomeTable.from_outcomes(
+            outcomes
+        )
 
     return embed
 
@@ -70,7 +77,7 @@ def test_text_that_always_fails_is_set_aside() -> None:
 
     assert notes.aside == [1]
     assert outcomes[1].code == Code.SET_ASIDE
-    assert np.array_equal(vectors[[0, 2]], stub_vectors(["first", "third"]))
+    assert np.array_equal(vectors[[0, 2]], stub_vectors(["first", "third"]) / np.float32(2))
 
 
 def test_engine_that_fails_everything_blames_no_text() -> None:
@@ -91,6 +98,40 @@ def test_text_under_suspicion_is_cleared_by_its_vector() -> None:
     vectors, _ = embed_carefully(BATCH, engine(lambda text: False), notes)
 
     assert notes.points == {}
+    assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+def test_unlucky_batch_has_the_bytes_of_any_other_run() -> None:
+    """Texts that are good alone are embedded together, as they are where nothing was killed."""
+    expected, _ = engine(lambda text: False)(BATCH, False)
+
+    vectors, outcomes = embed_carefully(BATCH, engine(lambda text: False), Notebook())
+
+    assert vectors.tobytes() == expected.tobytes()
+    assert outcomes.count_failed() == 0
+
+
+@pytest.mark.parametrize("offset", [1, len(TEXTS)])
+def test_what_ended_a_process_is_not_put_together_again(offset: int) -> None:
+    """A text that once ended a process, or the whole batch that did, costs no second one."""
+    notes = Notebook({offset: OWN_POINTS})
+
+    vectors, _ = embed_carefully(BATCH, engine(lambda text: False), notes)
+
+    assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+def test_texts_that_only_fail_together_have_their_vectors() -> None:
+    """An engine that fails the batch and none of its texts costs the batch nothing."""
+    sound = engine(lambda text: False)
+
+    def embed(batch: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
+        if len(batch.texts) > 1:
+            raise EngineError("It failed.")
+        return sound(batch, on_cpu)
+
+    vectors, _ = embed_carefully(BATCH, embed, Notebook())
+
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
