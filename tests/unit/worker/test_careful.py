@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.model_fixtures import WORDS, real_model
 
 from embedq.contract import Code, Device, EmbedBatch, Outcome, Precision, Status, VectorSpec
 from embedq.outcomes import OutcomeTable
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq.vectors import Vectors
 from embedq_worker.careful import MAX_POINTS, OUTSIDE_POINTS, OWN_POINTS, embed_carefully
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines import open_engine
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 from embedq_worker.errors import EngineError
+from embedq_worker.tokenization import Tokenizer
 
 TEXTS = ["first", "second", "third"]
 BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})
@@ -133,6 +138,27 @@ def test_texts_that_only_fail_together_have_their_vectors() -> None:
     vectors, _ = embed_carefully(BATCH, embed, Notebook())
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+@pytest.mark.model
+def test_real_engine_gives_an_unlucky_batch_the_same_bytes() -> None:
+    """Alone, a text's sums differ in the last bits; careful mode does not hand those out."""
+    model = real_model()
+    engine = open_engine("onnxruntime", model, 1)
+    embedder = Embedder(Tokenizer(model.tokenizer_path, model.max_length), engine, token_budget=512)
+    spec = VectorSpec(model.identity, model.dim, model.max_length)
+    batch = EmbedBatch("job", 0, [" ".join(WORDS[: 1 + i % 10]) for i in range(40)], spec)
+    expected, _ = embedder.embed(batch)
+
+    careful, outcomes = embed_carefully(batch, lambda each, _: embedder.embed(each), Notebook())
+    alone = np.concatenate([embedder.embed(replace(batch, texts=[t]))[0] for t in batch.texts])
+    embedder.close()
+    engine.close()
+
+    assert careful.tobytes() == expected.tobytes()
+    assert outcomes.count_failed() == 0
+    assert alone.tobytes() != expected.tobytes()
+    assert (alone * expected).sum(axis=1).min() >= 0.99999
 
 
 def test_text_that_ended_three_processes_is_not_tried_again() -> None:
