@@ -156,6 +156,7 @@ class Job:
         ttl_s: int,
         ordered: bool = True,
         label: str = "",
+        refusable: bool = True,
     ) -> None:
         """Prepare a job; nothing is sent before it is started or read.
 
@@ -169,6 +170,7 @@ class Job:
             ttl_s: life of the job in Redis after its last sign of life.
             ordered: hand batches out in their order, or as they complete.
             label: shown to operators.
+            refusable: refused by a Redis that is nearly full; otherwise it waits for room.
         """
         self.id = secrets.token_hex(8)
         self._link = link
@@ -180,6 +182,7 @@ class Job:
         self._ttl_s = ttl_s
         self._ordered = ordered
         self._label = label
+        self._refusable = refusable
         self._ledger = Ledger(link.redis, self.id)
         self._state = _State()
         self._kept: deque[FinishedBatch] = deque()
@@ -191,10 +194,11 @@ class Job:
 
         Raises:
             QueueUnavailable: Redis cannot be reached.
-            QueueFull: Redis has no room for another job.
+            QueueFull: Redis has no room for another job, and this one does not wait for it.
         """
         if not self._state.open:
-            self._patiently(self._gate.require_room)
+            if self._refusable:
+                self._patiently(self._gate.require_room)
             self._patiently(self._open)
             self._state.open = True
             self._publish_up_to_window()

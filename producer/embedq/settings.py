@@ -220,7 +220,7 @@ class ProducerSettings(RedisSettings):
         60.0,
         ge=0,
         le=86_400,
-        description="How long to wait for a node with the model, and for an NPU if strict.",
+        description="How long a start waits for Redis and a node, and a strict job for an NPU.",
         json_schema_extra=unit("s"),
     )
 

@@ -105,6 +105,23 @@ def test_replacement_child_finishes_the_batch(redis: RedisProcess, short_dir: Pa
         assert len(node.lines("batch_done")) == 1
 
 
+def test_lost_batch_does_not_queue_up_again(redis: RedisProcess, short_dir: Path) -> None:
+    """What lost its child is the next to be taken, with its age, however long the queue is."""
+
+    def embed() -> Vectors:
+        with Client(settings=redis.settings(batch_texts=20)) as client:
+            return client.encode(TEXTS, timeout_s=30)
+
+    with stub_node(redis, short_dir, EMBEDQ_STUB_DELAY_S="0.3") as node:
+        with in_background(embed) as results:
+            wait_until_begun(redis)
+            os.kill(node.child_pid(), signal.SIGKILL)
+
+        done = [line.partition("index=")[2].split()[0] for line in node.lines("batch_done")]
+        assert done == [str(index) for index in range(len(done))]
+        assert np.array_equal(results[0], stub_vectors(TEXTS))
+
+
 @pytest.mark.parametrize("fault", ["segfault", "raise"])
 def test_poison_is_set_aside_and_the_node_goes_on(
     fault: str, redis: RedisProcess, short_dir: Path

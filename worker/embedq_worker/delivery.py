@@ -12,7 +12,7 @@ from celery.exceptions import WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from embedq.contract import Header, message_headers
+from embedq.contract import PUBLISHED_HEADER, Header, message_headers
 from embedq_worker import rerouting
 from embedq_worker.backend import process_name
 from embedq_worker.guard import Guard
@@ -42,14 +42,17 @@ class BatchRequest(Request):
         If the node gave up its NPU over it, the batch goes to the CPU queue. Otherwise a child that
         ended itself is written down, before Celery publishes the batch again.
         """
+        request: Any = self  # celery-types lacks what follows
+        # Its age goes on: the reconciler takes the head of a queue for its oldest message.
+        headers = {PUBLISHED_HEADER: request.message.headers.get(PUBLISHED_HEADER)}
+        request._context.headers = headers
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError) and self._rerouted():
             return
         # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
         if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
-            request: Any = self  # celery-types lacks what follows
             node = request.app.conf.embedq.name
-            request._context.headers = {DIED_HEADER: process_name(node, request.worker_pid)}
+            headers[DIED_HEADER] = process_name(node, request.worker_pid)
         super().on_failure(exc_info, *args, **options)
 
     def _rerouted(self) -> bool:
@@ -93,8 +96,9 @@ class BatchTask(Task[..., Any]):
     ) -> Any:
         """Publish a batch, as Celery does when a child was lost under it."""
         if args and isinstance(args[0], Mapping):
-            died = (options.get("headers") or {}).get(DIED_HEADER)
-            options.update(message_headers(args[0], time.time()))
+            headers = options.get("headers") or {}
+            published, died = headers.get(PUBLISHED_HEADER), headers.get(DIED_HEADER)
+            options.update(message_headers(args[0], published or time.time()))
             if died:
                 options["headers"][DIED_HEADER] = died
         return super().apply_async(args, kwargs, **options)

@@ -79,7 +79,7 @@ class Deaths:
         self._window_s = window_s
         self._last: NodeState | None = None
         self._all: list[float] = []
-        self._early: list[float] = []
+        self._early = 0
 
     def note(self, child: NodeState | None, now_s: float, *, ended: int = 0) -> None:
         """Look at the child once more.
@@ -90,14 +90,13 @@ class Deaths:
             ended: process id of the child that this node ended itself, which does not count.
         """
         last, self._last = self._last, child
+        if child is not None and child.state is not State.STARTING:
+            self._early = 0
         if last is None or child is None or child.pid in (0, last.pid) or last.pid in (0, ended):
             return
-        self._all = self._recent(self._all, now_s)
-        if last.state is State.STARTING:
-            self._early = self._recent(self._early, now_s)
-
-    def _recent(self, deaths: list[float], now_s: float) -> list[float]:
-        return [at for at in deaths if now_s - at < self._window_s] + [now_s]
+        self._all = [at for at in self._all if now_s - at < self._window_s] + [now_s]
+        if child.state is State.STARTING and last.state is State.STARTING:
+            self._early += 1
 
     @property
     def is_loop(self) -> bool:
@@ -106,9 +105,9 @@ class Deaths:
 
     @property
     def is_early_loop(self) -> bool:
-        """Whether children die again and again before they are ready."""
-        return len(self._early) >= self._allowed
+        """Whether children die before they are ready, one after the other, however slowly."""
+        return self._early >= self._allowed
 
     def forget(self) -> None:
         """Begin again: the next children run on another device."""
-        self._all, self._early = [], []
+        self._all, self._early = [], 0

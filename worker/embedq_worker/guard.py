@@ -15,7 +15,7 @@ from dataclasses import replace
 from embedq.contract import Device, Queue
 from embedq_worker.doubts import Deaths
 from embedq_worker.errors import Reason
-from embedq_worker.exits import CRASH_LOOP, ENGINE
+from embedq_worker.exits import CRASH_LOOP, ENGINE, FAILURE
 from embedq_worker.health import AWAY, OPERATOR, Health, Rules, queues_for
 from embedq_worker.placement import Placement
 from embedq_worker.probing import Finding, Probe
@@ -59,7 +59,7 @@ class Guard:
         self._deaths = Deaths(settings.crash_loop_deaths, settings.crash_loop_window_s)
         self._probe: Probe | None = None
         self._ended = 0
-        self._was_proven = False
+        self._was_proven = self._served = False
         self._held = False
         self._child: NodeState | None = None
         self._health = Health()
@@ -84,6 +84,7 @@ class Guard:
             now_s: seconds on a clock that never goes back.
         """
         self._child = child
+        self._served = self._served or (child is not None and child.state is State.HEALTHY)
         self._deaths.note(child, now_s, ended=self._ended)
         if child is not None and child.pid == self.replaces:
             if self._hangs(child, now_s):
@@ -214,7 +215,8 @@ class Guard:
         if self._on_npu and not strict:
             self._degrade(child.code or Reason.INIT_FAILED, child.reason, now)
         else:
-            self._end(ENGINE, child.reason)
+            # Where it has worked before, a fresh start may mend it; if not, that one is the last.
+            self._end(FAILURE if self._served else ENGINE, child.reason)
 
     def _watch_start(self, child: NodeState, now: float) -> None:
         budget_s = self._settings.init_budget_s

@@ -94,7 +94,8 @@ class Health:
     def probe_failed(self, code: str, reason: str, now: float, rules: Rules) -> Health:
         """Return the health of an NPU that failed its probe: degraded for longer."""
         count = self.count + 1
-        at = _next(code, count, now, rules)
+        # Whatever it says now, it has been an NPU that could be trusted: it may come back.
+        at = now + rules.pause_s(count)
         return replace(
             self, state=State.DEGRADED, code=code, reason=reason, count=count, probe_at=at
         )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from celery.exceptions import Ignore, Reject
 
-from embedq.contract import Header, Queue
+from embedq.contract import PUBLISHED_HEADER, Header, Queue
 
 log = logging.getLogger("embedq.worker")
 
@@ -28,8 +28,10 @@ def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
     Raises:
         Exception: it could not be published; the message in hand is still ours.
     """
+    # Its age goes on: the reconciler takes the head of a queue for its oldest message.
+    headers = {PUBLISHED_HEADER: getattr(request, PUBLISHED_HEADER, None)}
     again = task.signature_from_request(
-        request, args=({**body, "rerouted": True},), queue=str(Queue.CPU)
+        request, args=({**body, "rerouted": True},), queue=str(Queue.CPU), headers=headers
     )
     again.apply_async()
 

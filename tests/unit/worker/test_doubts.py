@@ -78,6 +78,16 @@ def test_children_that_served_are_no_early_loop() -> None:
     assert not deaths.is_early_loop
 
 
+def test_child_that_came_up_ends_a_row_of_deaths() -> None:
+    """Only children that die one after the other are a loop, however long each takes."""
+    deaths = Deaths(5, 60)
+
+    for pid in range(1, 40):
+        deaths.note(child(pid, State.HEALTHY if pid % 5 == 0 else State.STARTING), now_s=99 * pid)
+
+        assert not deaths.is_early_loop
+
+
 def test_rare_deaths_are_no_loop() -> None:
     """One a window may go on for ever."""
     deaths = Deaths(5, 60)
