@@ -67,7 +67,10 @@ class LedgerBackend(BaseBackend):
             encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
             for start, stop in split_rows(len(vectors), batch.spec.dim)
         ] or [encode(vectors, outcomes, fingerprint)]
-        return self.waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
+        n_texts = len(vectors)
+        return self.waiting(
+            lambda: Ledger(self.redis, batch.job).commit(batch.index, values, n_texts=n_texts)
+        )
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
