@@ -25,6 +25,7 @@ from embedq_worker.errors import EngineError
 from embedq_worker.health import may_answer
 from embedq_worker.lifecycle import serving
 from embedq_worker.serving import Serving
+from embedq_worker.tally import TALLY
 
 log = logging.getLogger("embedq.worker")
 
@@ -126,7 +127,7 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
 
 def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch under the watchdog."""
-    with watchdog.deadline(app.conf.embedq.engine_deadline_s):
+    with TALLY.engine_at_work(), watchdog.deadline(app.conf.embedq.engine_deadline_s):
         return embedder.embed(batch, stats)
 
 
