@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -241,7 +241,9 @@ class Client:
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         rows = [np.empty((0, spec.dim), np.float32)]
         failures: dict[int, str] = {}
-        for batch in self.job(slices, spec, strict=strict).batches(timeout_s=timeout_s):
+        planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+        job = self.job(slices, spec, strict=strict, planned=planned)
+        for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
@@ -271,7 +273,8 @@ class Client:
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        job = self.job(self.split(texts, spec), spec, strict=strict)
+        planned = len(texts) if isinstance(texts, Sized) else None
+        job = self.job(self.split(texts, spec), spec, strict=strict, planned=planned)
         job.start()
         return job
 
@@ -329,6 +332,7 @@ class Client:
         label: str = "",
         spare: int = 0,
         strict: bool | None = None,
+        planned: int | None = None,
     ) -> Job:
         """Prepare a job over batches; read its `batches()` to run it.
 
@@ -339,6 +343,7 @@ class Client:
             label: shown to operators.
             spare: batches of the window that the caller keeps for what it has not saved yet.
             strict: take vectors from an NPU or not at all; None as the settings say.
+            planned: texts in all of them, shown to operators; None if that is not known.
 
         Raises:
             SettingsError: strict and exact, which no device can be at once.
@@ -366,6 +371,7 @@ class Client:
             ttl_s=self.settings.results_ttl_s,
             ordered=ordered,
             label=label,
+            planned=planned,
         )
 
 

@@ -6,8 +6,8 @@ Never for routing: a node decides what it consumes from its own state alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Final, cast
 
 import msgpack
@@ -41,6 +41,8 @@ class Heartbeat:
         card: the model served, or None while there is none.
         at: Unix time of this heartbeat, in seconds.
         pid: of the node's parent process.
+        code: why it is not healthy, in a word of ours.
+        totals: what its child has computed since it began; names and numbers that only rise.
     """
 
     node: str
@@ -55,6 +57,8 @@ class Heartbeat:
     card: ModelCard | None = None
     home: str = ""
     may_return: bool = False
+    code: str = ""
+    totals: dict[str, float] = field(default_factory=dict)
 
     def to_message(self) -> bytes:
         """Encode as msgpack."""
@@ -79,7 +83,7 @@ class Heartbeat:
 def beat(redis: Redis, heartbeat: Heartbeat) -> None:
     """Write a node's heartbeat; it fades by itself."""
     pipe = redis.pipeline(transaction=False)
-    pipe.set(_node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
+    pipe.set(node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
     pipe.zadd(NODES_KEY, {heartbeat.node: heartbeat.at})
     pipe.zremrangebyscore(NODES_KEY, "-inf", heartbeat.at - FORGET_S)
     pipe.execute()
@@ -88,7 +92,7 @@ def beat(redis: Redis, heartbeat: Heartbeat) -> None:
 def leave(redis: Redis, node: str) -> None:
     """Remove a node that shut down in good order."""
     pipe = redis.pipeline(transaction=False)
-    pipe.unlink(_node_key(node))
+    pipe.unlink(node_key(node))
     pipe.zrem(NODES_KEY, node)
     pipe.execute()
 
@@ -98,7 +102,12 @@ def fetch_alive(redis: Redis) -> list[Heartbeat]:
     names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
     if not names:
         return []
-    raws = cast(list[bytes | None], redis.mget([_node_key(name.decode()) for name in names]))
+    raws = cast(list[bytes | None], redis.mget([node_key(name.decode()) for name in names]))
+    return read_beats(raws)
+
+
+def read_beats(raws: Iterable[bytes | None]) -> list[Heartbeat]:
+    """Return the heartbeats that can be read, by name; None stands for one that faded."""
     alive = []
     for raw in raws:
         if raw is not None:
@@ -137,5 +146,6 @@ def _names(card: ModelCard, model: str) -> bool:
     return len(model) >= 12 and card.identity.startswith(model)
 
 
-def _node_key(node: str) -> str:
+def node_key(node: str) -> str:
+    """Return the key of a node's heartbeat."""
     return f"embedq:node:{node}"

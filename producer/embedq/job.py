@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from redis import Redis
 
+from embedq import progress
 from embedq.batching import Slice
 from embedq.broker import Broker
 from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
@@ -35,6 +36,8 @@ T = TypeVar("T")
 READ_BLOCK_MS = 1_000
 #: Seconds that a job which is left in its middle waits for a Redis that went away.
 CLOSE_PATIENCE_S = 2.0
+#: Seconds between two notes of how far the job is, for whoever watches it from outside.
+TELL_EVERY_S = 1.0
 #: Commits taken in one read.
 READ_COUNT = 32
 #: Seconds between two looks for lost batches, and the age at which a batch is looked for.
@@ -131,6 +134,8 @@ class _State:
     ready: dict[int, FinishedBatch] = field(default_factory=dict)
     cursor: bytes = b"0-0"
     published: int = 0
+    sent_texts: int = 0
+    told: float = 0.0
     yielded: int = 0
     first: int = 0
     texts: int = 0
@@ -156,6 +161,7 @@ class Job:
         ttl_s: int,
         ordered: bool = True,
         label: str = "",
+        planned: int | None = None,
     ) -> None:
         """Prepare a job; nothing is sent before it is started or read.
 
@@ -169,6 +175,7 @@ class Job:
             ttl_s: life of the job in Redis after its last sign of life.
             ordered: hand batches out in their order, or as they complete.
             label: shown to operators.
+            planned: texts of the whole job, shown to operators; None if that is not known yet.
         """
         self.id = secrets.token_hex(8)
         self._link = link
@@ -180,6 +187,7 @@ class Job:
         self._ttl_s = ttl_s
         self._ordered = ordered
         self._label = label
+        self._planned = planned
         self._ledger = Ledger(link.redis, self.id)
         self._state = _State()
         self._kept: deque[FinishedBatch] = deque()
@@ -310,6 +318,24 @@ class Job:
         return self._ledger.read_commits(self._state.cursor, count=READ_COUNT, block_ms=block_ms)
 
     def _publish_up_to_window(self) -> None:
+        exhausted = self._state.exhausted
+        self._fill_window()
+        self._tell(at_once=self._state.exhausted and not exhausted)
+
+    def _tell(self, *, at_once: bool) -> None:
+        """Note how far the job is where operators look."""
+        state, now = self._state, time.monotonic()
+        if not at_once and now - state.told < TELL_EVERY_S:
+            return
+        state.told = now
+        planned = state.sent_texts if state.exhausted else self._planned
+        self._patiently(
+            lambda: progress.tell(
+                self._link.redis, self.id, published=state.published, planned=planned
+            )
+        )
+
+    def _fill_window(self) -> None:
         state = self._state
         while not state.exhausted:
             ahead = state.published - state.yielded if self._ordered else len(state.outstanding)
@@ -326,6 +352,7 @@ class Job:
             if not state.published:
                 state.first = piece.index
             state.published += 1
+            state.sent_texts += len(piece)
             self._publish(piece)
 
     def _publish(self, piece: Slice, recomputes: int = 0) -> None:

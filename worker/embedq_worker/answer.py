@@ -25,11 +25,15 @@ class Stats:
         inferences: token batches computed.
         tokens: tokens of the texts, special tokens included.
         computed_tokens: the same with padding and canary, B times T of every token batch.
+        infer_s: seconds of all inferences added up; several at once count several times.
+        busy_s: seconds in which the engine had at least one inference under way.
     """
 
     inferences: int = 0
     tokens: int = 0
     computed_tokens: int = 0
+    infer_s: float = 0.0
+    busy_s: float = 0.0
 
     @property
     def pack_fill_ratio(self) -> float:

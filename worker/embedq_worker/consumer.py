@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from celery import bootsteps
@@ -18,10 +19,12 @@ from redis.exceptions import RedisError
 
 from embedq import fleet
 from embedq.redis_client import open_redis
+from embedq_worker import tally
 from embedq_worker.exits import CRASH_LOOP, ENGINE
 from embedq_worker.health import EarlyDeaths, queues_for
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
+from embedq_worker.vitals import ShowPulse, beating
 
 log = logging.getLogger("embedq.worker")
 
@@ -202,6 +205,7 @@ class TellFleet(bootsteps.StartStopStep):
             card=state.card,
             home=state.home,
             may_return=state.may_return,
+            totals=tally.read(self._settings.runtime_dir, self._settings.name).totals,
         )
         try:
             fleet.beat(self._redis, heartbeat)
@@ -211,6 +215,15 @@ class TellFleet(bootsteps.StartStopStep):
 
 class Consumer(celery_consumer.Consumer):
     """Celery's consumer, whose complaints about bad messages quote sizes and never bodies."""
+
+    #: Called about every second while the broker is away; a step sets it.
+    while_waiting_for_broker: Callable[[], None] | None = None
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Wait for the broker, showing meanwhile that this node lives."""
+        if self.while_waiting_for_broker is not None:
+            conn.ensure_connection = beating(conn.ensure_connection, self.while_waiting_for_broker)
+        return super().ensure_connected(conn)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Drop a message whose body cannot be decoded."""
@@ -236,4 +249,4 @@ class Consumer(celery_consumer.Consumer):
 
 def add_steps(app: Any) -> None:
     """Add the steps to an app."""
-    app.steps["consumer"].update((ServeQueues, RenewLeases, MissChild, TellFleet))
+    app.steps["consumer"].update((ServeQueues, RenewLeases, MissChild, TellFleet, ShowPulse))

@@ -21,6 +21,7 @@ from embedq_worker.engines.base import Engine
 from embedq_worker.packing import Indices, RowForm, TokenBatch, build_padded, build_row
 from embedq_worker.planning import plan_padded, plan_rows, seat_last
 from embedq_worker.tokens import AnyTokenizer, RaggedTokens
+from embedq_worker.totals import Meter
 
 #: Texts tokenized at a time: enough to sort by length, and few enough that the engine waits only
 #: 20 to 30 ms for the first of them (62 tokens each, two cores, measured 2026-11-22).
@@ -68,6 +69,8 @@ class Embedder:
         self.form = form or engine.form
         #: Rides in every batch once it is set.
         self.canary: Canary | None = None
+        #: How busy the engine is.
+        self.meter = Meter()
         self._token_budget = token_budget
         self._chunk_texts = chunk_texts
         self._inferring = ThreadPoolExecutor(engine.concurrency, "embedq-infer")
@@ -87,7 +90,9 @@ class Embedder:
             InferFailed, DeviceLost: the engine cannot be trusted.
             EngineError: the tokenizer failed.
         """
-        answer = Answer(batch, self.engine, stats or Stats())
+        stats = stats or Stats()
+        before = self.meter.totals()
+        answer = Answer(batch, self.engine, stats)
         plan = self._plan_rows if self.form.is_static else self._plan_padded
         inferences: list[Future[None]] = []
         try:
@@ -101,6 +106,9 @@ class Embedder:
                 inference.result()
         finally:
             _abandon(inferences)
+            after = self.meter.totals()
+            stats.infer_s += after.infer_s - before.infer_s
+            stats.busy_s += after.busy_s - before.busy_s
         return answer.finish()
 
     def close(self) -> None:
@@ -159,7 +167,8 @@ class Embedder:
 
     def _infer(self, batch: TokenBatch, rows: Indices, vectors: Vectors) -> None:
         """Infer one token batch, ask the canary, and put each vector in its row."""
-        found = self.engine.infer(batch)  # [B, S, D]
+        with self.meter.inferring():
+            found = self.engine.infer(batch)  # [B, S, D]
         for row, seat in np.argwhere(batch.members == len(rows)):
             if self.canary:
                 self.canary.check(found[row, seat])

@@ -25,6 +25,7 @@ from embedq_worker.errors import EngineError
 from embedq_worker.health import may_answer
 from embedq_worker.lifecycle import serving
 from embedq_worker.serving import Serving
+from embedq_worker.tally import TALLY
 
 log = logging.getLogger("embedq.worker")
 
@@ -76,11 +77,19 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
         raise Reject(reason, requeue=True) from None
 
-    infer_s = time.monotonic() - began
+    embed_s = time.monotonic() - began
     committed = backend.commit(batch, vectors, outcomes)
+    task_s = time.monotonic() - began
+    proven.embedder.meter.add(
+        texts=len(batch.texts),
+        tokens=stats.tokens,
+        computed_tokens=stats.computed_tokens,
+        inferences=stats.inferences,
+    )
     log.info(
         "batch_done job=%s index=%d engine=%s device=%s precision=%s texts=%d tokens=%d "
-        "inferences=%d pack_fill_ratio=%.3f embed_ms=%.0f commit_ms=%.1f committed=%s",
+        "inferences=%d pack_fill_ratio=%.3f device_busy_ratio=%.3f embed_ms=%.0f commit_ms=%.1f "
+        "committed=%s",
         job,
         index,
         proven.engine.name,
@@ -90,8 +99,9 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         int(outcomes.n_tokens.sum()),
         stats.inferences,
         stats.pack_fill_ratio,
-        1e3 * infer_s,
-        1e3 * (time.monotonic() - began - infer_s),
+        min(1.0, stats.busy_s / task_s),
+        1e3 * embed_s,
+        1e3 * (task_s - embed_s),
         {True: "yes", False: "duplicate", None: "job_gone"}[committed],
     )
     return {"rows": len(vectors)}
@@ -117,7 +127,7 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
 
 def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch under the watchdog."""
-    with watchdog.deadline(app.conf.embedq.engine_deadline_s):
+    with TALLY.engine_at_work(), watchdog.deadline(app.conf.embedq.engine_deadline_s):
         return embedder.embed(batch, stats)
 
 
