@@ -54,7 +54,8 @@ class Fleet:
             users = (self.secrets / f"{name}_acl").read_text()
             acl.write_text(users + "user judge on nopass ~* &* +@all\n")
             own = ("--port", str(ports[name]), "--bind", "127.0.0.1", "--dir", os.fspath(data))
-            command = [server, OPS / "redis" / f"{name}.conf", *own, "--aclfile", os.fspath(acl)]
+            configuration = os.fspath(OPS / "redis" / f"{name}.conf")
+            command = [server, configuration, *own, "--aclfile", os.fspath(acl)]
             self._processes.append(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
             )

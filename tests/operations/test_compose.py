@@ -119,9 +119,7 @@ def test_no_secret_is_in_the_file_and_each_is_made_by_the_script() -> None:
 
     assert "/secrets/" in ignored
     assert set(COMPOSE["secrets"]) <= made
-    assert all(
-        secret["file"] == f"./secrets/{name}" for name, secret in COMPOSE["secrets"].items()
-    )
+    assert all(secret["file"] == f"./secrets/{name}" for name, secret in COMPOSE["secrets"].items())
     assert not re.search(r"redis://[^{\s]*:[^{\s]*@", PATH.read_text())
 
 

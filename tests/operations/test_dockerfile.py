@@ -13,7 +13,8 @@ PATH = ROOT / "worker" / "Dockerfile"
 TEXT = PATH.read_text(encoding="utf-8")
 #: stage -> its lines, from FROM to the next.
 STAGES = {
-    block.split("\n")[0].split()[3]: block for block in re.split(r"^(?=FROM )", TEXT, flags=re.M)[1:]
+    block.split("\n")[0].split()[3]: block
+    for block in re.split(r"^(?=FROM )", TEXT, flags=re.M)[1:]
 }
 
 
@@ -67,7 +68,9 @@ def test_npu_image_brings_driver_compiler_and_loader_of_named_versions() -> None
 
 def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
     """.dockerignore lets through what COPY names."""
-    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+    allowed = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    ]
     named = [
         word
         for line in re.findall(r"^COPY (?!--from)(.*)$", TEXT, re.M)
