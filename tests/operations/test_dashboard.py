@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 from tests.operations.servers import OPS
-from tests.operations.test_alerts import known_series, series_of
+from tests.operations.test_alerts import known_series, promtool, series_of
 
 GRAFANA = OPS / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "embedq.json").read_text())
@@ -40,6 +41,16 @@ def test_panels_ask_the_provisioned_prometheus_for_series_that_exist() -> None:
         assert read or "ALERTS{" in target["expr"], title
         assert read <= known_series(), title
         assert target["datasource"]["uid"] == source["uid"]
+
+
+def test_prometheus_parses_every_query(tmp_path: Path) -> None:
+    """Each query is an expression, as promtool sees it in a rule."""
+    queries = [target["expr"] for panel in PANELS for target in panel["targets"]]
+    rules = [{"record": f"panel:{n}", "expr": query} for n, query in enumerate(queries)]
+    path = tmp_path / "rules.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+
+    promtool("check", "rules", path)
 
 
 def test_every_panel_says_what_it_shows_and_has_a_place() -> None:

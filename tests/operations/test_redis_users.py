@@ -220,6 +220,25 @@ def test_no_user_can_do_the_work_of_another(
     assert answer != b"OK"
 
 
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ("ops", "HSET embedq:orders n degraded"),
+        ("ops", "SET embedq:paused 1 NX"),
+        ("ops", "DEL embedq:paused"),
+        ("ops", "ZRANGEBYSCORE embedq:nodes -inf +inf"),
+        ("worker", "HGET embedq:orders n"),
+        ("worker", "EXISTS embedq:paused"),
+    ],
+)
+def test_orders_are_given_by_ops_and_heard_by_nodes(fleet: Fleet, user: str, words: str) -> None:
+    """What degrade, recover, pause and resume write, nodes can read."""
+    with fleet.judge("results") as judge:
+        answer = judge.execute_command("ACL", "DRYRUN", user, *words.split())
+
+    assert answer == b"OK"
+
+
 @pytest.mark.parametrize("server", SERVERS)
 def test_configuration_keeps_what_it_accepts(fleet: Fleet, server: str) -> None:
     """Both refuse rather than evict, have a limit, and write every command to disk in a second."""
