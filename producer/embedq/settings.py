@@ -153,6 +153,10 @@ class RedisSettings(Room):
         description="Silence after which another node may take over a batch; same for all.",
         json_schema_extra=unit("s"),
     )
+    traces: bool = Field(
+        False,
+        description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
+    )
 
 
 class ProducerSettings(RedisSettings):

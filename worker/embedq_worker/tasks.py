@@ -9,6 +9,7 @@ from typing import Any
 
 from celery.exceptions import Reject
 
+from embedq import tracing
 from embedq.contract import TASK_NAME, EmbedBatch, Header
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
@@ -78,7 +79,8 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         raise Reject(reason, requeue=True) from None
 
     embed_s = time.monotonic() - began
-    committed = backend.commit(batch, vectors, outcomes)
+    with tracing.span("embedq.commit", index=index):
+        committed = backend.commit(batch, vectors, outcomes)
     task_s = time.monotonic() - began
     proven.embedder.meter.add(
         texts=len(batch.texts),
@@ -127,7 +129,11 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
 
 def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch under the watchdog."""
-    with TALLY.engine_at_work(), watchdog.deadline(app.conf.embedq.engine_deadline_s):
+    with (
+        TALLY.engine_at_work(),
+        tracing.span("embedq.engine", texts=len(batch.texts), engine=embedder.engine.name),
+        watchdog.deadline(app.conf.embedq.engine_deadline_s),
+    ):
         return embedder.embed(batch, stats)
 
 

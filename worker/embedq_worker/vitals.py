@@ -11,7 +11,7 @@ from typing import Any
 from celery import bootsteps, signals
 from celery.worker import state as worker_state
 
-from embedq_worker import lifecycle, pulse, tally
+from embedq_worker import lifecycle, node_tracing, pulse, tally
 from embedq_worker.health import EarlyDeaths
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
@@ -109,6 +109,14 @@ def on_process_init(**_: Any) -> None:
 
     settings: WorkerSettings = app.conf.embedq
     tally.TALLY.open(settings.runtime_dir, settings.name)
+    if settings.traces:
+        node_tracing.enable()
+
+
+@signals.worker_process_shutdown.connect
+def on_process_shutdown(**_: Any) -> None:
+    """Send the last spans."""
+    node_tracing.flush()
 
 
 @signals.task_postrun.connect
