@@ -19,7 +19,7 @@ max_tasks = 100_000
 max_workers = 1_000
 
 # The arguments are the size of a batch: <256 texts, 15 kB>.
-tasks_columns = "name,uuid,state,args,result,received,runtime,worker,retries"
+tasks_columns = "uuid,state,args,received,runtime,worker"
 natural_time = True
 
 # Seconds; the default boundaries end where a batch begins.
