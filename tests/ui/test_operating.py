@@ -37,7 +37,6 @@ from tests.ui.watchers import (
 
 from embedq import Client
 from embedq.job import Job
-from embedq_worker.state import State, StateFile
 
 #: Seconds after which everybody must know: two scrapes or evaluations of 5 s, and some air.
 ALL_KNOW_S = 15.0
@@ -69,12 +68,10 @@ class Watched:
     since: float
 
 
-def degrade(node: NodeProcess) -> None:
-    """Let a node say that it is degraded, as its child does."""
-    file = StateFile(node.runtime_dir, node.name)
-    state = file.read()
-    assert state is not None
-    file.write(state.now(State.DEGRADED, REASON))
+def degrade(redis: RedisProcess, node: str) -> None:
+    """Take a node out of service, as an operator does."""
+    command = [sys.executable, "-m", "embedq_worker", "degrade", node, "--reason", REASON]
+    subprocess.run(command, env=environment(**urls(redis)), check=True, stdout=subprocess.DEVNULL)
 
 
 def read(job: Job, ended: threading.Event) -> None:
@@ -126,8 +123,9 @@ def watched(watched_redis: RedisProcess, folder: Path) -> Iterator[Watched]:
             wait_for(lambda: computes(sick), "the node to compute", START_S)
             known = 'embedq_node_state{node="sick", state="healthy"} == 1'
             wait_for(lambda: watching.query(known), "a first scrape", START_S)
-            degrade(sick)
-            yield Watched(redis, sick, address, watching, blossom, time.time())
+            began = time.time()
+            degrade(redis, sick.name)
+            yield Watched(redis, sick, address, watching, blossom, began)
         finally:
             ended.set()
             reading.join()
@@ -162,7 +160,7 @@ def test_all_who_watch_name_the_degraded_node(watched: Watched) -> None:
     stats = watched.flower.api("workers?refresh=1")
     [node] = [node for node in status(watched.redis)["nodes"] if node["node"] == "sick"]
 
-    assert (alert["labels"]["node"], alert["labels"]["reason"]) == ("sick", "other")
+    assert (alert["labels"]["node"], alert["labels"]["reason"]) == ("sick", "operator")
     stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(node["since"]))
     assert f"since {stamp}" in alert["annotations"]["description"]
     assert 'embedq_node_state{node="sick",state="degraded"} 1.0' in metrics
@@ -204,7 +202,8 @@ def test_flower_shows_tasks_by_size_and_the_node_with_its_reason(
 
     assert re.search(r"&lt;[\d,]+ texts, [\d,]+ kB&gt;", tasks)
     shown = node[: node.index("Max concurrency")]  # what the page opens with
-    stamp = time.strftime("%d %b %Y %H:%M", time.gmtime(watched.since))
+    [told] = [node for node in status(watched.redis)["nodes"] if node["node"] == "sick"]
+    stamp = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(told["since"]))
     assert [words for words in ("Degraded", REASON, stamp) if words not in shown] == []
     assert SECRET not in tasks + node
 

@@ -177,8 +177,7 @@ def browse(url: str, picture: Path) -> str:
         quiet += ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         quiet += [f"--user-data-dir={profile}", "--window-size=1400,1000"]
         quiet += ["--virtual-time-budget=5000", "--timeout=20000"]
-        for what in (f"--screenshot={picture}", "--dump-dom"):
-            done = subprocess.run(
-                [chromium, *quiet, what, url], capture_output=True, text=True, timeout=90
-            )
+        command = [chromium, *quiet, f"--screenshot={picture}", "--dump-dom", url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert picture.stat().st_size > 0, done.stderr[-2000:]
     return done.stdout
