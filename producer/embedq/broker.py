@@ -10,7 +10,8 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from embedq.contract import Queue
-from embedq.fleet import PAUSED_KEY, fetch_alive
+from embedq.fleet import fetch_alive
+from embedq.orders import PAUSED_KEY
 from embedq.reconcile import View
 
 #: Hash of kombu's that holds every message popped and not acknowledged.

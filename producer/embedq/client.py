@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 from redis.exceptions import RedisError
 
+from embedq import tracing
 from embedq.backpressure import window
 from embedq.batching import Slice, split
 from embedq.broker import Broker
@@ -86,6 +87,8 @@ class Client:
         elif any(value is not None for value in given.values()):
             raise TypeError("Give either settings or single values, not both.")
         self.settings = settings
+        if settings.traces and not tracing.is_on():
+            tracing.enable("embedq")
         self.redis = open_redis(settings.results_url)
         self._broker = open_redis(settings.broker_url)
         self._publisher = Publisher(settings.broker_url)

@@ -18,8 +18,6 @@ from embedq.errors import MalformedMessage, NoNode
 
 #: Sorted set of node names, scored by their last heartbeat.
 NODES_KEY: Final = "embedq:nodes"
-#: Exists while an operator has paused the fleet.
-PAUSED_KEY: Final = "embedq:paused"
 #: Seconds after which a silent node counts as gone.
 ALIVE_S: Final = 15.0
 #: Seconds after which a silent node is forgotten.
@@ -39,9 +37,11 @@ class Heartbeat:
         home: the device that the node is for; another than `device` while it is degraded.
         may_return: a degraded NPU will be tried again.
         card: the model served, or None while there is none.
+        code: why it is not healthy, in a word.
+        count: how often its NPU was given up in a row.
+        probe_at: Unix time at which its NPU is tried again, in seconds; 0 if none is planned.
         at: Unix time of this heartbeat, in seconds.
         pid: of the node's parent process.
-        code: why it is not healthy, in a word of ours.
         totals: what its child has computed since it began; names and numbers that only rise.
     """
 
@@ -59,6 +59,8 @@ class Heartbeat:
     may_return: bool = False
     code: str = ""
     totals: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    probe_at: float = 0.0
 
     def to_message(self) -> bytes:
         """Encode as msgpack."""
@@ -97,12 +99,18 @@ def leave(redis: Redis, node: str) -> None:
     pipe.execute()
 
 
+def fetch_known(redis: Redis) -> list[str]:
+    """Return the names of the nodes that were alive within the last day."""
+    names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
+    return [name.decode() for name in names]
+
+
 def fetch_alive(redis: Redis) -> list[Heartbeat]:
     """Return the last heartbeat of every living node, by name."""
-    names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
+    names = fetch_known(redis)
     if not names:
         return []
-    raws = cast(list[bytes | None], redis.mget([node_key(name.decode()) for name in names]))
+    raws = cast(list[bytes | None], redis.mget([node_key(name) for name in names]))
     return read_beats(raws)
 
 

@@ -29,6 +29,7 @@ from embedq.outcomes import TRUNCATED, OutcomeTable
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.reconcile import Sent, View, is_lost, is_missing
+from embedq.tracing import JobTrace
 from embedq.vectors import Value, Vectors, decode
 
 T = TypeVar("T")
@@ -193,6 +194,7 @@ class Job:
         self._kept: deque[FinishedBatch] = deque()
         self._gate = Gate(link.redis, link.broker, link.on_wait)
         self._looked = time.monotonic()
+        self._trace = JobTrace(self.id)
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
@@ -204,6 +206,7 @@ class Job:
         if not self._state.open:
             self._patiently(self._gate.require_room)
             self._patiently(self._open)
+            self._trace.begin()
             self._state.open = True
             self._publish_up_to_window()
 
@@ -286,7 +289,7 @@ class Job:
             if self._state.exhausted and not self._state.outstanding:
                 return None
             left_s = None if silence_s is None else heard + silence_s - time.monotonic()
-            commits = self._patiently(lambda left_s=left_s: self._read(left_s))  # type: ignore[misc] # as in _collect
+            commits = self._patiently(lambda left_s=left_s: self._read(left_s))  # type: ignore[misc] # the default binds the loop variable
             self._reconcile()
             if commits:
                 self._collect(commits)
@@ -357,7 +360,7 @@ class Job:
 
     def _publish(self, piece: Slice, recomputes: int = 0) -> None:
         batch = EmbedBatch(self.id, piece.index, piece.texts, self._spec, piece.refused)
-        self._patiently(lambda: self._link.publisher.publish(batch, self._queue))
+        self._patiently(lambda: self._link.publisher.publish(batch, self._queue, self._trace))
         sent = Sent(batch.task_id, time.time())
         self._state.outstanding[piece.index] = _Outstanding(piece, sent, recomputes)
 
@@ -419,20 +422,24 @@ class Job:
 
     def _collect(self, commits: list[Commit]) -> None:
         """Fetch, check and keep the vectors of new commits, then delete them from Redis."""
-        state = self._state
         for commit in commits:
-            waiting = state.outstanding.get(commit.index)
-            if waiting is not None:
-                values = self._patiently(lambda c=commit: self._ledger.fetch_values(c))  # type: ignore[misc] # the default binds the loop variable
-                try:
-                    finished = self._assemble(waiting.slice, values)
-                except CorruptValue as error:
-                    self._recompute(commit.index, waiting, error)
-                else:
-                    state.ready[commit.index] = finished
-                    del state.outstanding[commit.index]
-            self._patiently(lambda c=commit: self._ledger.take([c]))  # type: ignore[misc] # as above
-            state.cursor = commit.entry
+            with self._trace.collecting(index=commit.index):
+                self._collect_one(commit)
+
+    def _collect_one(self, commit: Commit) -> None:
+        state = self._state
+        waiting = state.outstanding.get(commit.index)
+        if waiting is not None:
+            values = self._patiently(lambda: self._ledger.fetch_values(commit))
+            try:
+                finished = self._assemble(waiting.slice, values)
+            except CorruptValue as error:
+                self._recompute(commit.index, waiting, error)
+            else:
+                state.ready[commit.index] = finished
+                del state.outstanding[commit.index]
+        self._patiently(lambda: self._ledger.take([commit]))
+        state.cursor = commit.entry
 
     def _assemble(self, piece: Slice, values: list[bytes | None]) -> FinishedBatch:
         if not values or any(value is None for value in values):
@@ -465,6 +472,7 @@ class Job:
             self._state.closed = True
             return
         self._state.closed = True
+        self._trace.end()
         ended = self._state.exhausted and not self._state.outstanding
         patience_s = self._link.patience_s if ended else CLOSE_PATIENCE_S
         try:

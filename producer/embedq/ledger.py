@@ -69,6 +69,13 @@ for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
 return 1
 """
 
+# KEYS meta tries; ARGV index
+_FORGIVE: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
+return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
+"""
+
 # KEYS meta. A job that is gone stays gone: a key written now would live for ever.
 _CANCEL: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
@@ -93,6 +100,7 @@ class Ledger:
         self._suspects = suspects_key(job)
         self._value_prefix = prefix + "v:"
         self._begin = client.register_script(_BEGIN)
+        self._forgive = client.register_script(_FORGIVE)
         self._commit = client.register_script(_COMMIT)
         self._cancel = client.register_script(_CANCEL)
         self._forget = client.register_script(_FORGET)
@@ -120,6 +128,10 @@ class Ledger:
             self._begin(keys=[self._meta, self._bits, self._tries], args=[index]),
         )
         return Verdict(verdict.decode()), tries
+
+    def forgive(self, index: int) -> None:
+        """Take back the count of the last delivery: what ended it was not the batch's doing."""
+        self._forgive(keys=[self._meta, self._tries], args=[index])
 
     def commit(self, index: int, values: Sequence[bytes], *, n_texts: int = 0) -> bool | None:
         """Write a batch's values and mark it committed, all or nothing, first writer only.

@@ -55,7 +55,7 @@ class Sample:
 
 def of_fleet(found: FleetStatus) -> Iterator[Sample]:
     """Yield all samples of a look at the fleet."""
-    yield Sample("embedq_paused", (), float(found.paused))
+    yield Sample("embedq_paused", (), float(found.paused is not None))
     for instance, load in found.memory.items():
         yield Sample("embedq_redis_memory_used_bytes", (instance,), load.used)
         yield Sample("embedq_redis_memory_limit_bytes", (instance,), load.limit)

@@ -31,6 +31,8 @@ OTHER_ROOMS = frozenset(
         "cache_dir",
         "commit_patience_s",
         "compile_deadline_s",
+        "crash_loop_deaths",
+        "crash_loop_window_s",
         "degraded_cpu",
         "device",
         "engine",
@@ -38,6 +40,9 @@ OTHER_ROOMS = frozenset(
         "heartbeat_s",
         "help_npu",
         "infer_deadline_s",
+        "infer_failures",
+        "infer_failures_window_s",
+        "init_budget_s",
         "lease_renewal_s",
         "lock_dir",
         "log_level",
@@ -51,10 +56,17 @@ OTHER_ROOMS = frozenset(
         "npu_standin",
         "offline",
         "precision",
+        "probe_first_s",
+        "probe_longest_s",
+        "probe_settle_s",
         "row_tokens",
         "runtime_dir",
+        "shadow_every",
+        "slow_batches",
+        "slow_factor",
         "stub_delay_s",
         "stub_device",
+        "stub_faults",
         "stub_texts_per_s",
         "threads",
         "token_budget",
@@ -156,6 +168,10 @@ class RedisSettings(Room):
         le=86_400,
         description="Silence after which another node may take over a batch; same for all.",
         json_schema_extra=unit("s"),
+    )
+    traces: bool = Field(
+        False,
+        description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
     )
 
 

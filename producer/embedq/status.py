@@ -19,8 +19,9 @@ from embedq import progress
 from embedq.broker import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, Load
 from embedq.contract import Queue
 from embedq.dead import DEAD_KEY
-from embedq.fleet import FORGET_S, NODES_KEY, PAUSED_KEY, Heartbeat, node_key, read_beats
+from embedq.fleet import FORGET_S, NODES_KEY, Heartbeat, node_key, read_beats
 from embedq.ledger import JOBS_KEY
+from embedq.orders import PAUSED_KEY, Pause, read_pause
 
 #: Most jobs that are looked at, newest first; abandoned ones linger here until the next one opens.
 MOST_JOBS: Final = 1_000
@@ -62,7 +63,7 @@ class FleetStatus:
         oldest_lease_s: age of the oldest lease among them.
         jobs: the living ones, oldest first.
         redis: used share of the memory of broker and results; 0 where there is no limit.
-        paused: an operator has paused the fleet.
+        paused: why and since when an operator has paused the fleet; None while it works.
         silent: name -> Unix time of the last heartbeat of nodes that went without taking leave.
         oldest_ready_s: time since the oldest message of each queue was published; 0 when empty.
         oldest_in_hand_s: the same for what nodes hold.
@@ -77,7 +78,7 @@ class FleetStatus:
     oldest_lease_s: float
     jobs: list[JobStatus]
     redis: dict[str, float]
-    paused: bool
+    paused: Pause | None
     silent: dict[str, float] = field(default_factory=dict)
     oldest_ready_s: dict[str, float] = field(default_factory=dict)
     oldest_in_hand_s: float = 0.0
@@ -86,7 +87,9 @@ class FleetStatus:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status for JSON."""
-        return asdict(self)
+        shown = asdict(self)
+        shown["paused"] = self.paused._asdict() if self.paused else None
+        return shown
 
 
 def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
@@ -112,7 +115,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
         oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
         jobs=jobs,
         redis={name: round(load.ratio, 4) for name, load in memory.items()},
-        paused=bool(paused),
+        paused=read_pause(paused),
         silent={name.decode(): at for name, at in beats if name.decode() not in living},
         oldest_ready_s=dict(zip(names, ages, strict=False)),
         oldest_in_hand_s=ages[-1],
@@ -136,7 +139,7 @@ def _ask_results(results: Redis, now: float) -> list[Any]:
     pipe = results.pipeline(transaction=False)
     pipe.zrangebyscore(NODES_KEY, now - FORGET_S, "+inf", withscores=True)
     pipe.zrange(JOBS_KEY, 0, MOST_JOBS - 1, desc=True, withscores=True)
-    pipe.exists(PAUSED_KEY)
+    pipe.get(PAUSED_KEY)
     pipe.hlen(DEAD_KEY)
     pipe.info("memory")
     return _checked(pipe.execute(raise_on_error=False), optional=1)

@@ -21,8 +21,9 @@ from tests.servers import RedisProcess
 from embedq.contract import Queue
 from embedq.exporter import serve
 from embedq.exporter_cli import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-from embedq.fleet import NODES_KEY, PAUSED_KEY
+from embedq.fleet import NODES_KEY
 from embedq.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
+from embedq.orders import PAUSED_KEY
 from embedq.redis_client import open_redis
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]

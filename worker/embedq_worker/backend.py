@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from celery.backends.base import BaseBackend
 from celery.exceptions import Reject
 from redis import Redis
+from redis.exceptions import RedisError
 
 from embedq import dead
 from embedq.contract import Code, EmbedBatch
@@ -53,6 +54,13 @@ class LedgerBackend(BaseBackend):
         verdict, tries = self.waiting(lambda: Ledger(self.redis, job).begin(index))
         TALLY.redelivered += tries > 1
         return verdict, tries
+
+    def forgive(self, job: str, index: int) -> None:
+        """Take back the count of a delivery that a device ended; tried once, for it may fail."""
+        try:
+            Ledger(self.redis, job).forgive(index)
+        except RedisError as error:
+            log.info("not_forgiven job=%s index=%d reason=%s", job, index, type(error).__name__)
 
     def commit(self, batch: EmbedBatch, vectors: Vectors, outcomes: OutcomeTable) -> bool | None:
         """Commit the vectors of a batch; see Ledger.commit.

@@ -30,6 +30,19 @@ OWN_POINTS, OUTSIDE_POINTS, MAX_POINTS = 4, 1, 12
 #: What a sound engine embeds without fail.
 HARMLESS = "A harmless text."
 
+
+class DeviceFault(Exception):
+    """A device failed, which is never a text's doing.
+
+    Attributes:
+        error: what it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
 #: Embeds a batch; the flag asks for the engine on the CPU.
 Embed = Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]
 
@@ -61,6 +74,7 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
 
     Raises:
         EngineError: the engine fails a harmless text, so no text is to blame.
+        DeviceFault: an NPU failed; it does not tell whether a text was to blame.
     """
     charges = notes.charges()
     vectors = np.full((len(batch.texts), batch.spec.dim), np.nan, np.float32)
@@ -92,6 +106,9 @@ def _embed_one(
         notes.start(offset)
         try:
             found = embed(alone, on_cpu)
+        except DeviceFault:
+            notes.end(offset, cleared=False)
+            raise
         except Exception as error:
             # An error that is not ours may quote the text.
             reason = str(error) if isinstance(error, EngineError) else type(error).__name__

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +14,7 @@ SUFFIX: Final = ".tally"
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one process, which only rise, and since when its engine is at work.
+    """Counts of one process, which only rise.
 
     Attributes:
         redelivered: batches begun that somebody had begun before.
@@ -24,7 +22,6 @@ class Tally:
         refused: batches answered as failed.
         rerouted: batches handed to another queue.
         set_aside: texts that no process survived.
-        engine_since: seconds of the machine's monotonic clock; None while the engine rests.
     """
 
     redelivered: int = 0
@@ -32,12 +29,13 @@ class Tally:
     refused: int = 0
     rerouted: int = 0
     set_aside: int = 0
-    engine_since: float | None = None
     _path: Path | None = field(default=None, repr=False)
     _totals: dict[str, float] = field(default_factory=dict, repr=False)
 
     def open(self, folder: Path, node: str) -> None:
-        """Begin the file of this process."""
+        """Begin the file of this process, without what its parent counted before the fork."""
+        for name in self.counts():
+            setattr(self, name, 0)
         self._path = folder / (node + SUFFIX)
         self.write({})
 
@@ -53,7 +51,6 @@ class Tally:
             return
         body = {
             "pid": os.getpid(),
-            "engine_since": self.engine_since,
             "totals": {**self._totals, **self.counts()},
         }
         temporary = self._path.with_suffix(f"{SUFFIX}.{os.getpid()}")
@@ -73,17 +70,6 @@ class Tally:
             "set_aside": self.set_aside,
         }
 
-    @contextmanager
-    def engine_at_work(self) -> Iterator[None]:
-        """Show meanwhile that the engine is at it, so that one that never returns is seen."""
-        self.engine_since = time.monotonic()
-        self.write()
-        try:
-            yield
-        finally:
-            self.engine_since = None
-            self.write()
-
 
 #: Of this process.
 TALLY: Final = Tally()
@@ -95,19 +81,24 @@ class Told:
 
     Attributes:
         pid: of the child.
-        engine_since: as in Tally.
         totals: names and numbers.
     """
 
     pid: int = 0
-    engine_since: float | None = None
     totals: dict[str, float] = field(default_factory=dict)
+
+
+def together(folder: Path, node: str) -> dict[str, float]:
+    """Return what a node's child last wrote and what this process, its parent, has counted."""
+    summed = Counter(TALLY.counts())
+    summed.update(read(folder, node).totals)
+    return dict(summed)
 
 
 def read(folder: Path, node: str) -> Told:
     """Return what a node's child last wrote; nothing of it if that cannot be read."""
     try:
         body: dict[str, Any] = json.loads((folder / (node + SUFFIX)).read_bytes())
-        return Told(int(body["pid"]), body["engine_since"], dict(body["totals"]))
+        return Told(int(body["pid"]), dict(body["totals"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Told()

@@ -11,10 +11,11 @@ from typing import Any
 from celery import bootsteps, signals
 from celery.worker import state as worker_state
 
-from embedq_worker import lifecycle, pulse, tally
-from embedq_worker.health import EarlyDeaths
+from embedq_worker import lifecycle, node_tracing, pulse, tally
+from embedq_worker.errors import Reason
+from embedq_worker.guard import Guard
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import NodeState, State, StateFile
+from embedq_worker.state import NodeState, State
 
 log = logging.getLogger("embedq.worker")
 
@@ -30,16 +31,14 @@ class ShowPulse(bootsteps.StartStopStep):
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
         self._settings: WorkerSettings = c.app.conf.embedq
-        self._states = StateFile(self._settings.runtime_dir, self._settings.name)
-        self._early = EarlyDeaths()
-        self._guard: Any = None
+        self._guard: Guard | None = None
         self._timer: Any = None
         self._beaten = 0.0
         c.while_waiting_for_broker = self.beat_waiting
 
     def start(self, c: Any) -> None:
         """Beat from now on."""
-        self._guard = c.app.conf.get("embedq_guard")
+        self._guard = c.app.conf.embedq_guard
         self._timer = c.timer.call_repeatedly(BEAT_EVERY_S, self._beat)
 
     def stop(self, c: Any) -> None:
@@ -62,7 +61,6 @@ class ShowPulse(bootsteps.StartStopStep):
         self._beaten = now_s = time.monotonic()
         settings = self._settings
         state = self._state()
-        told = tally.read(settings.runtime_dir, settings.name)
         began = [request.time_start for request in worker_state.active_requests]
         beat = pulse.Pulse(
             node=settings.name,
@@ -71,11 +69,11 @@ class ShowPulse(bootsteps.StartStopStep):
             child=state.pid,
             state=str(state.state),
             reason=state.reason,
-            crash_loop=self._early.is_loop(state, now_s),
+            # A node that goes on with its CPU after such a loop lives.
+            crash_loop=state.code == Reason.CRASH_LOOP and not state.device,
             connected=connected,
             batch_since=min((at for at in began if at), default=None),
-            # What a child that is gone was at is nobody's work any more.
-            engine_since=told.engine_since if told.pid == state.pid else None,
+            engine_since=state.busy_since or None,
             engine_deadline_s=settings.engine_deadline_s,
         )
         try:
@@ -84,7 +82,7 @@ class ShowPulse(bootsteps.StartStopStep):
             log.warning("pulse_not_written node=%s reason=%s", settings.name, error.strerror)
 
     def _state(self) -> NodeState:
-        found = self._guard.shown() if self._guard is not None else self._states.read()
+        found = self._guard.shown() if self._guard is not None else None
         return found or NodeState(State.STARTING, time.time(), 0)
 
 
@@ -109,10 +107,18 @@ def on_process_init(**_: Any) -> None:
 
     settings: WorkerSettings = app.conf.embedq
     tally.TALLY.open(settings.runtime_dir, settings.name)
+    if settings.traces:
+        node_tracing.enable()
+
+
+@signals.worker_process_shutdown.connect
+def on_process_shutdown(**_: Any) -> None:
+    """Send the last spans."""
+    node_tracing.flush()
 
 
 @signals.task_postrun.connect
 def on_batch(**_: Any) -> None:
     """Write down what this child has done so far."""
-    serving = lifecycle.serving()
+    serving = lifecycle.child().serving
     tally.TALLY.write(serving.totals() if serving is not None else {})
