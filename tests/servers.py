@@ -73,6 +73,11 @@ class RedisProcess:
         with self.open() as client:
             wait_for(lambda: _answers(client), "Redis to answer")
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server."""
+        return self._process.pid
+
     def broker_url(self, db: int = 0) -> str:
         """Return the URL as kombu wants it."""
         return f"redis+socket://{self._login}{self.socket}?virtual_host={db}"

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 from redis.exceptions import RedisError
 
+from embedq import tracing
 from embedq.backpressure import window
 from embedq.batching import Slice, split
 from embedq.broker import Broker
@@ -87,6 +88,8 @@ class Client:
         elif any(value is not None for value in given.values()):
             raise TypeError("Give either settings or single values, not both.")
         self.settings = settings
+        if settings.traces and not tracing.is_on():
+            tracing.enable("embedq")
         self.redis = open_redis(settings.results_url)
         self._broker = open_redis(settings.broker_url)
         self._publisher = Publisher(settings.broker_url)
@@ -251,7 +254,9 @@ class Client:
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         rows = [np.empty((0, spec.dim), np.float32)]
         failures: dict[int, str] = {}
-        for batch in self.job(slices, spec, strict=strict).batches(timeout_s=timeout_s):
+        planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+        job = self.job(slices, spec, strict=strict, planned=planned)
+        for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
@@ -281,7 +286,8 @@ class Client:
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        job = self.job(self.split(texts, spec), spec, strict=strict)
+        planned = len(texts) if isinstance(texts, Sized) else None
+        job = self.job(self.split(texts, spec), spec, strict=strict, planned=planned)
         job.start()
         return job
 
@@ -340,6 +346,7 @@ class Client:
         spare: int = 0,
         strict: bool | None = None,
         refusable: bool = True,
+        planned: int | None = None,
     ) -> Job:
         """Prepare a job over batches; read its `batches()` to run it.
 
@@ -352,6 +359,7 @@ class Client:
             strict: take vectors from an NPU or not at all; None as the settings say.
             refusable: a Redis that is nearly full refuses the job at its start; otherwise it waits
                 for room, as a running job does.
+            planned: texts in all of them, shown to operators; None if that is not known.
 
         Raises:
             SettingsError: strict and exact, which no device can be at once.
@@ -380,6 +388,7 @@ class Client:
             ordered=ordered,
             label=label,
             refusable=refusable,
+            planned=planned,
         )
 
 

@@ -6,8 +6,8 @@ Never for routing: a node decides what it consumes from its own state alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Final, cast
 
 import msgpack
@@ -42,6 +42,7 @@ class Heartbeat:
         probe_at: Unix time at which its NPU is tried again, in seconds; 0 if none is planned.
         at: Unix time of this heartbeat, in seconds.
         pid: of the node's parent process.
+        totals: what its child has computed since it began; names and numbers that only rise.
     """
 
     node: str
@@ -57,6 +58,7 @@ class Heartbeat:
     home: str = ""
     may_return: bool = False
     code: str = ""
+    totals: dict[str, float] = field(default_factory=dict)
     count: int = 0
     probe_at: float = 0.0
 
@@ -83,7 +85,7 @@ class Heartbeat:
 def beat(redis: Redis, heartbeat: Heartbeat) -> None:
     """Write a node's heartbeat; it fades by itself."""
     pipe = redis.pipeline(transaction=False)
-    pipe.set(_node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
+    pipe.set(node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
     pipe.zadd(NODES_KEY, {heartbeat.node: heartbeat.at})
     pipe.zremrangebyscore(NODES_KEY, "-inf", heartbeat.at - FORGET_S)
     pipe.execute()
@@ -92,7 +94,7 @@ def beat(redis: Redis, heartbeat: Heartbeat) -> None:
 def leave(redis: Redis, node: str) -> None:
     """Remove a node that shut down in good order."""
     pipe = redis.pipeline(transaction=False)
-    pipe.unlink(_node_key(node))
+    pipe.unlink(node_key(node))
     pipe.zrem(NODES_KEY, node)
     pipe.execute()
 
@@ -108,7 +110,12 @@ def fetch_alive(redis: Redis) -> list[Heartbeat]:
     names = fetch_known(redis)
     if not names:
         return []
-    raws = cast(list[bytes | None], redis.mget([_node_key(name) for name in names]))
+    raws = cast(list[bytes | None], redis.mget([node_key(name) for name in names]))
+    return read_beats(raws)
+
+
+def read_beats(raws: Iterable[bytes | None]) -> list[Heartbeat]:
+    """Return the heartbeats that can be read, by name; None stands for one that faded."""
     alive = []
     for raw in raws:
         if raw is not None:
@@ -147,5 +154,6 @@ def _names(card: ModelCard, model: str) -> bool:
     return len(model) >= 12 and card.identity.startswith(model)
 
 
-def _node_key(node: str) -> str:
+def node_key(node: str) -> str:
+    """Return the key of a node's heartbeat."""
     return f"embedq:node:{node}"

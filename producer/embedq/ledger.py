@@ -54,15 +54,16 @@ redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
 return {'go', tries}
 """
 
-# KEYS meta bits commits tries value...; ARGV index value...
+# KEYS meta bits commits tries value...; ARGV index n_texts value...
 # The first writer wins; under memory pressure Redis refuses the script before its first write.
 _COMMIT: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
 local ttl = redis.call('HGET', KEYS[1], 'ttl')
-for i = 2, #ARGV do redis.call('SET', KEYS[3 + i], ARGV[i], 'EX', ttl) end
+for i = 3, #ARGV do redis.call('SET', KEYS[2 + i], ARGV[i], 'EX', ttl) end
 redis.call('SETBIT', KEYS[2], ARGV[1], 1)
-redis.call('XADD', KEYS[3], '*', 'i', ARGV[1], 'v', #ARGV - 1)
+redis.call('XADD', KEYS[3], '*', 'i', ARGV[1], 'v', #ARGV - 2)
+redis.call('HINCRBY', KEYS[1], 'texts', ARGV[2])
 redis.call('HDEL', KEYS[4], ARGV[1])
 for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
 return 1
@@ -132,25 +133,21 @@ class Ledger:
         """Take back the count of the last delivery: what ended it was not the batch's doing."""
         self._forgive(keys=[self._meta, self._tries], args=[index])
 
-    def commit(self, index: int, values: Sequence[bytes]) -> bool | None:
+    def commit(self, index: int, values: Sequence[bytes], *, n_texts: int = 0) -> bool | None:
         """Write a batch's values and mark it committed, all or nothing, first writer only.
+
+        Args:
+            index: the batch.
+            values: its vectors and outcomes.
+            n_texts: texts in it, for whoever watches the job.
 
         Returns:
             True if this call committed, False if another had, None if the job is gone.
         """
         keys = [self._meta, self._bits, self._commits, self._tries]
         keys += [self._value_key(index, part) for part in range(len(values))]
-        answer = int(cast(int, self._commit(keys=keys, args=[index, *values])))
+        answer = int(cast(int, self._commit(keys=keys, args=[index, n_texts, *values])))
         return {1: True, 0: False, -1: None}[answer]
-
-    def progress(self) -> tuple[str, int, int] | None:
-        """Return label, committed batches and those not yet taken; None if the job is gone."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.hget(self._meta, "label")
-        pipe.bitcount(self._bits)
-        pipe.xlen(self._commits)
-        label, committed, waiting = pipe.execute()
-        return None if label is None else (label.decode(), int(committed), int(waiting))
 
     def exists(self) -> bool:
         """Tell whether Redis still knows the job."""

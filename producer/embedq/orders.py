@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 import msgpack
 from redis import Redis
@@ -74,7 +74,11 @@ def fetch_orders(redis: Redis, node: str) -> tuple[Order | None, bool]:
 
 def fetch_pause(redis: Redis) -> Pause | None:
     """Return the pause of the fleet, or None while it works."""
-    raw = redis.get(PAUSED_KEY)
+    return read_pause(cast(bytes | None, redis.get(PAUSED_KEY)))
+
+
+def read_pause(raw: bytes | None) -> Pause | None:
+    """Read what PAUSED_KEY holds."""
     if raw is None:
         return None
     try:

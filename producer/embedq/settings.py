@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +18,9 @@ from embedq.hints import nearest
 
 #: Put before the name of every setting.
 PREFIX = "EMBEDQ_"
+#: Where Docker and Kubernetes put secrets: a file there, named like a variable in lower case, sets
+#: what the variable does not, and shows in no `docker inspect`.
+SECRETS_DIR = Path("/run/secrets")
 #: The default of EMBEDQ_MODEL on both sides.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 #: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
@@ -81,7 +84,7 @@ class Described(NamedTuple):
     Attributes:
         name: the environment variable.
         value: what is in force, passwords masked.
-        source: ``environment`` or ``default``.
+        source: ``environment``, ``secret`` or ``default``.
         default, unit, description: as the class says.
     """
 
@@ -109,7 +112,8 @@ class Room(BaseSettings):
         """
         _refuse_strangers(cls.variables() | cls.elsewhere, os.environ)
         try:
-            return cls(**{key: value for key, value in overrides.items() if value is not None})
+            given = {key: value for key, value in overrides.items() if value is not None}
+            return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
         except ValidationError as error:
             found = [each for each in error.errors() if each["type"] != _UNTRIED]
             lines = [_explain(cls, details) for details in found]
@@ -131,7 +135,7 @@ class Room(BaseSettings):
             yield Described(
                 variable,
                 mask_password(str(getattr(self, name))),
-                "environment" if variable in present else "default",
+                _source(variable, present),
                 mask_password(str(default)),
                 str(unit),
                 info.description or "",
@@ -164,6 +168,10 @@ class RedisSettings(Room):
         le=86_400,
         description="Silence after which another node may take over a batch; same for all.",
         json_schema_extra=unit("s"),
+    )
+    traces: bool = Field(
+        False,
+        description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
     )
 
 
@@ -242,6 +250,12 @@ def mask_password(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     user = parts.username or ""
     return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+
+
+def _source(variable: str, present: Collection[str]) -> str:
+    if variable in present:
+        return "environment"
+    return "secret" if (SECRETS_DIR / variable.lower()).is_file() else "default"
 
 
 def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> None:

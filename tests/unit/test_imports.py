@@ -22,7 +22,7 @@ HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "hugg
 #: Files of the worker that may touch Celery.
 CELERY_ROOMS = {
     *("app", "backend", "consumer", "delivery", "hearing", "leases", "lifecycle", "rerouting"),
-    *("tasks", "telling"),
+    *("tasks", "telling", "vitals"),
 }
 
 
@@ -125,3 +125,19 @@ def test_help_of_both_commands_loads_no_runtime() -> None:
     for module in ("embedq.cli", "embedq_worker.cli"):
         loaded = loaded_after(f"from {module} import cli; cli(['--help'], standalone_mode=False)")
         assert not loaded & {*HEAVY[1:], "celery", "kombu"}, module
+
+
+def test_health_check_loads_the_standard_library_only() -> None:
+    """A container asks it every few seconds, so it answers without click, pydantic or msgpack."""
+    code = "from embedq_worker import __main__, health_check; health_check.main([])"
+
+    loaded = loaded_after(code)
+
+    assert not loaded & {*HEAVY[1:], "celery", "click", "msgpack", "numpy", "pydantic", "redis"}
+
+
+def test_exporter_loads_no_celery() -> None:
+    """The exporter reads Redis and speaks HTTP, and needs neither Celery nor numpy."""
+    loaded = loaded_after("import embedq.exporter")
+
+    assert not loaded & {*HEAVY, "celery", "kombu", "numpy"}

@@ -28,6 +28,7 @@ from embedq.suspects import Suspects
 from embedq.vectors import Vectors, encode, encode_failure, split_rows
 from embedq_worker.careful import OUTSIDE_POINTS, OWN_POINTS
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.tally import TALLY
 
 T = TypeVar("T")
 log = logging.getLogger("embedq.worker")
@@ -50,7 +51,9 @@ class LedgerBackend(BaseBackend):
 
     def begin(self, job: str, index: int) -> tuple[Verdict, int]:
         """Ask the ledger whether a batch still wants computing; see Ledger.begin."""
-        return self.waiting(lambda: Ledger(self.redis, job).begin(index))
+        verdict, tries = self.waiting(lambda: Ledger(self.redis, job).begin(index))
+        TALLY.redelivered += tries > 1
+        return verdict, tries
 
     def forgive(self, job: str, index: int) -> None:
         """Take back the count of a delivery that a device ended; tried once, for it may fail."""
@@ -75,10 +78,16 @@ class LedgerBackend(BaseBackend):
             encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
             for start, stop in split_rows(len(vectors), batch.spec.dim)
         ] or [encode(vectors, outcomes, fingerprint)]
-        return self.waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
+        n_texts = len(vectors)
+        committed = self.waiting(
+            lambda: Ledger(self.redis, batch.job).commit(batch.index, values, n_texts=n_texts)
+        )
+        TALLY.duplicates += committed is False
+        return committed
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
+        TALLY.refused += 1
         value = encode_failure(code, detail)
         return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
 
@@ -169,6 +178,7 @@ class LedgerNotes:
     def set_aside(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
         batch = self._batch
+        TALLY.set_aside += 1
         log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
         letter = dead.new(
             batch.job,

@@ -64,6 +64,15 @@ for _command in (degrade, recover, pause, resume):
     cli.add_command(_command)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1)
+def health(arguments: tuple[str, ...]) -> None:
+    """Say whether the nodes of this machine live; containers ask this."""
+    from embedq_worker.health_check import main
+
+    sys.exit(main(list(arguments)))
+
+
 @cli.command(epilog=_EPILOG)
 @_model_options
 @click.option("--name", help="Name of the node, unique in the fleet.  [EMBEDQ_NAME]")

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from celery import bootsteps
@@ -23,6 +24,7 @@ from embedq_worker.leases import RenewLeases
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import State, StateFile
 from embedq_worker.telling import TellFleet
+from embedq_worker.vitals import ShowPulse, beating
 
 log = logging.getLogger("embedq.worker")
 
@@ -69,7 +71,8 @@ class ServeQueues(bootsteps.StartStopStep):
         state = self._guard.shown()
         if state is None:
             return {"embedq": {"state": str(State.STARTING)}}
-        return {"embedq": {key: str(getattr(state, key)) for key in SHOWN}}
+        shown = {key: str(getattr(state, key)) for key in SHOWN}
+        return {"embedq": shown, "pool": for_flower(shown, c.pool.info)}
 
     def _apply(self, c: Any) -> None:
         guard = self._guard
@@ -94,6 +97,13 @@ class ServeQueues(bootsteps.StartStopStep):
         if pid in c.pool.info["processes"]:
             os.kill(pid, signal.SIGKILL)
         self._guard.replaced(pid)
+
+
+def for_flower(shown: Mapping[str, str], pool: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a node's state before what its pool tells: that is what its page in Flower opens with."""
+    # Without dashes, which Flower takes for blanks.
+    since = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(float(shown["since"])))
+    return {**{f"node {key}": value for key, value in {**shown, "since": since}.items()}, **pool}
 
 
 class MissChild(bootsteps.StartStopStep):
@@ -123,6 +133,15 @@ class MissChild(bootsteps.StartStopStep):
 class Consumer(celery_consumer.Consumer):
     """Celery's consumer, whose complaints about bad messages quote sizes and never bodies."""
 
+    #: Called about every second while the broker is away; a step sets it.
+    while_waiting_for_broker: Callable[[], None] | None = None
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Wait for the broker, showing meanwhile that this node lives."""
+        if self.while_waiting_for_broker is not None:
+            conn.ensure_connection = beating(conn.ensure_connection, self.while_waiting_for_broker)
+        return super().ensure_connected(conn)
+
     def on_decode_error(self, message: Any, exc: Exception) -> None:
         """Drop a message whose body cannot be decoded."""
         self._drop(message, type(exc).__name__)
@@ -147,4 +166,6 @@ class Consumer(celery_consumer.Consumer):
 
 def add_steps(app: Any) -> None:
     """Add the steps to an app."""
-    app.steps["consumer"].update((ServeQueues, RenewLeases, MissChild, TellFleet, HearOperator))
+    app.steps["consumer"].update(
+        (ServeQueues, RenewLeases, MissChild, TellFleet, HearOperator, ShowPulse)
+    )

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from celery.exceptions import Ignore, Reject
 
 from embedq.contract import PUBLISHED_HEADER, Header, Queue
+from embedq_worker.tally import TALLY
 
 log = logging.getLogger("embedq.worker")
 
@@ -34,6 +35,7 @@ def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
         request, args=({**body, "rerouted": True},), queue=str(Queue.CPU), headers=headers
     )
     again.apply_async()
+    TALLY.rerouted += 1
 
 
 def hand_over(task: Any, body: Any, code: str, reason: str) -> NoReturn:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from embedq.contract import Accuracy, Device, EmbedBatch, ModelCard, Precision
@@ -109,6 +110,14 @@ class Serving:
             if self._exact is None:
                 self._exact = self._open_exact()
             return self._exact
+
+    def totals(self) -> dict[str, float]:
+        """Return what all engines have computed, as names and numbers."""
+        engines = {id(proven): proven for proven in (self._standard, self._exact) if proven}
+        summed: Counter[str] = Counter()
+        for proven in engines.values():
+            summed.update(asdict(proven.embedder.meter.totals()))
+        return dict(summed)
 
     def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
         """Let the shadow look at what the engine for class ``standard`` computed.

@@ -33,20 +33,13 @@ from embedq_worker.choices import (
     contradictions,
 )
 from embedq_worker.machine import discover
+from embedq_worker.runtime_dir import default_runtime_dir
 
 __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
 
 #: How a setting that is a map may be written.
 MAP_FORMS = "KEY=VALUE,KEY=VALUE, or a JSON object"
 SOURCE_ONLY = frozenset(PREFIX + name for name in ("TEST_MODEL", "TEST_NPU", "VENV"))
-
-
-def default_runtime_dir() -> Path:
-    """Return the folder for files that live as long as a node: short, private, in memory if any."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base:
-        return Path(base) / "embedq"
-    return Path(tempfile.gettempdir()) / f"embedq-{os.getuid()}"
 
 
 def default_lock_dir() -> Path:

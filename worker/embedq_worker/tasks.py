@@ -8,6 +8,7 @@ from typing import Any
 
 from celery.exceptions import Reject
 
+from embedq import tracing
 from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
@@ -77,7 +78,8 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         raise Reject(reason, requeue=True) from None
 
     embed_s = time.monotonic() - began
-    committed = backend.commit(batch, vectors, outcomes)
+    with tracing.span("embedq.commit", index=index):
+        committed = backend.commit(batch, vectors, outcomes)
     task_s = time.monotonic() - began
     proven.embedder.meter.add(
         texts=len(batch.texts),
@@ -153,7 +155,7 @@ def _ask(
     on_npu = child().on_npu and proven.engine is node.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
-        with child().calling_engine():
+        with child().calling_engine(), tracing.span("embedq.engine", texts=len(batch.texts)):
             vectors, outcomes = proven.embedder.embed(batch, stats)
             if on_npu:
                 node.check(batch, vectors)

@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 
 from embedq import fleet
 from embedq.redis_client import open_redis
+from embedq_worker import tally
 from embedq_worker.guard import Guard
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State
@@ -83,6 +84,7 @@ class TellFleet(bootsteps.StartStopStep):
             card=state.card,
             home=state.home,
             may_return=state.may_return,
+            totals=tally.together(self._settings.runtime_dir, self._settings.name),
         )
         try:
             fleet.beat(self._redis, heartbeat)
