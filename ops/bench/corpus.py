@@ -41,3 +41,13 @@ def _of_file(path: Path) -> list[str]:
 
 def _cycle(texts: list[str]) -> list[str]:
     return texts * 1000
+
+
+def sized(n: int, tokens: int) -> list[str]:
+    """Return n texts of about as many WordPiece tokens, special ones included, no two alike."""
+    words = [word for word in " ".join(docstrings(2000)).split() if word.isalpha()]
+    choose = random.Random(SEED)
+    # Two special tokens and three of the number; a word is 1.14 tokens on average.
+    length = max(1, round((tokens - 5) / 1.14))
+    starts = [choose.randrange(len(words) - length) for _ in range(n)]
+    return [f"{' '.join(words[at : at + length])} {number}" for number, at in enumerate(starts)]

@@ -53,6 +53,7 @@ OTHER_ROOMS = frozenset(
         "stub_delay_s",
         "stub_device",
         "stub_texts_per_s",
+        "stub_tokenizer",
         "threads",
         "token_budget",
         "wheel_dir",

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from celery import signals
@@ -23,18 +24,22 @@ from embedq.errors import EmbedqError
 from embedq_worker import claims, logs, models, selftest
 from embedq_worker.devices import verify_opened
 from embedq_worker.embedder import Embedder
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.stub import STUB_MAX_LENGTH, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceError, EngineError, Reason
 from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
 from embedq_worker.placement import Placement, place
 from embedq_worker.serving import Proven, Serving
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
+from embedq_worker.tokens import AnyTokenizer
 
 log = logging.getLogger("embedq.worker")
 
 #: Seconds that a killed predecessor may take to give its device back.
 CLAIM_PATIENCE_S = 10.0
+#: Seconds for which one Python thread may keep the others from running. With the default of 5 ms a
+#: thread that hands the device its next work waits longer for its turn than the device computes.
+SWITCH_INTERVAL_S = 0.0005
 
 
 _serving: Serving | None = None
@@ -72,8 +77,7 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
         EngineError: the engine does not open, or fails its self-test.
     """
     if model is None:
-        proven = _open_stub(settings)
-        return Serving(stub_card(), proven, lambda: proven)
+        return _open_stub(settings)
     opener = Opener(settings, model)
     if settings.device is DeviceChoice.NPU:
         standard = opener.open_npu()
@@ -82,14 +86,25 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
     return Serving(model.card(), standard, lambda: opener.open_cpu(Accuracy.EXACT))
 
 
-def _open_stub(settings: WorkerSettings) -> Proven:
+def _open_stub(settings: WorkerSettings) -> Serving:
     engine = StubEngine(delay_s=settings.stub_delay_s, texts_per_s=settings.stub_texts_per_s)
     budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
-    embedder = Embedder(StubTokenizer(), engine, token_budget=budget)
+    tokenizer, content = _stub_tokenizer(settings.stub_tokenizer)
+    embedder = Embedder(tokenizer, engine, token_budget=budget)
     report = selftest.run(embedder, None)
     if not report.passed:
         raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
-    return Proven(engine, embedder, report, "only")
+    proven = Proven(engine, embedder, report, "only")
+    return Serving(stub_card(content), proven, lambda: proven)
+
+
+def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
+    if path is None:
+        return StubTokenizer(), b""
+    from embedq_worker.tokenization import Tokenizer  # a library that the stub alone does not need
+
+    tokenizer = Tokenizer(path, STUB_MAX_LENGTH)
+    return tokenizer, path.read_bytes()
 
 
 def claim_device(settings: WorkerSettings, placement: Placement) -> claims.Claim | None:
@@ -149,6 +164,7 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         _die_with_parent()
         # Ctrl-C in a terminal reaches the whole group; the parent decides when a child ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         state_file.write(state)
         logs.send_native_to_stderr()
         began = time.monotonic()

@@ -236,6 +236,11 @@ class WorkerSettings(RedisSettings):
         json_schema_extra=unit("texts/s"),
     )
 
+    stub_tokenizer: Path | None = Field(
+        None,
+        description="tokenizer.json for the stub to tokenize with; it then answers by first words.",
+    )
+
     @field_validator("npu_properties", mode="before")
     @classmethod
     def _map(cls, value: object) -> object:

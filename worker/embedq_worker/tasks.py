@@ -15,7 +15,7 @@ from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
 from embedq_worker import watchdog
-from embedq_worker.answer import Stats
+from embedq_worker.answer import Sink, Stats
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
 from embedq_worker.careful import CAREFUL_AT, Notes, embed_carefully
@@ -57,12 +57,13 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     if verdict is not Verdict.GO:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
         return {"skipped": str(verdict)}
-    stats = Stats()
+    stats, upload = Stats(), None
     try:
         batch = _accept(body, node)
         proven = node.proven_for(batch.spec.accuracy)
         if tries < CAREFUL_AT:
-            vectors, outcomes = _embed(batch, proven.embedder, stats)
+            upload = backend.upload(batch)
+            vectors, outcomes = _embed(batch, proven.embedder, stats, upload)
         else:
             notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
             vectors, outcomes = _embed_carefully(batch, proven.embedder, stats, notes)
@@ -73,11 +74,13 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     except Exception as error:  # Celery would acknowledge it, and the batch would be gone
         # An error that is not ours may quote a text.
         reason = str(error) if isinstance(error, EngineError) else type(error).__name__
+        if upload is not None:
+            upload.discard()
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
         raise Reject(reason, requeue=True) from None
 
     embed_s = time.monotonic() - began
-    committed = backend.commit(batch, vectors, outcomes)
+    committed = backend.commit(batch, vectors, outcomes, upload)
     task_s = time.monotonic() - began
     proven.embedder.meter.add(
         texts=len(batch.texts),
@@ -124,10 +127,12 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
     return node
 
 
-def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:
+def _embed(
+    batch: EmbedBatch, embedder: Embedder, stats: Stats, sink: Sink | None = None
+) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch under the watchdog."""
     with watchdog.deadline(app.conf.embedq.engine_deadline_s):
-        return embedder.embed(batch, stats)
+        return embedder.embed(batch, stats, sink)
 
 
 def _embed_carefully(
