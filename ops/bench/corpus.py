@@ -1,11 +1,13 @@
-"""Real prose that every machine has: the docstrings of Python's standard library."""
+"""Texts that every machine has: the docstrings of Python's standard library, and what they make."""
 
 from __future__ import annotations
 
 import ast
 import random
 import sysconfig
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 #: The order is shuffled, the same way everywhere.
 SEED = 20261122
@@ -22,10 +24,68 @@ def docstrings(n: int) -> list[str]:
             found.update(dict.fromkeys(_of_file(path)))
     texts = list(found)
     random.Random(SEED).shuffle(texts)
-    repeats = [
-        f"{text} ({i // len(texts)})" for i, text in zip(range(n), _cycle(texts), strict=False)
+    return _repeat(texts, n)
+
+
+def titles(n: int) -> list[str]:
+    """Return n first lines of docstrings: some ten words each."""
+    lines = dict.fromkeys(text.partition("\n")[0][:80] for text in docstrings(12_000))
+    return _repeat(list(lines), n)
+
+
+def chunks(n: int) -> list[str]:
+    """Return n chunks of 1,000 to 1,500 characters, as a splitter of documents makes them."""
+    return _repeat(list(_joined(docstrings(12_000))), n)
+
+
+def mixed(n: int) -> list[str]:
+    """Return n texts of which two in three are not English: made-up words in ten alphabets.
+
+    They mean nothing, but they cost the tokenizer and the wire what such scripts cost.
+    """
+    choose = random.Random(SEED)
+    english = docstrings(n)
+    return [
+        english[at] if at % 3 == 0 else _foreign(choose, f"{number}", choose.choice(ALPHABETS))
+        for number, at in enumerate(range(n))
     ]
-    return texts[:n] if n <= len(texts) else texts + repeats[len(texts) :]
+
+
+#: First and last letter of each alphabet, and the letters of a word in it.
+ALPHABETS: Final = (
+    ("\u0430", "\u044f", 6),  # Cyrillic
+    ("\u03b1", "\u03c9", 6),  # Greek
+    ("\u0905", "\u0939", 4),  # Devanagari
+    ("\u0627", "\u064a", 5),  # Arabic
+    ("\u05d0", "\u05ea", 5),  # Hebrew
+    ("\u4e00", "\u4fff", 2),  # Chinese
+    ("\u3042", "\u3093", 4),  # Japanese
+    ("\uac00", "\uafff", 3),  # Korean
+    ("\u0e01", "\u0e2e", 6),  # Thai
+    ("\u00e0", "\u00f6", 7),  # Latin with accents
+)
+
+
+def _foreign(choose: random.Random, name: str, alphabet: tuple[str, str, int]) -> str:
+    first, last, length = alphabet
+    letters = range(ord(first), ord(last) + 1)
+    words = ["".join(chr(choose.choice(letters)) for _ in range(length)) for _ in range(30)]
+    return f"{' '.join(words)} {name}"
+
+
+def _joined(texts: list[str]) -> Iterator[str]:
+    whole = ""
+    for text in texts:
+        whole = f"{whole} {text}".strip()[:1500]
+        if len(whole) >= 1000:
+            yield whole
+            whole = ""
+
+
+def _repeat(texts: list[str], n: int) -> list[str]:
+    """Return n of the texts; with more than there are, numbered repeats."""
+    rounds = -(-n // len(texts))
+    return [f"{text} ({at})" if at else text for at in range(rounds) for text in texts][:n]
 
 
 def _of_file(path: Path) -> list[str]:
@@ -39,5 +99,20 @@ def _of_file(path: Path) -> list[str]:
     return [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) >= 60]
 
 
-def _cycle(texts: list[str]) -> list[str]:
-    return texts * 1000
+def sized(n: int, tokens: int) -> list[str]:
+    """Return n texts of about as many WordPiece tokens, special ones included, no two alike."""
+    words = [word for word in " ".join(docstrings(2000)).split() if word.isalpha()]
+    choose = random.Random(SEED)
+    # Two special tokens and three of the number; a word is 1.14 tokens on average.
+    length = max(1, round((tokens - 5) / 1.14))
+    starts = [choose.randrange(len(words) - length) for _ in range(n)]
+    return [f"{' '.join(words[at : at + length])} {number}" for number, at in enumerate(starts)]
+
+
+#: Name of each corpus -> what makes n texts of it.
+CORPORA: Final[Mapping[str, Callable[[int], list[str]]]] = {
+    "titles": titles,
+    "docstrings": docstrings,
+    "chunks": chunks,
+    "mixed": mixed,
+}

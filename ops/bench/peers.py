@@ -1,35 +1,37 @@
 """embedq end to end, through Celery and Redis, against other embedders in process.
 
-    ops/bench/peers.py [--texts 1000] [--rounds 3] [--json FILE]
+    ops/bench/peers.py [--texts 1000] [--rounds 3] [--corpus docstrings] [--only NAME ...] [--quick]
 
-Every peer lives in a virtual environment of its own, gets the same texts, model files and
-truncation, and runs in turn with the others, so that a drift of the machine meets all alike. Quote
-the ratios; the vectors of each peer are compared with embedq's in the same run.
+Every peer lives in a virtual environment, gets the same texts, model files and truncation, and runs
+in turn with the others, so that a drift of the machine meets all alike. Quote the ratios; the
+vectors of each are compared with embedq's exact ones in the same run. A peer that cannot be
+installed or does not run is named with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 import venv
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
-from corpus import docstrings
+from corpus import CORPORA
+from harness import Table, client_of, find_model, in_turn, options, parsed, ratio, report
 
-from embedq import Client
 from embedq.contract import Accuracy
 from embedq.local import LocalFleet
-from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
-from embedq_worker import models
+from embedq.settings import cache_home
 
 #: What a peer runs: reads texts once, then a line a round; answers seconds and saves vectors.
 _PEER = """
@@ -55,34 +57,120 @@ class Peer:
 
     Attributes:
         name: as in the table.
-        requirements: what its environment needs.
-        load: source that defines ``encode(texts)``; ``task["model"]`` is the folder.
+        environment: name of its virtual environment; peers with the same one share it.
+        requirements: what that needs, in order: the first may decide the build.
+        load: source that defines ``encode(texts)``; ``task`` has the folder of the ``model``, where
+            to ``export`` it, and a ``broker``.
     """
 
     name: str
+    environment: str
     requirements: tuple[str, ...]
     load: str
 
 
+#: The CPU build where the installer finds one; the version is pinned for comparisons.
+_TORCH = ("torch==2.13.0", "sentence-transformers>=5,<7", "celery[redis]>=5.7,<5.8")
+_OPTIMUM = ("torch==2.13.0", "sentence-transformers[onnx,openvino]>=5,<7")
+_OPENVINO = """
+from sentence_transformers import SentenceTransformer
+options = {{"export": True, "ov_config": {config}}}
+model = SentenceTransformer(task["model"], backend="openvino", model_kwargs=options)
+def encode(texts): return model.encode(texts, normalize_embeddings=True)
+"""
+#: The plainest way to put a model behind a queue: 64 texts a message, answers as JSON.
+_CELERY = """
+import atexit, os, subprocess, tempfile
+folder = tempfile.mkdtemp()
+open(folder + "/plain_task.py", "w").write('''
+import os
+from celery import Celery
+app = Celery("plain", broker=os.environ["BROKER"], backend=os.environ["BROKER"])
+app.conf.update(task_serializer="json", result_serializer="json", worker_prefetch_multiplier=1)
+model = None
+@app.task(name="embed")
+def embed(texts):
+    global model
+    if model is None:
+        from sentence_transformers import SentenceTransformer
+        model = SentenceTransformer(os.environ["MODEL"], device="cpu")
+    return model.encode(texts, normalize_embeddings=True).tolist()
+''')
+os.environ.update(BROKER=task["broker"], MODEL=task["model"])
+sys.path.insert(0, folder)
+command = [sys.executable, "-m", "celery", "-A", "plain_task", "worker", "-c", "1"]
+worker = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+atexit.register(worker.kill)
+from plain_task import embed
+def encode(texts):
+    sent = [embed.delay(texts[at : at + 64]) for at in range(0, len(texts), 64)]
+    return [vector for each in sent for vector in each.get(timeout=600)]
+"""
+
 PEERS = (
     Peer(
         "sentence-transformers torch",
-        # The CPU build where the installer finds one; the version is pinned for comparisons.
-        ("torch==2.13.0", "sentence-transformers>=5,<7"),
+        "sentence-transformers-torch",
+        _TORCH,
         """
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(task["model"], device="cpu")
 def encode(texts): return model.encode(texts, normalize_embeddings=True)
 """,
     ),
+    Peer("plain Celery task, JSON", "sentence-transformers-torch", _TORCH, _CELERY),
+    Peer(
+        "sentence-transformers onnx",
+        "sentence-transformers-optimum",
+        _OPTIMUM,
+        """
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(task["model"], backend="onnx", model_kwargs={"export": True})
+model.save_pretrained(task["export"])
+def encode(texts): return model.encode(texts, normalize_embeddings=True)
+""",
+    ),
+    Peer(
+        "sentence-transformers openvino f32",
+        "sentence-transformers-optimum",
+        _OPTIMUM,
+        _OPENVINO.format(config={"INFERENCE_PRECISION_HINT": "f32"}),
+    ),
+    Peer(
+        "sentence-transformers openvino",
+        "sentence-transformers-optimum",
+        _OPTIMUM,
+        _OPENVINO.format(config={}),
+    ),
+    Peer(
+        "fastembed",
+        "fastembed",
+        ("fastembed>=0.7,<1",),
+        # It takes ONNX only: the file that sentence-transformers exported before.
+        """
+from fastembed import TextEmbedding
+from fastembed.common.model_description import ModelSource, PoolingType
+TextEmbedding.add_custom_model(
+    model="local/model", pooling=PoolingType.MEAN, normalization=True,
+    sources=ModelSource(hf="local/model"), dim=384, model_file="onnx/model.onnx",
 )
+model = TextEmbedding("local/model", specific_model_path=task["export"])
+def encode(texts): return list(model.embed(texts))
+""",
+    ),
+)
+
+
+class Unavailable(Exception):
+    """A peer that cannot be installed, or ended."""
 
 
 class RunningPeer:
     """A peer in its process, loaded and warm."""
 
-    def __init__(self, peer: Peer, python: Path, model: Path, texts: Path, folder: Path) -> None:
+    def __init__(self, peer: Peer, python: Path, task: dict[str, str], folder: Path) -> None:
         self.name = peer.name
+        self._log = folder / f"{peer.name.replace(' ', '-')}.log"
         self._vectors = folder / f"{peer.name.replace(' ', '-')}.npy"
         command = [str(python), "-c", _PEER.format(load=peer.load)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
@@ -91,12 +179,11 @@ class RunningPeer:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log.open("w"),
             text=True,
             env=environment,
         )
-        task = {"texts": str(texts), "model": str(model), "vectors": str(self._vectors)}
-        self._ask(json.dumps(task))
+        self._ask(json.dumps({**task, "vectors": str(self._vectors)}))
 
     def run(self) -> float:
         """Embed all texts once and return the seconds it took."""
@@ -113,92 +200,114 @@ class RunningPeer:
 
     def _ask(self, line: str) -> dict[str, float]:
         stdin, stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        stdin.write(line + "\n")
-        stdin.flush()
-        answer = stdout.readline()
+        with suppress(BrokenPipeError):  # its answer, which is none, tells
+            stdin.write(line + "\n")
+            stdin.flush()
+        # Libraries print what they like; ours are the lines of JSON.
+        answer = next((line for line in stdout if line.startswith("{")), "")
         if not answer:
-            raise SystemExit(f"{self.name} ended with status {self._process.wait()}.")
+            last = self._log.read_text().strip().splitlines()[-1:]
+            raise Unavailable(f"ended with status {self._process.wait()}: {' '.join(last)[:200]}")
         return cast(dict[str, float], json.loads(answer))
 
 
 def environment_of(peer: Peer, folder: Path) -> Path:
-    """Return the Python of a peer's environment, made on first use."""
-    python = folder / peer.name.replace(" ", "-") / "bin" / "python"
+    """Return the Python of a peer's environment, made on first use.
+
+    Raises:
+        Unavailable: it cannot be installed.
+    """
+    python = folder / peer.environment / "bin" / "python"
     stamp = python.parent.parent / "requirements.txt"
     if not stamp.exists() or stamp.read_text() != "\n".join(peer.requirements):
         print(f"making the environment of {peer.name}; this takes minutes", file=sys.stderr)
         venv.create(python.parent.parent, with_pip=True)
-        for requirement in peer.requirements:  # in order: the first may decide the build
+        for requirement in peer.requirements:
             command = [str(python), "-m", "pip", "install", "--quiet", requirement]
-            subprocess.run(command, check=True)
+            if subprocess.run(command, check=False).returncode:
+                raise Unavailable(f"pip cannot install {requirement} here")
         stamp.write_text("\n".join(peer.requirements))
     return python
 
 
-def measure(args: argparse.Namespace) -> dict[str, object]:
+def start(
+    peers: list[Peer], task: dict[str, str], folder: Path
+) -> tuple[list[RunningPeer], list[str]]:
+    """Start the peers one after the other; return those that run, and why the others do not."""
+    running, absent = [], []
+    for peer in peers:
+        try:
+            running.append(RunningPeer(peer, environment_of(peer, folder), task, folder))
+        except Unavailable as error:
+            absent.append(f"{peer.name}: not measured: {error}")
+    return running, absent
+
+
+def measure(args: argparse.Namespace) -> Table:
     """Run everyone in turn and return the figures."""
-    texts = docstrings(args.texts)
-    folder = args.folder
+    texts = CORPORA[args.corpus](64 if args.quick else args.texts)
+    folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
-    texts_path = folder / "texts.json"
-    texts_path.write_text(json.dumps(texts))
-    wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
-    model = models.resolve(
-        os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
-        None,
-        cache_dir=cache_home(),
-        wheel_dir=Path(wheel) if wheel else None,
-    )
-    running = [
-        RunningPeer(peer, environment_of(peer, folder), model.folder, texts_path, folder)
-        for peer in PEERS
-    ]
-    seconds: dict[str, list[float]] = {}
-    with LocalFleet(warn=print) as fleet:
-        settings = ProducerSettings.load(
-            broker_url=fleet.broker_url, results_url=fleet.results_url, accuracy=Accuracy.EXACT
-        )
-        with Client(settings=settings, on_idle=fleet.check) as client:
-            client.encode(texts[:64])
-            for _ in range(args.rounds):
-                began = time.perf_counter()
-                ours = client.encode(texts)
-                name = "embedq exact, end to end"
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-                for peer in running:
-                    seconds.setdefault(peer.name, []).append(peer.run())
-    parity = {peer.name: _min_cosine(ours, peer.vectors()) for peer in running}
-    for peer in running:
-        peer.close()
-    return _figures(args, texts, seconds, parity)
+    (folder / "texts.json").write_text(json.dumps(texts))
+    export = folder / "export"
+    shutil.rmtree(export, ignore_errors=True)
+    chosen = [peer for peer in PEERS if not args.only or peer.name in args.only]
+    found: dict[str, np.ndarray] = {}
+    with (
+        LocalFleet(environment={"EMBEDQ_DEVICE": "cpu"}, redis="server", warn=print) as fleet,
+        client_of(fleet) as client,
+    ):
+        task = {
+            "texts": str(folder / "texts.json"),
+            "model": str(find_model().folder),
+            "export": str(export),
+            "broker": fleet.broker_url.replace("virtual_host=0", "virtual_host=2"),
+        }
+        running, absent = start(chosen, task, folder)
+
+        def ours(accuracy: Accuracy) -> float:
+            began = time.perf_counter()
+            found[f"embedq {accuracy}"] = client.encode(texts, accuracy=accuracy)
+            return time.perf_counter() - began
+
+        runs = {f"embedq {each}": functools.partial(ours, each) for each in args.classes}
+        for run in runs.values():
+            run()  # opens the engine of the class
+        seconds = in_turn(args.rounds, {**runs, **{peer.name: peer.run for peer in running}})
+        found |= {peer.name: peer.vectors() for peer in running}
+        for peer in running:
+            peer.close()
+    return _table(args, texts, seconds, found, absent)
 
 
-def _figures(
+def _table(
     args: argparse.Namespace,
     texts: list[str],
     seconds: dict[str, list[float]],
-    parity: dict[str, float],
-) -> dict[str, object]:
-    ours = next(iter(seconds))
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {_cpu_name()}",
-        "command": f"ops/bench/peers.py --texts {args.texts} --rounds {args.rounds}",
-        "texts": len(texts),
-        "rows": [
-            {
-                "name": name,
-                "docs_per_second": round(len(texts) / statistics.median(runs), 1),
-                # Pair by pair within a round, because the machine drifts between rounds.
-                "embedq_is_faster_by": round(
-                    statistics.median(t / o for t, o in zip(runs, seconds[ours], strict=True)), 2
-                ),
-                "min_cosine_to_embedq": round(parity.get(name, 1.0), 6),
-                "seconds": [round(run, 2) for run in runs],
-            }
-            for name, runs in seconds.items()
-        ],
-    }
+    found: dict[str, np.ndarray],
+    absent: list[str],
+) -> Table:
+    ours = [f"embedq {each}" for each in args.classes]
+    reference = found[ours[0]]
+    rows: list[list[str | float]] = [
+        [
+            name,
+            len(texts) / statistics.median(runs),
+            *(ratio(runs, seconds[mine]) for mine in ours),
+            _min_cosine(reference, found[name]),
+            _overlap(reference, found[name]),
+        ]
+        for name, runs in seconds.items()
+    ]
+    faster = [f"{mine} is faster by" for mine in ours]
+    return Table(
+        f"embedq through Celery and Redis against others in process, {len(texts):,} {args.corpus}",
+        ["embedder", "texts/s", *faster, f"min cosine to {args.classes[0]}", "top-10 overlap"],
+        rows,
+        plot="texts/s",
+        notes=absent,
+        more={"corpus": args.corpus, "texts": len(texts), "seconds": seconds},
+    )
 
 
 def _min_cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -206,37 +315,40 @@ def _min_cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a * b).sum(axis=1) / lengths).min())
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def _overlap(a: np.ndarray, b: np.ndarray, n: int = 10) -> float:
+    """Return the share of each text's ten nearest neighbours that both agree on."""
+
+    def nearest(vectors: np.ndarray) -> np.ndarray:
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        near = unit @ unit.T
+        np.fill_diagonal(near, -2)
+        return np.argsort(-near, axis=1)[:, :n]
+
+    pairs = zip(nearest(a), nearest(b), strict=True)
+    return statistics.fmean(len(set(one) & set(other)) / len(one) for one, other in pairs)
 
 
 def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=int, default=1000, help="how many docstrings (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    """Run the command line."""
+    parser = options("peers", __doc__ or "", rounds=3)
+    parser.add_argument("--texts", type=int, default=1000, help="how many (%(default)s)")
+    parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
+    parser.add_argument("--only", nargs="+", help="names of peers")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        type=Accuracy,
+        default=[Accuracy.EXACT, Accuracy.STANDARD],
+        help="accuracy classes of embedq; the first is the reference",
+    )
     parser.add_argument(
         "--folder",
         type=Path,
         default=cache_home() / "bench",
         help="where the environments of the peers are kept (%(default)s)",
     )
-    args = parser.parse_args()
-    figures = measure(args)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{figures['date']}, {figures['machine']}: {figures['command']}")
-    print(f"{'':36}{'docs/s':>8}{'ratio':>8}{'min cosine':>12}")
-    for row in cast(list[dict[str, object]], figures["rows"]):
-        print(
-            f"{row['name']:36}{row['docs_per_second']:8}{row['embedq_is_faster_by']:8}"
-            f"{row['min_cosine_to_embedq']:12}"
-        )
+    args = parsed(parser)
+    report(args, measure(args))
 
 
 if __name__ == "__main__":

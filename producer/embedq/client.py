@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from embedq import tracing
 from embedq.backpressure import window
-from embedq.batching import Slice, split
+from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
 from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
@@ -97,6 +97,7 @@ class Client:
         self._on_idle = on_idle or (lambda: None)
         self._card: ModelCard | None = None
         self._devices: Counter[str] = Counter()
+        self._kept_tokens = 0
         self._counted = -NODES_EVERY_S
 
     def __enter__(self) -> Self:
@@ -332,9 +333,19 @@ class Client:
         return split(
             texts,
             max_texts=self.settings.batch_texts,
-            max_tokens=self.settings.batch_tokens,
+            max_tokens=self.batch_tokens(spec),
             max_length=spec.max_length,
         )
+
+    def batch_tokens(self, spec: VectorSpec) -> int:
+        """Return the estimated tokens of a full batch."""
+        # Only the CPU serves exact jobs, however fast the other devices are.
+        devices = () if spec.accuracy is Accuracy.EXACT else self._living()
+        return batch_tokens(self.settings.batch_tokens or self._kept_tokens, devices)
+
+    def keep_batch_tokens(self, tokens: int) -> None:
+        """Split as an earlier run did, whatever the fleet is now, unless the settings say how."""
+        self._kept_tokens = tokens
 
     def job(
         self,

@@ -244,7 +244,12 @@ def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manife
     }
     settings["model_label"] = client.card().label
     settings["batch_texts"] = client.settings.batch_texts
-    settings["batch_tokens"] = client.settings.batch_tokens
+    # A fleet that has changed must not change the split of what is half done.
+    before = None if request.restart else Manifest.load(manifest_path(request.output))
+    if before is not None and isinstance(kept := before.settings.get("batch_tokens"), int):
+        client.keep_batch_tokens(kept)
+    client.keep_batch_tokens(client.batch_tokens(spec))
+    settings["batch_tokens"] = client.batch_tokens(spec)
     inputs = {
         "files": expand(request.inputs),
         "format": request.format,

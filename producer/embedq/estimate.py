@@ -109,7 +109,7 @@ def estimate(client: Client, request: Request) -> Estimate:
     # By guessed tokens, not by documents: a few long ones would make the sample a poor mean.
     share = sample.guessed / max(1.0, sum(_guess(text, spec.max_length) for text in chosen))
     mean_bytes = text_bytes / max(1, texts)
-    per_batch = min(settings.batch_texts, settings.batch_tokens / max(1.0, tokens / n))
+    per_batch = min(settings.batch_texts, client.batch_tokens(spec) / max(1.0, tokens / n))
     window_rows = min(texts, client.window() * per_batch)
     row_bytes = 4 * spec.dim + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
     return Estimate(

@@ -14,6 +14,8 @@ from typing import Final, cast
 
 from redis import Redis
 
+from embedq import scripts
+from embedq.staging import staged_key
 from embedq.suspects import suspects_key
 
 #: Sorted set of living jobs, scored by their start; what `embedq status` lists.
@@ -27,6 +29,10 @@ class Verdict(StrEnum):
     GONE = "gone"
     CANCELLED = "cancelled"
     COMMITTED = "committed"
+
+
+class StagedGone(Exception):
+    """Values that were written ahead have left Redis; commit again with the values themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,49 +50,6 @@ class Commit:
     n_values: int
 
 
-# KEYS meta bits tries; ARGV index
-_BEGIN: Final = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return {'gone', 0} end
-if redis.call('HEXISTS', KEYS[1], 'cancelled') == 1 then return {'cancelled', 0} end
-if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return {'committed', 0} end
-local tries = redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
-redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
-return {'go', tries}
-"""
-
-# KEYS meta bits commits tries value...; ARGV index n_texts value...
-# The first writer wins; under memory pressure Redis refuses the script before its first write.
-_COMMIT: Final = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return -1 end
-if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return 0 end
-local ttl = redis.call('HGET', KEYS[1], 'ttl')
-for i = 3, #ARGV do redis.call('SET', KEYS[2 + i], ARGV[i], 'EX', ttl) end
-redis.call('SETBIT', KEYS[2], ARGV[1], 1)
-redis.call('XADD', KEYS[3], '*', 'i', ARGV[1], 'v', #ARGV - 2)
-redis.call('HINCRBY', KEYS[1], 'texts', ARGV[2])
-redis.call('HDEL', KEYS[4], ARGV[1])
-for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
-return 1
-"""
-
-# KEYS meta tries; ARGV index
-_FORGIVE: Final = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
-return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
-"""
-
-# KEYS meta. A job that is gone stays gone: a key written now would live for ever.
-_CANCEL: Final = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
-"""
-
-# KEYS bits; ARGV index
-_FORGET: Final = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1], 0) end
-"""
-
-
 class Ledger:
     """The ledger of one job."""
 
@@ -97,13 +60,13 @@ class Ledger:
         self._meta, self._bits, self._commits, self._tries = (
             prefix + name for name in ("meta", "bits", "commits", "tries")
         )
-        self._suspects = suspects_key(job)
+        self._suspects, self._staged = suspects_key(job), staged_key(job)
         self._value_prefix = prefix + "v:"
-        self._begin = client.register_script(_BEGIN)
-        self._forgive = client.register_script(_FORGIVE)
-        self._commit = client.register_script(_COMMIT)
-        self._cancel = client.register_script(_CANCEL)
-        self._forget = client.register_script(_FORGET)
+        self._begin = client.register_script(scripts.BEGIN)
+        self._forgive = client.register_script(scripts.FORGIVE)
+        self._commit = client.register_script(scripts.COMMIT)
+        self._cancel = client.register_script(scripts.CANCEL)
+        self._forget = client.register_script(scripts.FORGET)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
         """Create the job, or find it again; repeating it changes nothing."""
@@ -133,20 +96,31 @@ class Ledger:
         """Take back the count of the last delivery: what ended it was not the batch's doing."""
         self._forgive(keys=[self._meta, self._tries], args=[index])
 
-    def commit(self, index: int, values: Sequence[bytes], *, n_texts: int = 0) -> bool | None:
+    def commit(self, index: int, values: Sequence[bytes | str], *, n_texts: int = 0) -> bool | None:
         """Write a batch's values and mark it committed, all or nothing, first writer only.
 
         Args:
             index: the batch.
-            values: its vectors and outcomes.
+            values: its vectors and outcomes, each as bytes, or as the key where it is staged.
             n_texts: texts in it, for whoever watches the job.
 
         Returns:
             True if this call committed, False if another had, None if the job is gone.
+
+        Raises:
+            StagedGone: a staged value is no longer there; nothing was written.
         """
-        keys = [self._meta, self._bits, self._commits, self._tries]
-        keys += [self._value_key(index, part) for part in range(len(values))]
-        answer = int(cast(int, self._commit(keys=keys, args=[index, n_texts, *values])))
+        targets = [self._value_key(index, part) for part in range(len(values))]
+        sources = [
+            value if isinstance(value, str) else target
+            for value, target in zip(values, targets, strict=True)
+        ]
+        sent = [b"" if isinstance(value, str) else value for value in values]
+        keys = [self._meta, self._bits, self._commits, self._tries, self._staged]
+        keys += targets + sources
+        answer = int(cast(int, self._commit(keys=keys, args=[index, n_texts, *sent])))
+        if answer == -2:
+            raise StagedGone
         return {1: True, 0: False, -1: None}[answer]
 
     def exists(self) -> bool:
@@ -209,7 +183,8 @@ class Ledger:
         for _, body in entries:
             for part in range(int(body[b"v"])):
                 pipe.unlink(self._value_key(int(body[b"i"]), part))
-        pipe.unlink(self._bits, self._commits, self._tries, self._suspects)
+        ahead = cast(set[bytes], self._redis.smembers(self._staged))
+        pipe.unlink(*ahead, self._bits, self._commits, self._tries, self._suspects, self._staged)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
 

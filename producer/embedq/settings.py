@@ -68,6 +68,7 @@ OTHER_ROOMS = frozenset(
         "stub_device",
         "stub_faults",
         "stub_texts_per_s",
+        "stub_tokenizer",
         "threads",
         "token_budget",
         "wheel_dir",
@@ -197,17 +198,17 @@ class ProducerSettings(RedisSettings):
         description="Texts of more tokens than the model takes: truncate (and report) or error.",
     )
     batch_texts: int = Field(
-        1024,
+        MAX_BATCH_TEXTS,
         ge=1,
         le=MAX_BATCH_TEXTS,
         description="Most texts in one batch.",
         json_schema_extra=unit("texts"),
     )
     batch_tokens: int = Field(
-        30_000,
-        ge=64,
+        0,
+        ge=0,
         le=1_000_000,
-        description="Estimated tokens at which a batch is full.",
+        description="Estimated tokens at which a batch is full; 0 suits the fleet's devices.",
         json_schema_extra=unit("tokens"),
     )
     window: int = Field(

@@ -22,7 +22,7 @@ from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.models import Model
 from embedq_worker.packing import RowForm, TokenBatch, build_padded, build_row
-from embedq_worker.planning import plan_rows
+from embedq_worker.planning import Pace, plan_rows
 from embedq_worker.tokenization import Tokenizer
 from embedq_worker.tokens import AnyTokenizer
 
@@ -55,8 +55,10 @@ class Subject:
 
     def embedder(self, token_budget: int = 64) -> Embedder:
         """Make an embedder with small token batches and chunks."""
-        budget = {"token_budget": token_budget, "chunk_texts": 16}
-        return Embedder(self.tokenizer, self.engine, **budget, form=self.form)
+        pace = Pace(16, 1, 16, 16)
+        return Embedder(
+            self.tokenizer, self.engine, token_budget=token_budget, pace=pace, form=self.form
+        )
 
     def token_batches(self, texts: list[str], size: int) -> list[TokenBatch]:
         """Group texts as this engine takes them, in groups of this size if it is free to choose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,21 @@ class Stats:
         return self.tokens / self.computed_tokens if self.computed_tokens else 1.0
 
 
+class Sink(Protocol):
+    """Takes rows as they become final, while others are still computed."""
+
+    def settle(self, answer: Answer, rows: Indices) -> None:
+        """Note that these rows are final; called from one thread, and must not wait."""
+
+
 class Answer:
     """Collects what becomes of a batch; rows of different texts may be filled from any thread."""
 
-    def __init__(self, batch: EmbedBatch, engine: Engine, stats: Stats) -> None:
+    def __init__(
+        self, batch: EmbedBatch, engine: Engine, stats: Stats, sink: Sink | None = None
+    ) -> None:
         n = len(batch.texts)
+        self._sink = sink
         self.vectors = np.full((n, engine.dim), np.nan, np.float32)
         self._stats = stats
         self._batch = batch
@@ -53,7 +64,9 @@ class Answer:
         self._n_tokens = np.zeros(n, np.uint32)
         self._n_dropped = np.zeros(n, np.uint32)
         self._codes = [str(batch.refused.get(row, Code.NONE)) for row in range(n)]
-        self.last = int(self.accepted()[-1]) if len(self.accepted()) else -1
+        accepted = self.accepted()
+        self.last = int(accepted[-1]) if len(accepted) else -1
+        self.settle(np.setdiff1d(np.arange(n), accepted))
 
     def accepted(self) -> Indices:
         """Return the rows that have not failed."""
@@ -68,14 +81,21 @@ class Answer:
         self._n_tokens[rows] = tokens.lengths
         self._n_dropped[rows] = tokens.n_dropped
         if self._batch.spec.on_long is OnLong.ERROR:
-            for row in rows[tokens.n_dropped > 0]:
+            too_long = rows[tokens.n_dropped > 0]
+            for row in too_long:
                 self._codes[row] = Code.TOO_MANY_TOKENS.value
                 self._n_tokens[row] = 0
+            self.settle(too_long)
 
     def charge(self, batch: TokenBatch) -> None:
         """Note that this token batch is computed."""
         self._stats.inferences += 1
         self._stats.computed_tokens += batch.input_ids.size
+
+    def settle(self, rows: Indices) -> None:
+        """Note that nothing more will happen to these rows."""
+        if self._sink is not None and len(rows):
+            self._sink.settle(self, rows)
 
     def finish(self) -> tuple[Vectors, OutcomeTable]:
         """Refuse to hand out a vector that is not finite: a device's fault, never a text's.
@@ -92,18 +112,21 @@ class Answer:
                 Reason.NOT_FINITE,
             )
         self._stats.tokens += int(self._n_tokens.sum())
-        return self.vectors, self._outcomes()
+        return self.vectors, self.outcomes(0, len(self._codes))
 
-    def _outcomes(self) -> OutcomeTable:
+    def outcomes(self, start: int, stop: int) -> OutcomeTable:
+        """Return the outcomes of settled rows."""
+        codes = self._codes[start:stop]
+        dropped = self._n_dropped[start:stop]
         served = (str(Status.OK), str(self._engine.device), str(self._engine.precision), "")
         kinds = {served: 0}
         kind = [
             kinds.setdefault((str(Status.FAILED), "", "", code) if code else served, len(kinds))
-            for code in self._codes
+            for code in codes
         ]
         flags = np.full(len(kind), REROUTED * self._batch.rerouted, np.uint8)
-        truncated = np.array([not code for code in self._codes], bool) & (self._n_dropped > 0)
+        truncated = np.array([not code for code in codes], bool) & (dropped > 0)
         flags[truncated] |= TRUNCATED
         return OutcomeTable(
-            list(kinds), np.array(kind, np.uint8), flags, self._n_tokens, self._n_dropped
+            list(kinds), np.array(kind, np.uint8), flags, self._n_tokens[start:stop], dropped
         )

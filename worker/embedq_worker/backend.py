@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from celery.backends.base import BaseBackend
@@ -19,16 +20,18 @@ from redis.exceptions import RedisError
 from embedq import dead
 from embedq.contract import Code, EmbedBatch
 from embedq.errors import QueueUnavailable
-from embedq.ledger import Ledger, Verdict
+from embedq.ledger import Ledger, StagedGone, Verdict
 from embedq.outcomes import OutcomeTable
 from embedq.patience import patiently
 from embedq.redis_client import open_redis
 from embedq.settings import mask_password
+from embedq.staging import Staging
 from embedq.suspects import Suspects
-from embedq.vectors import Vectors, encode, encode_failure, split_rows
+from embedq.vectors import Vectors, encode_failure
 from embedq_worker.careful import OUTSIDE_POINTS, OWN_POINTS
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tally import TALLY
+from embedq_worker.uploading import Upload
 
 T = TypeVar("T")
 log = logging.getLogger("embedq.worker")
@@ -41,6 +44,7 @@ class LedgerBackend(BaseBackend):
         super().__init__(app, url=url, **options)
         self.settings: WorkerSettings = app.conf.embedq
         self._client: Redis | None = None
+        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def redis(self) -> Redis:
@@ -62,26 +66,42 @@ class LedgerBackend(BaseBackend):
         except RedisError as error:
             log.info("not_forgiven job=%s index=%d reason=%s", job, index, type(error).__name__)
 
-    def commit(self, batch: EmbedBatch, vectors: Vectors, outcomes: OutcomeTable) -> bool | None:
+    def upload(self, batch: EmbedBatch) -> Upload:
+        """Prepare to send the vectors of a batch while they are computed."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "embedq-upload")
+        return Upload(batch, Staging(self.redis, batch.job, batch.index), self._thread)
+
+    def commit(
+        self,
+        batch: EmbedBatch,
+        vectors: Vectors,
+        outcomes: OutcomeTable,
+        upload: Upload | None = None,
+    ) -> bool | None:
         """Commit the vectors of a batch; see Ledger.commit.
 
         Args:
             batch: what was embedded.
             vectors: float32 [n, D].
             outcomes: n outcomes.
+            upload: what has sent some of them ahead.
 
         Raises:
             Reject: Redis stayed away too long; the batch goes back to its queue.
         """
-        fingerprint = batch.spec.fingerprint()
-        values = [
-            encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
-            for start, stop in split_rows(len(vectors), batch.spec.dim)
-        ] or [encode(vectors, outcomes, fingerprint)]
-        n_texts = len(vectors)
-        committed = self.waiting(
-            lambda: Ledger(self.redis, batch.job).commit(batch.index, values, n_texts=n_texts)
-        )
+        upload = upload or self.upload(batch)
+        ledger = Ledger(self.redis, batch.job)
+
+        def commit() -> bool | None:
+            values = upload.values(vectors, outcomes)
+            return self.waiting(lambda: ledger.commit(batch.index, values, n_texts=len(vectors)))
+
+        try:
+            committed = commit()
+        except StagedGone:
+            upload.forget()
+            committed = commit()
         TALLY.duplicates += committed is False
         return committed
 

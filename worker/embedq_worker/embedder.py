@@ -6,26 +6,27 @@ bytes again on the same engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from embedq.contract import EmbedBatch
+from embedq.contract import Device, EmbedBatch
 from embedq.outcomes import OutcomeTable
-from embedq_worker.answer import Answer, Stats, Vectors
+from embedq_worker.answer import Answer, Sink, Stats, Vectors
 from embedq_worker.canary import Canary
 from embedq_worker.engines.base import Engine
 from embedq_worker.packing import Indices, RowForm, TokenBatch, build_padded, build_row
-from embedq_worker.planning import plan_padded, plan_rows, seat_last
+from embedq_worker.planning import FAST, STEADY, Pace, plan_padded, plan_window, seat_last
 from embedq_worker.tokens import AnyTokenizer, RaggedTokens
 from embedq_worker.totals import Meter
 
-#: Texts tokenized at a time: enough to sort by length, and few enough that the engine waits only
-#: 20 to 30 ms for the first of them (62 tokens each, two cores, measured 2026-11-22).
-CHUNK_TEXTS: Final = 256
+#: Token batches built ahead for each caller of the engine: none of them waits for one, and building
+#: does not fight them for the interpreter while they have plenty.
+AHEAD: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Embedder:
         engine: Engine,
         *,
         token_budget: int,
-        chunk_texts: int = CHUNK_TEXTS,
+        pace: Pace | None = None,
         form: RowForm | None = None,
     ) -> None:
         """Start the threads that infer and the one that tokenizes.
@@ -61,7 +62,7 @@ class Embedder:
             tokenizer: of the engine's model.
             engine: stays the caller's; close() leaves it open.
             token_budget: most padded tokens in one inference; static rows have their own size.
-            chunk_texts: texts tokenized at a time.
+            pace: how many texts are tokenized at a time; None suits the engine's device.
             form: of the token batches; None for the engine's own.
         """
         self.tokenizer = tokenizer
@@ -72,16 +73,19 @@ class Embedder:
         #: How busy the engine is.
         self.meter = Meter()
         self._token_budget = token_budget
-        self._chunk_texts = chunk_texts
+        self._pace = pace or (STEADY if engine.device is Device.CPU else FAST)
         self._inferring = ThreadPoolExecutor(engine.concurrency, "embedq-infer")
         self._tokenizing = ThreadPoolExecutor(1, "embedq-tokenize")
 
-    def embed(self, batch: EmbedBatch, stats: Stats | None = None) -> tuple[Vectors, OutcomeTable]:
+    def embed(
+        self, batch: EmbedBatch, stats: Stats | None = None, sink: Sink | None = None
+    ) -> tuple[Vectors, OutcomeTable]:
         """Embed a batch.
 
         Args:
             batch: the texts.
             stats: what the batch cost is added here.
+            sink: told of rows as they become final; none of them counts unless this returns.
 
         Returns:
             float32 [n, D] in the order of the texts, NaN where a text failed, and its outcomes.
@@ -92,9 +96,10 @@ class Embedder:
         """
         stats = stats or Stats()
         before = self.meter.totals()
-        answer = Answer(batch, self.engine, stats)
+        answer = Answer(batch, self.engine, stats, sink)
         plan = self._plan_rows if self.form.is_static else self._plan_padded
-        inferences: list[Future[None]] = []
+        inferences: deque[Future[Indices]] = deque()
+        most = AHEAD * self.engine.concurrency
         try:
             for work in plan(batch, answer):
                 token_batch = self._build(work)
@@ -102,8 +107,10 @@ class Embedder:
                 inferences.append(
                     self._inferring.submit(self._infer, token_batch, work.rows, answer.vectors)
                 )
-            for inference in inferences:
-                inference.result()
+                while inferences and (inferences[0].done() or len(inferences) > most):
+                    answer.settle(inferences.popleft().result())
+            while inferences:
+                answer.settle(inferences.popleft().result())
         finally:
             _abandon(inferences)
             after = self.meter.totals()
@@ -128,8 +135,10 @@ class Embedder:
         def tokenize(rows: Indices) -> RaggedTokens:
             return self.tokenizer.tokenize([prompt + batch.texts[row] for row in rows])
 
-        accepted, size = answer.accepted(), self._chunk_texts
-        chunks = [accepted[at : at + size] for at in range(0, len(accepted), size)]
+        accepted = answer.accepted()
+        chunks = np.split(accepted, np.cumsum(self._pace.sizes(len(accepted)))[:-1])
+        if not len(accepted):
+            return
         for rows, tokens in zip(chunks, self._tokenizing.map(tokenize, chunks), strict=True):
             answer.count(rows, tokens)
             yield rows, tokens
@@ -143,21 +152,28 @@ class Embedder:
                 yield _Work(wanted[group], rows, tokens)
 
     def _plan_rows(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
-        """Assign all texts of the batch to static rows: the best fit wants every length first.
+        """Assign texts to static rows, window by window; a row that is not full yet waits for one.
 
-        The engine waits for the tokenizer here, 40 ms for 512 texts on two cores; rows are built
-        while it infers.
+        The canary rides in the last row of the batch.
         """
-        chunks = list(self._tokenize(batch, answer))
-        rows = np.concatenate([np.empty(0, np.intp), *(rows for rows, _ in chunks)])
-        tokens = RaggedTokens.join([tokens for _, tokens in chunks])
-        wanted = answer.wanted(rows)
-        plan = [wanted[row] for row in plan_rows(tokens.lengths[wanted], self.form)]
-        if self.canary and plan:
-            tokens = RaggedTokens.join([tokens, self.canary.tokens])
-            plan = seat_last(plan, tokens.lengths, self.form, rider=len(rows))
-        for members in plan:
-            yield _Work(members, rows, tokens)
+        rows, tokens = np.empty(0, np.intp), RaggedTokens.join([])
+        asked = False
+        for new_rows, new_tokens in self._tokenize(batch, answer):
+            wanted = answer.wanted(new_rows)
+            n_waiting = len(rows)
+            rows = np.concatenate([rows, new_rows[wanted]])
+            tokens = RaggedTokens.join([tokens, new_tokens.take(wanted)])
+            last = bool(new_rows[-1] == answer.last)
+            asked |= len(rows) > 0
+            window = plan_window(tokens.lengths, self.form, n_waiting, last=last)
+            plan = window.rows
+            ahead = tokens
+            if last and self.canary and asked:
+                ahead = RaggedTokens.join([tokens, self.canary.tokens])
+                plan = seat_last(plan, ahead.lengths, self.form, rider=len(rows))
+            for members in plan:
+                yield _Work(members, rows, ahead)
+            rows, tokens = rows[window.kept], tokens.take(window.kept)
 
     def _build(self, work: _Work) -> TokenBatch:
         pad_id = self.tokenizer.pad_id
@@ -165,18 +181,20 @@ class Embedder:
             return build_row(work.tokens, work.members, pad_id, self.form)
         return build_padded(work.tokens, work.members, pad_id)
 
-    def _infer(self, batch: TokenBatch, rows: Indices, vectors: Vectors) -> None:
-        """Infer one token batch, ask the canary, and put each vector in its row."""
+    def _infer(self, batch: TokenBatch, rows: Indices, vectors: Vectors) -> Indices:
+        """Infer one token batch, ask the canary, put each vector in its row; return these rows."""
         with self.meter.inferring():
             found = self.engine.infer(batch)  # [B, S, D]
         for row, seat in np.argwhere(batch.members == len(rows)):
             if self.canary:
                 self.canary.check(found[row, seat])
         real = (batch.members >= 0) & (batch.members < len(rows))
-        vectors[rows[batch.members[real]]] = found[real]
+        placed = rows[batch.members[real]]
+        vectors[placed] = found[real]
+        return placed
 
 
-def _abandon(inferences: list[Future[None]]) -> None:
+def _abandon(inferences: Collection[Future[Indices]]) -> None:
     """After a failure, drop what has not begun and wait for the rest: they write into our rows."""
     for inference in inferences:
         inference.cancel()

@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from celery import signals
@@ -24,7 +25,7 @@ from embedq_worker.child import Child
 from embedq_worker.devices import verify_opened
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.script import FaultScript
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.stub import STUB_MAX_LENGTH, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceError, EngineError, Reason
 from embedq_worker.golden import GOLDEN
 from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
@@ -32,11 +33,15 @@ from embedq_worker.placement import Placement, place
 from embedq_worker.serving import Proven, Serving
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 from embedq_worker.shadow import Shadow
+from embedq_worker.tokens import AnyTokenizer
 
 log = logging.getLogger("embedq.worker")
 
 #: Seconds that a killed predecessor may take to give its device back.
 CLAIM_PATIENCE_S = 10.0
+#: Seconds for which one Python thread may keep the others from running. With the default of 5 ms a
+#: thread that hands the device its next work waits longer for its turn than the device computes.
+SWITCH_INTERVAL_S = 0.0005
 
 
 _child: Child | None = None
@@ -94,14 +99,15 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
 
 def _serve_stub(settings: WorkerSettings) -> Serving:
     """Serve with the stub; on the CPU, where a degraded one goes, it has no faults."""
+    _, content = _stub_tokenizer(settings.stub_tokenizer)
     if settings.device is DeviceChoice.CPU:
         sound = _open_stub(settings, Device.CPU)
-        return Serving(stub_card(), sound, lambda: sound)
+        return Serving(stub_card(content), sound, lambda: sound)
     script = FaultScript(settings.stub_faults) if settings.stub_faults else None
     proven = _open_stub(settings, Device.STUB, script)
     quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
     shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
-    return Serving(stub_card(), proven, lambda: proven, shadow)
+    return Serving(stub_card(content), proven, lambda: proven, shadow)
 
 
 def _open_stub(
@@ -114,11 +120,22 @@ def _open_stub(
         device=device,
     )
     budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
-    embedder = Embedder(StubTokenizer(), engine, token_budget=budget)
-    report = selftest.run(embedder, None, stub_vectors(GOLDEN))
+    tokenizer, content = _stub_tokenizer(settings.stub_tokenizer)
+    embedder = Embedder(tokenizer, engine, token_budget=budget)
+    # Real tokens give the stub other hashes than those of the words that it is known by.
+    report = selftest.run(embedder, None, None if content else stub_vectors(GOLDEN))
     if not report.passed:
         raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
     return Proven(engine, embedder, report, "only")
+
+
+def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
+    if path is None:
+        return StubTokenizer(), b""
+    from embedq_worker.tokenization import Tokenizer  # a library that the stub alone does not need
+
+    tokenizer = Tokenizer(path, STUB_MAX_LENGTH)
+    return tokenizer, path.read_bytes()
 
 
 def claim_device(settings: WorkerSettings, placement: Placement) -> claims.Claim | None:
@@ -177,6 +194,7 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         die_with_parent()
         # Ctrl-C in a terminal reaches the whole group; the parent decides when a child ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         logs.send_native_to_stderr()
         began = time.monotonic()
         placement = app.conf.get("embedq_placement") or place(settings, wait_s=CLAIM_PATIENCE_S)

@@ -310,6 +310,11 @@ class WorkerSettings(RedisSettings):
         description="For tests and rehearsals: file with the stub's faults, read as it works.",
     )
 
+    stub_tokenizer: Path | None = Field(
+        None,
+        description="tokenizer.json for the stub to tokenize with; it then answers by first words.",
+    )
+
     @field_validator("npu_properties", mode="before")
     @classmethod
     def _map(cls, value: object) -> object:

@@ -15,7 +15,7 @@ from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
 from embedq_worker import rerouting
-from embedq_worker.answer import Stats
+from embedq_worker.answer import Sink, Stats
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
 from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
@@ -56,30 +56,37 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     if verdict is not Verdict.GO:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
         return {"skipped": str(verdict)}
-    stats = Stats()
+    stats, upload = Stats(), None
     try:
         batch = _accept(body, node)
         proven = node.proven_for(batch.spec.accuracy)
         notes = None
         if tries >= CAREFUL_AT:
             notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
-        vectors, outcomes = _embed(batch, node, proven, stats, notes)
+        else:
+            upload = backend.upload(batch)
+        vectors, outcomes = _embed(batch, node, proven, stats, notes, upload)
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
         backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
     except DeviceFault as fault:
+        why = child().doubts(fault.error)  # first of all, so that the parent takes nothing more
         backend.forgive(job, index)
-        rerouting.hand_over(self, body, *child().doubts(fault.error))
+        if upload is not None:
+            upload.discard()
+        rerouting.hand_over(self, body, *why)
     except Exception as error:  # Celery would acknowledge it, and the batch would be gone
         # An error that is not ours may quote a text.
         reason = str(error) if isinstance(error, EngineError) else type(error).__name__
+        if upload is not None:
+            upload.discard()
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
         raise Reject(reason, requeue=True) from None
 
     embed_s = time.monotonic() - began
     with tracing.span("embedq.commit", index=index):
-        committed = backend.commit(batch, vectors, outcomes)
+        committed = backend.commit(batch, vectors, outcomes, upload)
     task_s = time.monotonic() - began
     proven.embedder.meter.add(
         texts=len(batch.texts),
@@ -130,7 +137,12 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
 
 
 def _embed(
-    batch: EmbedBatch, node: Serving, proven: Proven, stats: Stats, notes: Notes | None
+    batch: EmbedBatch,
+    node: Serving,
+    proven: Proven,
+    stats: Stats,
+    notes: Notes | None,
+    sink: Sink | None,
 ) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch, text by text if it has notes: it has stopped processes before.
 
@@ -138,7 +150,7 @@ def _embed(
         DeviceFault: the NPU failed, or gave what it should not have.
     """
     if notes is None:
-        return _ask(proven, node, batch, stats)
+        return _ask(proven, node, batch, stats, sink)
     log.warning("careful job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts))
 
     def embed_one(alone: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
@@ -149,14 +161,14 @@ def _embed(
 
 
 def _ask(
-    proven: Proven, node: Serving, batch: EmbedBatch, stats: Stats
+    proven: Proven, node: Serving, batch: EmbedBatch, stats: Stats, sink: Sink | None = None
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
     on_npu = child().on_npu and proven.engine is node.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
         with child().calling_engine(), tracing.span("embedq.engine", texts=len(batch.texts)):
-            vectors, outcomes = proven.embedder.embed(batch, stats)
+            vectors, outcomes = proven.embedder.embed(batch, stats, sink)
             if on_npu:
                 node.check(batch, vectors)
     except Exception as error:

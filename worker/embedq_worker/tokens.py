@@ -37,6 +37,14 @@ class RaggedTokens:
     def __len__(self) -> int:
         return len(self.n_dropped)
 
+    def take(self, texts: npt.NDArray[np.intp]) -> RaggedTokens:
+        """Copy some of the texts, in the order asked for."""
+        lengths = self.lengths[texts]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        places = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        ids = self.ids[np.repeat(self.offsets[texts], lengths) + places]
+        return RaggedTokens(ids, offsets, self.n_dropped[texts])
+
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Count the tokens of each text, int64 [n]."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.batching import RAMP, split
+from embedq.batching import (
+    CPU_BATCH_TOKENS,
+    DEVICE_BATCH_TOKENS,
+    RAMP,
+    batch_tokens,
+    split,
+)
 from embedq.contract import MAX_BATCH_BYTES, MAX_TEXT_BYTES, EmbedBatch, VectorSpec
 
 SPEC = VectorSpec("ab" * 32, 384, 256)
@@ -89,3 +95,13 @@ def test_text_is_in_no_representation() -> None:
     [piece] = split(["Kundengeheimnis"], **LIMITS)
 
     assert "geheimnis" not in repr(piece)
+
+
+def test_batches_suit_the_devices_of_the_fleet() -> None:
+    """A second of a fast device is many more tokens than one of a CPU; a setting wins over both."""
+    slow = batch_tokens(0, ["cpu", "cpu"])
+    fast = batch_tokens(0, ["cpu", "npu"])
+
+    assert (slow, fast) == (CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS)
+    assert batch_tokens(0, []) == slow
+    assert batch_tokens(500, ["npu"]) == 500

@@ -19,6 +19,7 @@ from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
 from embedq_worker.packing import RowForm, TokenBatch
+from embedq_worker.planning import Pace
 from embedq_worker.tokens import RaggedTokens
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
@@ -44,7 +45,7 @@ class WideStub(StubEngine):
 @pytest.fixture
 def embedder() -> Iterator[Embedder]:
     """An embedder over the stub, with chunks of 10 texts."""
-    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=64, chunk_texts=10)
+    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=64, pace=Pace(10, 1, 10, 10))
     yield embedder
     embedder.close()
 
@@ -60,7 +61,7 @@ def batch_of(texts: list[str], **options: object) -> EmbedBatch:
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
 def test_vectors_come_back_in_order(texts: list[str]) -> None:
     """Row i is the vector of text i, however texts are sorted and grouped."""
-    embedder = Embedder(StubTokenizer(), WideStub(), token_budget=32, chunk_texts=7)
+    embedder = Embedder(StubTokenizer(), WideStub(), token_budget=32, pace=Pace(7, 2, 20, 3))
 
     vectors, outcomes = embedder.embed(batch_of(texts))
     embedder.close()
@@ -77,7 +78,7 @@ def test_grouping_depends_on_the_batch_alone() -> None:
 
     for _ in range(2):
         engine = WideStub()
-        embedder = Embedder(StubTokenizer(), engine, token_budget=64, chunk_texts=50)
+        embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=Pace(25, 2, 50, 10))
         embedder.embed(batch_of(texts))
         embedder.close()
         asked.append(sorted(engine.asked))

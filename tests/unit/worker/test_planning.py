@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 from tests.model_fixtures import docstrings, real_model
 
 from embedq_worker.packing import RowForm
-from embedq_worker.planning import MIN_BUDGET, plan_packed, plan_padded, plan_rows, seat_last
+from embedq_worker.planning import (
+    FAST,
+    MIN_BUDGET,
+    STEADY,
+    Pace,
+    plan_packed,
+    plan_padded,
+    plan_rows,
+    plan_window,
+    seat_last,
+)
 from embedq_worker.tokenization import Tokenizer
 
 LENGTHS = st.lists(st.integers(2, 300), max_size=200)
@@ -179,3 +190,58 @@ def test_pad_share_on_docstrings(n: int) -> None:
 
     computed = 256 * len(plan)
     assert 1 - int(lengths.sum()) / computed <= 0.02
+
+
+@given(st.integers(0, 5000), st.sampled_from([FAST, STEADY, Pace(1, 1, 1, 1), Pace(7, 3, 50, 5)]))
+def test_chunks_cover_every_text_once(n: int, pace: Pace) -> None:
+    """Chunks are never empty and add up, whatever the number of texts."""
+    sizes = pace.sizes(n)
+
+    assert sum(sizes) == n
+    assert all(0 < size <= pace.most for size in sizes)
+
+
+def test_fast_pace_begins_and_ends_small() -> None:
+    """The engine waits for 32 texts at most, and at most 64 are left to encode at the end."""
+    sizes = FAST.sizes(4096)
+
+    assert sizes[0] == 32
+    assert sizes[-1] <= 64
+    assert all(b <= 2 * a for a, b in pairwise(sizes))
+
+
+def windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
+    """Plan lengths window by window, as the embedder does; the indices are of the whole list."""
+    rows: list[list[int]] = []
+    waiting: list[int] = []
+    at = 0
+    for size in sizes:
+        texts = [*waiting, *range(at, at + size)]
+        at += size
+        known = [lengths[text] for text in texts]
+        found = plan_window(known, ROW, len(waiting), last=at == len(lengths))
+        rows += [[texts[int(i)] for i in row] for row in found.rows]
+        waiting = [texts[int(i)] for i in found.kept]
+    assert not waiting
+    return rows
+
+
+@given(FITTING, st.integers(1, 40))
+def test_windows_place_every_text_once(lengths: list[int], first: int) -> None:
+    """Whatever waits for company goes with a later window, and the last leaves nobody."""
+    rows = windows(lengths, Pace(first, 2, 80, first).sizes(len(lengths)))
+
+    assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
+    assert all(sum(lengths[text] for text in row) <= 256 for row in rows)
+
+
+@pytest.mark.model
+def test_windows_waste_little_on_real_texts() -> None:
+    """Rows that are planned before the batch is tokenized hold at most 2 % padding."""
+    model = real_model()
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    lengths = tokenizer.tokenize(docstrings()).lengths.tolist()
+
+    rows = windows(lengths, FAST.sizes(len(lengths)))
+
+    assert sum(lengths) / (256 * len(rows)) >= 0.98

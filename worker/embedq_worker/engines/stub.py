@@ -14,6 +14,7 @@ Faults of the device as a whole are in a script that can change at any moment: s
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -38,13 +39,23 @@ STUB_MAX_LENGTH: Final = 256
 FAULT_PREFIX: Final = "embedq-fault:"
 #: The faults, by the reserved number that the stub tokenizer gives them.
 FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
+#: Inferences that a stub of some speed takes at once: one runs, the others wait, as on an NPU.
+QUEUED: Final = 4
+
 #: Upper half of the hash that marks a fault, the lower half says which. Five hashes in 2**64.
 _FAULT_MARK: Final = 0xFFFF_FFFF
 
 
-def stub_card() -> ModelCard:
-    """Return what a node with a stub engine announces."""
-    return ModelCard(label="stub", identity=STUB_IDENTITY, dim=STUB_DIM, max_length=STUB_MAX_LENGTH)
+def stub_card(tokenizer: bytes = b"") -> ModelCard:
+    """Return what a node with a stub engine announces.
+
+    Args:
+        tokenizer: content of another tokenizer.json than the stub's own; vectors differ with it.
+    """
+    identity = STUB_IDENTITY
+    if tokenizer:
+        identity = hashlib.sha256(identity.encode() + tokenizer).hexdigest()
+    return ModelCard(label="stub", identity=identity, dim=STUB_DIM, max_length=STUB_MAX_LENGTH)
 
 
 class StubTokenizer:
@@ -97,7 +108,8 @@ class StubEngine:
         Args:
             dim: components of a vector.
             delay_s: seconds that every inference takes.
-            texts_per_s: texts a second, 0 for no limit; callers share it as they share a device.
+            texts_per_s: texts a second, 0 for no limit; callers share it as they share a device,
+                which begins the next inference when the last ends if somebody has asked by then.
             script: its faults; None for a sound device.
             device: what it says it is; the CPU, where a degraded stub goes.
 
@@ -109,6 +121,9 @@ class StubEngine:
             script.strike(INIT)
         self.dim = dim
         self.device = device
+        if texts_per_s:
+            self.concurrency = QUEUED
+        self._free_at = 0.0
         self._delay_s = delay_s
         self._texts_per_s = texts_per_s
         self._script = script
@@ -145,7 +160,10 @@ class StubEngine:
         seconds = self._delay_s + (n_texts / self._texts_per_s if self._texts_per_s else 0.0)
         if seconds:
             with self._device:
-                time.sleep(seconds)
+                # On a clock of its own: a sleeper that wakes late does not slow the device down.
+                self._free_at = max(time.monotonic(), self._free_at) + seconds
+                until = self._free_at
+            time.sleep(max(0.0, until - time.monotonic()))
 
 
 def _fault_hash(text: str, otherwise: np.uint64) -> np.uint64:

@@ -1,0 +1,211 @@
+"""What all benchmarks share: options, rounds in turn, ratios, the machine, a table, JSON, a plot.
+
+Figures are ratios taken in one run, round by round, because the machine drifts between rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from embedq import Client
+from embedq.local import LocalFleet
+from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
+from embedq_worker import models
+
+#: Where figures and plots go.
+RESULTS: Final = Path(__file__).parent / "results"
+
+
+@dataclass
+class Table:
+    """What a benchmark found.
+
+    Attributes:
+        title: a sentence for the plot.
+        columns: names, the first of the rows' own names.
+        rows: as shown; numbers are rounded where they are written.
+        plot: column that is drawn, with its unit as its name.
+        floor: of that column, drawn as a line; 0 for none.
+        notes: sentences under the table.
+        more: whatever else belongs into the JSON.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[list[str | float]]
+    plot: str
+    floor: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def options(name: str, doc: str, *, rounds: int) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds (%(default)s)")
+    parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="figures")
+    parser.add_argument("--plot", type=Path, default=RESULTS / f"{name}.svg", help="drawing")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; a quick run has one round and overwrites nothing by default."""
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = 1
+        for name in ("json", "plot"):
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, cache_home() / "bench" / "quick" / getattr(args, name).name)
+    return args
+
+
+def in_turn(rounds: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Run everything once a round, so that a drift meets all alike; odd rounds go backwards."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for at in range(rounds):
+        for name in sorted(runs, key=list(runs).index, reverse=at % 2 == 1):
+            found[name].append(runs[name]())
+    return found
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Return the median over the rounds of one figure over another."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def find_model() -> models.Model:
+    """Return the model that the environment names, as a node would find it."""
+    wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
+    return models.resolve(
+        os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
+        None,
+        cache_dir=cache_home(),
+        wheel_dir=Path(wheel) if wheel else None,
+    )
+
+
+@contextmanager
+def stub_client(
+    tokenizer: Path, texts_per_s: float = 0, log: list[str] | None = None
+) -> Iterator[Client]:
+    """Run a node whose device is a stub and whose tokenizer is real, and yield a client of it.
+
+    Args:
+        tokenizer: tokenizer.json.
+        texts_per_s: speed of the device; 0 costs nothing.
+        log: gets the node's lines at the end.
+    """
+    environment = {
+        "EMBEDQ_DEVICE": "stub",
+        "EMBEDQ_MODEL": "stub",
+        "EMBEDQ_STUB_TEXTS_PER_S": str(texts_per_s),
+        "EMBEDQ_STUB_TOKENIZER": str(tokenizer),
+        # The stub's product is tiny: a second thread of BLAS would only wait for it, and burn CPU.
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    with (
+        LocalFleet(environment=environment, redis="server", warn=print) as fleet,
+        client_of(fleet, model="stub") as client,
+    ):
+        yield client
+        if log is not None:
+            log += fleet.log_path.read_text().splitlines()
+
+
+def client_of(fleet: LocalFleet, **settings: Any) -> Client:
+    """Return a client of a fleet."""
+    urls = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
+    return Client(settings=ProducerSettings.load(**urls, **settings), on_idle=fleet.check)
+
+
+def machine() -> str:
+    """Name the machine: cores, processor, Python."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores, {cpu_name()}, Python {platform.python_version()}"
+
+
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def report(args: argparse.Namespace, table: Table) -> None:
+    """Print the table; write the figures and the plot."""
+    command = f"ops/bench/{Path(sys.argv[0]).name}"
+    head = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "command": " ".join([command, *sys.argv[1:]]),
+    }
+    print(f"{head['date']}, {head['machine']}: {head['command']}")
+    print(_lines(table))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    figures = {**head, "title": table.title, "rows": rows, "notes": table.notes, **table.more}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    draw(args.plot, table, f"{head['date']}, {head['machine']}")
+
+
+def _lines(table: Table) -> str:
+    shown = [list(table.columns), *([_shown(cell) for cell in row] for row in table.rows)]
+    widths = [max(len(row[at]) for row in shown) for at in range(len(table.columns))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in shown
+    ]
+    return "\n".join([table.title, *lines, *table.notes])
+
+
+def _shown(cell: str | float) -> str:
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+
+
+def draw(path: Path, table: Table, foot: str) -> None:
+    """Draw one bar a row; without matplotlib say so and draw nothing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("No plot: it needs matplotlib. Install it: pip install 'embedq[bench]'.")
+        return
+    matplotlib.use("svg")
+    # The same figures give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "embedq", "svg.fonttype": "none"})
+    from matplotlib import pyplot
+
+    at = list(table.columns).index(table.plot)
+    rows = [row for row in table.rows if not isinstance(row[at], str)]
+    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    names = [str(row[0]) for row in rows]
+    bars = axes.barh(range(len(rows)), [float(row[at]) for row in rows], color="#3b6ea5")
+    axes.set_yticks(range(len(rows)), names)
+    axes.bar_label(bars, labels=[_shown(row[at]) for row in rows], padding=3)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    if table.floor:
+        axes.axvline(table.floor, color="#a33", linestyle="--", linewidth=1)
+    axes.set_xlabel(f"{table.plot}\n{foot}")
+    axes.set_title(table.title, loc="left", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,65 @@
+"""How many texts a second pass through everything but a device, against tokenizing alone.
+
+    ops/bench/host_ceiling.py [--texts 20480] [--quick]
+
+A stub that costs nothing behind Celery and Redis, fed by the real tokenizer, against the same
+tokenizer called alone in this process with all cores. 64-token texts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+from corpus import sized
+from harness import Table, find_model, in_turn, options, parsed, ratio, report, stub_client
+
+from embedq_worker.tokenization import Tokenizer
+
+#: Of tokenizing alone.
+FLOOR = 0.75
+#: Texts of one call of the tokenizer, as nodes do it.
+CALL_TEXTS = 512
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = options("host_ceiling", __doc__ or "", rounds=5)
+    parser.add_argument("--texts", type=int, default=20_480, help="a round (%(default)s)")
+    args = parsed(parser)
+    texts = sized(2_048 if args.quick else args.texts, 64)
+    model = find_model()
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+
+    def alone() -> float:
+        began = time.perf_counter()
+        for at in range(0, len(texts), CALL_TEXTS):
+            tokenizer.tokenize(texts[at : at + CALL_TEXTS])
+        return len(texts) / (time.perf_counter() - began)
+
+    with stub_client(model.tokenizer_path) as client:
+
+        def through_everything() -> float:
+            began = time.perf_counter()
+            client.encode(texts)
+            return len(texts) / (time.perf_counter() - began)
+
+        client.encode(texts[:512])
+        found = in_turn(args.rounds, {"tokenizing alone": alone, "end to end": through_everything})
+    rows: list[list[str | float]] = [
+        [name, statistics.median(rates), ratio(rates, found["tokenizing alone"])]
+        for name, rates in found.items()
+    ]
+    table = Table(
+        "Texts a second with a device that costs nothing, against tokenizing alone",
+        ["what", "texts/s", "of tokenizing alone"],
+        rows,
+        plot="of tokenizing alone",
+        floor=FLOOR,
+        more={"rounds": found, "texts": len(texts), "to_reach": FLOOR},
+    )
+    report(args, table)
+
+
+if __name__ == "__main__":
+    main()

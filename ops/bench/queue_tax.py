@@ -1,0 +1,111 @@
+"""What the queue costs: end to end through Celery and Redis, against the same engine alone.
+
+    ops/bench/queue_tax.py [--texts 4096] [--precisions f32 bf16] [--quick]
+
+Alone means this process, the same tokenizer, engine and cores, and one batch of all texts that is
+never drained. Each run through the queue stands between two runs alone, and counts against their
+mean, because the machine drifts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+from corpus import CORPORA
+from harness import Table, client_of, find_model, options, parsed, report
+
+from embedq.contract import EmbedBatch, Precision, VectorSpec
+from embedq.local import LocalFleet
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines import open_engine
+from embedq_worker.engines.base import available_cores
+from embedq_worker.errors import EngineError
+from embedq_worker.models import Model
+from embedq_worker.opening import DEFAULT_TOKEN_BUDGET
+from embedq_worker.tokenization import Tokenizer
+
+FLOOR = 0.97
+
+
+def bracketed(
+    rounds: int, alone: Callable[[], float], queue: Callable[[], float]
+) -> tuple[list[float], list[float], list[float]]:
+    """Run alone, queue, alone, ...; return speeds alone, through the queue, and their ratios."""
+    alones, queues = [alone()], []
+    for _ in range(rounds):
+        queues.append(queue())
+        alones.append(alone())
+    ratios = [
+        queue / ((before + after) / 2)
+        for queue, before, after in zip(queues, alones, alones[1:], strict=False)
+    ]
+    return alones, queues, ratios
+
+
+def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -> list[str | float]:
+    """Return the row of a precision."""
+    engine = open_engine("openvino", model, available_cores(), precision)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    embedder = Embedder(tokenizer, engine, token_budget=DEFAULT_TOKEN_BUDGET)
+    spec = VectorSpec(model.identity, model.dim, model.max_length)
+    vectors: dict[str, np.ndarray] = {}
+
+    def alone() -> float:
+        began = time.perf_counter()
+        vectors["alone"] = embedder.embed(EmbedBatch("bench", 0, texts, spec))[0]
+        return len(texts) / (time.perf_counter() - began)
+
+    environment = {"EMBEDQ_ENGINE": "openvino", "EMBEDQ_PRECISION": str(precision)}
+    environment["EMBEDQ_DEVICE"] = "cpu"
+    with (
+        LocalFleet(environment=environment, redis="server", warn=print) as fleet,
+        client_of(fleet) as client,
+    ):
+
+        def queue() -> float:
+            began = time.perf_counter()
+            vectors["queue"] = client.encode(texts)
+            return len(texts) / (time.perf_counter() - began)
+
+        client.encode(texts[:256])
+        embedder.embed(EmbedBatch("bench", 0, texts[:256], spec))
+        alones, queues, ratios = bracketed(rounds, alone, queue)
+    embedder.close()
+    engine.close()
+    cosine = float((vectors["alone"] * vectors["queue"]).sum(axis=1).min())
+    middle = statistics.median(ratios)
+    speeds = (statistics.median(alones), statistics.median(queues))
+    return [str(precision), *speeds, middle, min(ratios), max(ratios), cosine]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = options("queue_tax", __doc__ or "", rounds=5)
+    parser.add_argument("--texts", type=int, default=4096, help="a run (%(default)s)")
+    parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
+    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
+    args = parsed(parser)
+    texts = CORPORA[args.corpus](192 if args.quick else args.texts)
+    model, rows, notes = find_model(), list[list[str | float]](), []
+    for precision in map(Precision, args.precisions):
+        try:
+            rows.append(measure(model, precision, texts, args.rounds))
+        except EngineError as error:
+            notes.append(f"{precision}: {error}")
+    table = Table(
+        f"End to end through Celery and Redis against the engine alone, {len(texts):,} texts",
+        ["precision", "alone texts/s", "queue texts/s", "ratio", "lowest", "highest", "min cosine"],
+        rows,
+        plot="ratio",
+        floor=FLOOR,
+        notes=notes,
+        more={"to_reach": FLOOR},
+    )
+    report(args, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""How near the engine comes to what the cores can do: GFLOP/s against the largest matrix product.
+
+    ops/bench/roofline.py [--texts 1024] [--precisions f32 bf16] [--quick]
+
+The engine infers ready token batches, with as many callers as it likes. Only the work on real
+tokens counts: 24 times layers times width squared and 4 times layers, width and length, a token;
+padding, embeddings, norms and GELU are not counted. The product is the fastest of several shapes,
+through the same runtime in the same precision, in turn with the engine in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import openvino
+from corpus import CORPORA
+from harness import Table, find_model, in_turn, options, parsed, ratio, report
+
+from embedq.contract import Precision
+from embedq_worker.engines import open_engine
+from embedq_worker.engines.base import Engine, available_cores
+from embedq_worker.errors import EngineError
+from embedq_worker.models import Model
+from embedq_worker.opening import DEFAULT_TOKEN_BUDGET
+from embedq_worker.packing import TokenBatch, build_padded
+from embedq_worker.planning import plan_padded
+from embedq_worker.tokenization import Tokenizer
+
+FLOOR = 0.75
+#: Rows, inner and columns of the products: those of the model at its best, and larger ones.
+SHAPES = ((512, 384, 1536), (512, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048))
+#: Seconds that each shape is tried in a round.
+SHAPE_S = 0.5
+
+
+def flops_per_text(lengths: np.ndarray, layers: int, width: int, inner: int) -> float:
+    """Add up the products of an encoder for texts of these lengths."""
+    linear = 2 * layers * (4 * width * width + 2 * width * inner)
+    attention = 4 * layers * width
+    return float((lengths * (linear + attention * lengths)).sum())
+
+
+def product(shape: Sequence[int], precision: Precision, cores: int) -> Callable[[], float]:
+    """Return what measures GFLOP/s of one product, with one caller a core."""
+    rows, inner, columns = shape
+    ops: Any = openvino.opset13
+    left = ops.parameter([rows, inner], np.float32)
+    right = ops.constant(np.random.default_rng(0).standard_normal((inner, columns), np.float32))
+    model = openvino.Model([ops.matmul(left, right, False, False)], [left], "product")
+    properties = {
+        "INFERENCE_PRECISION_HINT": str(precision),
+        "NUM_STREAMS": str(cores),
+        "INFERENCE_NUM_THREADS": str(cores),
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    compiled = openvino.Core().compile_model(model, "CPU", properties)
+    requests = [compiled.create_infer_request() for _ in range(cores)]
+    values = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
+    for request in requests:
+        request.infer([values])
+
+    def until(request: Any, end: float) -> int:
+        runs = 0
+        while time.perf_counter() < end:
+            request.infer()
+            runs += 1
+        return runs
+
+    def measure() -> float:
+        with ThreadPoolExecutor(cores) as callers:
+            began = time.perf_counter()
+            runs = sum(callers.map(lambda each: until(each, began + SHAPE_S), requests))
+            return 2e-9 * runs * rows * inner * columns / (time.perf_counter() - began)
+
+    return measure
+
+
+def engine_alone(engine: Engine, batches: Sequence[TokenBatch], flops: float) -> float:
+    """Infer all token batches and return GFLOP/s."""
+    with ThreadPoolExecutor(engine.concurrency) as callers:
+        began = time.perf_counter()
+        list(callers.map(engine.infer, batches))
+        return 1e-9 * flops / (time.perf_counter() - began)
+
+
+def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -> list[str | float]:
+    """Return the row of a precision."""
+    cores = available_cores()
+    engine = open_engine("openvino", model, cores, precision)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    tokens = tokenizer.tokenize(texts)
+    plan = plan_padded(tokens.lengths, DEFAULT_TOKEN_BUDGET, engine.concurrency)
+    batches = [build_padded(tokens, group, tokenizer.pad_id) for group in plan]
+    sizes = json.loads((model.folder / "config.json").read_text())
+    dimensions = (sizes["num_hidden_layers"], sizes["hidden_size"], sizes["intermediate_size"])
+    flops = flops_per_text(tokens.lengths, *dimensions)
+    products = [product(shape, precision, cores) for shape in SHAPES]
+    engine_alone(engine, batches, flops)  # the first inferences allocate
+    found = in_turn(
+        rounds,
+        {
+            "engine": lambda: engine_alone(engine, batches, flops),
+            "product": lambda: max(each() for each in products),
+        },
+    )
+    engine.close()
+    share = ratio(found["engine"], found["product"])
+    medians = (statistics.median(found["engine"]), statistics.median(found["product"]))
+    return [str(precision), *medians, share, len(texts) * medians[0] * 1e9 / flops]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = options("roofline", __doc__ or "", rounds=5)
+    parser.add_argument("--texts", type=int, default=1024, help="a run (%(default)s)")
+    parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
+    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
+    args = parsed(parser)
+    texts = CORPORA[args.corpus](64 if args.quick else args.texts)
+    model, rows, notes = find_model(), list[list[str | float]](), []
+    for precision in map(Precision, args.precisions):
+        try:
+            rows.append(measure(model, precision, texts, args.rounds))
+        except EngineError as error:
+            notes.append(f"{precision}: {error}")
+    table = Table(
+        "Engine alone against the largest matrix product of the same precision",
+        ["precision", "engine GFLOP/s", "product GFLOP/s", "ratio", "texts/s"],
+        rows,
+        plot="ratio",
+        floor=FLOOR,
+        notes=notes,
+        more={"to_reach": FLOOR, "texts": len(texts)},
+    )
+    report(args, table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Values written ahead of their commit: nobody sees them before it, and none of them stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from redis import Redis
+from tests.servers import RedisProcess
+
+from embedq.contract import EmbedBatch, VectorSpec
+from embedq.ledger import Ledger, StagedGone
+from embedq.staging import STAGED_TTL_S, Staging
+from embedq.testing import stub_vectors
+from embedq.vectors import decode, split_rows
+from embedq_worker.embedder import Embedder
+from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.uploading import Upload
+
+TTL_S = 600
+SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+
+
+@pytest.fixture
+def results(redis: RedisProcess) -> Iterator[Redis]:
+    """A client of the results database."""
+    with redis.open() as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(results: Redis) -> Ledger:
+    """The ledger of an open job."""
+    opened = Ledger(results, "job")
+    opened.open(fingerprint=bytes(8), ttl_s=TTL_S)
+    return opened
+
+
+def staged(results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")) -> Staging:
+    """Stage values of a batch."""
+    staging = Staging(results, "job", index)
+    for part, value in enumerate(values):
+        assert staging.write(part, value)
+    return staging
+
+
+def keys_of_job(results: Redis) -> set[bytes]:
+    """Return the keys of the job."""
+    return set(results.scan_iter("embedq:{job}:*"))
+
+
+def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Redis) -> None:
+    """Values ahead and values in the commit itself make one batch, and no key is left over."""
+    keys = staged(results).keys
+
+    committed = ledger.commit(0, [keys[1], b"inline", keys[0]])
+
+    assert committed is True
+    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    assert ledger.fetch_values(commit) == [b"b", b"inline", b"a"]
+    assert 0 < results.ttl("embedq:{job}:v:0:0") <= TTL_S
+    ledger.take([commit])
+    left = {b"embedq:{job}:" + name for name in (b"meta", b"bits", b"commits")}
+    assert keys_of_job(results) == left
+
+
+def test_staged_values_are_no_commit(ledger: Ledger, results: Redis) -> None:
+    """Before the commit the batch is outstanding, and what is staged has a life of minutes."""
+    staging = staged(results)
+
+    assert not ledger.is_committed(0)
+    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
+    lives = [results.ttl(key) for key in [*staging.keys.values(), "embedq:{job}:staged"]]
+    assert all(0 < life <= STAGED_TTL_S for life in lives), lives
+
+
+@pytest.mark.parametrize("end", ["committed", "dropped"])
+def test_late_commit_takes_its_values_with_it(end: str, ledger: Ledger, results: Redis) -> None:
+    """The second of two writers, and one whose job is gone, leave nothing behind."""
+    staging = staged(results)
+    results.srem("embedq:{job}:staged", *staging.keys.values())  # as if written after the drop
+    ledger.commit(0, [b"first"]) if end == "committed" else ledger.drop()
+
+    answer = ledger.commit(0, list(staging.keys.values()))
+
+    assert answer is (False if end == "committed" else None)
+    assert not results.exists(*staging.keys.values())
+
+
+def test_faded_values_are_told_before_anything_is_written(ledger: Ledger, results: Redis) -> None:
+    """A commit whose staged values left Redis writes nothing and says so."""
+    staging = staged(results)
+    results.unlink(staging.keys[0])
+
+    with pytest.raises(StagedGone):
+        ledger.commit(0, [b"inline", *staging.keys.values()])
+
+    assert not ledger.is_committed(0)
+    assert not results.exists("embedq:{job}:v:0:0")
+
+
+def test_drop_deletes_what_is_staged(ledger: Ledger, results: Redis) -> None:
+    """A batch that is still computed when its job ends leaves nothing in Redis."""
+    staged(results)
+
+    ledger.drop()
+
+    assert keys_of_job(results) == set()
+
+
+@pytest.mark.parametrize("end", ["cancel", "drop", "commit"])
+def test_values_that_nobody_wants_are_not_kept(end: str, ledger: Ledger, results: Redis) -> None:
+    """A worker that stages for a job that has ended is told, and nothing of it stays."""
+    staging = staged(results)
+    if end == "commit":
+        ledger.commit(0, [b"x"])
+    elif end == "drop":
+        ledger.drop()
+    else:
+        ledger.cancel()
+
+    wanted = staging.write(2, b"late")
+
+    assert not wanted
+    assert not [key for key in keys_of_job(results) if b":s:" in key or b"staged" in key]
+
+
+def test_full_redis_commits_what_is_staged(ledger: Ledger, results: Redis) -> None:
+    """What lies in Redis already needs no room, so a full one does not hold up its commit."""
+    keys = staged(results).keys
+    results.config_set("maxmemory", 1)
+
+    committed = ledger.commit(0, list(keys.values()))
+
+    assert committed is True
+    results.config_set("maxmemory", 0)
+
+
+def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> None:
+    """While a batch is embedded all its values are staged, and the commit puts them in place.
+
+    Texts that are refused, or too long for their job, hold up no value.
+    """
+    texts = [f"text {i}" for i in range(700)]
+    batch = EmbedBatch("job", 0, texts, SPEC, {5: "nul_character"})
+    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
+    with ThreadPoolExecutor(1) as thread:
+        upload = Upload(batch, Staging(results, "job", 0), thread)
+
+        vectors, outcomes = embedder.embed(batch, sink=upload)
+        values = upload.values(vectors, outcomes)
+    embedder.close()
+
+    pieces = list(split_rows(len(texts), SPEC.dim))
+    assert len(values) == len(pieces) >= 3
+    assert all(isinstance(value, str) for value in values)
+    assert ledger.commit(0, values) is True
+    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    fetched = [value for value in ledger.fetch_values(commit) if value]
+    found = [decode(value, SPEC.fingerprint()).vectors for value in fetched]
+    expected = stub_vectors(texts)
+    expected[5] = np.nan
+    assert np.concatenate(found).tobytes() == expected.tobytes()
+
+
+def test_upload_without_redis_leaves_all_to_the_commit(redis: RedisProcess) -> None:
+    """A Redis that is away while the batch is embedded costs nothing but the head start."""
+    texts = [f"text {i}" for i in range(700)]
+    batch = EmbedBatch("job", 0, texts, SPEC)
+    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
+    with redis.open() as results, ThreadPoolExecutor(1) as thread:
+        redis.stop()
+        upload = Upload(batch, Staging(results, "job", 0), thread)
+
+        vectors, outcomes = embedder.embed(batch, sink=upload)
+        values = upload.values(vectors, outcomes)
+        upload.discard()
+    embedder.close()
+
+    assert all(isinstance(value, bytes) for value in values)
