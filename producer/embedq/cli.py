@@ -72,8 +72,9 @@ def cli() -> None:
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
 @click.option(
     "--accuracy",
-    type=click.Choice([str(Accuracy.STANDARD), str(Accuracy.EXACT)]),
-    help="standard: cosine >= 0.999 to fp32; exact: fp32.  [EMBEDQ_ACCURACY]",
+    type=click.Choice([str(choice) for choice in Accuracy]),
+    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantised.  "
+    "[EMBEDQ_ACCURACY]",
 )
 @click.option(
     "--strict",
@@ -259,8 +260,8 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
 
     display.starting("starting a private Redis and a node")
     environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
-    if settings.accuracy is Accuracy.EXACT:
-        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32
+    if settings.accuracy is not Accuracy.STANDARD:
+        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32 or int8
     with LocalFleet(environment=environment, warn=display.note) as fleet:
         from embedq.client import Client  # brings Celery, while the node brings up its own
 

@@ -25,6 +25,7 @@ from embedq.job import FinishedBatch, Job, Link
 from embedq.ledger import Ledger
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
+from embedq.quantised import QuantisedWatch
 from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
@@ -192,17 +193,37 @@ class Client:
 
         Raises:
             SettingsError: an unknown prompt name, policy or accuracy class.
+            NotQuantised: class int8, and no node has a quantised model, or they have several.
             QueueUnavailable, NoNode: as card.
         """
         card = self.card()
+        chosen = _choose(Accuracy, "accuracy", accuracy, self.settings.accuracy)
         return VectorSpec(
             model=card.identity,
             dim=card.dim,
             max_length=card.max_length,
             prompt=_prompt(card, prompt_name, prompt),
             on_long=_choose(OnLong, "on_long", on_long, self.settings.on_long),
-            accuracy=_choose(Accuracy, "accuracy", accuracy, self.settings.accuracy),
+            accuracy=chosen,
+            quantised=self._quantised(card) if chosen is Accuracy.INT8 else "",
         )
+
+    def _quantised(self, card: ModelCard) -> str:
+        """Return the quantised model that the fleet serves, waiting for a first node with one."""
+        watch = QuantisedWatch(card, self.settings.node_wait_s)
+        while True:
+            name = watch.look(
+                patiently(
+                    lambda: fetch_alive(self.redis),
+                    patience_s=0,
+                    on_wait=self._on_wait,
+                    where=mask_password(self.settings.results_url),
+                )
+            )
+            if name:
+                return name
+            self._on_idle()
+            time.sleep(LOOK_EVERY_S)
 
     def encode(
         self,
@@ -222,7 +243,7 @@ class Client:
             prompt_name: name of a prompt of the model, put before each text.
             prompt: a prompt itself; wins over prompt_name.
             on_long: ``truncate`` or ``error`` for texts of more tokens than the model takes.
-            accuracy: ``standard`` or ``exact``.
+            accuracy: ``standard``, ``exact`` or ``int8``.
             strict: take vectors from an NPU or not at all.
             timeout_s: longest silence of the fleet, in seconds; None waits.
 
@@ -341,7 +362,7 @@ class Client:
             strict: take vectors from an NPU or not at all; None as the settings say.
 
         Raises:
-            SettingsError: strict and exact, which no device can be at once.
+            SettingsError: strict and exact or int8, which no device can be at once.
         """
         queue = _queue(spec, strict=self.settings.strict if strict is None else strict)
         on_idle = self._on_idle
@@ -370,14 +391,16 @@ class Client:
 
 
 def _queue(spec: VectorSpec, *, strict: bool) -> Queue:
-    # Only the CPU computes in fp32, so an exact job never visits the NPU queue.
-    exact = spec.accuracy is Accuracy.EXACT
-    if exact and strict:
+    # Only the CPU computes in fp32 and, here, in int8: such a job never visits the NPU queue. The
+    # queue of int8 is read by nodes with a quantised model alone, so no batch meets another.
+    if spec.accuracy is Accuracy.STANDARD:
+        return Queue.NPU_STRICT if strict else Queue.NPU
+    if strict:
         raise SettingsError(
-            "strict and accuracy=exact exclude each other: only the CPU computes in fp32, and a "
-            "strict job takes vectors from an NPU alone. Drop one of the two."
+            f"strict and accuracy={spec.accuracy} exclude each other: only the CPU computes so, "
+            "and a strict job takes vectors from an NPU alone. Drop one of the two."
         )
-    return Queue.NPU_STRICT if strict else Queue.CPU if exact else Queue.NPU
+    return Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.CPU_INT8
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -166,7 +166,7 @@ class ProducerSettings(RedisSettings):
     )
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
-        description="Accuracy class: standard (cosine >= 0.999 to fp32) or exact (fp32).",
+        description="Accuracy class: standard (cosine >= 0.999 to fp32), exact (fp32) or int8.",
     )
     strict: bool = Field(
         False,
@@ -214,10 +214,11 @@ class ProducerSettings(RedisSettings):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        if self.strict and self.accuracy is Accuracy.EXACT:
+        if self.strict and self.accuracy is not Accuracy.STANDARD:
             raise ValueError(
-                "EMBEDQ_STRICT and EMBEDQ_ACCURACY=exact exclude each other: only the CPU computes "
-                "in fp32, and a strict job takes vectors from an NPU alone. Drop one of the two."
+                f"EMBEDQ_STRICT and EMBEDQ_ACCURACY={self.accuracy} exclude each other: only the "
+                "CPU computes so, and a strict job takes vectors from an NPU alone. Drop one of "
+                "the two."
             )
         return self
 

@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,17 @@ class BlobStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("blob_refused folder=%s reason=%s", folder.name, error)
             return None
+
+    def find(self, what: Mapping[str, str]) -> list[BlobKey]:
+        """Return what is kept for the same, by whatever versions; none of it is checked yet."""
+        found: list[BlobKey] = []
+        for folder in sorted(self.folder.glob(f"{_digest(what)}-*")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                meta = json.loads((folder / META).read_text())
+                key = BlobKey(str(meta["model"]), dict(meta["what"]), dict(meta["versions"]))
+                if folder.name == key.folder:
+                    found.append(key)
+        return found
 
     def store(self, key: BlobKey, blob: Bytes) -> bool:
         """Keep a compiled model and drop those for the same by another runtime or driver."""

@@ -12,6 +12,7 @@ EmbedqError
 └─ EngineError            an engine cannot be trusted              (feeds health, never the caller)
     ├─ CompileFailed      the model could not be prepared for the device
     ├─ InferFailed        an inference raised, or gave a wrong or non-finite vector
+    ├─ NotQuantised       there is no quantised model to be trusted for class int8
     └─ DeviceLost         the device is gone, hung or unknown: replace the process
 """
 
@@ -96,6 +97,7 @@ class Reason(StrEnum):
     COMPILE_DEADLINE = "compile_deadline"
     BLOB_REFUSED = "blob_refused"
     NO_COMPILER = "no_compiler"
+    NOT_QUANTISED = "not_quantised"
 
 
 class EngineError(EmbedqError):
@@ -122,6 +124,12 @@ class InferFailed(EngineError):
     """An inference raised, or gave a wrong or non-finite vector."""
 
     code = "infer_failed"
+
+
+class NotQuantised(EngineError):
+    """There is no quantised model, or none to be trusted, for class ``int8``."""
+
+    code = "not_quantised"
 
 
 class DeviceLost(EngineError):

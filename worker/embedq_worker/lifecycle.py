@@ -73,13 +73,17 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
     """
     if model is None:
         proven = _open_stub(settings)
-        return Serving(stub_card(), proven, lambda: proven)
+        return Serving(stub_card(), proven, lambda: proven, lambda: proven)
     opener = Opener(settings, model)
+    card = model.card()
     if settings.device is DeviceChoice.NPU:
         standard = opener.open_npu()
     else:
         standard = opener.open_cpu(Accuracy.STANDARD)
-    return Serving(model.card(), standard, lambda: opener.open_cpu(Accuracy.EXACT))
+        card = replace(card, quantised=opener.quantised())
+    return Serving(
+        card, standard, lambda: opener.open_cpu(Accuracy.EXACT), lambda: opener.open_int8()
+    )
 
 
 def _open_stub(settings: WorkerSettings) -> Proven:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from embedq.contract import Accuracy
+from embedq.contract import Accuracy, Precision
 from embedq.errors import SettingsError
 from embedq_worker import canary, references, selftest
 from embedq_worker.canary import Canary
@@ -17,10 +17,11 @@ from embedq_worker.choices import EngineChoice, PrecisionChoice
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine
-from embedq_worker.errors import EngineError, Reason
+from embedq_worker.errors import EngineError, NotQuantised, Reason
 from embedq_worker.golden import GOLDEN
 from embedq_worker.measuring import race
 from embedq_worker.models import Model
+from embedq_worker.quantised import Quantised, QuantisedStore
 from embedq_worker.references import Vectors
 from embedq_worker.selection import Candidate, Memory, candidates, choose, machine_key
 from embedq_worker.serving import Proven
@@ -29,6 +30,8 @@ from embedq_worker.tokenization import Tokenizer
 
 log = logging.getLogger("embedq.worker")
 
+#: What makes a quantised copy.
+QUANTIZE: Final = "Run on this node: embedq-worker quantize FILE, and start it again."
 #: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
 DEFAULT_TOKEN_BUDGET: Final = 512
 
@@ -82,6 +85,11 @@ class Opener:
         has_openvino = importlib.util.find_spec("openvino") is not None
         among = candidates(accuracy, settings.engine, settings.precision, has_openvino=has_openvino)
         if not among:
+            if settings.precision is PrecisionChoice.INT8:
+                raise SettingsError(
+                    "EMBEDQ_PRECISION=int8: int8 is a class that a job asks for (--accuracy int8), "
+                    "beside what the node computes otherwise. Set EMBEDQ_PRECISION to auto."
+                )
             raise SettingsError(
                 f"EMBEDQ_ENGINE={settings.engine} and EMBEDQ_PRECISION={settings.precision}: no "
                 "engine of this machine computes so. Set both to auto."
@@ -97,6 +105,36 @@ class Opener:
             why,
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
+
+    def quantised(self) -> str:
+        """Name the quantised copy that class ``int8`` would be served with; empty for none."""
+        if importlib.util.find_spec("openvino") is None:
+            return ""
+        return QuantisedStore(self._settings.cache_dir, self._model).current()
+
+    def open_int8(self, quantised: Quantised | None = None) -> Proven:
+        """Open the quantised copy of the model.
+
+        Args:
+            quantised: the copy; None for the one that is kept.
+
+        Raises:
+            NotQuantised: none is kept, or it does not open or fails its self-test.
+            ModelError: the files of the model are damaged.
+        """
+        copy = quantised or QuantisedStore(self._settings.cache_dir, self._model).load()
+        if copy is None:
+            raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        try:
+            if importlib.util.find_spec("openvino") is None:
+                raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
+            cores = self._settings.cores()
+            engine = open_engine("openvino", self._model, cores, Precision.INT8, copy.graph)
+            return self.prove(engine, Accuracy.INT8, self._reference(), f"quantised {copy.name}")
+        except NotQuantised:
+            raise
+        except EngineError as error:
+            raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
 
     def prove(
         self, engine: Engine, accuracy: Accuracy, reference: Vectors | None, why: str

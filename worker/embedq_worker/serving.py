@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from embedq.contract import Accuracy, Device, ModelCard, Precision
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
+from embedq_worker.errors import NotQuantised
 from embedq_worker.selftest import MIN_COSINES, Report
 
 
@@ -43,18 +44,27 @@ class Proven:
 class Serving:
     """The engines of a process; the one for class ``standard`` is what the node announces."""
 
-    def __init__(self, card: ModelCard, standard: Proven, open_exact: Callable[[], Proven]) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        standard: Proven,
+        open_exact: Callable[[], Proven],
+        open_int8: Callable[[], Proven] | None = None,
+    ) -> None:
         """Serve with an engine that is open.
 
         Args:
             card: of the model.
             standard: for class ``standard``, and for ``exact`` if it is good enough.
             open_exact: opens one for ``exact``, asked once and only if a batch wants it.
+            open_int8: the same for ``int8``; None where that is not to be had.
         """
         self.card = card
         self._standard = standard
         self._exact = standard if standard.is_exact() else None
         self._open_exact = open_exact
+        self._open_int8 = open_int8
+        self._int8: Proven | NotQuantised | None = None
         self._opening = threading.Lock()
 
     @property
@@ -81,17 +91,34 @@ class Serving:
         """Return what serves an accuracy class, opened now if it was not.
 
         Raises:
+            NotQuantised: there is nothing to be trusted for ``int8``; asked again, nothing changes.
             EngineError: it does not open, or fails its self-test.
         """
-        if accuracy is not Accuracy.EXACT:
+        if accuracy is Accuracy.STANDARD:
             return self._standard
         with self._opening:
+            if accuracy is Accuracy.INT8:
+                return self._proven_int8()
             if self._exact is None:
                 self._exact = self._open_exact()
             return self._exact
 
+    def _proven_int8(self) -> Proven:
+        if self._int8 is None:
+            try:
+                if self._open_int8 is None:
+                    raise NotQuantised("This node does not compute in int8.")
+                self._int8 = self._open_int8()
+            except NotQuantised as error:
+                self._int8 = error
+        if isinstance(self._int8, NotQuantised):
+            raise self._int8
+        return self._int8
+
     def close(self) -> None:
         """Give the devices back."""
+        if isinstance(self._int8, Proven) and self._int8 is not self._standard:
+            self._int8.close()
         if self._exact is not None and self._exact is not self._standard:
             self._exact.close()
         self._standard.close()

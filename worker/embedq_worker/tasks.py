@@ -9,7 +9,7 @@ from typing import Any
 
 from celery.exceptions import Reject
 
-from embedq.contract import TASK_NAME, EmbedBatch, Header
+from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header, VectorSpec
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
@@ -21,10 +21,10 @@ from embedq_worker.backend import LedgerBackend
 from embedq_worker.careful import CAREFUL_AT, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
 from embedq_worker.embedder import Embedder
-from embedq_worker.errors import EngineError
+from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.health import may_answer
 from embedq_worker.lifecycle import serving
-from embedq_worker.serving import Serving
+from embedq_worker.serving import Proven, Serving
 
 log = logging.getLogger("embedq.worker")
 
@@ -60,7 +60,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     stats = Stats()
     try:
         batch = _accept(body, node)
-        proven = node.proven_for(batch.spec.accuracy)
+        proven = _proven_for(node, batch.spec)
         if tries < CAREFUL_AT:
             vectors, outcomes = _embed(batch, proven.embedder, stats)
         else:
@@ -113,6 +113,21 @@ def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
         time.sleep(HAND_BACK_PAUSE_S)
         raise Reject("not serving", requeue=True)
     return node
+
+
+def _proven_for(node: Serving, spec: VectorSpec) -> Proven:
+    """Return what serves the class of a job; raise _Refused where that is not to be had here."""
+    if spec.quantised != (node.card.quantised if spec.accuracy is Accuracy.INT8 else ""):
+        raise _Refused(
+            NotQuantised.code,
+            f"The job asks for the quantised model {spec.quantised or '(none)'}; the node has "
+            f"{node.card.quantised or 'none'}. Quantise once and copy the cache to each node, "
+            "start the nodes again, and run the job anew.",
+        )
+    try:
+        return node.proven_for(spec.accuracy)
+    except NotQuantised as error:
+        raise _Refused(error.code, str(error)) from error
 
 
 def _embed(batch: EmbedBatch, embedder: Embedder, stats: Stats) -> tuple[Vectors, OutcomeTable]:

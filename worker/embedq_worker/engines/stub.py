@@ -46,7 +46,13 @@ _FAULT_MARK: Final = 0xFFFF_FFFF
 
 def stub_card() -> ModelCard:
     """Return what a node with a stub engine announces."""
-    return ModelCard(label="stub", identity=STUB_IDENTITY, dim=STUB_DIM, max_length=STUB_MAX_LENGTH)
+    return ModelCard(
+        label="stub",
+        identity=STUB_IDENTITY,
+        dim=STUB_DIM,
+        max_length=STUB_MAX_LENGTH,
+        quantised="stub",
+    )
 
 
 class StubTokenizer:
