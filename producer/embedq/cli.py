@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn  # noqa: E402
 import click  # noqa: E402
 
 from embedq import errors  # noqa: E402
-from embedq.contract import Accuracy, OnLong  # noqa: E402
+from embedq.contract import Accuracy, Dtype, OnLong  # noqa: E402
 from embedq.dead_cli import dead  # noqa: E402
 from embedq.exits import (  # noqa: E402
     EXIT_FAILED,
@@ -77,6 +77,11 @@ def cli() -> None:
     "[EMBEDQ_ACCURACY]",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice([str(choice) for choice in Dtype]),
+    help="float16 halves the vectors; components are off by 2**-12 at most.  [EMBEDQ_DTYPE]",
+)
+@click.option(
     "--strict",
     is_flag=True,
     default=None,
@@ -118,6 +123,7 @@ def embed(
     local: bool,
     model: str | None,
     accuracy: str | None,
+    dtype: str | None,
     strict: bool | None,
     on_long: str | None,
     prompt_name: str | None,
@@ -143,7 +149,7 @@ def embed(
         from embedq.settings import ProducerSettings
 
         settings = ProducerSettings.load(
-            model=model, accuracy=accuracy, strict=strict, on_long=on_long
+            model=model, accuracy=accuracy, dtype=dtype, strict=strict, on_long=on_long
         )
         request = Request(
             inputs=inputs,

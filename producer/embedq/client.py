@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from embedq.backpressure import window
 from embedq.batching import Slice, split
 from embedq.broker import Broker
-from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
+from embedq.contract import Accuracy, Dtype, ModelCard, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest
@@ -30,7 +30,7 @@ from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
 from embedq.strictness import StrictWatch
-from embedq.vectors import Vectors
+from embedq.vectors import DESCRIPTIONS, Vectors
 
 log = logging.getLogger("embedq")
 E = TypeVar("E", OnLong, Accuracy)
@@ -59,6 +59,7 @@ class Client:
         model: str | None = None,
         accuracy: Accuracy | str | None = None,
         strict: bool | None = None,
+        dtype: Dtype | str | None = None,
         settings: ProducerSettings | None = None,
         on_wait: OnWait | None = None,
         on_idle: Callable[[], None] | None = None,
@@ -66,8 +67,8 @@ class Client:
         """Prepare a client; the first call connects.
 
         Args:
-            broker_url, results_url, model, accuracy, strict: override the settings of the same
-                name.
+            broker_url, results_url, model, accuracy, strict, dtype: override the settings of the
+                same name.
             settings: default: read from the environment.
             on_wait: told what is waited for; default: a warning in the log.
             on_idle: called about every second while nothing arrives; may raise.
@@ -81,6 +82,7 @@ class Client:
             "model": model,
             "accuracy": accuracy,
             "strict": strict,
+            "dtype": dtype,
         }
         if settings is None:
             settings = ProducerSettings.load(**given)
@@ -198,6 +200,11 @@ class Client:
         """
         card = self.card()
         chosen = _choose(Accuracy, "accuracy", accuracy, self.settings.accuracy)
+        if self.settings.dtype is Dtype.FLOAT16 and not card.normalized:
+            raise SettingsError(
+                f"dtype=float16: vectors of {card.label} are not of unit length, so they may be "
+                "too long for it. Use float32."
+            )
         return VectorSpec(
             model=card.identity,
             dim=card.dim,
@@ -205,6 +212,7 @@ class Client:
             prompt=_prompt(card, prompt_name, prompt),
             on_long=_choose(OnLong, "on_long", on_long, self.settings.on_long),
             accuracy=chosen,
+            dtype=self.settings.dtype,
             quantised=self._quantised(card) if chosen is Accuracy.INT8 else "",
         )
 
@@ -248,7 +256,7 @@ class Client:
             timeout_s: longest silence of the fleet, in seconds; None waits.
 
         Returns:
-            float32 [n, D]; [D] for one string; [0, D] for an empty list.
+            float32 (float16 with that dtype) [n, D]; [D] for one string; [0, D] for an empty list.
 
         Raises:
             TextsFailed: some texts have no vector; the others are in ``.vectors``.
@@ -260,7 +268,7 @@ class Client:
             raise ContractError("encode() takes text, not bytes. Decode them first.")
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
-        rows = [np.empty((0, spec.dim), np.float32)]
+        rows: list[Vectors] = [np.empty((0, spec.dim), DESCRIPTIONS[spec.dtype])]
         failures: dict[int, str] = {}
         for batch in self.job(slices, spec, strict=strict).batches(timeout_s=timeout_s):
             if batch.failure:

@@ -63,6 +63,13 @@ class Accuracy(StrEnum):
     INT8 = "int8"
 
 
+class Dtype(StrEnum):
+    """How vectors travel, are kept in Redis and reach the caller."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
 class Device(StrEnum):
     """What an engine runs on."""
 
@@ -145,7 +152,7 @@ class VectorSpec(NamedTuple):
         prompt: put before every text.
         on_long: policy for texts of more tokens.
         accuracy: accuracy class of the job.
-        dtype: how vectors are stored, ``float32``.
+        dtype: how vectors travel and are kept; they are computed in float32 whatever it is.
         quantised: name of the quantised model that class ``int8`` computes with; else empty.
     """
 
@@ -155,7 +162,7 @@ class VectorSpec(NamedTuple):
     prompt: str = ""
     on_long: OnLong = OnLong.TRUNCATE
     accuracy: Accuracy = Accuracy.STANDARD
-    dtype: str = "float32"
+    dtype: Dtype = Dtype.FLOAT32
     quantised: str = ""
 
     def fingerprint(self) -> bytes:
@@ -437,7 +444,14 @@ def _spec(value: object) -> VectorSpec:
     model, dim, max_length, prompt, on_long, accuracy, dtype, quantised = value
     try:
         spec = VectorSpec(
-            model, dim, max_length, prompt, OnLong(on_long), Accuracy(accuracy), dtype, quantised
+            model,
+            dim,
+            max_length,
+            prompt,
+            OnLong(on_long),
+            Accuracy(accuracy),
+            Dtype(dtype),
+            quantised,
         )
     except ValueError as error:
         raise MalformedMessage(f"The vector specification is unknown: {error}.") from None
@@ -450,7 +464,6 @@ def _spec(value: object) -> VectorSpec:
         and 0 < max_length <= 1_000_000
         and isinstance(prompt, str)
         and len(prompt) <= 65_536
-        and dtype == "float32"
         and isinstance(quantised, str)
         and len(quantised) <= 64
     )

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from embedq.contract import MAX_BATCH_TEXTS, Accuracy, OnLong
+from embedq.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 from embedq.errors import SettingsError
 from embedq.hints import nearest
 
@@ -49,6 +49,7 @@ OTHER_ROOMS = frozenset(
         "offline",
         "precision",
         "row_tokens",
+        "streams",
         "runtime_dir",
         "stub_delay_s",
         "stub_device",
@@ -167,6 +168,10 @@ class ProducerSettings(RedisSettings):
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
         description="Accuracy class: standard (cosine >= 0.999 to fp32), exact (fp32) or int8.",
+    )
+    dtype: Dtype = Field(
+        Dtype.FLOAT32,
+        description="How vectors travel and arrive: float32, or float16 at half the bytes.",
     )
     strict: bool = Field(
         False,

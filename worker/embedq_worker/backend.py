@@ -62,11 +62,11 @@ class LedgerBackend(BaseBackend):
         Raises:
             Reject: Redis stayed away too long; the batch goes back to its queue.
         """
-        fingerprint = batch.spec.fingerprint()
+        fingerprint, dtype = batch.spec.fingerprint(), batch.spec.dtype
         values = [
-            encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint)
-            for start, stop in split_rows(len(vectors), batch.spec.dim)
-        ] or [encode(vectors, outcomes, fingerprint)]
+            encode(vectors[start:stop], outcomes.rows(start, stop), fingerprint, dtype)
+            for start, stop in split_rows(len(vectors), batch.spec.dim, dtype)
+        ] or [encode(vectors, outcomes, fingerprint, dtype)]
         return self.waiting(lambda: Ledger(self.redis, batch.job).commit(batch.index, values))
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:

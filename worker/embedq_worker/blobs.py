@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from embedq_worker.file_lock import locked
 log = logging.getLogger("embedq.worker")
 
 Bytes = npt.NDArray[np.uint8]
+#: Raised whenever graph.GRAPH_VERSION is; not imported from there, because that imports onnx, which
+#: a start with a compiled model does without. A test compares the two.
+GRAPH_VERSION: Final = 1
 #: Names inside a blob's folder.
 BLOB, META = "model.blob", "meta.json"
 

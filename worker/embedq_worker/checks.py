@@ -142,6 +142,8 @@ def _int8(settings: WorkerSettings, model: Model) -> Finding:
 def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
     """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
     details = {**serving.engine.details, "chosen": serving.why}
+    if serving.layout is not None:
+        details["layout"] = serving.layout.describe()
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)

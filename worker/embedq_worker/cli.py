@@ -243,6 +243,44 @@ def quantize(
     sys.exit(exits.OK if found.kept else exits.CHECK)
 
 
+@cli.command(epilog=_EPILOG)
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["standard", "exact", "int8"]),
+    default="standard",
+    show_default=True,
+    help="The class whose engine is tuned.",
+)
+@click.option(
+    "--reserve-cores",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="Cores left to a producer and Redis on this machine.",
+)
+@click.option("--quick", is_flag=True, help="Fewer texts and rounds: some ten seconds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def tune(model: str | None, accuracy: str, reserve_cores: int, quick: bool, as_json: bool) -> None:
+    """Measure how the engine uses the cores of this machine best, and keep the answer.
+
+    Takes about a minute on an otherwise idle machine; run it before a job, not in its middle: the
+    last bits of a vector depend on it.
+    """
+    settings = _load({"model": model})
+    logs.send_native_to_stderr()
+    from embedq.contract import Accuracy
+    from embedq_worker import tune_run
+
+    texts, seconds = (32, 5.0) if quick else (128, 60.0)
+    try:
+        wanted = tune_run.Wanted(Accuracy(accuracy), reserve_cores, texts, seconds)
+        found = tune_run.run(settings, wanted, lambda line: click.echo(line, err=True))
+    except EmbedqError as error:
+        _fail(error)
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+
+
 def _export(options: Mapping[str, str | int | bool | None]) -> None:
     """Put options into the environment, where the app and the child read them."""
     for name, value in options.items():

@@ -27,11 +27,14 @@ from embedq_worker.selection import Candidate, Memory, candidates, choose, machi
 from embedq_worker.serving import Proven
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import Tokenizer
+from embedq_worker.tuning import Layout
 
 log = logging.getLogger("embedq.worker")
 
 #: What makes a quantised copy.
 QUANTIZE: Final = "Run on this node: embedq-worker quantize FILE, and start it again."
+#: What serves class int8.
+INT8: Final = Candidate(EngineChoice.OPENVINO, Precision.INT8)
 #: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
 DEFAULT_TOKEN_BUDGET: Final = 512
 
@@ -98,11 +101,12 @@ class Opener:
         measure = functools.partial(self._measure, accuracy)
         chosen, why = choose(among, self._key(accuracy, among), memory, measure)
         log.info(
-            "engine_chosen accuracy=%s engine=%s precision=%s why=%s",
+            "engine_chosen accuracy=%s engine=%s precision=%s why=%s layout=%r",
             accuracy,
             chosen.engine,
             chosen.precision,
             why,
+            self.layout(chosen, accuracy).describe(),
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
@@ -128,26 +132,35 @@ class Opener:
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
-            cores = self._settings.cores()
-            engine = open_engine("openvino", self._model, cores, Precision.INT8, copy.graph)
-            return self.prove(engine, Accuracy.INT8, self._reference(), f"quantised {copy.name}")
+            layout = self.layout(INT8, Accuracy.INT8)
+            engine = open_engine(
+                "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
+            )
+            why = f"quantised {copy.name}"
+            return self.prove(engine, Accuracy.INT8, self._reference(), why, layout)
         except NotQuantised:
             raise
         except EngineError as error:
             raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
 
     def prove(
-        self, engine: Engine, accuracy: Accuracy, reference: Vectors | None, why: str
+        self,
+        engine: Engine,
+        accuracy: Accuracy,
+        reference: Vectors | None,
+        why: str,
+        layout: Layout | None = None,
     ) -> Proven:
         """Ask an engine the golden texts; one that fails is closed.
 
         Raises:
             EngineError: it fails.
         """
-        budget = self._settings.token_budget or DEFAULT_TOKEN_BUDGET
+        budget = layout.token_budget if layout else self._settings.token_budget
+        budget = budget or DEFAULT_TOKEN_BUDGET
         embedder = Embedder(self._tokenizer, engine, token_budget=budget)
         report = selftest.run(embedder, self._model, reference, accuracy)
-        proven = Proven(engine, embedder, report, why)
+        proven = Proven(engine, embedder, report, why, layout)
         log.info(
             "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
             "max_deviation=%.1e inversions=%d seconds=%.2f",
@@ -178,8 +191,46 @@ class Opener:
     def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> Proven:
         trusted = one.engine is EngineChoice.ONNXRUNTIME
         reference = None if trusted else self._reference()
-        engine = open_engine(one.engine, self._model, self._settings.cores(), one.precision)
-        return self.prove(engine, accuracy, reference, why)
+        layout = self.layout(one, accuracy)
+        engine = open_engine(
+            one.engine, self._model, layout.cores, one.precision, streams=layout.streams
+        )
+        return self.prove(engine, accuracy, reference, why, layout)
+
+    def open_layout(self, one: Candidate, layout: Layout) -> Engine:
+        """Open an engine with a layout that is to be measured; it is not proven.
+
+        Raises:
+            NotQuantised, ModelError, EngineError: it does not open.
+        """
+        copy = None
+        if one.precision is Precision.INT8:
+            copy = QuantisedStore(self._settings.cache_dir, self._model).load()
+            if copy is None:
+                raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        graph = copy.graph if copy else None
+        return open_engine(
+            one.engine, self._model, layout.cores, one.precision, graph, layout.streams
+        )
+
+    def layout(self, one: Candidate, accuracy: Accuracy) -> Layout:
+        """Return how an engine is to use the cores: as the settings say, as tuned, or as usual."""
+        settings = self._settings
+        kept = Memory(settings.cache_dir).recall_entry(self.tuning_key(one, accuracy))
+        usual = Layout(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
+        tuned = Layout.from_entry(kept, settings.cores()) or usual
+        return tuned.overridden(settings.threads, settings.streams, settings.token_budget)
+
+    def tuning_key(self, one: Candidate, accuracy: Accuracy) -> str:
+        """Name everything that could change what is the best layout."""
+        return machine_key(
+            what="layout",
+            model=self._model.identity,
+            accuracy=str(accuracy),
+            engine=f"{one.engine} {one.precision}",
+            versions=str([_version(name) for name in ("onnxruntime", "openvino")]),
+            cores=str(self._settings.cores()),
+        )
 
     def _reference(self) -> Vectors:
         return references.load_or_make(self._model, self._settings.cache_dir, self._make_reference)

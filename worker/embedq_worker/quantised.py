@@ -17,8 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from embedq_worker.blobs import BLOB, BlobKey, BlobStore
-from embedq_worker.engines.loader import GRAPH_VERSION
+from embedq_worker.blobs import BLOB, GRAPH_VERSION, BlobKey, BlobStore
 from embedq_worker.models import Model
 
 log = logging.getLogger("embedq.worker")

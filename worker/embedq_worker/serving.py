@@ -11,6 +11,7 @@ from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
 from embedq_worker.errors import NotQuantised
 from embedq_worker.selftest import MIN_COSINES, Report
+from embedq_worker.tuning import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,14 @@ class Proven:
         embedder: with that engine.
         report: what the self-test found.
         why: how the engine came to be chosen, in a word.
+        layout: how it uses the cores; None where that is not ours to say.
     """
 
     engine: Engine
     embedder: Embedder
     report: Report
     why: str
+    layout: Layout | None = None
 
     def is_exact(self) -> bool:
         """Say whether this engine may serve class ``exact`` as well."""
@@ -81,6 +84,11 @@ class Serving:
     def report(self) -> Report:
         """The self-test of the engine for class ``standard``."""
         return self._standard.report
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the engine for class ``standard`` uses the cores."""
+        return self._standard.layout
 
     @property
     def why(self) -> str:
