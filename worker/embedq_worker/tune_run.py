@@ -147,8 +147,10 @@ def _measure(
             embedders[layout] = Embedder(tokenizer, engine, token_budget=layout.token_budget)
         return timings(_rounds(embedders, model, wanted, tell), tried[0])
     finally:
-        for opened in (*embedders.values(), *engines.values()):
-            opened.close()
+        for embedder in embedders.values():
+            embedder.close()
+        for engine in engines.values():
+            engine.close()
 
 
 def _rounds(

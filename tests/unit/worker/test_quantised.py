@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def opener(model: Model, cache: Path) -> Opener:
     """Make an opener for a node on the CPU."""
-    return Opener(WorkerSettings(device=DeviceChoice.CPU, cache_dir=cache, threads=2), model)
+    values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2}
+    return Opener(WorkerSettings(**values), model)
 
 
 def test_copy_comes_back_as_it_was_kept(model: Model, tmp_path: Path) -> None:
