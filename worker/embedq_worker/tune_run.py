@@ -20,6 +20,9 @@ from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import Tokenizer
 from embedq_worker.tuning import Layout, Timing, decide, layouts, timings
 
+#: On a busy machine it ends after so many times the seconds asked for, at least so many seconds.
+PATIENCE: Final = 3
+LEAST_PATIENCE_S: Final = 10.0
 #: Rounds without which nothing is decided, and beyond which nothing is learnt.
 MIN_ROUNDS: Final = 5
 MAX_ROUNDS: Final = 15
@@ -121,7 +124,10 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
     one = Candidate(EngineChoice(first.engine.name), first.engine.precision)
     first.close()
     found = _measure(opener, model, one, layouts(cores, DEFAULT_TOKEN_BUDGET), wanted, tell)
-    chosen = decide(found, found[0].layout)
+    enough = len(found[0].seconds) >= MIN_ROUNDS
+    chosen = decide(found, found[0].layout) if enough else found[0].layout
+    if not enough:
+        tell("Too few rounds in the time: the machine is busy. Tune it while it is idle.")
     key = opener.tuning_key(one, wanted.accuracy)
     kept = Memory(settings.cache_dir).keep_entry(key, chosen.entry())
     return Result(f"{one.engine} {one.precision}", wanted.texts, tuple(found), chosen, kept)
@@ -163,8 +169,11 @@ def _rounds(
     for embedder in embedders.values():  # the first inferences of an engine allocate
         embedder.embed(batch)
     deadline = time.monotonic() + wanted.seconds
+    last = time.monotonic() + max(PATIENCE * wanted.seconds, LEAST_PATIENCE_S)
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.monotonic() >= deadline:
+            break
+        if done and time.monotonic() >= last:
             break
         for layout, embedder in embedders.items():
             began = time.perf_counter()
