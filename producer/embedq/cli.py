@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn  # noqa: E402
 import click  # noqa: E402
 
 from embedq import errors  # noqa: E402
-from embedq.contract import Accuracy, OnLong  # noqa: E402
+from embedq.contract import Accuracy, Dtype, OnLong  # noqa: E402
 from embedq.dead_cli import dead  # noqa: E402
 from embedq.exits import (  # noqa: E402
     EXIT_FAILED,
@@ -73,8 +73,14 @@ def cli() -> None:
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
 @click.option(
     "--accuracy",
-    type=click.Choice([str(Accuracy.STANDARD), str(Accuracy.EXACT)]),
-    help="standard: cosine >= 0.999 to fp32; exact: fp32.  [EMBEDQ_ACCURACY]",
+    type=click.Choice([str(choice) for choice in Accuracy]),
+    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantised.  "
+    "[EMBEDQ_ACCURACY]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([str(choice) for choice in Dtype]),
+    help="float16 halves the vectors; components are off by 2**-12 at most.  [EMBEDQ_DTYPE]",
 )
 @click.option(
     "--strict",
@@ -118,6 +124,7 @@ def embed(
     local: bool,
     model: str | None,
     accuracy: str | None,
+    dtype: str | None,
     strict: bool | None,
     on_long: str | None,
     prompt_name: str | None,
@@ -143,7 +150,7 @@ def embed(
         from embedq.settings import ProducerSettings
 
         settings = ProducerSettings.load(
-            model=model, accuracy=accuracy, strict=strict, on_long=on_long
+            model=model, accuracy=accuracy, dtype=dtype, strict=strict, on_long=on_long
         )
         request = Request(
             inputs=inputs,
@@ -260,8 +267,8 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
 
     display.starting("starting a private Redis and a node")
     environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
-    if settings.accuracy is Accuracy.EXACT:
-        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32
+    if settings.accuracy is not Accuracy.STANDARD:
+        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32 or int8
     with LocalFleet(environment=environment, warn=display.note) as fleet:
         from embedq.client import Client  # brings Celery, while the node brings up its own
 

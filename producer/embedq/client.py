@@ -18,7 +18,7 @@ from embedq import tracing
 from embedq.backpressure import window
 from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
-from embedq.contract import Accuracy, ModelCard, OnLong, Queue, Status, VectorSpec
+from embedq.contract import Accuracy, Dtype, ModelCard, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest
@@ -26,11 +26,12 @@ from embedq.job import FinishedBatch, Job, Link
 from embedq.ledger import Ledger
 from embedq.patience import WAYS_OUT, OnWait, patiently
 from embedq.publisher import Publisher
+from embedq.quantised import QuantisedWatch
 from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
 from embedq.strictness import StrictWatch
-from embedq.vectors import Vectors
+from embedq.vectors import DESCRIPTIONS, Vectors
 
 log = logging.getLogger("embedq")
 E = TypeVar("E", OnLong, Accuracy)
@@ -60,6 +61,7 @@ class Client:
         model: str | None = None,
         accuracy: Accuracy | str | None = None,
         strict: bool | None = None,
+        dtype: Dtype | str | None = None,
         settings: ProducerSettings | None = None,
         on_wait: OnWait | None = None,
         on_idle: Callable[[], None] | None = None,
@@ -67,8 +69,8 @@ class Client:
         """Prepare a client; the first call connects.
 
         Args:
-            broker_url, results_url, model, accuracy, strict: override the settings of the same
-                name.
+            broker_url, results_url, model, accuracy, strict, dtype: override the settings of the
+                same name.
             settings: default: read from the environment.
             on_wait: told what is waited for; default: a warning in the log.
             on_idle: called about every second while nothing arrives; may raise.
@@ -82,6 +84,7 @@ class Client:
             "model": model,
             "accuracy": accuracy,
             "strict": strict,
+            "dtype": dtype,
         }
         if settings is None:
             settings = ProducerSettings.load(**given)
@@ -206,17 +209,43 @@ class Client:
 
         Raises:
             SettingsError: an unknown prompt name, policy or accuracy class.
+            NotQuantised: class int8, and no node has a quantised model, or they have several.
             QueueUnavailable, NoNode: as card.
         """
         card = self.card()
+        chosen = _choose(Accuracy, "accuracy", accuracy, self.settings.accuracy)
+        if self.settings.dtype is Dtype.FLOAT16 and not card.normalized:
+            raise SettingsError(
+                f"dtype=float16: vectors of {card.label} are not of unit length, so they may be "
+                "too long for it. Use float32."
+            )
         return VectorSpec(
             model=card.identity,
             dim=card.dim,
             max_length=card.max_length,
             prompt=_prompt(card, prompt_name, prompt),
             on_long=_choose(OnLong, "on_long", on_long, self.settings.on_long),
-            accuracy=_choose(Accuracy, "accuracy", accuracy, self.settings.accuracy),
+            accuracy=chosen,
+            dtype=self.settings.dtype,
+            quantised=self._quantised(card) if chosen is Accuracy.INT8 else "",
         )
+
+    def _quantised(self, card: ModelCard) -> str:
+        """Return the quantised model that the fleet serves, waiting for a first node with one."""
+        watch = QuantisedWatch(card, self.settings.node_wait_s)
+        while True:
+            name = watch.look(
+                patiently(
+                    lambda: fetch_alive(self.redis),
+                    patience_s=0,
+                    on_wait=self._on_wait,
+                    where=mask_password(self.settings.results_url),
+                )
+            )
+            if name:
+                return name
+            self._on_idle()
+            time.sleep(LOOK_EVERY_S)
 
     def encode(
         self,
@@ -236,12 +265,12 @@ class Client:
             prompt_name: name of a prompt of the model, put before each text.
             prompt: a prompt itself; wins over prompt_name.
             on_long: ``truncate`` or ``error`` for texts of more tokens than the model takes.
-            accuracy: ``standard`` or ``exact``.
+            accuracy: ``standard``, ``exact`` or ``int8``.
             strict: take vectors from an NPU or not at all.
             timeout_s: longest silence of the fleet, in seconds; None waits.
 
         Returns:
-            float32 [n, D]; [D] for one string; [0, D] for an empty list.
+            float32 (float16 with that dtype) [n, D]; [D] for one string; [0, D] for an empty list.
 
         Raises:
             TextsFailed: some texts have no vector; the others are in ``.vectors``.
@@ -253,7 +282,7 @@ class Client:
             raise ContractError("encode() takes text, not bytes. Decode them first.")
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
-        rows = [np.empty((0, spec.dim), np.float32)]
+        rows: list[Vectors] = [np.empty((0, spec.dim), DESCRIPTIONS[spec.dtype])]
         failures: dict[int, str] = {}
         planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
         job = self.job(slices, spec, strict=strict, planned=planned)
@@ -373,7 +402,7 @@ class Client:
             planned: texts in all of them, shown to operators; None if that is not known.
 
         Raises:
-            SettingsError: strict and exact, which no device can be at once.
+            SettingsError: strict and exact or int8, which no device can be at once.
         """
         queue = _queue(spec, strict=self.settings.strict if strict is None else strict)
         on_idle = self._on_idle
@@ -404,14 +433,16 @@ class Client:
 
 
 def _queue(spec: VectorSpec, *, strict: bool) -> Queue:
-    # Only the CPU computes in fp32, so an exact job never visits the NPU queue.
-    exact = spec.accuracy is Accuracy.EXACT
-    if exact and strict:
+    # Only the CPU computes in fp32 and, here, in int8: such a job never visits the NPU queue. The
+    # queue of int8 is read by nodes with a quantised model alone, so no batch meets another.
+    if spec.accuracy is Accuracy.STANDARD:
+        return Queue.NPU_STRICT if strict else Queue.NPU
+    if strict:
         raise SettingsError(
-            "strict and accuracy=exact exclude each other: only the CPU computes in fp32, and a "
-            "strict job takes vectors from an NPU alone. Drop one of the two."
+            f"strict and accuracy={spec.accuracy} exclude each other: only the CPU computes so, "
+            "and a strict job takes vectors from an NPU alone. Drop one of the two."
         )
-    return Queue.NPU_STRICT if strict else Queue.CPU if exact else Queue.NPU
+    return Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.CPU_INT8
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -51,6 +51,7 @@ class Queue(StrEnum):
 
     NPU = "embed.npu"
     CPU = "embed.cpu"
+    CPU_INT8 = "embed.cpu.int8"
     NPU_STRICT = "embed.npu.strict"
 
 
@@ -59,6 +60,14 @@ class Accuracy(StrEnum):
 
     STANDARD = "standard"
     EXACT = "exact"
+    INT8 = "int8"
+
+
+class Dtype(StrEnum):
+    """How vectors travel, are kept in Redis and reach the caller."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
 
 
 class Device(StrEnum):
@@ -143,7 +152,8 @@ class VectorSpec(NamedTuple):
         prompt: put before every text.
         on_long: policy for texts of more tokens.
         accuracy: accuracy class of the job.
-        dtype: how vectors are stored, ``float32``.
+        dtype: how vectors travel and are kept; they are computed in float32 whatever it is.
+        quantised: name of the quantised model that class ``int8`` computes with; else empty.
     """
 
     model: str
@@ -152,7 +162,8 @@ class VectorSpec(NamedTuple):
     prompt: str = ""
     on_long: OnLong = OnLong.TRUNCATE
     accuracy: Accuracy = Accuracy.STANDARD
-    dtype: str = "float32"
+    dtype: Dtype = Dtype.FLOAT32
+    quantised: str = ""
 
     def fingerprint(self) -> bytes:
         """Return 8 bytes that differ whenever two specs may give different vectors."""
@@ -173,6 +184,7 @@ class ModelCard:
         normalized: vectors have unit length.
         prompts: name -> text put before each input.
         default_prompt: the name used when the caller names none; empty for none.
+        quantised: name of the quantised model for class ``int8``; empty where there is none.
     """
 
     label: str
@@ -183,6 +195,7 @@ class ModelCard:
     normalized: bool = True
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+    quantised: str = ""
 
     def to_message(self) -> bytes:
         """Encode the card as msgpack."""
@@ -428,10 +441,17 @@ def _bounded(body: Mapping[str, object], key: str, limit: int) -> int:
 def _spec(value: object) -> VectorSpec:
     if not isinstance(value, list | tuple) or len(value) != len(VectorSpec._fields):
         raise MalformedMessage("The vector specification has the wrong number of fields.")
-    model, dim, max_length, prompt, on_long, accuracy, dtype = value
+    model, dim, max_length, prompt, on_long, accuracy, dtype, quantised = value
     try:
         spec = VectorSpec(
-            model, dim, max_length, prompt, OnLong(on_long), Accuracy(accuracy), dtype
+            model,
+            dim,
+            max_length,
+            prompt,
+            OnLong(on_long),
+            Accuracy(accuracy),
+            Dtype(dtype),
+            quantised,
         )
     except ValueError as error:
         raise MalformedMessage(f"The vector specification is unknown: {error}.") from None
@@ -444,7 +464,8 @@ def _spec(value: object) -> VectorSpec:
         and 0 < max_length <= 1_000_000
         and isinstance(prompt, str)
         and len(prompt) <= 65_536
-        and dtype == "float32"
+        and isinstance(quantised, str)
+        and len(quantised) <= 64
     )
     if not right_types:
         raise MalformedMessage("The vector specification has a value of the wrong type or size.")

@@ -229,7 +229,7 @@ def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
     else:
         manifest.embedded, manifest.job = True, ""
         manifest.save(manifest_path(output))
-    written = outputs.finish(output, spool, manifest.rows, dim)
+    written = outputs.finish(output, spool, manifest.rows, dim, manifest.dtype)
     if not manifest.complete:
         manifest.complete = True
         manifest.save(manifest_path(output))
@@ -241,6 +241,7 @@ def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manife
     settings = {
         key: str(value) if isinstance(value, str) else value
         for key, value in spec._asdict().items()
+        if value or key != "quantised"  # manifests of an older embedq know no such word
     }
     settings["model_label"] = client.card().label
     settings["batch_texts"] = client.settings.batch_texts

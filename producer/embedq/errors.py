@@ -10,7 +10,8 @@
     ├─ QueueUnavailable       Redis cannot be reached                  (retry later)
     │   └─ QueueFull          Redis has no room; .retry_after_s
     ├─ NoNode                 nobody serves the model                  (start a node)
-    │   └─ StrictUnavailable  no node with an NPU does                 (start one, or not strict)
+    │   ├─ StrictUnavailable  no node with an NPU does                 (start one, or not strict)
+    │   └─ NotQuantised       no node has a quantised model for int8   (embedq-worker quantize)
     ├─ LocalStartFailed       the private Redis or node did not start  (read the reason)
     ├─ ResultError
     │   ├─ ResultTimeout      not yet
@@ -106,6 +107,12 @@ class StrictUnavailable(NoNode):
     """A strict job waited for a node with an NPU, and none came."""
 
     code = "strict_unavailable"
+
+
+class NotQuantised(NoNode):
+    """A job of class int8 finds no node with a quantised model, or several models."""
+
+    code = "not_quantised"
 
 
 class LocalStartFailed(EmbedqError):

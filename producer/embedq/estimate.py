@@ -14,6 +14,7 @@ from embedq.files import Document
 from embedq.outcomes import TRUNCATED
 from embedq.report import Progress
 from embedq.request import Request
+from embedq.vectors import ITEM_BYTES
 
 #: Documents embedded for the estimate.
 SAMPLE: Final = 256
@@ -111,7 +112,7 @@ def estimate(client: Client, request: Request) -> Estimate:
     mean_bytes = text_bytes / max(1, texts)
     per_batch = min(settings.batch_texts, client.batch_tokens(spec) / max(1.0, tokens / n))
     window_rows = min(texts, client.window() * per_batch)
-    row_bytes = 4 * spec.dim + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
+    row_bytes = ITEM_BYTES[spec.dtype] * spec.dim + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
     return Estimate(
         texts=texts,
         text_bytes=text_bytes,
@@ -120,7 +121,7 @@ def estimate(client: Client, request: Request) -> Estimate:
         failed_share=sum(b.outcomes.count_failed() for b in batches) / n,
         docs_per_second=round(len(chosen) / seconds, 1) if chosen else 0.0,
         seconds=round(seconds * share, 1) if chosen else 0.0,
-        output_bytes=4 * spec.dim * texts,
+        output_bytes=ITEM_BYTES[spec.dtype] * spec.dim * texts,
         redis_bytes=int(window_rows * row_bytes),
         sampled=len(chosen),
     )

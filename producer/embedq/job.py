@@ -30,7 +30,7 @@ from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.reconcile import Sent, View, is_lost, is_missing
 from embedq.tracing import JobTrace
-from embedq.vectors import Value, Vectors, decode
+from embedq.vectors import DESCRIPTIONS, Value, Vectors, decode
 
 T = TypeVar("T")
 #: Milliseconds that one read of the stream waits before the job looks around.
@@ -450,7 +450,7 @@ class Job:
             raise CorruptValue("The vectors of a committed batch have left Redis.")
         parts = [decode(value, self._fingerprint) for value in values if value is not None]
         if parts[0].failure:
-            return _failed(piece, parts[0].failure, self._spec.dim)
+            return _failed(piece, parts[0].failure, self._spec)
         vectors, outcomes = _join(parts)
         if vectors.shape != (len(piece), self._spec.dim):
             raise CorruptValue(
@@ -498,8 +498,8 @@ def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:
     )
 
 
-def _failed(piece: Slice, failure: tuple[str, str], dim: int) -> FinishedBatch:
+def _failed(piece: Slice, failure: tuple[str, str], spec: VectorSpec) -> FinishedBatch:
     outcome = Outcome(status=Status.FAILED, code=failure[0])
     outcomes = OutcomeTable.from_outcomes([outcome] * len(piece))
-    vectors = np.full((len(piece), dim), np.nan, np.float32)
+    vectors: Vectors = np.full((len(piece), spec.dim), np.nan, DESCRIPTIONS[spec.dtype])
     return FinishedBatch(piece, vectors, outcomes, failure)

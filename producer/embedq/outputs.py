@@ -11,11 +11,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from embedq.contract import Dtype
 from embedq.errors import InputError
 from embedq.files import STDIN
 from embedq.hints import nearest
 from embedq.resume import NPY_HEADER_BYTES, SpoolFiles, npy_header, writing
-from embedq.vectors import Vectors
+from embedq.vectors import DESCRIPTIONS, ITEM_BYTES, Vectors
 
 #: Rows converted at a time.
 CHUNK_ROWS: Final = 4_096
@@ -75,7 +76,9 @@ def require_writable(output: Path) -> None:
         _pyarrow()
 
 
-def finish(output: Path, spool: SpoolFiles, rows: int, dim: int) -> list[Path]:
+def finish(
+    output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32
+) -> list[Path]:
     """Turn complete spools into the output and remove them; goes on where a killed call stopped.
 
     Returns:
@@ -86,7 +89,7 @@ def finish(output: Path, spool: SpoolFiles, rows: int, dim: int) -> list[Path]:
     """
     kind = format_of(output)
     if spool.vectors_path.exists():
-        _FINISHERS[kind](output, spool, rows, dim)
+        _FINISHERS[kind](output, spool, rows, dim, dtype)
     spool.remove()
     written = files_of(output)
     for path in written:
@@ -103,7 +106,7 @@ class Unpacked:
     """A finished output as an npy file and its items.
 
     Attributes:
-        vectors_path: float32 [n, D] as npy.
+        vectors_path: float32 or float16 [n, D] as npy.
         items_path: one JSON object a line, in row order, without vectors.
     """
 
@@ -111,13 +114,14 @@ class Unpacked:
     items_path: Path
 
 
-def unpack(output: Path, folder: Path, dim: int) -> Unpacked:
+def unpack(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Unpacked:
     """Give random access to the rows of a finished output, of whatever format.
 
     Args:
         output: the output; an npy is used in place.
         folder: for copies of the others, thrown away by the caller.
         dim: components of a vector.
+        dtype: of the output.
 
     Raises:
         InputError: the output is damaged or was changed by something else.
@@ -128,17 +132,18 @@ def unpack(output: Path, folder: Path, dim: int) -> Unpacked:
     read = {"jsonl": _read_jsonl, "parquet": _read_parquet}[kind]
     unpacked = Unpacked(folder / "old.npy", folder / "old.items.jsonl")
     rows = 0
-    missing = np.full(dim, np.nan, "<f4")
+    kind_of_row = DESCRIPTIONS[dtype]
+    missing = np.full(dim, np.nan, kind_of_row)
     with (
         writing(output),
         unpacked.vectors_path.open("wb") as vectors,
         unpacked.items_path.open("w", encoding="utf-8") as items,
     ):
-        vectors.write(npy_header(0, dim))
+        vectors.write(npy_header(0, dim, dtype))
         try:
             for rows, item in enumerate(read(output), 1):
                 vector = item.pop("vector")
-                row = missing if vector is None else np.array(vector, "<f4")
+                row = missing if vector is None else np.array(vector, kind_of_row)
                 if row.shape != (dim,):
                     raise ValueError(f"Row {rows - 1} has not {dim} components.")
                 vectors.write(row.tobytes())
@@ -148,7 +153,7 @@ def unpack(output: Path, folder: Path, dim: int) -> Unpacked:
                 f"{output}: is not what embedq wrote. Start over with --restart."
             ) from error
         vectors.seek(0)
-        vectors.write(npy_header(rows, dim))
+        vectors.write(npy_header(rows, dim, dtype))
     return unpacked
 
 
@@ -165,9 +170,9 @@ def _read_parquet(output: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
+def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
     with writing(output), spool.vectors_path.open("r+b") as vectors:
-        vectors.write(npy_header(rows, dim))
+        vectors.write(npy_header(rows, dim, dtype))
         vectors.flush()
         os.fsync(vectors.fileno())
         # The sidecar first: an npy without its sidecar must not be seen.
@@ -176,10 +181,10 @@ def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
         spool.vectors_path.replace(output)
 
 
-def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
+def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
     temporary = output.with_name(output.name + ".tmp")
     with writing(output), temporary.open("w", encoding="utf-8") as out:
-        for items, vectors in _chunks(spool, dim):
+        for items, vectors in _chunks(spool, dim, dtype):
             for item, vector in zip(items, vectors, strict=True):
                 item["vector"] = vector.tolist() if item["status"] == "ok" else None
                 out.write(json.dumps(item) + "\n")
@@ -188,16 +193,17 @@ def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
         temporary.replace(output)
 
 
-def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int) -> None:
+def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
     pa, pq = _pyarrow()
     temporary = output.with_name(output.name + ".tmp")
+    # Few readers of Parquet know float16, so its values are spelled as float32.
     kind = pa.list_(pa.float32(), dim)
     writer = None
     with writing(output):
-        for items, vectors in _chunks(spool, dim):
+        for items, vectors in _chunks(spool, dim, dtype):
             columns = {key: [item[key] for item in items] for key in items[0]}
             columns["id"] = [_as_utf8(str(name)) for name in columns["id"]]
-            values = pa.array(np.ascontiguousarray(vectors).reshape(-1), pa.float32())
+            values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1), pa.float32())
             missing = pa.array([item["status"] != "ok" for item in items])
             columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=missing)
             table = pa.table(columns)
@@ -212,14 +218,16 @@ def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int) -> Non
         temporary.replace(output)
 
 
-_FINISHERS: dict[str, Callable[[Path, SpoolFiles, int, int], None]] = {
+_FINISHERS: dict[str, Callable[[Path, SpoolFiles, int, int, Dtype], None]] = {
     "npy": _finish_npy,
     "jsonl": _finish_jsonl,
     "parquet": _finish_parquet,
 }
 
 
-def _chunks(spool: SpoolFiles, dim: int) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
+def _chunks(
+    spool: SpoolFiles, dim: int, dtype: Dtype
+) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
     """Yield items and their vectors, a bounded number of rows at a time."""
     with (
         spool.items_path.open(encoding="utf-8") as items,
@@ -227,10 +235,10 @@ def _chunks(spool: SpoolFiles, dim: int) -> Iterator[tuple[list[dict[str, Any]],
     ):
         vectors.seek(NPY_HEADER_BYTES)
         while lines := [line for _, line in zip(range(CHUNK_ROWS), items, strict=False)]:
-            raw = vectors.read(4 * dim * len(lines))
+            raw = vectors.read(ITEM_BYTES[dtype] * dim * len(lines))
             yield (
                 [json.loads(line) for line in lines],
-                np.frombuffer(raw, "<f4").reshape(len(lines), dim),
+                np.frombuffer(raw, DESCRIPTIONS[dtype]).reshape(len(lines), dim),
             )
 
 

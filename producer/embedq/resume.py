@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
+from embedq.contract import Dtype
 from embedq.errors import InputError
-from embedq.vectors import Vectors
+from embedq.vectors import DESCRIPTIONS, Vectors
 
 #: Version of the manifest; a newer one is refused.
 MANIFEST_VERSION: Final = 1
@@ -67,6 +68,11 @@ class Manifest:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     tokens: int = 0
     version: int = MANIFEST_VERSION
+
+    @property
+    def dtype(self) -> Dtype:
+        """What the vectors of the output are."""
+        return Dtype(self.settings.get("dtype", Dtype.FLOAT32))
 
     def save(self, path: Path) -> None:
         """Replace the file, safely on disk when this returns."""
@@ -193,6 +199,7 @@ class Spool(SpoolFiles):
         """
         super().__init__(output)
         fresh = manifest.batches == 0
+        self._description = DESCRIPTIONS[manifest.dtype]
         self._vectors = _open_at(self.vectors_path, 0 if fresh else manifest.vectors_bytes)
         try:
             self._items = _open_at(self.items_path, 0 if fresh else manifest.items_bytes)
@@ -205,7 +212,7 @@ class Spool(SpoolFiles):
     def write(self, vectors: Vectors, lines: Sequence[str]) -> None:
         """Append rows, float32 [n, D], and their n items."""
         with writing(self.vectors_path):
-            self._vectors.write(vectors.astype("<f4", copy=False).tobytes())
+            self._vectors.write(vectors.astype(self._description, copy=False).tobytes())
             self._items.write("".join(lines).encode())
 
     def sync(self) -> tuple[int, int]:
@@ -223,12 +230,14 @@ class Spool(SpoolFiles):
                 spool.close()
 
 
-def npy_header(rows: int, dim: int) -> bytes:
-    """Return the header of a float32 [rows, dim] npy file, version 1.0, always of one length.
+def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
+    """Return the header of a [rows, dim] npy file, version 1.0, always of one length.
 
     Source: numpy.lib.format, "Format Version 1.0".
     """
-    shape = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    shape = (
+        f"{{'descr': '{DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    )
     body = shape.ljust(NPY_HEADER_BYTES - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body.encode("ascii")
 

@@ -60,10 +60,10 @@ def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
         k: how many.
     """
     rows: Vectors = np.load(vectors, mmap_mode="r")
-    unit = query / max(float(np.linalg.norm(query)), 1e-12)
+    unit = query.astype(np.float32) / max(float(np.linalg.norm(query)), 1e-12)
     best: list[tuple[float, int]] = []
     for start in range(0, len(rows), CHUNK_ROWS):
-        chunk = np.asarray(rows[start : start + CHUNK_ROWS])
+        chunk = np.asarray(rows[start : start + CHUNK_ROWS], np.float32)
         lengths = np.linalg.norm(chunk, axis=1)
         scores = np.nan_to_num((chunk @ unit) / np.maximum(lengths, 1e-12), nan=-2.0)
         top = np.argsort(-scores, kind="stable")[:k]

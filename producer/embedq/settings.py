@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from embedq.contract import MAX_BATCH_TEXTS, Accuracy, OnLong
+from embedq.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 from embedq.errors import SettingsError
 from embedq.hints import nearest
 
@@ -60,6 +60,7 @@ OTHER_ROOMS = frozenset(
         "probe_longest_s",
         "probe_settle_s",
         "row_tokens",
+        "streams",
         "runtime_dir",
         "shadow_every",
         "slow_batches",
@@ -187,7 +188,11 @@ class ProducerSettings(RedisSettings):
     )
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
-        description="Accuracy class: standard (cosine >= 0.999 to fp32) or exact (fp32).",
+        description="Accuracy class: standard (cosine >= 0.999 to fp32), exact (fp32) or int8.",
+    )
+    dtype: Dtype = Field(
+        Dtype.FLOAT32,
+        description="How vectors travel and arrive: float32, or float16 at half the bytes.",
     )
     strict: bool = Field(
         False,
@@ -235,10 +240,11 @@ class ProducerSettings(RedisSettings):
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
-        if self.strict and self.accuracy is Accuracy.EXACT:
+        if self.strict and self.accuracy is not Accuracy.STANDARD:
             raise ValueError(
-                "EMBEDQ_STRICT and EMBEDQ_ACCURACY=exact exclude each other: only the CPU computes "
-                "in fp32, and a strict job takes vectors from an NPU alone. Drop one of the two."
+                f"EMBEDQ_STRICT and EMBEDQ_ACCURACY={self.accuracy} exclude each other: only the "
+                "CPU computes so, and a strict job takes vectors from an NPU alone. Drop one of "
+                "the two."
             )
         return self
 

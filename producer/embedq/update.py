@@ -37,7 +37,7 @@ from embedq.resume import (
     writing,
 )
 from embedq.row_index import TO_EMBED, RowIndex
-from embedq.vectors import Vectors
+from embedq.vectors import DESCRIPTIONS, ITEM_BYTES, Vectors
 
 #: Rows merged at a time.
 CHUNK_ROWS: Final = 4_096
@@ -83,11 +83,12 @@ class UpdateRun:
         with claimed(output), _scratch_folder(output) as scratch:
             fresh = fresh_manifest(self._client, self._request, spec)
             before = self._finished(fresh, spec)
-            old = outputs.unpack(output, scratch, spec.dim)
+            old = outputs.unpack(output, scratch, spec.dim, spec.dtype)
             index = RowIndex(scratch / "index", old.items_path)
             with closing(index), (scratch / "plan").open("w+b") as plan:
                 held = (index.count_unused(), old.vectors_path.stat().st_size)
-                if held != (before.rows, NPY_HEADER_BYTES + 4 * spec.dim * before.rows):
+                row_bytes = ITEM_BYTES[spec.dtype] * spec.dim
+                if held != (before.rows, NPY_HEADER_BYTES + row_bytes * before.rows):
                     raise InputError(
                         f"{output}: holds other rows than its manifest says; something else "
                         "changed it. Start over with --restart."
@@ -220,7 +221,8 @@ def _merge_rows(
         outputs.sidecar_path(delta).open("rb") as new_items,
     ):
         while chunk := plan.read(_STEP.size * CHUNK_ROWS):
-            merged = np.empty((len(chunk) // _STEP.size, dim), np.float32)
+            kind = DESCRIPTIONS[manifest.dtype]
+            merged: Vectors = np.empty((len(chunk) // _STEP.size, dim), kind)
             lines = []
             for at, (row, number) in enumerate(_STEP.iter_unpack(chunk)):
                 if row == TO_EMBED:

@@ -15,10 +15,10 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from embedq_worker.file_lock import locked
 log = logging.getLogger("embedq.worker")
 
 Bytes = npt.NDArray[np.uint8]
+#: Raised whenever graph.GRAPH_VERSION is; not imported from there, because that imports onnx, which
+#: a start with a compiled model does without. A test compares the two.
+GRAPH_VERSION: Final = 1
 #: Names inside a blob's folder.
 BLOB, META = "model.blob", "meta.json"
 
@@ -86,6 +89,17 @@ class BlobStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("blob_refused folder=%s reason=%s", folder.name, error)
             return None
+
+    def find(self, what: Mapping[str, str]) -> list[BlobKey]:
+        """Return what is kept for the same, by whatever versions; none of it is checked yet."""
+        found: list[BlobKey] = []
+        for folder in sorted(self.folder.glob(f"{_digest(what)}-*")):
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                meta = json.loads((folder / META).read_text())
+                key = BlobKey(str(meta["model"]), dict(meta["what"]), dict(meta["versions"]))
+                if folder.name == key.folder:
+                    found.append(key)
+        return found
 
     def store(self, key: BlobKey, blob: Bytes) -> bool:
         """Keep a compiled model and drop those for the same by another runtime or driver."""

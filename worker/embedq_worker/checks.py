@@ -21,7 +21,9 @@ from embedq.settings import mask_password
 from embedq_worker import checks_device
 from embedq_worker.lifecycle import claim_device, find_model, open_placed
 from embedq_worker.models import Model
+from embedq_worker.opening import Opener
 from embedq_worker.placement import place
+from embedq_worker.quantised import QuantisedStore
 from embedq_worker.serving import Serving
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import private_dir
@@ -133,11 +135,23 @@ def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
             f"smallest cosine {report.min_cosine:.6f}, {report.inversions} inversions"
         )
         yield Check("self-test", Level.OK, figures, report.seconds)
+        if model is not None and serving.card.quantised:
+            yield _check("int8", lambda: _int8(settings, model))
+
+
+def _int8(settings: WorkerSettings, model: Model) -> Finding:
+    """Prove the quantised copy, and show the report that was made with it."""
+    kept = QuantisedStore(settings.cache_dir, model).describe()
+    proven = Opener(settings, model).open_int8()
+    proven.close()
+    return f"{kept}; self-test smallest cosine {proven.report.min_cosine:.4f}", Level.OK, ""
 
 
 def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
     """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
     details = {**serving.engine.details, "chosen": serving.why}
+    if serving.layout is not None:
+        details["layout"] = serving.layout.describe()
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)

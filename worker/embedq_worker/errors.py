@@ -12,6 +12,7 @@ EmbedqError
 └─ EngineError            an engine cannot be trusted              (feeds health, never the caller)
     ├─ CompileFailed      the model could not be prepared for the device
     ├─ InferFailed        an inference raised, or gave a wrong or non-finite vector
+    ├─ NotQuantised       there is no quantised model to be trusted for class int8
     └─ DeviceLost         the device is gone, hung or unknown: replace the process
 """
 
@@ -103,6 +104,7 @@ class Reason(StrEnum):
     CRASH_LOOP = "crash_loop"
     OPERATOR = "operator"
     DRIVER_MISMATCH = "driver_mismatch"
+    NOT_QUANTISED = "not_quantised"
 
 
 class EngineError(EmbedqError):
@@ -129,6 +131,12 @@ class InferFailed(EngineError):
     """An inference raised, or gave a wrong or non-finite vector."""
 
     code = "infer_failed"
+
+
+class NotQuantised(EngineError):
+    """There is no quantised model, or none to be trusted, for class ``int8``."""
+
+    code = "not_quantised"
 
 
 class DeviceLost(EngineError):

@@ -152,7 +152,8 @@ def queues_for(
         return (Queue.NPU, Queue.NPU_STRICT) if node.state is State.HEALTHY else ()
     if node.state is not State.HEALTHY:
         return ()
-    return (Queue.CPU, Queue.NPU) if helps else (Queue.CPU,)
+    own = (Queue.CPU, Queue.CPU_INT8) if node.card and node.card.quantised else (Queue.CPU,)
+    return (*own, Queue.NPU) if helps else own
 
 
 def may_answer(queue: str, device: Device) -> bool:

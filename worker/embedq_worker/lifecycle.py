@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
 
     if settings.device is DeviceChoice.NPU:
         shadow = Shadow(settings.shadow_every, opener.open_reference)
-        return Serving(model.card(), opener.open_npu(), open_exact, shadow)
-    return Serving(model.card(), opener.open_cpu(Accuracy.STANDARD), open_exact)
+        return Serving(model.card(), opener.open_npu(), open_exact, shadow=shadow)
+    card = replace(model.card(), quantised=opener.quantised())
+    return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, opener.open_int8)
 
 
 def _serve_stub(settings: WorkerSettings) -> Serving:
@@ -102,12 +104,12 @@ def _serve_stub(settings: WorkerSettings) -> Serving:
     _, content = _stub_tokenizer(settings.stub_tokenizer)
     if settings.device is DeviceChoice.CPU:
         sound = _open_stub(settings, Device.CPU)
-        return Serving(stub_card(content), sound, lambda: sound)
+        return Serving(stub_card(content), sound, lambda: sound, lambda: sound)
     script = FaultScript(settings.stub_faults) if settings.stub_faults else None
     proven = _open_stub(settings, Device.STUB, script)
     quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
     shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
-    return Serving(stub_card(content), proven, lambda: proven, shadow)
+    return Serving(stub_card(content), proven, lambda: proven, lambda: proven, shadow)
 
 
 def _open_stub(

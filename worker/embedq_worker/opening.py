@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from embedq.contract import Accuracy
+from embedq.contract import Accuracy, Precision
 from embedq.errors import SettingsError
 from embedq_worker import canary, references, selftest
 from embedq_worker.canary import Canary
@@ -17,18 +17,24 @@ from embedq_worker.choices import EngineChoice, PrecisionChoice
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine
-from embedq_worker.errors import EngineError, Reason
+from embedq_worker.errors import EngineError, NotQuantised, Reason
 from embedq_worker.golden import GOLDEN
 from embedq_worker.measuring import race
 from embedq_worker.models import Model
+from embedq_worker.quantised import Quantised, QuantisedStore
 from embedq_worker.references import Vectors
 from embedq_worker.selection import Candidate, Memory, candidates, choose, machine_key
 from embedq_worker.serving import Proven
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import Tokenizer
+from embedq_worker.tuning import Layout
 
 log = logging.getLogger("embedq.worker")
 
+#: What makes a quantised copy.
+QUANTIZE: Final = "Run on this node: embedq-worker quantize FILE, and start it again."
+#: What serves class int8.
+INT8: Final = Candidate(EngineChoice.OPENVINO, Precision.INT8)
 #: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
 DEFAULT_TOKEN_BUDGET: Final = 512
 
@@ -82,6 +88,11 @@ class Opener:
         has_openvino = importlib.util.find_spec("openvino") is not None
         among = candidates(accuracy, settings.engine, settings.precision, has_openvino=has_openvino)
         if not among:
+            if settings.precision is PrecisionChoice.INT8:
+                raise SettingsError(
+                    "EMBEDQ_PRECISION=int8: int8 is a class that a job asks for (--accuracy int8), "
+                    "beside what the node computes otherwise. Set EMBEDQ_PRECISION to auto."
+                )
             raise SettingsError(
                 f"EMBEDQ_ENGINE={settings.engine} and EMBEDQ_PRECISION={settings.precision}: no "
                 "engine of this machine computes so. Set both to auto."
@@ -90,26 +101,66 @@ class Opener:
         measure = functools.partial(self._measure, accuracy)
         chosen, why = choose(among, self._key(accuracy, among), memory, measure)
         log.info(
-            "engine_chosen accuracy=%s engine=%s precision=%s why=%s",
+            "engine_chosen accuracy=%s engine=%s precision=%s why=%s layout=%r",
             accuracy,
             chosen.engine,
             chosen.precision,
             why,
+            self.layout(chosen, accuracy).describe(),
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
+    def quantised(self) -> str:
+        """Name the quantised copy that class ``int8`` would be served with; empty for none."""
+        if importlib.util.find_spec("openvino") is None:
+            return ""
+        return QuantisedStore(self._settings.cache_dir, self._model).current()
+
+    def open_int8(self, quantised: Quantised | None = None) -> Proven:
+        """Open the quantised copy of the model.
+
+        Args:
+            quantised: the copy; None for the one that is kept.
+
+        Raises:
+            NotQuantised: none is kept, or it does not open or fails its self-test.
+            ModelError: the files of the model are damaged.
+        """
+        copy = quantised or QuantisedStore(self._settings.cache_dir, self._model).load()
+        if copy is None:
+            raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        try:
+            if importlib.util.find_spec("openvino") is None:
+                raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
+            layout = self.layout(INT8, Accuracy.INT8)
+            engine = open_engine(
+                "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
+            )
+            why = f"quantised {copy.name}"
+            return self.prove(engine, Accuracy.INT8, self._reference(), why, layout)
+        except NotQuantised:
+            raise
+        except EngineError as error:
+            raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
+
     def prove(
-        self, engine: Engine, accuracy: Accuracy, reference: Vectors | None, why: str
+        self,
+        engine: Engine,
+        accuracy: Accuracy,
+        reference: Vectors | None,
+        why: str,
+        layout: Layout | None = None,
     ) -> Proven:
         """Ask an engine the golden texts; one that fails is closed.
 
         Raises:
             EngineError: it fails.
         """
-        budget = self._settings.token_budget or DEFAULT_TOKEN_BUDGET
+        budget = layout.token_budget if layout else self._settings.token_budget
+        budget = budget or DEFAULT_TOKEN_BUDGET
         embedder = Embedder(self._tokenizer, engine, token_budget=budget)
         report = selftest.run(embedder, self._model, reference, accuracy)
-        proven = Proven(engine, embedder, report, why)
+        proven = Proven(engine, embedder, report, why, layout)
         log.info(
             "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
             "max_deviation=%.1e inversions=%d seconds=%.2f",
@@ -140,8 +191,46 @@ class Opener:
     def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> Proven:
         trusted = one.engine is EngineChoice.ONNXRUNTIME
         reference = None if trusted else self._reference()
-        engine = open_engine(one.engine, self._model, self._settings.cores(), one.precision)
-        return self.prove(engine, accuracy, reference, why)
+        layout = self.layout(one, accuracy)
+        engine = open_engine(
+            one.engine, self._model, layout.cores, one.precision, streams=layout.streams
+        )
+        return self.prove(engine, accuracy, reference, why, layout)
+
+    def open_layout(self, one: Candidate, layout: Layout) -> Engine:
+        """Open an engine with a layout that is to be measured; it is not proven.
+
+        Raises:
+            NotQuantised, ModelError, EngineError: it does not open.
+        """
+        copy = None
+        if one.precision is Precision.INT8:
+            copy = QuantisedStore(self._settings.cache_dir, self._model).load()
+            if copy is None:
+                raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        graph = copy.graph if copy else None
+        return open_engine(
+            one.engine, self._model, layout.cores, one.precision, graph, layout.streams
+        )
+
+    def layout(self, one: Candidate, accuracy: Accuracy) -> Layout:
+        """Return how an engine is to use the cores: as the settings say, as tuned, or as usual."""
+        settings = self._settings
+        kept = Memory(settings.cache_dir).recall_entry(self.tuning_key(one, accuracy))
+        usual = Layout(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
+        tuned = Layout.from_entry(kept, settings.cores()) or usual
+        return tuned.overridden(settings.threads, settings.streams, settings.token_budget)
+
+    def tuning_key(self, one: Candidate, accuracy: Accuracy) -> str:
+        """Name everything that could change what is the best layout."""
+        return machine_key(
+            what="layout",
+            model=self._model.identity,
+            accuracy=str(accuracy),
+            engine=f"{one.engine} {one.precision}",
+            versions=str([_version(name) for name in ("onnxruntime", "openvino")]),
+            cores=str(self._settings.cores()),
+        )
 
     def _reference(self) -> Vectors:
         return references.load_or_make(self._model, self._settings.cache_dir, self._make_reference)

@@ -105,6 +105,22 @@ class Memory:
         except OSError as error:
             log.warning("choice_not_kept path=%s reason=%s", self._path, error.strerror)
 
+    def recall_entry(self, key: str) -> dict[str, object]:
+        """Return whatever is kept under this key; empty for nothing."""
+        entry = self._read().get(key)
+        return entry if isinstance(entry, dict) else {}
+
+    def keep_entry(self, key: str, entry: Mapping[str, object]) -> bool:
+        """Keep something else of this machine; False if the file cannot be written."""
+        try:
+            with self.lock():
+                content = json.dumps({**self._read(), key: dict(entry)}, indent=1)
+                replace_private(self._path, content.encode())
+        except (OSError, TimeoutError) as error:
+            log.warning("choice_not_kept path=%s reason=%s", self._path, error)
+            return False
+        return True
+
     def is_writable(self) -> bool:
         """Say whether a choice could be kept."""
         with suppress(OSError):

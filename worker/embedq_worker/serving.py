@@ -12,7 +12,9 @@ from embedq.contract import Accuracy, Device, EmbedBatch, ModelCard, Precision
 from embedq_worker.answer import Vectors
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
+from embedq_worker.errors import NotQuantised
 from embedq_worker.selftest import MIN_COSINES, Report
+from embedq_worker.tuning import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,14 @@ class Proven:
         embedder: with that engine.
         report: what the self-test found.
         why: how the engine came to be chosen, in a word.
+        layout: how it uses the cores; None where that is not ours to say.
     """
 
     engine: Engine
     embedder: Embedder
     report: Report
     why: str
+    layout: Layout | None = None
 
     def is_exact(self) -> bool:
         """Say whether this engine may serve class ``exact`` as well."""
@@ -61,6 +65,7 @@ class Serving:
         card: ModelCard,
         standard: Proven,
         open_exact: Callable[[], Proven],
+        open_int8: Callable[[], Proven] | None = None,
         shadow: Shadow | None = None,
     ) -> None:
         """Serve with an engine that is open.
@@ -69,12 +74,15 @@ class Serving:
             card: of the model.
             standard: for class ``standard``, and for ``exact`` if it is good enough.
             open_exact: opens one for ``exact``, asked once and only if a batch wants it.
+            open_int8: the same for ``int8``; None where that is not to be had.
             shadow: checks what ``standard`` computes; None where nothing is more trusted.
         """
         self.card = card
         self._standard = standard
         self._exact = standard if standard.is_exact() else None
         self._open_exact = open_exact
+        self._open_int8 = open_int8
+        self._int8: Proven | NotQuantised | None = None
         self._opening = threading.Lock()
         self._shadow = shadow
 
@@ -94,6 +102,11 @@ class Serving:
         return self._standard.report
 
     @property
+    def layout(self) -> Layout | None:
+        """How the engine for class ``standard`` uses the cores."""
+        return self._standard.layout
+
+    @property
     def why(self) -> str:
         """How the engine for class ``standard`` came to be chosen."""
         return self._standard.why
@@ -102,18 +115,22 @@ class Serving:
         """Return what serves an accuracy class, opened now if it was not.
 
         Raises:
+            NotQuantised: there is nothing to be trusted for ``int8``; asked again, nothing changes.
             EngineError: it does not open, or fails its self-test.
         """
-        if accuracy is not Accuracy.EXACT:
+        if accuracy is Accuracy.STANDARD:
             return self._standard
         with self._opening:
+            if accuracy is Accuracy.INT8:
+                return self._proven_int8()
             if self._exact is None:
                 self._exact = self._open_exact()
             return self._exact
 
     def totals(self) -> dict[str, float]:
         """Return what all engines have computed, as names and numbers."""
-        engines = {id(proven): proven for proven in (self._standard, self._exact) if proven}
+        opened = (self._standard, self._exact, self._int8)
+        engines = {id(proven): proven for proven in opened if isinstance(proven, Proven)}
         summed: Counter[str] = Counter()
         for proven in engines.values():
             summed.update(asdict(proven.embedder.meter.totals()))
@@ -128,10 +145,24 @@ class Serving:
         if self._shadow is not None:
             self._shadow.check(batch, vectors)
 
+    def _proven_int8(self) -> Proven:
+        if self._int8 is None:
+            try:
+                if self._open_int8 is None:
+                    raise NotQuantised("This node does not compute in int8.")
+                self._int8 = self._open_int8()
+            except NotQuantised as error:
+                self._int8 = error
+        if isinstance(self._int8, NotQuantised):
+            raise self._int8
+        return self._int8
+
     def close(self) -> None:
         """Give the devices back."""
         if self._shadow is not None:
             self._shadow.close()
+        if isinstance(self._int8, Proven) and self._int8 is not self._standard:
+            self._int8.close()
         if self._exact is not None and self._exact is not self._standard:
             self._exact.close()
         self._standard.close()

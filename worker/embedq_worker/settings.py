@@ -172,11 +172,18 @@ class WorkerSettings(RedisSettings):
         description="Cores that the engine may use; 0 takes all that this process may run on.",
         json_schema_extra=unit("cores"),
     )
+    streams: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Inferences on the CPU at a time; 0 takes what was tuned, or one per core.",
+        json_schema_extra=unit("inferences"),
+    )
     token_budget: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        description="Most padded tokens in one inference; 0 takes the engine's own best.",
+        description="Most padded tokens in one inference; 0 takes what was tuned, or 512.",
         json_schema_extra=unit("tokens"),
     )
     commit_patience_s: float = Field(

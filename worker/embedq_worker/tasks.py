@@ -9,7 +9,7 @@ from typing import Any
 from celery.exceptions import Reject
 
 from embedq import tracing
-from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header
+from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header, VectorSpec
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
@@ -20,7 +20,7 @@ from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
 from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
-from embedq_worker.errors import EngineError
+from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.health import may_answer
 from embedq_worker.lifecycle import child
 from embedq_worker.serving import Proven, Serving
@@ -59,7 +59,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     stats, upload = Stats(), None
     try:
         batch = _accept(body, node)
-        proven = node.proven_for(batch.spec.accuracy)
+        proven = _proven_for(node, batch.spec)
         notes = None
         if tries >= CAREFUL_AT:
             notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
@@ -134,6 +134,21 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
     log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
     time.sleep(HAND_BACK_PAUSE_S)
     raise Reject("not serving", requeue=True)
+
+
+def _proven_for(node: Serving, spec: VectorSpec) -> Proven:
+    """Return what serves the class of a job; raise _Refused where that is not to be had here."""
+    if spec.quantised != (node.card.quantised if spec.accuracy is Accuracy.INT8 else ""):
+        raise _Refused(
+            NotQuantised.code,
+            f"The job asks for the quantised model {spec.quantised or '(none)'}; the node has "
+            f"{node.card.quantised or 'none'}. Quantise once and copy the cache to each node, "
+            "start the nodes again, and run the job anew.",
+        )
+    try:
+        return node.proven_for(spec.accuracy)
+    except NotQuantised as error:
+        raise _Refused(error.code, str(error)) from error
 
 
 def _embed(

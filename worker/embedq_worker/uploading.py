@@ -36,8 +36,8 @@ class Upload:
             staging: of this execution.
             thread: one, which waits for Redis so that nobody else does.
         """
-        self._fingerprint = batch.spec.fingerprint()
-        self._pieces = list(split_rows(len(batch.texts), batch.spec.dim)) or [(0, 0)]
+        self._fingerprint, self._dtype = batch.spec.fingerprint(), batch.spec.dtype
+        self._pieces = list(split_rows(len(batch.texts), batch.spec.dim, self._dtype)) or [(0, 0)]
         self._starts = np.array([start for start, _ in self._pieces], np.intp)
         self._missing = np.array([stop - start for start, stop in self._pieces], np.intp)
         self._staging, self._thread = staging, thread
@@ -94,7 +94,7 @@ class Upload:
             log.info("staging_stopped reason=%s", type(error).__name__)
 
     def _encode(self, vectors: Vectors, outcomes: OutcomeTable, start: int, stop: int) -> bytes:
-        return encode(vectors[start:stop], outcomes, self._fingerprint)
+        return encode(vectors[start:stop], outcomes, self._fingerprint, self._dtype)
 
     def _wait(self) -> None:
         for sent in self._sent:

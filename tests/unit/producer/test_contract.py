@@ -70,6 +70,7 @@ def test_everything_beside_the_texts_comes_back() -> None:
         {"on_long": OnLong.ERROR},
         {"accuracy": Accuracy.EXACT},
         {"dtype": "float16"},
+        {"quantised": "copy"},
     ],
     ids=lambda change: str(*change),
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
-from embedq.contract import Device, Queue
+from embedq.contract import Device, ModelCard, Queue
 from embedq_worker.errors import Reason
 from embedq_worker.health import Health, Rules, may_answer, queues_for
 from embedq_worker.state import NodeState, State
@@ -45,6 +46,17 @@ def test_queues_follow_from_state_and_device(
 ) -> None:
     """A row of the table."""
     assert queues_for(node(state, home, device)) == queues
+
+
+def test_node_with_a_quantised_copy_reads_the_queue_of_int8() -> None:
+    """A node of the CPU that announces a copy, and no node of an NPU."""
+    card = ModelCard("m", "ab" * 32, 8, 16, quantised="copy")
+    on_cpu = replace(node(State.HEALTHY, "cpu", "cpu"), card=card)
+    on_npu = replace(node(State.HEALTHY, "npu", "npu"), card=card)
+
+    assert queues_for(on_cpu) == (Queue.CPU, Queue.CPU_INT8, Queue.NPU)
+    assert queues_for(on_cpu, helps=False) == (Queue.CPU, Queue.CPU_INT8)
+    assert queues_for(on_npu) == NPU_ONLY
 
 
 def test_node_without_a_state_consumes_nothing() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq_worker import graph
+from embedq_worker import blobs, graph
 from embedq_worker.blobs import Bytes
 from embedq_worker.compiling import Job, compile_in_child
 from embedq_worker.engines import loader as loading
@@ -126,4 +126,4 @@ def test_missing_device_is_told(model: Model, tmp_path: Path) -> None:
 
 def test_version_of_the_graph_is_part_of_the_name() -> None:
     """The number that names blobs is the graph's own, which is not imported for its weight."""
-    assert loading.GRAPH_VERSION == graph.GRAPH_VERSION
+    assert blobs.GRAPH_VERSION == graph.GRAPH_VERSION

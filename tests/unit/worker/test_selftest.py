@@ -138,6 +138,9 @@ def blend(share: float) -> Scripted:
     return Scripted(lean)
 
 
+STANDARD, EXACT = Accuracy.STANDARD, Accuracy.EXACT
+
+
 @pytest.mark.parametrize(
     ("share", "standard", "exact"), [(0.0, True, True), (0.02, True, False), (0.2, False, False)]
 )
@@ -145,7 +148,7 @@ def test_each_accuracy_class_has_its_floor(share: float, standard: bool, exact: 
     """A cosine of 0.9998 serves `standard` and not `exact`; one of 0.98 serves neither."""
     trusted = stub_vectors(GOLDEN)
 
-    reports = [run(blend(share), trusted, accuracy) for accuracy in Accuracy]
+    reports = [run(blend(share), trusted, accuracy) for accuracy in (STANDARD, EXACT)]
 
     assert [report.passed for report in reports] == [standard, exact]
 

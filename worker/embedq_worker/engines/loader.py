@@ -6,9 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
 
-from embedq_worker.blobs import BlobKey, BlobStore, Bytes
+from embedq_worker.blobs import GRAPH_VERSION, BlobKey, BlobStore, Bytes
 from embedq_worker.compiling import Job
 from embedq_worker.engines import openvino
 from embedq_worker.engines.openvino import Compiled, Runtime
@@ -18,9 +17,6 @@ from embedq_worker.packing import RowForm
 
 log = logging.getLogger("embedq.worker")
 
-#: Raised whenever graph.GRAPH_VERSION is; not imported from there, because that imports onnx, which
-#: a start with a compiled model does without. A test compares the two.
-GRAPH_VERSION: Final = 1
 #: Compiles a job within so many seconds.
 Compile = Callable[[Job, float], Bytes]
 

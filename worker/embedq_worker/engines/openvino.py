@@ -6,8 +6,11 @@ context does not survive a fork.
 
 from __future__ import annotations
 
+import struct
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -34,6 +37,8 @@ TRAITS: Final = (
 )
 
 Bytes = npt.NDArray[np.uint8]
+#: What packed IR begins with.
+_IR: Final = b"EQIR"
 
 
 class Runtime:
@@ -87,7 +92,7 @@ class Runtime:
         """Compile a graph for the device.
 
         Args:
-            graph: an ONNX message.
+            graph: an ONNX message, or what pack_ir made.
             properties: for the plugin; those of a stand-in are added.
             shapes: of the inputs by name; None leaves them dynamic.
 
@@ -95,7 +100,7 @@ class Runtime:
             CompileFailed: OpenVINO refuses it.
         """
         try:
-            model = self._core.read_model(graph)
+            model = self.read(graph)
             if shapes:
                 # An input that a foreign model does not look at is not there any more.
                 has = _names(model)
@@ -104,6 +109,16 @@ class Runtime:
             return Compiled(self._core.compile_model(model, self.target.device, config), self)
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
+
+    def read(self, graph: bytes) -> Any:
+        """Read a graph into OpenVINO's own form; raises RuntimeError."""
+        if not graph.startswith(_IR):
+            return self._core.read_model(graph)
+        size = struct.unpack_from("<I", graph, len(_IR))[0]
+        start = len(_IR) + 4
+        # The weights are read in place, and the model keeps them alive.
+        weights = ov.Tensor(np.frombuffer(graph[start + size :], np.uint8))
+        return self._core.read_model(graph[start : start + size], weights)
 
     def import_blob(self, blob: Bytes, properties: Mapping[str, str]) -> Compiled:
         """Load a compiled model.
@@ -166,6 +181,16 @@ class Compiled:
             return self._model.create_infer_request()
         except RuntimeError as error:
             raise compile_failed(str(error), "Creating an inference request") from error
+
+
+def pack_ir(model: Any) -> bytes:
+    """Write a model of OpenVINO as bytes: a mark, the length of its description, both parts."""
+    with tempfile.TemporaryDirectory(prefix="embedq-") as folder:
+        path = Path(folder, "model.xml")
+        ov.save_model(model, path, compress_to_fp16=False)
+        described = path.read_bytes()
+        weights = path.with_suffix(".bin").read_bytes()
+    return b"".join((_IR, struct.pack("<I", len(described)), described, weights))
 
 
 def _names(model: Any) -> list[str]:

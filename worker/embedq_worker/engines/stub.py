@@ -55,7 +55,13 @@ def stub_card(tokenizer: bytes = b"") -> ModelCard:
     identity = STUB_IDENTITY
     if tokenizer:
         identity = hashlib.sha256(identity.encode() + tokenizer).hexdigest()
-    return ModelCard(label="stub", identity=identity, dim=STUB_DIM, max_length=STUB_MAX_LENGTH)
+    return ModelCard(
+        label="stub",
+        identity=identity,
+        dim=STUB_DIM,
+        max_length=STUB_MAX_LENGTH,
+        quantised="stub",
+    )
 
 
 class StubTokenizer:
