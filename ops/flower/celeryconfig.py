@@ -12,4 +12,7 @@ broker_transport_options = {
     "socket_keepalive": True,
     "health_check_interval": 10,
     "client_name": "embedq-flower",
+    # The shortest of all consumers decides when a held batch is given to another node. Flower holds
+    # none, so it must not be the one that decides.
+    "visibility_timeout": 86_400,
 }
