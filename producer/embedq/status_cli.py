@@ -79,18 +79,30 @@ def render(found: FleetStatus) -> Group:
         nodes.add_row(
             node.node, state, node.device, node.engine, node.precision, since, node.reason
         )
-    queues = Table("queue", "waiting", box=None)
+    for name, at in sorted(found.silent.items()):
+        state = Text("silent", style="red")
+        nodes.add_row(name, state, "", "", "", f"{age(found.at - at)} ago", "It took no leave.")
+    queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
-        queues.add_row(queue, f"{waiting:,}")
-    queues.add_row("in hand", f"{found.in_hand:,}")
-    jobs = Table("job", "batches done", "to be taken", "age", "output", box=None)
+        queues.add_row(queue, f"{waiting:,}", age(found.oldest_ready_s.get(queue, 0)))
+    queues.add_row("in hand", f"{found.in_hand:,}", age(found.oldest_in_hand_s))
+    jobs = Table("job", "texts done", "batches done", "to be taken", "age", "output", box=None)
     for job in found.jobs:
-        jobs.add_row(job.id, f"{job.committed:,}", f"{job.waiting:,}", age(job.age_s), job.label)
+        texts = f"{job.texts:,}"
+        if job.planned_texts:
+            texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
+        batches = f"{job.committed:,} of {job.published:,} sent"
+        jobs.add_row(job.id, texts, batches, f"{job.waiting:,}", age(job.age_s), job.label)
     memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
     head = "paused by an operator\n" if found.paused else ""
     missing = "no node is alive\n" if not found.nodes else ""
     return Group(
-        Text(head + missing, style="red", end=""), nodes, queues, jobs, f"memory of Redis: {memory}"
+        Text(head + missing, style="red", end=""),
+        nodes,
+        queues,
+        jobs,
+        f"memory of Redis: {memory}",
+        *([f"texts set aside: {found.dead:,} (embedq dead ls)"] if found.dead else []),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
+from rich.console import Console
 from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
 from tests.servers import RedisProcess
 
@@ -25,6 +27,8 @@ from embedq.fleet import NODES_KEY
 from embedq.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
 from embedq.orders import PAUSED_KEY
 from embedq.redis_client import open_redis
+from embedq.status import fetch_status
+from embedq.status_cli import render
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -236,3 +240,18 @@ def test_health_check_asks_nothing_of_redis(redis: RedisProcess) -> None:
         with pytest.raises(HTTPError, match="404") as refused:
             urlopen(f"{address}/", timeout=5)
         refused.value.close()
+
+
+def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
+    """The tables name silent and degraded nodes with their reason, and jobs with their share."""
+    add_nodes(results, 2, state="degraded", reason="Its NPU is gone.")
+    results.delete("embedq:node:node-001")
+    add_jobs(results, 1, batches=3, planned=60)
+    console = Console(width=160, record=True, file=io.StringIO())
+
+    console.print(render(fetch_status(broker, results)))
+
+    shown = console.export_text()
+    assert re.search(r"node-000 +degraded .* 30 s ago +Its NPU is gone\.", shown)
+    assert re.search(r"node-001 +silent", shown)
+    assert re.search(r"job0000 +30 of 60 \(50%\) +3 of 4 sent", shown)

@@ -139,7 +139,10 @@ class Consumer(celery_consumer.Consumer):
     def ensure_connected(self, conn: Any) -> Any:
         """Wait for the broker, showing meanwhile that this node lives."""
         if self.while_waiting_for_broker is not None:
-            conn.ensure_connection = beating(conn.ensure_connection, self.while_waiting_for_broker)
+            # The private one, because an event that cannot be published waits in it too, within
+            # the event loop and for as long as the broker is away (measured with kombu 5.7).
+            beat = self.while_waiting_for_broker
+            conn._ensure_connection = beating(conn._ensure_connection, beat)
         return super().ensure_connected(conn)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
