@@ -1,7 +1,7 @@
 """Every feature of the NPU embedder that embedq descends from has its place and a test.
 
 The rows are the features of an NPU path for an embedding daemon, one by one, and the findings of
-its review. A row whose test is still owed says by which issue, and is skipped for it.
+its review.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ class Row(NamedTuple):
     Attributes:
         feature: what that embedder does, or what its review found.
         place: where it lives here, as `module:name`.
-        test: where it is proven, as `file::name` below tests/; empty while it is owed.
-        owed: what is still to be done.
+        test: where it is proven, as `file::name` below tests/.
     """
 
     feature: str
     place: str
-    test: str = ""
-    owed: str = ""
+    test: str
 
 
 ROWS = (
@@ -107,13 +105,13 @@ ROWS = (
     ),
     Row(
         "degraded with a reason, and not for ever",
-        "embedq_worker.state:State",
-        owed="health: probes that bring a degraded NPU back",
+        "embedq_worker.health:Health",
+        "integration/test_degrade.py::test_faulty_npu_hands_its_batch_on_and_comes_back",
     ),
     Row(
         "the texts of the failing call go to the CPU, which that one answers with an error",
-        "embedq.contract:EmbedBatch",
-        owed="rerouting",
+        "embedq_worker.rerouting:hand_over",
+        "integration/test_degrade.py::test_faulty_npu_hands_its_batch_on_and_comes_back",
     ),
     Row(
         "model lengths: each model's own, the same on both devices",
@@ -198,8 +196,6 @@ def test_feature_has_a_place_and_a_test(row: Row) -> None:
     module, _, name = row.place.partition(":")
     assert hasattr(importlib.import_module(module), name), row.place
 
-    if row.owed:
-        pytest.skip(f"owed: {row.owed}")
     file, _, test = row.test.partition("::")
     assert (TESTS / file).exists(), row.test
     assert not test or test in functions(TESTS / file), row.test
