@@ -221,7 +221,8 @@ def environment_of(peer: Peer, folder: Path) -> Path:
     stamp = python.parent.parent / "requirements.txt"
     if not stamp.exists() or stamp.read_text() != "\n".join(peer.requirements):
         print(f"making the environment of {peer.name}; this takes minutes", file=sys.stderr)
-        venv.create(python.parent.parent, with_pip=True)
+        if not python.exists():
+            venv.create(python.parent.parent, with_pip=True)
         for requirement in peer.requirements:
             command = [str(python), "-m", "pip", "install", "--quiet", requirement]
             if subprocess.run(command, check=False).returncode:
