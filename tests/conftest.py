@@ -23,6 +23,16 @@ hypothesis_settings.register_profile("embedq", deadline=None, derandomize=True)
 hypothesis_settings.load_profile("embedq")
 
 
+#: Folders whose tests come first: they cost milliseconds, and what they find the others stumble on.
+FIRST = ("unit", "conformance")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put quick tests before those that start servers; within both the order stays."""
+    root = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(root).parts[0] not in FIRST)
+
+
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove every setting of embedq from the environment of a test."""

@@ -7,11 +7,14 @@ graph is compared with something that shares no code with it.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import os
+import random
 import runpy
 import struct
+import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +36,7 @@ Array = npt.NDArray[np.float32]
 
 #: Read while tests are collected, before a fixture wipes the environment.
 TEST_MODEL = os.environ.get("EMBEDQ_TEST_MODEL", "")
+WHEEL_DIR = os.environ.get("EMBEDQ_WHEEL_DIR", "")
 
 TINY: dict[str, Any] = {
     "model_type": "bert",
@@ -60,16 +64,25 @@ def real_model() -> Model:
     try:
         if TEST_MODEL:
             return load_model(Path(TEST_MODEL), TEST_MODEL, Digests(digests))
-        return resolve(DEFAULT_MODEL, None, cache_dir=digests, offline=True)
+        wheel_dir = Path(WHEEL_DIR) if WHEEL_DIR else None
+        return resolve(DEFAULT_MODEL, None, cache_dir=digests, wheel_dir=wheel_dir, offline=True)
     except ModelError as error:
-        pytest.skip(f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}: {error}")
+        pytest.skip(
+            f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}, or EMBEDQ_WHEEL_DIR: {error}"
+        )
 
 
 @functools.cache
 def docstrings() -> list[str]:
-    """Return 2,048 docstrings of Python's standard library, read once: it takes seconds."""
+    """Return 2,048 docstrings of Python's standard library.
+
+    Those of the benchmarks, but from as few files as it takes: parsing them all takes seconds.
+    """
     corpus = runpy.run_path(str(Path(__file__).parents[1] / "ops" / "bench" / "corpus.py"))
-    texts: list[str] = corpus["docstrings"](2048)
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    every = itertools.chain.from_iterable(map(corpus["_of_file"], files))
+    texts = list(itertools.islice(dict.fromkeys(itertools.islice(every, 3000)), 2048))
+    random.Random(corpus["SEED"]).shuffle(texts)
     return texts
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
+from redis.exceptions import RedisError
 
 from embedq import fleet
 from embedq.redis_client import open_redis
@@ -71,6 +72,11 @@ class RedisProcess:
         )
         with self.open() as client:
             wait_for(lambda: _answers(client), "Redis to answer")
+
+    @property
+    def pid(self) -> int:
+        """Process id of the server."""
+        return self._process.pid
 
     def broker_url(self, db: int = 0) -> str:
         """Return the URL as kombu wants it."""
@@ -164,6 +170,14 @@ class NodeProcess:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def discard(self) -> None:
+        """Kill the node and let the fleet forget it."""
+        if self.process.poll() is None:
+            self.kill()
+        with suppress(RedisError):
+            fleet.leave(self._redis, self.name)
+        self._redis.close()
+
     def stop(self) -> None:
         """Ask the node to end, and end its group if it does not."""
         if self.process.poll() is None:
@@ -179,11 +193,21 @@ class NodeProcess:
 def stub_node(
     redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
 ) -> Iterator[NodeProcess]:
-    """Run a healthy stub node for as long as the block lasts."""
+    """Run a healthy stub node for as long as the block lasts; it is killed then, to save time."""
     node = NodeProcess(redis, folder, name, **settings)
     try:
         yield node.wait_healthy()
     finally:
+        node.discard()
+
+
+@contextmanager
+def leaving_node(
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+) -> Iterator[NodeProcess]:
+    """Run one that ends in good order, so that its log is whole when it is judged afterwards."""
+    with stub_node(redis, folder, name, **settings) as node:
+        yield node
         node.stop()
 
 

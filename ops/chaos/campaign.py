@@ -34,8 +34,12 @@ TICK_S, MEASURE_EVERY_S = 0.05, 0.5
 #: Jobs that run at once, each followed by another. A job stands still while a batch that it needs
 #: next comes back, so the fleet needs several to be busy.
 PRODUCERS: Final = 6
-#: Seconds that jobs may take to end once the faults have, and that Redis may take to be clean.
-HOME_S, CLEAN_S = 180.0, 45.0
+#: Seconds that jobs may take to end once the faults have.
+HOME_S: Final = 180.0
+#: Seconds that Redis may take to be clean. A message in the hand of a node that died comes back
+#: after the visibility timeout and the interval of sweeps, 5 s each; a sweeper that was killed
+#: keeps the others from sweeping for 30 s more. The rest is for a busy machine.
+CLEAN_S: Final = 90.0
 #: Seconds without a commit, faults or not, that count as stuck.
 STUCK_S: Final = 120.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, cast
@@ -11,7 +10,8 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from embedq.contract import Queue
-from embedq.fleet import PAUSED_KEY, fetch_alive
+from embedq.fleet import fetch_alive
+from embedq.orders import PAUSED_KEY
 from embedq.reconcile import View
 
 #: Hash of kombu's that holds every message popped and not acknowledged.
@@ -41,6 +41,26 @@ end
 return {found, oldest}
 """
 
+# The publish times of the oldest message of each queue KEYS[2..], and of the oldest in KEYS[1]; ''
+# where there is none. Of many in hand only some are looked at: they are there for minutes at most.
+AGES_SCRIPT: Final = """
+local function published(message)
+  return string.match(string.sub(message, -8192), 'published[\\\\"]+: ([%d.]+)') or ''
+end
+local ages, oldest = {}, ''
+for i = 2, #KEYS do
+  local message = redis.call('LINDEX', KEYS[i], -1)
+  ages[#ages + 1] = message and published(message) or ''
+end
+local tags = redis.call('HKEYS', KEYS[1])
+for i = 1, math.min(#tags, 256) do
+  local at = published(redis.call('HGET', KEYS[1], tags[i]))
+  if at ~= '' and (oldest == '' or tonumber(at) < tonumber(oldest)) then oldest = at end
+end
+ages[#ages + 1] = oldest
+return ages
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -58,6 +78,13 @@ class Load:
     def ratio(self) -> float:
         """Share in use; 0 where there is no limit."""
         return self.used / self.limit if self.limit else 0.0
+
+    @classmethod
+    def from_info(cls, info: object) -> Load:
+        """Read the answer to INFO; a Redis that refuses it counts as empty."""
+        if not isinstance(info, dict):
+            return cls(0, 0)
+        return cls(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
 
 
 class Broker:
@@ -90,25 +117,9 @@ class Broker:
             settled=not probing and not results.exists(PAUSED_KEY),
         )
 
-    def depths(self) -> dict[str, int]:
-        """Return how many messages wait in each queue."""
-        pipe = self._redis.pipeline(transaction=False)
-        for queue in Queue:
-            pipe.llen(str(queue))
-        return dict(zip(map(str, Queue), pipe.execute(), strict=True))
-
-    def in_hand(self) -> tuple[int, float]:
-        """Return how many messages nodes hold, and the age of the oldest lease in seconds."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.hlen(UNACKED_KEY)
-        pipe.zrange(UNACKED_INDEX_KEY, 0, 0, withscores=True)
-        count, first = pipe.execute()
-        return int(count), max(0.0, time.time() - first[0][1]) if first else 0.0
-
     def load(self) -> Load:
         """Return how full this Redis is; one that does not tell counts as empty."""
         try:
-            info = self._redis.info("memory")
+            return Load.from_info(self._redis.info("memory"))
         except ResponseError:
             return Load(0, 0)
-        return Load(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))

@@ -27,6 +27,7 @@ from embedq.exits import (  # noqa: E402
     EXIT_SETTINGS,
     errors_as_sentences,
 )
+from embedq.exporter_cli import exporter  # noqa: E402
 from embedq.files import FORMATS, Fields  # noqa: E402
 from embedq.status_cli import status  # noqa: E402
 
@@ -307,6 +308,7 @@ def settings(as_json: bool) -> None:
 
 
 cli.add_command(dead)
+cli.add_command(exporter)
 cli.add_command(status)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from types import TracebackType
 from typing import Self, TypeVar
@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 import numpy as np
 from redis.exceptions import RedisError
 
+from embedq import tracing
 from embedq.backpressure import window
 from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
@@ -23,7 +24,7 @@ from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest
 from embedq.job import FinishedBatch, Job, Link
 from embedq.ledger import Ledger
-from embedq.patience import OnWait, patiently
+from embedq.patience import WAYS_OUT, OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings, mask_password
@@ -33,6 +34,7 @@ from embedq.vectors import Vectors
 
 log = logging.getLogger("embedq")
 E = TypeVar("E", OnLong, Accuracy)
+T = TypeVar("T")
 
 #: Seconds between two looks at the fleet while no node is there.
 LOOK_EVERY_S = 0.1
@@ -86,6 +88,8 @@ class Client:
         elif any(value is not None for value in given.values()):
             raise TypeError("Give either settings or single values, not both.")
         self.settings = settings
+        if settings.traces and not tracing.is_on():
+            tracing.enable("embedq")
         self.redis = open_redis(settings.results_url)
         self._broker = open_redis(settings.broker_url)
         self._publisher = Publisher(settings.broker_url)
@@ -114,32 +118,27 @@ class Client:
         self.redis.close()
 
     def card(self) -> ModelCard:
-        """Return the card of the model that the fleet serves, waiting for a first node.
+        """Return the card of the model that the fleet serves, waiting for Redis and a first node.
 
         Raises:
-            QueueUnavailable: Redis cannot be reached.
+            QueueUnavailable: Redis could not be reached for `node_wait_s`, or refuses us.
             NoNode: no node announced the model within `node_wait_s`.
         """
-        deadline = time.monotonic() + self.settings.node_wait_s
-        told = False
         if self._card is None:
-            # A job would wait for a broker that was never there as if it had only gone away.
-            patiently(
-                lambda: self._broker.ping(),
-                patience_s=0,
-                on_wait=self._on_wait,
-                where=mask_password(self.settings.broker_url),
+            self._card = self._find_card(time.monotonic() + self.settings.node_wait_s)
+        return self._card
+
+    def _find_card(self, deadline: float) -> ModelCard:
+        # First the broker: what is there already decides nothing without it.
+        self._reach(self._broker.ping, self.settings.broker_url, deadline)
+        told = False
+        while True:
+            alive = self._reach(
+                lambda: fetch_alive(self.redis), self.settings.results_url, deadline
             )
-        while self._card is None:
-            alive = patiently(
-                lambda: fetch_alive(self.redis),
-                patience_s=0,
-                on_wait=self._on_wait,
-                where=mask_password(self.settings.results_url),
-            )
-            self._card = find_card(alive, self.settings.model)
-            if self._card is not None:
-                break
+            card = find_card(alive, self.settings.model)
+            if card is not None:
+                return card
             if time.monotonic() >= deadline:
                 serving = sorted({h.card.label for h in alive if h.card})
                 raise NoNode(
@@ -150,9 +149,23 @@ class Client:
             if not told and deadline - time.monotonic() < self.settings.node_wait_s - 3:
                 self._on_wait(f"No node serves {self.settings.model} yet; waiting for one.")
                 told = True
-            self._on_idle()
             time.sleep(LOOK_EVERY_S)
-        return self._card
+
+    def _reach(self, action: Callable[[], T], url: str, deadline: float) -> T:
+        """Ask a Redis something before there is a job, waiting for it as for a first node."""
+
+        def ask() -> T:
+            self._on_idle()
+            return action()
+
+        wait_s = self.settings.node_wait_s
+        return patiently(
+            ask,
+            patience_s=max(0.0, deadline - time.monotonic()),
+            on_wait=self._on_wait,
+            where=mask_password(url),
+            advice=f" {WAYS_OUT}. EMBEDQ_NODE_WAIT_S ends this after {wait_s:.0f} s, Ctrl-C now.",
+        )
 
     def window(self) -> int:
         """Return how many batches a job may have in flight on the fleet as it is."""
@@ -242,7 +255,9 @@ class Client:
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         rows = [np.empty((0, spec.dim), np.float32)]
         failures: dict[int, str] = {}
-        for batch in self.job(slices, spec, strict=strict).batches(timeout_s=timeout_s):
+        planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+        job = self.job(slices, spec, strict=strict, planned=planned)
+        for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
@@ -272,7 +287,8 @@ class Client:
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        job = self.job(self.split(texts, spec), spec, strict=strict)
+        planned = len(texts) if isinstance(texts, Sized) else None
+        job = self.job(self.split(texts, spec), spec, strict=strict, planned=planned)
         job.start()
         return job
 
@@ -340,6 +356,8 @@ class Client:
         label: str = "",
         spare: int = 0,
         strict: bool | None = None,
+        refusable: bool = True,
+        planned: int | None = None,
     ) -> Job:
         """Prepare a job over batches; read its `batches()` to run it.
 
@@ -350,6 +368,9 @@ class Client:
             label: shown to operators.
             spare: batches of the window that the caller keeps for what it has not saved yet.
             strict: take vectors from an NPU or not at all; None as the settings say.
+            refusable: a Redis that is nearly full refuses the job at its start; otherwise it waits
+                for room, as a running job does.
+            planned: texts in all of them, shown to operators; None if that is not known.
 
         Raises:
             SettingsError: strict and exact, which no device can be at once.
@@ -377,6 +398,8 @@ class Client:
             ttl_s=self.settings.results_ttl_s,
             ordered=ordered,
             label=label,
+            refusable=refusable,
+            planned=planned,
         )
 
 

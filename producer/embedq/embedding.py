@@ -91,6 +91,7 @@ class EmbedRun:
             label=self._request.output.name,
             # What is not on disk yet counts as in flight, so that a kill costs one window at most.
             spare=per_checkpoint,
+            refusable=False,
         )
         manifest.job = job.id
         manifest.save(self._path)

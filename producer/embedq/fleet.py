@@ -6,8 +6,8 @@ Never for routing: a node decides what it consumes from its own state alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Final, cast
 
 import msgpack
@@ -18,8 +18,6 @@ from embedq.errors import MalformedMessage, NoNode
 
 #: Sorted set of node names, scored by their last heartbeat.
 NODES_KEY: Final = "embedq:nodes"
-#: Exists while an operator has paused the fleet.
-PAUSED_KEY: Final = "embedq:paused"
 #: Seconds after which a silent node counts as gone.
 ALIVE_S: Final = 15.0
 #: Seconds after which a silent node is forgotten.
@@ -39,8 +37,12 @@ class Heartbeat:
         home: the device that the node is for; another than `device` while it is degraded.
         may_return: a degraded NPU will be tried again.
         card: the model served, or None while there is none.
+        code: why it is not healthy, in a word.
+        count: how often its NPU was given up in a row.
+        probe_at: Unix time at which its NPU is tried again, in seconds; 0 if none is planned.
         at: Unix time of this heartbeat, in seconds.
         pid: of the node's parent process.
+        totals: what its child has computed since it began; names and numbers that only rise.
     """
 
     node: str
@@ -55,6 +57,10 @@ class Heartbeat:
     card: ModelCard | None = None
     home: str = ""
     may_return: bool = False
+    code: str = ""
+    totals: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    probe_at: float = 0.0
 
     def to_message(self) -> bytes:
         """Encode as msgpack."""
@@ -79,7 +85,7 @@ class Heartbeat:
 def beat(redis: Redis, heartbeat: Heartbeat) -> None:
     """Write a node's heartbeat; it fades by itself."""
     pipe = redis.pipeline(transaction=False)
-    pipe.set(_node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
+    pipe.set(node_key(heartbeat.node), heartbeat.to_message(), ex=int(ALIVE_S))
     pipe.zadd(NODES_KEY, {heartbeat.node: heartbeat.at})
     pipe.zremrangebyscore(NODES_KEY, "-inf", heartbeat.at - FORGET_S)
     pipe.execute()
@@ -88,17 +94,28 @@ def beat(redis: Redis, heartbeat: Heartbeat) -> None:
 def leave(redis: Redis, node: str) -> None:
     """Remove a node that shut down in good order."""
     pipe = redis.pipeline(transaction=False)
-    pipe.unlink(_node_key(node))
+    pipe.unlink(node_key(node))
     pipe.zrem(NODES_KEY, node)
     pipe.execute()
 
 
+def fetch_known(redis: Redis) -> list[str]:
+    """Return the names of the nodes that were alive within the last day."""
+    names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
+    return [name.decode() for name in names]
+
+
 def fetch_alive(redis: Redis) -> list[Heartbeat]:
     """Return the last heartbeat of every living node, by name."""
-    names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
+    names = fetch_known(redis)
     if not names:
         return []
-    raws = cast(list[bytes | None], redis.mget([_node_key(name.decode()) for name in names]))
+    raws = cast(list[bytes | None], redis.mget([node_key(name) for name in names]))
+    return read_beats(raws)
+
+
+def read_beats(raws: Iterable[bytes | None]) -> list[Heartbeat]:
+    """Return the heartbeats that can be read, by name; None stands for one that faded."""
     alive = []
     for raw in raws:
         if raw is not None:
@@ -137,5 +154,6 @@ def _names(card: ModelCard, model: str) -> bool:
     return len(model) >= 12 and card.identity.startswith(model)
 
 
-def _node_key(node: str) -> str:
+def node_key(node: str) -> str:
+    """Return the key of a node's heartbeat."""
     return f"embedq:node:{node}"

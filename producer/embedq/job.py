@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from redis import Redis
 
+from embedq import progress
 from embedq.batching import Slice
 from embedq.broker import Broker
 from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
@@ -28,6 +29,7 @@ from embedq.outcomes import TRUNCATED, OutcomeTable
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.reconcile import Sent, View, is_lost, is_missing
+from embedq.tracing import JobTrace
 from embedq.vectors import Value, Vectors, decode
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ T = TypeVar("T")
 READ_BLOCK_MS = 1_000
 #: Seconds that a job which is left in its middle waits for a Redis that went away.
 CLOSE_PATIENCE_S = 2.0
+#: Seconds between two notes of how far the job is, for whoever watches it from outside.
+TELL_EVERY_S = 1.0
 #: Commits taken in one read.
 READ_COUNT = 32
 #: Seconds between two looks for lost batches, and the age at which a batch is looked for.
@@ -131,6 +135,8 @@ class _State:
     ready: dict[int, FinishedBatch] = field(default_factory=dict)
     cursor: bytes = b"0-0"
     published: int = 0
+    sent_texts: int = 0
+    told: float = 0.0
     yielded: int = 0
     first: int = 0
     texts: int = 0
@@ -156,6 +162,8 @@ class Job:
         ttl_s: int,
         ordered: bool = True,
         label: str = "",
+        refusable: bool = True,
+        planned: int | None = None,
     ) -> None:
         """Prepare a job; nothing is sent before it is started or read.
 
@@ -169,6 +177,8 @@ class Job:
             ttl_s: life of the job in Redis after its last sign of life.
             ordered: hand batches out in their order, or as they complete.
             label: shown to operators.
+            refusable: refused by a Redis that is nearly full; otherwise it waits for room.
+            planned: texts of the whole job, shown to operators; None if that is not known yet.
         """
         self.id = secrets.token_hex(8)
         self._link = link
@@ -180,22 +190,27 @@ class Job:
         self._ttl_s = ttl_s
         self._ordered = ordered
         self._label = label
+        self._refusable = refusable
+        self._planned = planned
         self._ledger = Ledger(link.redis, self.id)
         self._state = _State()
         self._kept: deque[FinishedBatch] = deque()
         self._gate = Gate(link.redis, link.broker, link.on_wait)
         self._looked = time.monotonic()
+        self._trace = JobTrace(self.id)
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
 
         Raises:
             QueueUnavailable: Redis cannot be reached.
-            QueueFull: Redis has no room for another job.
+            QueueFull: Redis has no room for another job, and this one does not wait for it.
         """
         if not self._state.open:
-            self._patiently(self._gate.require_room)
+            if self._refusable:
+                self._patiently(self._gate.require_room)
             self._patiently(self._open)
+            self._trace.begin()
             self._state.open = True
             self._publish_up_to_window()
 
@@ -278,7 +293,7 @@ class Job:
             if self._state.exhausted and not self._state.outstanding:
                 return None
             left_s = None if silence_s is None else heard + silence_s - time.monotonic()
-            commits = self._patiently(lambda left_s=left_s: self._read(left_s))  # type: ignore[misc] # as in _collect
+            commits = self._patiently(lambda left_s=left_s: self._read(left_s))  # type: ignore[misc] # the default binds the loop variable
             self._reconcile()
             if commits:
                 self._collect(commits)
@@ -310,6 +325,24 @@ class Job:
         return self._ledger.read_commits(self._state.cursor, count=READ_COUNT, block_ms=block_ms)
 
     def _publish_up_to_window(self) -> None:
+        exhausted = self._state.exhausted
+        self._fill_window()
+        self._tell(at_once=self._state.exhausted and not exhausted)
+
+    def _tell(self, *, at_once: bool) -> None:
+        """Note how far the job is where operators look."""
+        state, now = self._state, time.monotonic()
+        if not at_once and now - state.told < TELL_EVERY_S:
+            return
+        state.told = now
+        planned = state.sent_texts if state.exhausted else self._planned
+        self._patiently(
+            lambda: progress.tell(
+                self._link.redis, self.id, published=state.published, planned=planned
+            )
+        )
+
+    def _fill_window(self) -> None:
         state = self._state
         while not state.exhausted:
             ahead = state.published - state.yielded if self._ordered else len(state.outstanding)
@@ -326,11 +359,12 @@ class Job:
             if not state.published:
                 state.first = piece.index
             state.published += 1
+            state.sent_texts += len(piece)
             self._publish(piece)
 
     def _publish(self, piece: Slice, recomputes: int = 0) -> None:
         batch = EmbedBatch(self.id, piece.index, piece.texts, self._spec, piece.refused)
-        self._patiently(lambda: self._link.publisher.publish(batch, self._queue))
+        self._patiently(lambda: self._link.publisher.publish(batch, self._queue, self._trace))
         sent = Sent(batch.task_id, time.time())
         self._state.outstanding[piece.index] = _Outstanding(piece, sent, recomputes)
 
@@ -392,20 +426,24 @@ class Job:
 
     def _collect(self, commits: list[Commit]) -> None:
         """Fetch, check and keep the vectors of new commits, then delete them from Redis."""
-        state = self._state
         for commit in commits:
-            waiting = state.outstanding.get(commit.index)
-            if waiting is not None:
-                values = self._patiently(lambda c=commit: self._ledger.fetch_values(c))  # type: ignore[misc] # the default binds the loop variable
-                try:
-                    finished = self._assemble(waiting.slice, values)
-                except CorruptValue as error:
-                    self._recompute(commit.index, waiting, error)
-                else:
-                    state.ready[commit.index] = finished
-                    del state.outstanding[commit.index]
-            self._patiently(lambda c=commit: self._ledger.take([c]))  # type: ignore[misc] # as above
-            state.cursor = commit.entry
+            with self._trace.collecting(index=commit.index):
+                self._collect_one(commit)
+
+    def _collect_one(self, commit: Commit) -> None:
+        state = self._state
+        waiting = state.outstanding.get(commit.index)
+        if waiting is not None:
+            values = self._patiently(lambda: self._ledger.fetch_values(commit))
+            try:
+                finished = self._assemble(waiting.slice, values)
+            except CorruptValue as error:
+                self._recompute(commit.index, waiting, error)
+            else:
+                state.ready[commit.index] = finished
+                del state.outstanding[commit.index]
+        self._patiently(lambda: self._ledger.take([commit]))
+        state.cursor = commit.entry
 
     def _assemble(self, piece: Slice, values: list[bytes | None]) -> FinishedBatch:
         if not values or any(value is None for value in values):
@@ -438,6 +476,7 @@ class Job:
             self._state.closed = True
             return
         self._state.closed = True
+        self._trace.end()
         ended = self._state.exhausted and not self._state.outstanding
         patience_s = self._link.patience_s if ended else CLOSE_PATIENCE_S
         try:

@@ -63,6 +63,7 @@ class Ledger:
         self._suspects, self._staged = suspects_key(job), staged_key(job)
         self._value_prefix = prefix + "v:"
         self._begin = client.register_script(scripts.BEGIN)
+        self._forgive = client.register_script(scripts.FORGIVE)
         self._commit = client.register_script(scripts.COMMIT)
         self._cancel = client.register_script(scripts.CANCEL)
         self._forget = client.register_script(scripts.FORGET)
@@ -91,12 +92,17 @@ class Ledger:
         )
         return Verdict(verdict.decode()), tries
 
-    def commit(self, index: int, values: Sequence[bytes | str]) -> bool | None:
+    def forgive(self, index: int) -> None:
+        """Take back the count of the last delivery: what ended it was not the batch's doing."""
+        self._forgive(keys=[self._meta, self._tries], args=[index])
+
+    def commit(self, index: int, values: Sequence[bytes | str], *, n_texts: int = 0) -> bool | None:
         """Write a batch's values and mark it committed, all or nothing, first writer only.
 
         Args:
             index: the batch.
-            values: each as bytes, or as the key under which it is staged.
+            values: its vectors and outcomes, each as bytes or as the key where it is staged.
+            n_texts: texts in it, for whoever watches the job.
 
         Returns:
             True if this call committed, False if another had, None if the job is gone.
@@ -112,19 +118,10 @@ class Ledger:
         sent = [b"" if isinstance(value, str) else value for value in values]
         keys = [self._meta, self._bits, self._commits, self._tries, self._staged]
         keys += targets + sources
-        answer = int(cast(int, self._commit(keys=keys, args=[index, *sent])))
+        answer = int(cast(int, self._commit(keys=keys, args=[index, n_texts, *sent])))
         if answer == -2:
             raise StagedGone
         return {1: True, 0: False, -1: None}[answer]
-
-    def progress(self) -> tuple[str, int, int] | None:
-        """Return label, committed batches and those not yet taken; None if the job is gone."""
-        pipe = self._redis.pipeline(transaction=False)
-        pipe.hget(self._meta, "label")
-        pipe.bitcount(self._bits)
-        pipe.xlen(self._commits)
-        label, committed, waiting = pipe.execute()
-        return None if label is None else (label.decode(), int(committed), int(waiting))
 
     def exists(self) -> bool:
         """Tell whether Redis still knows the job."""

@@ -20,6 +20,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 #: Seconds between two reports of the same wait.
 REPORT_EVERY_S = 10.0
 
+#: What helps when there is no Redis.
+WAYS_OUT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
+
 _GONE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
 
 
@@ -40,7 +43,12 @@ def waits_for(error: Exception) -> str | None:
 
 
 def patiently(
-    action: Callable[[], T], *, patience_s: float, on_wait: OnWait, where: str = "Redis"
+    action: Callable[[], T],
+    *,
+    patience_s: float,
+    on_wait: OnWait,
+    where: str = "Redis",
+    advice: str = "",
 ) -> T:
     """Run an action on Redis, and again while it is worth waiting.
 
@@ -49,6 +57,7 @@ def patiently(
         patience_s: seconds to keep trying; 0 tries once.
         on_wait: told what is waited for.
         where: name of this Redis in messages, without its password.
+        advice: what a person may do while it waits, for the end of what they are told.
 
     Raises:
         QueueUnavailable: patience ran out, or waiting cannot help.
@@ -64,7 +73,7 @@ def patiently(
             if reason is None or waited + pause > patience_s:
                 raise QueueUnavailable(_sentence(error, reason, where, waited)) from error
         if waited - reported >= REPORT_EVERY_S:
-            on_wait(f"{reason} at {where}; waiting ({waited:.0f} s so far).")
+            on_wait(f"{reason} at {where}; waiting ({waited:.0f} s so far).{advice}")
             reported = waited
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -76,7 +85,4 @@ def _sentence(error: Exception, reason: str | None, where: str, waited: float) -
     if reason is None:
         return f"Redis at {where} refused a command ({type(error).__name__})."
     after = f" after {waited:.0f} s" if waited >= 1 else ""
-    return (
-        f"{reason} at {where}{after}. Start Redis, or set EMBEDQ_BROKER_URL and "
-        "EMBEDQ_RESULTS_URL, or use --local."
-    )
+    return f"{reason} at {where}{after}. {WAYS_OUT}."

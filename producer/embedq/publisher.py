@@ -11,6 +11,7 @@ from kombu.exceptions import OperationalError
 from redis import exceptions
 
 from embedq.contract import TASK_NAME, EmbedBatch, Queue, message_headers
+from embedq.tracing import JobTrace
 
 
 class Publisher:
@@ -37,8 +38,13 @@ class Publisher:
             },
         )
 
-    def publish(self, batch: EmbedBatch, queue: Queue) -> None:
+    def publish(self, batch: EmbedBatch, queue: Queue, trace: JobTrace | None = None) -> None:
         """Publish one batch; publishing it twice is harmless, the ledger takes the first.
+
+        Args:
+            batch: what to publish.
+            queue: where.
+            trace: of its job; None for a batch of its own.
 
         Raises:
             redis.exceptions.RedisError: Redis did not take it.
@@ -52,7 +58,9 @@ class Publisher:
             **message_headers(body, time.time()),
         }
         try:
-            self._app.send_task(TASK_NAME, args=(body,), **options)
+            trace = trace or JobTrace(batch.job)
+            with trace.publishing(options["headers"], index=batch.index, texts=len(batch.texts)):
+                self._app.send_task(TASK_NAME, args=(body,), **options)
         except OperationalError as error:
             cause = error.__cause__ or error.__context__
             if isinstance(cause, exceptions.RedisError):

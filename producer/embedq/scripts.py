@@ -17,14 +17,14 @@ redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
 return {'go', tries}
 """
 
-# KEYS meta bits commits tries staged, n values, their n sources; ARGV index, n values
+# KEYS meta bits commits tries staged, n values, their n sources; ARGV index, n_texts, n values
 # The first writer wins. A value that is '' lies at its source and is renamed. The others go first:
 # under memory pressure Redis refuses a script at its first write or not at all.
 COMMIT: Final = """
-local n = #ARGV - 1
+local n = #ARGV - 2
 local sources = {}
 for i = 1, n do
-  if ARGV[1 + i] == '' then sources[#sources + 1] = KEYS[5 + n + i] end
+  if ARGV[2 + i] == '' then sources[#sources + 1] = KEYS[5 + n + i] end
 end
 local gone = redis.call('EXISTS', KEYS[1]) == 0
 if gone or redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then
@@ -37,20 +37,28 @@ end
 if #sources > 0 and redis.call('EXISTS', unpack(sources)) < #sources then return -2 end
 local ttl = redis.call('HGET', KEYS[1], 'ttl')
 for i = 1, n do
-  if ARGV[1 + i] ~= '' then redis.call('SET', KEYS[5 + i], ARGV[1 + i], 'EX', ttl) end
+  if ARGV[2 + i] ~= '' then redis.call('SET', KEYS[5 + i], ARGV[2 + i], 'EX', ttl) end
 end
 for i = 1, n do
-  if ARGV[1 + i] == '' then
+  if ARGV[2 + i] == '' then
     redis.call('RENAME', KEYS[5 + n + i], KEYS[5 + i])
     redis.call('EXPIRE', KEYS[5 + i], ttl)
   end
 end
 redis.call('SETBIT', KEYS[2], ARGV[1], 1)
 redis.call('XADD', KEYS[3], '*', 'i', ARGV[1], 'v', n)
+redis.call('HINCRBY', KEYS[1], 'texts', ARGV[2])
 redis.call('HDEL', KEYS[4], ARGV[1])
 if #sources > 0 then redis.call('SREM', KEYS[5], unpack(sources)) end
 for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
 return 1
+"""
+
+# KEYS meta tries; ARGV index
+FORGIVE: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
+return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
 """
 
 # KEYS meta. A job that is gone stays gone: a key written now would live for ever.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -18,6 +18,9 @@ from embedq.hints import nearest
 
 #: Put before the name of every setting.
 PREFIX = "EMBEDQ_"
+#: Where Docker and Kubernetes put secrets: a file there, named like a variable in lower case, sets
+#: what the variable does not, and shows in no `docker inspect`.
+SECRETS_DIR = Path("/run/secrets")
 #: The default of EMBEDQ_MODEL on both sides.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 #: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
@@ -28,6 +31,8 @@ OTHER_ROOMS = frozenset(
         "cache_dir",
         "commit_patience_s",
         "compile_deadline_s",
+        "crash_loop_deaths",
+        "crash_loop_window_s",
         "degraded_cpu",
         "device",
         "engine",
@@ -35,6 +40,9 @@ OTHER_ROOMS = frozenset(
         "heartbeat_s",
         "help_npu",
         "infer_deadline_s",
+        "infer_failures",
+        "infer_failures_window_s",
+        "init_budget_s",
         "lease_renewal_s",
         "lock_dir",
         "log_level",
@@ -48,10 +56,17 @@ OTHER_ROOMS = frozenset(
         "npu_standin",
         "offline",
         "precision",
+        "probe_first_s",
+        "probe_longest_s",
+        "probe_settle_s",
         "row_tokens",
         "runtime_dir",
+        "shadow_every",
+        "slow_batches",
+        "slow_factor",
         "stub_delay_s",
         "stub_device",
+        "stub_faults",
         "stub_texts_per_s",
         "stub_tokenizer",
         "threads",
@@ -70,7 +85,7 @@ class Described(NamedTuple):
     Attributes:
         name: the environment variable.
         value: what is in force, passwords masked.
-        source: ``environment`` or ``default``.
+        source: ``environment``, ``secret`` or ``default``.
         default, unit, description: as the class says.
     """
 
@@ -98,7 +113,8 @@ class Room(BaseSettings):
         """
         _refuse_strangers(cls.variables() | cls.elsewhere, os.environ)
         try:
-            return cls(**{key: value for key, value in overrides.items() if value is not None})
+            given = {key: value for key, value in overrides.items() if value is not None}
+            return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
         except ValidationError as error:
             found = [each for each in error.errors() if each["type"] != _UNTRIED]
             lines = [_explain(cls, details) for details in found]
@@ -120,7 +136,7 @@ class Room(BaseSettings):
             yield Described(
                 variable,
                 mask_password(str(getattr(self, name))),
-                "environment" if variable in present else "default",
+                _source(variable, present),
                 mask_password(str(default)),
                 str(unit),
                 info.description or "",
@@ -153,6 +169,10 @@ class RedisSettings(Room):
         le=86_400,
         description="Silence after which another node may take over a batch; same for all.",
         json_schema_extra=unit("s"),
+    )
+    traces: bool = Field(
+        False,
+        description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
     )
 
 
@@ -209,7 +229,7 @@ class ProducerSettings(RedisSettings):
         60.0,
         ge=0,
         le=86_400,
-        description="How long to wait for a node with the model, and for an NPU if strict.",
+        description="How long a start waits for Redis and a node, and a strict job for an NPU.",
         json_schema_extra=unit("s"),
     )
 
@@ -231,6 +251,12 @@ def mask_password(url: str) -> str:
     host = parts.netloc.rpartition("@")[2]
     user = parts.username or ""
     return urlunsplit(parts._replace(netloc=f"{user}:***@{host}"))
+
+
+def _source(variable: str, present: Collection[str]) -> str:
+    if variable in present:
+        return "environment"
+    return "secret" if (SECRETS_DIR / variable.lower()).is_file() else "default"
 
 
 def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> None:
@@ -255,7 +281,9 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
         hint = nearest(given, expected.replace(" or ", ", ").split(", "))
         return f"{name}: expected {expected}, got {given}.{hint}"
     limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
-    reason = ", ".join(limits) or details["msg"].lower()
+    # Our own validators say what is allowed in capitals that are meant; pydantic adds a prefix.
+    own = str(context["error"]) if isinstance(context.get("error"), ValueError) else ""
+    reason = ", ".join(limits) or own or details["msg"].lower()
     info = cls.model_fields.get(field)
     extra = info.json_schema_extra if info else None
     measure = f" {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""

@@ -1,16 +1,30 @@
-"""What the fleet looks like at this moment: nodes, queues and jobs, from Redis alone."""
+"""What the fleet looks like at this moment: nodes, queues and jobs, from Redis alone.
+
+Costs three round trips however many nodes and jobs there are, and a user of Redis who may only read
+can look too.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from redis import Redis
+from redis.exceptions import ResponseError
 
-from embedq.broker import Broker
-from embedq.fleet import PAUSED_KEY, Heartbeat, fetch_alive
-from embedq.ledger import JOBS_KEY, Ledger
+from embedq import progress
+from embedq.broker import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, Load
+from embedq.contract import Queue
+from embedq.dead import DEAD_KEY
+from embedq.fleet import FORGET_S, NODES_KEY, Heartbeat, node_key, read_beats
+from embedq.ledger import JOBS_KEY
+from embedq.orders import PAUSED_KEY, Pause, read_pause
+
+#: Most jobs that are looked at, newest first; abandoned ones linger here until the next one opens.
+MOST_JOBS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +36,9 @@ class JobStatus:
         committed: batches that have their vectors.
         waiting: of those, how many the producer has not taken yet.
         age_s: since it began.
+        published: batches that were published.
+        texts: texts that have their outcome.
+        planned_texts: texts of the whole job; None while its producer does not know.
     """
 
     id: str
@@ -29,6 +46,9 @@ class JobStatus:
     committed: int
     waiting: int
     age_s: float
+    published: int = 0
+    texts: int = 0
+    planned_texts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +63,12 @@ class FleetStatus:
         oldest_lease_s: age of the oldest lease among them.
         jobs: the living ones, oldest first.
         redis: used share of the memory of broker and results; 0 where there is no limit.
-        paused: an operator has paused the fleet.
+        paused: why and since when an operator has paused the fleet; None while it works.
+        silent: name -> Unix time of the last heartbeat of nodes that went without taking leave.
+        oldest_ready_s: time since the oldest message of each queue was published; 0 when empty.
+        oldest_in_hand_s: the same for what nodes hold.
+        memory: of broker and results.
+        dead: texts set aside.
     """
 
     at: float
@@ -53,44 +78,118 @@ class FleetStatus:
     oldest_lease_s: float
     jobs: list[JobStatus]
     redis: dict[str, float]
-    paused: bool
+    paused: Pause | None
+    silent: dict[str, float] = field(default_factory=dict)
+    oldest_ready_s: dict[str, float] = field(default_factory=dict)
+    oldest_in_hand_s: float = 0.0
+    memory: dict[str, Load] = field(default_factory=dict)
+    dead: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status for JSON."""
-        return asdict(self)
+        shown = asdict(self)
+        shown["paused"] = self.paused._asdict() if self.paused else None
+        return shown
 
 
 def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
-    """Look at everything once; costs a handful of commands, and two for each job.
+    """Look at everything once.
 
     Raises:
         redis.exceptions.RedisError: a Redis does not answer.
     """
-    queues = Broker(broker)
-    in_hand, oldest_lease_s = queues.in_hand()
+    now = time.time()
+    names = [str(queue) for queue in Queue]
+    *lengths, in_hand, leases, ages, carrying = _ask_broker(broker, names)
+    beats, known, paused, dead, holding = _ask_results(results, now)
+    alive, jobs = _ask_details(results, [name.decode() for name, _ in beats], known, now)
+    living = {node.node for node in alive}
+    memory = {"broker": Load.from_info(carrying), "results": Load.from_info(holding)}
+    # A Redis that refuses scripts tells no ages.
+    ages = [_age(now, at) for at in ages] if isinstance(ages, list) else [0.0] * (len(names) + 1)
     return FleetStatus(
-        at=time.time(),
-        nodes=fetch_alive(results),
-        queues=queues.depths(),
-        in_hand=in_hand,
-        oldest_lease_s=round(oldest_lease_s, 1),
-        jobs=_jobs(results),
-        redis={
-            "broker": round(queues.load().ratio, 4),
-            "results": round(Broker(results).load().ratio, 4),
-        },
-        paused=bool(results.exists(PAUSED_KEY)),
+        at=now,
+        nodes=alive,
+        queues=dict(zip(names, map(int, lengths), strict=True)),
+        in_hand=int(in_hand),
+        oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
+        jobs=jobs,
+        redis={name: round(load.ratio, 4) for name, load in memory.items()},
+        paused=read_pause(paused),
+        silent={name.decode(): at for name, at in beats if name.decode() not in living},
+        oldest_ready_s=dict(zip(names, ages, strict=False)),
+        oldest_in_hand_s=ages[-1],
+        memory=memory,
+        dead=int(dead),
     )
 
 
-def _jobs(results: Redis) -> list[JobStatus]:
-    known = cast(list[tuple[bytes, float]], results.zrange(JOBS_KEY, 0, -1, withscores=True))
-    jobs = []
-    for name, began in known:
-        job = name.decode()
-        found = Ledger(results, job).progress()
-        if found is None:  # its keys faded: an abandoned job
-            results.zrem(JOBS_KEY, job)
-            continue
-        jobs.append(JobStatus(job, *found, age_s=round(time.time() - began, 1)))
-    return jobs
+def _ask_broker(broker: Redis, queues: list[str]) -> list[Any]:
+    pipe = broker.pipeline(transaction=False)
+    for queue in queues:
+        pipe.llen(queue)
+    pipe.hlen(UNACKED_KEY)
+    pipe.zrange(UNACKED_INDEX_KEY, 0, 0, withscores=True)
+    pipe.eval(AGES_SCRIPT, 1 + len(queues), UNACKED_KEY, *queues)
+    pipe.info("memory")
+    return _checked(pipe.execute(raise_on_error=False), optional=2)
+
+
+def _ask_results(results: Redis, now: float) -> list[Any]:
+    pipe = results.pipeline(transaction=False)
+    pipe.zrangebyscore(NODES_KEY, now - FORGET_S, "+inf", withscores=True)
+    pipe.zrange(JOBS_KEY, 0, MOST_JOBS - 1, desc=True, withscores=True)
+    pipe.get(PAUSED_KEY)
+    pipe.hlen(DEAD_KEY)
+    pipe.info("memory")
+    return _checked(pipe.execute(raise_on_error=False), optional=1)
+
+
+def _ask_details(
+    results: Redis, names: Sequence[str], known: list[tuple[bytes, float]], now: float
+) -> tuple[list[Heartbeat], list[JobStatus]]:
+    """Return the living nodes, and the living jobs, oldest first."""
+    if not names and not known:
+        return [], []
+    pipe = results.pipeline(transaction=False)
+    for name in names:
+        pipe.get(node_key(name))
+    for job, _ in known:
+        progress.ask(pipe, job.decode())
+    answers = iter(pipe.execute())
+    alive = read_beats([next(answers) for _ in names])
+    jobs, faded = [], []
+    for job, began in known:
+        if (found := progress.read(answers)) is not None:
+            jobs.append(_job(job.decode(), found, round(now - began, 1)))
+        else:
+            faded.append(job)
+    if faded:  # abandoned jobs
+        with suppress(ResponseError):  # whoever may only read leaves that to others
+            results.zrem(JOBS_KEY, *faded)
+    return alive, jobs[::-1]
+
+
+def _job(name: str, found: progress.Progress, age_s: float) -> JobStatus:
+    return JobStatus(
+        id=name,
+        label=found.label,
+        committed=found.committed,
+        waiting=found.untaken,
+        age_s=age_s,
+        published=found.published,
+        texts=found.texts,
+        planned_texts=found.planned,
+    )
+
+
+def _checked(answers: list[Any], *, optional: int) -> list[Any]:
+    """Raise what Redis refused, but for the last questions, which some refuse to some users."""
+    for answer in answers[:-optional]:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _age(now: float, published: bytes) -> float:
+    return round(max(0.0, now - float(published)), 1) if published else 0.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.servers import NodeProcess, RedisProcess, stub_node, wait_for
+from tests.servers import NodeProcess, RedisProcess, leaving_node, stub_node, wait_for
 
 from embedq import Client
 from embedq.batching import Slice
@@ -70,17 +70,17 @@ def test_other_node_finishes_a_dead_nodes_batch(redis: RedisProcess, short_dir: 
                 wait_for(lambda: results, "the vectors")
 
         assert np.array_equal(results[0], stub_vectors(TEXTS))
+        assert_nothing_left(redis)  # acknowledged, so the log has the line about it
         assert not first.lines("batch_done")
         assert len(second.lines("batch_done")) == 1
-        assert_nothing_left(redis)
 
 
 def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: Path) -> None:
     """Leases are renewed: a batch of more than two leases is not given to an idle node."""
     slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "22"}  # 200 texts take 9 s
     with (
-        stub_node(redis, short_dir, "one", **slow) as one,
-        stub_node(redis, short_dir, "two", **slow) as two,
+        leaving_node(redis, short_dir, "one", **slow) as one,
+        leaving_node(redis, short_dir, "two", **slow) as two,
     ):
         vectors = embed_as_one_batch(redis, TEXTS)
         assert_nothing_left(redis)
@@ -101,8 +101,25 @@ def test_replacement_child_finishes_the_batch(redis: RedisProcess, short_dir: Pa
         assert np.array_equal(results[0], stub_vectors(TEXTS))
         assert node.process.poll() is None
         assert node.child_pid() != dead
+        assert_nothing_left(redis)  # acknowledged, so the log has the line about it
         assert len(node.lines("batch_done")) == 1
-        assert_nothing_left(redis)
+
+
+def test_lost_batch_does_not_queue_up_again(redis: RedisProcess, short_dir: Path) -> None:
+    """What lost its child is the next to be taken, with its age, however long the queue is."""
+
+    def embed() -> Vectors:
+        with Client(settings=redis.settings(batch_texts=20)) as client:
+            return client.encode(TEXTS, timeout_s=30)
+
+    with stub_node(redis, short_dir, EMBEDQ_STUB_DELAY_S="0.3") as node:
+        with in_background(embed) as results:
+            wait_until_begun(redis)
+            os.kill(node.child_pid(), signal.SIGKILL)
+
+        done = [line.partition("index=")[2].split()[0] for line in node.lines("batch_done")]
+        assert done == [str(index) for index in range(len(done))]
+        assert np.array_equal(results[0], stub_vectors(TEXTS))
 
 
 @pytest.mark.parametrize("fault", ["segfault", "raise"])

@@ -90,12 +90,13 @@ def test_wrong_setting_is_told_by_name(
     assert "secret" not in done.stderr
 
 
-def test_no_redis_is_one_line_at_once(command: Command) -> None:
+def test_no_redis_is_one_line(command: Command) -> None:
     """Without a Redis the command names the place, hides the password and the ways out; code 4."""
     source = command.write("in.txt", "a text")
     nowhere = {
         "EMBEDQ_BROKER_URL": "redis://:secret@127.0.0.1:1/0",
         "EMBEDQ_RESULTS_URL": "redis://:secret@127.0.0.1:1/1",
+        "EMBEDQ_NODE_WAIT_S": "0",
     }
 
     done = command("embed", source, "-o", "out.npy", **nowhere)
@@ -110,8 +111,9 @@ def test_no_redis_is_one_line_at_once(command: Command) -> None:
 def test_broker_that_is_gone_is_one_line(command: Command) -> None:
     """A results Redis without its broker is told just as soon."""
     source = command.write("in.txt", "a text")
+    gone = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_NODE_WAIT_S": "0"}
 
-    done = command("embed", source, "-o", "out.npy", EMBEDQ_BROKER_URL="redis://127.0.0.1:1/0")
+    done = command("embed", source, "-o", "out.npy", **gone)
 
     assert done.returncode == 4
     assert "Redis cannot be reached at redis://127.0.0.1:1/0" in one_line(done)

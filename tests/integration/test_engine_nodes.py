@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, tiny_model
-from tests.servers import RedisProcess, stub_node
+from tests.servers import RedisProcess, stub_node, wait_for
 
 from embedq import Client
 from embedq.contract import Device, Outcome, Precision
@@ -47,7 +47,7 @@ def test_node_on_a_standin_serves_the_queue_of_npus(
     with stub_node(redis, short_dir, "alias", **settings) as node:
         vectors, outcomes = embed(redis, model)
 
-        (done,) = node.lines("batch_done")
+        (done,) = wait_for(lambda: node.lines("batch_done"), "the line about the batch")
         heartbeat = node.heartbeat()
 
     assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, Precision.F16)}
@@ -55,6 +55,48 @@ def test_node_on_a_standin_serves_the_queue_of_npus(
     assert "engine=openvino device=npu precision=f16" in done
     assert 0.5 < float(done.partition("pack_fill_ratio=")[2].split()[0]) <= 1
     assert heartbeat and (heartbeat.engine, heartbeat.precision) == ("openvino", "f16")
+
+
+#: Makes every Python below it one on whose machine openvino was never installed.
+WITHOUT_OPENVINO = """
+import importlib.machinery
+import sys
+
+class Without(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0].startswith("openvino"):
+            return None
+        return super().find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, *context):
+        for found in super().find_distributions(*context):
+            if not found.metadata["Name"].startswith("openvino"):
+                yield found
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
+"""
+
+
+def test_node_without_openvino_serves_on_the_cpu(
+    model: Model, redis: RedisProcess, short_dir: Path
+) -> None:
+    """With the extra [cpu] alone a node starts, chooses onnxruntime and serves both classes."""
+    (short_dir / "sitecustomize.py").write_text(WITHOUT_OPENVINO)
+    paths = [os.fspath(short_dir), *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = settings_of(model, short_dir, DEVICE="auto")
+    with stub_node(redis, short_dir, "plain", **settings, PYTHONPATH=os.pathsep.join(paths)) as one:
+        standard, outcomes = embed(redis, model)
+        exact, _ = embed(redis, model, "exact")
+        loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in (one.process.pid, *one.pids())]
+        heartbeat = one.heartbeat()
+
+    assert {(each.device, each.precision) for each in outcomes} == {(Device.CPU, Precision.F32)}
+    assert standard.tobytes() == exact.tobytes()
+    assert heartbeat and heartbeat.engine == "onnxruntime"
+    assert ["onnxruntime" in libraries for libraries in loaded] == [False, False, True]
+    assert not any("openvino" in libraries for libraries in loaded)
 
 
 def test_node_on_the_cpu_serves_each_class_with_its_engine(

@@ -257,14 +257,12 @@ def test_broken_gzip_names_the_file(small: Client, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "bad", "n_lines"),
     [
-        ("jsonl", '{"id": "broken', 1_000_000),
-        ("csv", '1,"open', 200_000),
-        ("csv", "1,2,3", 200_000),
+        ("jsonl", '{"id": "broken', 100_000),
+        ("csv", '1,"open', 50_000),
+        ("csv", "1,2,3", 50_000),
     ],
 )
-def test_bad_line_among_a_million_is_named(
-    kind: str, bad: str, n_lines: int, tmp_path: Path
-) -> None:
+def test_bad_line_among_many_is_named(kind: str, bad: str, n_lines: int, tmp_path: Path) -> None:
     """One broken line in the middle: fail names it, skip loses it and nothing else."""
     source, at = tmp_path / f"in.{kind}", n_lines // 2
     line = '{{"id": {0}, "text": "t{0}"}}' if kind == "jsonl" else "{0},t{0}"
@@ -316,7 +314,7 @@ def test_memory_of_the_command_does_not_grow_with_the_file(
     node: NodeProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """Five times the texts take less than a tenth more memory."""
-    few = peak_rss_mb(shared_redis, tmp_path, 10_000)
-    many = peak_rss_mb(shared_redis, tmp_path, 50_000)
+    few = peak_rss_mb(shared_redis, tmp_path, 6_000)  # more than a window of 4,096
+    many = peak_rss_mb(shared_redis, tmp_path, 30_000)
 
-    assert many < 1.1 * few, f"{few:.0f} MB for 10,000 texts, {many:.0f} MB for 50,000"
+    assert many < 1.1 * few, f"{few:.0f} MB for 6,000 texts, {many:.0f} MB for 30,000"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from tests.forging import MARKER, batch_of, push, queued, with_body
-from tests.servers import NodeProcess, RedisProcess, stub_node, wait_for
+from tests.servers import NodeProcess, RedisProcess, leaving_node, wait_for
 
 from embedq import Client
 from embedq.contract import Queue
@@ -109,7 +109,7 @@ def test_events_and_logs_tell_of_batches_without_text(
 def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: Path) -> None:
     """Any Celery can inspect a busy node, and sees a description instead of the arguments."""
     with (
-        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as node,
+        leaving_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as node,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
     ):
@@ -134,7 +134,7 @@ def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
     """Neither log nor inspection shows the password that Redis asks for."""
     redis = RedisProcess(short_dir, password=PASSWORD)
     try:
-        with stub_node(redis, short_dir) as node, remote(redis) as app:
+        with leaving_node(redis, short_dir) as node, remote(redis) as app:
             shown = app.control.inspect(timeout=5, limit=1).conf(with_defaults=True)
     finally:
         redis.stop()
@@ -149,7 +149,7 @@ def test_batch_put_back_by_a_dead_child_carries_no_text(
 ) -> None:
     """A batch that kills its child is sent again by Celery: without text in headers and events."""
     with (
-        stub_node(redis, short_dir) as node,
+        leaving_node(redis, short_dir) as node,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
         captured_events(app) as events,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.model_fixtures import tiny_model
 from tests.servers import (
     DEADLINE_S,
     NodeProcess,
@@ -33,6 +35,15 @@ from embedq_worker import exits
 #: A stub that takes the queues of an NPU.
 AS_NPU = {"EMBEDQ_STUB_DEVICE": "npu"}
 TEXTS = [f"text {i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the settings of a node that serves the tiny model, from a cache of their own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    folder.chmod(0o700)
+    tiny_model(folder)
+    return {"EMBEDQ_MODEL": os.fspath(folder), "EMBEDQ_CACHE_DIR": os.fspath(folder / "cache")}
 
 
 def worker(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -193,6 +204,7 @@ def test_strict_job_is_served_by_an_npu_alone(
         vectors = client.encode(TEXTS)
 
         assert np.array_equal(vectors, stub_vectors(TEXTS))
+        wait_for(lambda: npu.lines("batch_done"), "the line about it, which comes after vectors")
         assert len(npu.lines("batch_done")) == 1
         assert len(node.lines("batch_")) == before
 
@@ -234,9 +246,33 @@ def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_di
     assert check.returncode == 0, check.stdout
 
 
+@pytest.mark.parametrize(
+    ("settings", "red"),
+    [
+        ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0"}, "broker"),
+        ({"EMBEDQ_MODEL": "/nowhere", "EMBEDQ_DEVICE": "cpu"}, "model"),
+        ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_RUNTIME_DIR": "/proc/1/no"}, "folders"),
+    ],
+)
+def test_every_red_line_of_check_has_a_next_step(
+    settings: dict[str, str], red: str, redis: RedisProcess, short_dir: Path
+) -> None:
+    """A script that reads `check --json` finds what was looked at, what is wrong, what to do."""
+    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+    folders = {f"EMBEDQ_{name}_DIR": f"{short_dir}/{name}" for name in ("RUNTIME", "CACHE")}
+
+    run = worker("check", "--json", **{**urls, **folders, **settings})
+
+    found = json.loads(run.stdout)
+    assert (run.returncode, found["ok"]) == (exits.CHECK, False)
+    [line] = [line for line in found["checks"] if line["level"] == "red"]
+    assert line["name"] == red
+    assert line["detail"] and line["mend"]
+
+
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
 def test_all_without_an_npu_is_one_node_on_the_cpu(
-    redis: RedisProcess, short_dir: Path, model_settings: dict[str, str]
+    redis: RedisProcess, short_dir: Path, tiny_settings: dict[str, str]
 ) -> None:
     """The NPU's node ends and says why; the other serves on, and ends well when it is told to."""
     log_path = short_dir / "all.log"
@@ -249,7 +285,7 @@ def test_all_without_an_npu_is_one_node_on_the_cpu(
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "embedq_worker", "start", "--all"],
-            env=environment(**model_settings, **settings),
+            env=environment(**tiny_settings, **settings),
             stderr=log,
             start_new_session=True,
         )
@@ -269,8 +305,7 @@ def test_npu_that_cannot_be_proven(
     strict: str,
     redis: RedisProcess,
     short_dir: Path,
-    shared_dir: Path,
-    model_settings: dict[str, str],
+    tiny_settings: dict[str, str],
 ) -> None:
     """A node whose compiler hangs starts again without its NPU; a strict one ends with its code."""
     pytest.importorskip("openvino")
@@ -279,11 +314,9 @@ def test_npu_that_cannot_be_proven(
         "EMBEDQ_NPU_STANDIN": "alias",
         "EMBEDQ_COMPILE_DEADLINE_S": "0.01",
         "EMBEDQ_DEGRADED_CPU": "0",
-        "EMBEDQ_CACHE_DIR": os.fspath(shared_dir / "unproven-cache"),
-        "EMBEDQ_MODEL": "sentence-transformers/all-MiniLM-L6-v2",
         "EMBEDQ_STRICT": strict,
     }
-    node = NodeProcess(redis, short_dir, "unproven", **{**hanging, **model_settings})
+    node = NodeProcess(redis, short_dir, "unproven", **hanging, **tiny_settings)
     try:
         if strict == "1":
             assert node.process.wait(DEADLINE_S) == exits.NPU_UNPROVEN

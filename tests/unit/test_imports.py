@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ WORKER = Path(embedq_worker.__file__).parent
 #: What a producer must never load.
 HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "huggingface_hub")
 #: Files of the worker that may touch Celery.
-CELERY_ROOMS = {"app", "backend", "consumer", "delivery", "lifecycle", "rerouting", "tasks"}
+CELERY_ROOMS = {
+    *("app", "backend", "consumer", "delivery", "hearing", "leases", "lifecycle", "rerouting"),
+    *("tasks", "telling", "vitals"),
+}
 
 
 def imports(folder: Path) -> dict[str, set[str]]:
@@ -52,6 +57,30 @@ def loaded_after(code: str) -> set[str]:
         check=True,
     )
     return set(done.stdout.splitlines()[-1].split())
+
+
+def requirements(*extras: str) -> set[str]:
+    """Return the packages that `embedq` with these extras asks for, extras of extras included."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    asked, found = [*project["dependencies"]], set()
+    for extra in extras:
+        asked += project["optional-dependencies"][extra]
+    for line in asked:
+        name, _, inner = line.partition(";")[0].partition("[")
+        if name == "embedq":
+            found |= requirements(*inner.rstrip("]").split(","))
+        else:
+            found.add(re.split("[<>=~! ]", name)[0].lower().replace("_", "-"))
+    return found
+
+
+def test_who_computes_on_the_cpu_installs_no_openvino() -> None:
+    """The extra [cpu] and the SDK do without; [npu] brings it, and the reference beside it."""
+    assert "onnxruntime" in requirements("cpu")
+    assert not {"openvino", "openvino-telemetry"} & requirements("cpu", "local", "parquet")
+    assert not {"onnxruntime", "openvino", "onnx", "tokenizers"} & requirements()
+    assert {"openvino", "onnxruntime"} <= requirements("npu")
 
 
 @pytest.mark.parametrize("package", HEAVY)
@@ -96,3 +125,19 @@ def test_help_of_both_commands_loads_no_runtime() -> None:
     for module in ("embedq.cli", "embedq_worker.cli"):
         loaded = loaded_after(f"from {module} import cli; cli(['--help'], standalone_mode=False)")
         assert not loaded & {*HEAVY[1:], "celery", "kombu"}, module
+
+
+def test_health_check_loads_the_standard_library_only() -> None:
+    """A container asks it every few seconds, so it answers without click, pydantic or msgpack."""
+    code = "from embedq_worker import __main__, health_check; health_check.main([])"
+
+    loaded = loaded_after(code)
+
+    assert not loaded & {*HEAVY[1:], "celery", "click", "msgpack", "numpy", "pydantic", "redis"}
+
+
+def test_exporter_loads_no_celery() -> None:
+    """The exporter reads Redis and speaks HTTP, and needs neither Celery nor numpy."""
+    loaded = loaded_after("import embedq.exporter")
+
+    assert not loaded & {*HEAVY, "celery", "kombu", "numpy"}

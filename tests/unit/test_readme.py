@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from embedq import metrics
 from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, Room
 from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
 
@@ -15,6 +16,7 @@ ROOMS: dict[str, type[Room]] = {
     "embedq.settings.ProducerSettings": ProducerSettings,
     "embedq_worker.settings.WorkerSettings": WorkerSettings,
 }
+METRICS_MARKER = "<!-- metrics: embedq.metrics -->\n"
 
 
 def table(room: type[Room]) -> str:
@@ -30,15 +32,22 @@ def table(room: type[Room]) -> str:
     return "\n".join(lines)
 
 
+def shown(marker: str) -> str:
+    """Return the table that README has after a marker."""
+    _, _, rest = README.read_text(encoding="utf-8").partition(marker)
+    found = re.match(r"(?:\|.*\n)+", rest)
+    return found.group(0).strip() if found else ""
+
+
 @pytest.mark.parametrize("name", ROOMS)
 def test_settings_table_is_the_class(name: str) -> None:
     """Each settings class stands in README, field by field, with default, unit and meaning."""
-    marker = f"<!-- settings: {name} -->\n"
+    assert shown(f"<!-- settings: {name} -->\n") == table(ROOMS[name])
 
-    _, _, rest = README.read_text(encoding="utf-8").partition(marker)
-    found = re.match(r"(?:\|.*\n)+", rest)
 
-    assert found is not None and found.group(0).strip() == table(ROOMS[name])
+def test_metrics_table_is_the_code() -> None:
+    """Each metric stands in README with kind, labels and meaning."""
+    assert shown(METRICS_MARKER) == metrics.table()
 
 
 def test_each_room_knows_the_other_rooms_variables() -> None:
@@ -50,8 +59,8 @@ def test_each_room_knows_the_other_rooms_variables() -> None:
 
 if __name__ == "__main__":  # python tests/unit/test_readme.py: write the tables anew
     text = README.read_text(encoding="utf-8")
-    for name, room in ROOMS.items():
-        marker = f"<!-- settings: {name} -->\n"
+    tables = {f"<!-- settings: {name} -->\n": table(room) for name, room in ROOMS.items()}
+    for marker, wanted in {**tables, METRICS_MARKER: metrics.table()}.items():
         head, _, rest = text.partition(marker)
-        text = head + marker + table(room) + "\n" + re.sub(r"\A(?:\|.*\n)*", "", rest)
+        text = head + marker + wanted + "\n" + re.sub(r"\A(?:\|.*\n)*", "", rest)
     README.write_text(text, encoding="utf-8")

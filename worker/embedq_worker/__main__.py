@@ -9,6 +9,10 @@ import sys
 def main() -> None:
     """Run a command; `start` runs under a supervisor."""
     arguments = sys.argv[1:]
+    if arguments[:1] == ["health"]:
+        from embedq_worker.health_check import main as check  # neither click nor pydantic
+
+        sys.exit(check(arguments[1:]))
     asks_for_help = {"-h", "--help"} & set(arguments)
     if arguments[:1] != ["start"] or asks_for_help or os.name == "nt":
         _run(arguments)  # never returns

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from celery.backends.base import BaseBackend
 from celery.exceptions import Reject
 from redis import Redis
+from redis.exceptions import RedisError
 
 from embedq import dead
 from embedq.contract import Code, EmbedBatch
@@ -29,6 +30,7 @@ from embedq.suspects import Suspects
 from embedq.vectors import Vectors, encode_failure
 from embedq_worker.careful import OUTSIDE_POINTS, OWN_POINTS
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.tally import TALLY
 from embedq_worker.uploading import Upload
 
 T = TypeVar("T")
@@ -53,7 +55,16 @@ class LedgerBackend(BaseBackend):
 
     def begin(self, job: str, index: int) -> tuple[Verdict, int]:
         """Ask the ledger whether a batch still wants computing; see Ledger.begin."""
-        return self.waiting(lambda: Ledger(self.redis, job).begin(index))
+        verdict, tries = self.waiting(lambda: Ledger(self.redis, job).begin(index))
+        TALLY.redelivered += tries > 1
+        return verdict, tries
+
+    def forgive(self, job: str, index: int) -> None:
+        """Take back the count of a delivery that a device ended; tried once, for it may fail."""
+        try:
+            Ledger(self.redis, job).forgive(index)
+        except RedisError as error:
+            log.info("not_forgiven job=%s index=%d reason=%s", job, index, type(error).__name__)
 
     def upload(self, batch: EmbedBatch) -> Upload:
         """Prepare to send the vectors of a batch while they are computed."""
@@ -80,17 +91,23 @@ class LedgerBackend(BaseBackend):
             Reject: Redis stayed away too long; the batch goes back to its queue.
         """
         upload = upload or self.upload(batch)
-        ledger = Ledger(self.redis, batch.job)
-        values = upload.values(vectors, outcomes)
+        ledger, n_texts = Ledger(self.redis, batch.job), len(vectors)
+
+        def commit() -> bool | None:
+            values = upload.values(vectors, outcomes)
+            return self.waiting(lambda: ledger.commit(batch.index, values, n_texts=n_texts))
+
         try:
-            return self.waiting(lambda: ledger.commit(batch.index, values))
+            committed = commit()
         except StagedGone:
             upload.forget()
-            values = upload.values(vectors, outcomes)
-            return self.waiting(lambda: ledger.commit(batch.index, values))
+            committed = commit()
+        TALLY.duplicates += committed is False
+        return committed
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
+        TALLY.refused += 1
         value = encode_failure(code, detail)
         return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
 
@@ -181,6 +198,7 @@ class LedgerNotes:
     def set_aside(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
         batch = self._batch
+        TALLY.set_aside += 1
         log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
         letter = dead.new(
             batch.job,

@@ -88,7 +88,9 @@ def trace(settings: WorkerSettings, device: Device, inferences: int) -> Trace:
         EngineError: the child did not end in good order.
     """
     if device is not Device.NPU:
-        raise SettingsError(f"Only an NPU has tensors to trace; this node computes on {device}.")
+        raise SettingsError(
+            f"Only an NPU has tensors to trace; this node computes on {device}. Use --device npu."
+        )
     deadline_s = settings.compile_deadline_s + inferences * (settings.infer_deadline_s or 2.0)
     environment = {**os.environ, "OV_NPU_LOG_LEVEL": "LOG_DEBUG"}
     try:

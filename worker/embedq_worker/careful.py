@@ -5,12 +5,13 @@ text it was at. A text is charged in full for a failure of its own: the engine r
 on a harmless text, or the process ended itself, as by SIGSEGV or the watchdog. A process that was
 ended from outside may have been killed over anything, so it counts for little. A text that has
 failed twice is tried once more, alone, on the CPU; after that it is set aside, and the rest of the
-batch is embedded as if it were not there.
+batch is embedded as if it were not there: together, because sums of other groups differ in the last
+bit, and a batch that was merely unlucky must give the bytes of any other run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,6 +30,19 @@ CAREFUL_AT = 3
 OWN_POINTS, OUTSIDE_POINTS, MAX_POINTS = 4, 1, 12
 #: What a sound engine embeds without fail.
 HARMLESS = "A harmless text."
+
+
+class DeviceFault(Exception):
+    """A device failed, which is never a text's doing.
+
+    Attributes:
+        error: what it raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
 
 #: Embeds a batch; the flag asks for the engine on the CPU.
 Embed = Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]
@@ -61,10 +75,12 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
 
     Raises:
         EngineError: the engine fails a harmless text, so no text is to blame.
+        DeviceFault: an NPU failed; it does not tell whether a text was to blame.
     """
     charges = notes.charges()
     vectors = np.full((len(batch.texts), batch.spec.dim), np.nan, np.float32)
     outcomes: list[Outcome] = []
+    refused = dict(batch.refused)
     for offset, text in enumerate(batch.texts):
         if offset in batch.refused:
             outcomes.append(Outcome(status=Status.FAILED, code=batch.refused[offset]))
@@ -72,11 +88,37 @@ def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vect
         alone = replace(batch, texts=[text], refused={})
         found = _embed_one(alone, offset, charges.get(offset, 0), embed, notes)
         if found is None:
+            refused[offset] = Code.SET_ASIDE
             outcomes.append(Outcome(status=Status.FAILED, code=Code.SET_ASIDE))
         else:
             vectors[offset] = found[0][0]
             outcomes.append(found[1][0])
-    return vectors, OutcomeTable.from_outcomes(outcomes)
+    rest = replace(batch, refused=refused)
+    return _embed_together(rest, charges, embed, notes) or (
+        vectors,
+        OutcomeTable.from_outcomes(outcomes),
+    )
+
+
+def _embed_together(
+    batch: EmbedBatch, charges: Mapping[int, int], embed: Embed, notes: Notes
+) -> tuple[Vectors, OutcomeTable] | None:
+    """Embed the texts that are good alone as any batch is, or return None if that is a risk.
+
+    It is noted like a text, behind the last one, so that a process which does not survive it is
+    the last to try.
+    """
+    together = len(batch.texts)
+    good = [offset for offset in range(together) if offset not in batch.refused]
+    if not good or any(charges.get(offset, 0) >= OWN_POINTS for offset in [*good, together]):
+        return None
+    notes.start(together)
+    try:
+        return embed(batch, False)
+    except Exception:  # each text alone has its vector: no reason to fail the batch
+        return None
+    finally:
+        notes.end(together, cleared=False)
 
 
 def _embed_one(
@@ -92,6 +134,9 @@ def _embed_one(
         notes.start(offset)
         try:
             found = embed(alone, on_cpu)
+        except DeviceFault:
+            notes.end(offset, cleared=False)
+            raise
         except Exception as error:
             # An error that is not ours may quote the text.
             reason = str(error) if isinstance(error, EngineError) else type(error).__name__

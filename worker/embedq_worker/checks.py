@@ -30,6 +30,14 @@ from embedq_worker.state import private_dir
 PACKAGES: Final = ("embedq", "celery", "kombu", "redis", "onnxruntime", "openvino", "tokenizers")
 #: Free bytes below which a folder is worth a warning, and an error.
 LITTLE_SPACE, NO_SPACE = 1_000_000_000, 200_000_000
+#: What to do about a red line whose error does not say it, by the name of the line.
+_NEXT_STEPS: Final = {
+    "broker": "Start that Redis, or set EMBEDQ_BROKER_URL.",
+    "results": "Start that Redis, or set EMBEDQ_RESULTS_URL.",
+    "engine": "Look at the lines above; --device cpu does without an NPU, and "
+    "EMBEDQ_ENGINE=onnxruntime without OpenVINO.",
+}
+_ANY_STEP: Final = "Look at what is in force: embedq-worker settings"
 
 
 class Level(StrEnum):
@@ -133,6 +141,9 @@ def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)
+    # A warning and not red: this driver has just passed the self-test.
+    for line in checks_device.driver_age(details.get("npu_driver_version", "")):
+        yield Check(line.name, Level.OK if line.ok else Level.WARN, line.detail, 0.0, line.mend)
     wishes = [*settings.npu_properties]
     wishes += ["NPU_COMMANDLIST_MODE"] if settings.npu_commandlist_mode else []
     unknown = [word for word in ignored.split() if word.partition("=")[0] in wishes]
@@ -146,7 +157,8 @@ def _check(name: str, look: Callable[[], Finding]) -> Check:
     try:
         detail, level, mend = look()
     except EmbedqError as error:
-        detail, level, mend = str(error), Level.RED, ""
+        detail, mend = checks_device.halves(error)
+        level, mend = Level.RED, mend or _NEXT_STEPS.get(name, _ANY_STEP)
     return Check(name, level, detail, time.monotonic() - began, mend)
 
 

@@ -13,6 +13,7 @@ from embedq.errors import EmbedqError
 from embedq_worker.choices import DeviceChoice, Standin
 from embedq_worker.claims import holder
 from embedq_worker.devices import choose, no_plugin, require_access
+from embedq_worker.driver_age import OLDEST, build_day, is_too_old
 from embedq_worker.machine import Npu, Roots, discover
 from embedq_worker.placement import place
 from embedq_worker.settings import WorkerSettings
@@ -114,25 +115,42 @@ def _driver(load: Callable[[str], object]) -> Line:
     return new
 
 
+def driver_age(version: str) -> Iterator[Line]:
+    """Yield a line about the age of the driver that has opened the NPU, if it tells its own.
+
+    Args:
+        version: what the plugin says, `NPU_DRIVER_VERSION`; empty on a stand-in.
+    """
+    day = build_day(version)
+    if day is None:
+        return
+    shown = f"built on {day}"
+    if is_too_old(version):
+        mend = f"Install intel-level-zero-npu and its companions from {_PACKAGES}"
+        yield Line("driver age", False, f"{shown}; the oldest known to work is of {OLDEST}", mend)
+    else:
+        yield Line("driver age", True, shown)
+
+
 def _node(settings: WorkerSettings, roots: Roots) -> Iterator[Line]:
     try:
         npu = choose(discover(roots), settings.npu_node)
         require_access(npu)
     except EmbedqError as error:
-        yield Line("npu node", False, *_halves(error))
+        yield Line("npu node", False, *halves(error))
         return
     found = f"{npu.describe()}, driver {npu.driver or 'unknown'}, may be opened"
     yield Line("npu node", True, found)
     try:
         held = holder(npu.pci, settings.lock_dir)
     except EmbedqError as error:
-        yield Line("npu lock", False, *_halves(error))
+        yield Line("npu lock", False, *halves(error))
         return
     mend = "That node computes on it; stop it first, or start this one with --device cpu."
     yield Line("npu lock", not held, f"held by {held}" if held else "free", mend if held else "")
 
 
-def _halves(error: EmbedqError) -> tuple[str, str]:
+def halves(error: EmbedqError) -> tuple[str, str]:
     """Split a message into what happened and what to do, which is all after the first sentence."""
     head, _, tail = str(error).partition(". ")
     return (f"{head}.", tail) if tail else (head, "")

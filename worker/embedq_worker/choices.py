@@ -96,6 +96,11 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
             f"EMBEDQ_PRECISION={precision} and EMBEDQ_DEVICE=npu exclude each other: an NPU "
             "computes in f16. Unset EMBEDQ_PRECISION, or use EMBEDQ_DEVICE=cpu."
         )
+    if device is DeviceChoice.CPU and precision is PrecisionChoice.F16:
+        yield (
+            "EMBEDQ_PRECISION=f16 and EMBEDQ_DEVICE=cpu exclude each other: a CPU computes in f32 "
+            "or bf16 here. Use one of these, or EMBEDQ_DEVICE=npu."
+        )
     if engine is EngineChoice.ONNXRUNTIME and precision not in (
         PrecisionChoice.AUTO,
         PrecisionChoice.F32,

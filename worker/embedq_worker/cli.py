@@ -15,6 +15,7 @@ from embedq.errors import EmbedqError, SettingsError
 from embedq_worker import exits, logs
 from embedq_worker.choices import DeviceChoice, LogLevel
 from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
+from embedq_worker.operator_cli import degrade, pause, recover, resume
 from embedq_worker.settings import WorkerSettings
 
 _CODES: dict[type[EmbedqError], int] = {
@@ -32,6 +33,7 @@ Examples:
   embedq-worker check
   EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq-worker start --device cpu
   embedq-worker start --all
+  embedq-worker degrade npu0 --reason "a new driver"
   celery --app embedq_worker.app worker --concurrency 1
 """
 
@@ -58,6 +60,19 @@ def cli() -> None:
     """Group of all commands."""
 
 
+for _command in (degrade, recover, pause, resume):
+    cli.add_command(_command)
+
+
+@cli.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1)
+def health(arguments: tuple[str, ...]) -> None:
+    """Say whether the nodes of this machine live; containers ask this."""
+    from embedq_worker.health_check import main
+
+    sys.exit(main(list(arguments)))
+
+
 @cli.command(epilog=_EPILOG)
 @_model_options
 @click.option("--name", help="Name of the node, unique in the fleet.  [EMBEDQ_NAME]")
@@ -71,9 +86,9 @@ def cli() -> None:
 @click.option("--all", "_all", is_flag=True, help="One node on the NPU and one on the CPU.")
 @click.option("--part", hidden=True)
 @click.option("--attempt", type=int, default=0, hidden=True)
-@click.option("--npu-off", default="", hidden=True)
+@click.option("--npu-off", is_flag=True, hidden=True)
 def start(
-    _all: bool, part: str | None, attempt: int, npu_off: str, **options: str | int | bool | None
+    _all: bool, part: str | None, attempt: int, npu_off: bool, **options: str | int | bool | None
 ) -> None:
     """Start a node and keep it running: load the model, prove it, then take batches."""
     from embedq_worker import starting

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 from celery import Task
 from celery.exceptions import WorkerLostError
+from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from embedq.contract import message_headers
+from embedq.contract import PUBLISHED_HEADER, Header, message_headers
+from embedq_worker import rerouting
 from embedq_worker.backend import process_name
+from embedq_worker.guard import Guard
+
+log = logging.getLogger("embedq.worker")
 
 #: Header of a message with the process that ended itself over the batch.
 DIED_HEADER: Final = "died"
@@ -31,14 +37,52 @@ class BatchRequest(Request):
         return super().info(safe=True)
 
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
-        """Write down a child that ended itself, before Celery publishes its batch again."""
+        """Hand on the batch of a lost child.
+
+        If the node gave up its NPU over it, the batch goes to the CPU queue. Otherwise a child that
+        ended itself is written down, before Celery publishes the batch again.
+        """
+        request: Any = self  # celery-types lacks what follows
+        # Its age goes on: the reconciler takes the head of a queue for its oldest message.
+        headers = {PUBLISHED_HEADER: request.message.headers.get(PUBLISHED_HEADER)}
+        request._context.headers = headers
         error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(error, WorkerLostError) and self._rerouted():
+            return
         # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
         if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
-            request: Any = self  # celery-types lacks what follows
             node = request.app.conf.embedq.name
-            request._context.headers = {DIED_HEADER: process_name(node, request.worker_pid)}
+            headers[DIED_HEADER] = process_name(node, request.worker_pid)
         super().on_failure(exc_info, *args, **options)
+
+    def _rerouted(self) -> bool:
+        """Publish the batch to the CPU queue if its device is to blame, and acknowledge it."""
+        request: Any = self  # celery-types lacks what follows
+        guard: Guard | None = request.app.conf.get("embedq_guard")
+        body = request._context.args[0] if request._context.args else None
+        queue = (request._context.delivery_info or {}).get("routing_key", "")
+        if guard is None or not guard.distrusts_npu or not isinstance(body, dict):
+            return False
+        if not rerouting.may_reroute(queue, body):
+            return False
+        try:
+            rerouting.publish(request.task, request._context, body)
+        except Exception as error:  # whatever it is: Celery's own way is left
+            log.warning("batch_not_rerouted reason=%s", type(error).__name__)
+            return False
+        worker_state.task_ready(self)
+        request.acknowledge()
+        if address := Header.address(body):
+            request.task.backend.forgive(*address)
+        health = guard.health
+        log.warning(
+            "batch_rerouted job=%s index=%s code=%s reason=%s",
+            body.get("job"),
+            body.get("i"),
+            health.code,
+            health.reason,
+        )
+        return True
 
 
 class BatchTask(Task[..., Any]):
@@ -52,8 +96,9 @@ class BatchTask(Task[..., Any]):
     ) -> Any:
         """Publish a batch, as Celery does when a child was lost under it."""
         if args and isinstance(args[0], Mapping):
-            died = (options.get("headers") or {}).get(DIED_HEADER)
-            options.update(message_headers(args[0], time.time()))
+            headers = options.get("headers") or {}
+            published, died = headers.get(PUBLISHED_HEADER), headers.get(DIED_HEADER)
+            options.update(message_headers(args[0], published or time.time()))
             if died:
                 options["headers"][DIED_HEADER] = died
         return super().apply_async(args, kwargs, **options)

@@ -96,6 +96,13 @@ class Reason(StrEnum):
     COMPILE_DEADLINE = "compile_deadline"
     BLOB_REFUSED = "blob_refused"
     NO_COMPILER = "no_compiler"
+    WRONG_SHADOW = "wrong_shadow"
+    SLOW = "slow"
+    INIT_FAILED = "init_failed"
+    INIT_DEADLINE = "init_deadline"
+    CRASH_LOOP = "crash_loop"
+    OPERATOR = "operator"
+    DRIVER_MISMATCH = "driver_mismatch"
 
 
 class EngineError(EmbedqError):

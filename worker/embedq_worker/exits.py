@@ -17,7 +17,7 @@ NPU_UNPROVEN = 7
 CRASH_LOOP = 8
 
 #: Codes after which starting again would end the same way.
-FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE))
+FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNPROVEN))
 
 EPILOG = """\b
 Exit codes:

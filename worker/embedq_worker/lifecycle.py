@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from celery import signals
 
-from embedq.contract import Accuracy
+from embedq.contract import Accuracy, Device
 from embedq.errors import EmbedqError
+from embedq.testing import stub_vectors
 from embedq_worker import claims, logs, models, selftest
+from embedq_worker.child import Child
 from embedq_worker.devices import verify_opened
 from embedq_worker.embedder import Embedder
+from embedq_worker.engines.script import FaultScript
 from embedq_worker.engines.stub import STUB_MAX_LENGTH, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceError, EngineError, Reason
+from embedq_worker.golden import GOLDEN
 from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
 from embedq_worker.placement import Placement, place
 from embedq_worker.serving import Proven, Serving
 from embedq_worker.settings import DeviceChoice, WorkerSettings
-from embedq_worker.state import NodeState, State, StateFile
+from embedq_worker.shadow import Shadow
 from embedq_worker.tokens import AnyTokenizer
 
 log = logging.getLogger("embedq.worker")
@@ -42,13 +44,19 @@ CLAIM_PATIENCE_S = 10.0
 SWITCH_INTERVAL_S = 0.0005
 
 
-_serving: Serving | None = None
+_child: Child | None = None
 _claim: claims.Claim | None = None
 
 
-def serving() -> Serving | None:
-    """Return what this child embeds with, or None if it may not serve."""
-    return _serving
+def child() -> Child:
+    """Return what this process says of itself.
+
+    Raises:
+        RuntimeError: it is no child of a node.
+    """
+    if _child is None:
+        raise RuntimeError("A batch outside a node's child. This is a bug.")
+    return _child
 
 
 def find_model(settings: WorkerSettings) -> models.Model | None:
@@ -77,34 +85,56 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
         EngineError: the engine does not open, or fails its self-test.
     """
     if model is None:
-        return _open_stub(settings)
+        return _serve_stub(settings)
     opener = Opener(settings, model)
+
+    def open_exact() -> Proven:
+        return opener.open_cpu(Accuracy.EXACT)
+
     if settings.device is DeviceChoice.NPU:
-        standard = opener.open_npu()
-    else:
-        standard = opener.open_cpu(Accuracy.STANDARD)
-    return Serving(model.card(), standard, lambda: opener.open_cpu(Accuracy.EXACT))
+        shadow = Shadow(settings.shadow_every, opener.open_reference)
+        return Serving(model.card(), opener.open_npu(), open_exact, shadow)
+    return Serving(model.card(), opener.open_cpu(Accuracy.STANDARD), open_exact)
 
 
-def _open_stub(settings: WorkerSettings) -> Serving:
-    engine = StubEngine(delay_s=settings.stub_delay_s, texts_per_s=settings.stub_texts_per_s)
+def _serve_stub(settings: WorkerSettings) -> Serving:
+    """Serve with the stub; on the CPU, where a degraded one goes, it has no faults."""
+    card = stub_card(settings.stub_tokenizer.read_bytes() if settings.stub_tokenizer else b"")
+    if settings.device is DeviceChoice.CPU:
+        sound = _open_stub(settings, Device.CPU)
+        return Serving(card, sound, lambda: sound)
+    script = FaultScript(settings.stub_faults) if settings.stub_faults else None
+    proven = _open_stub(settings, Device.STUB, script)
+    quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
+    shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
+    return Serving(card, proven, lambda: proven, shadow)
+
+
+def _open_stub(
+    settings: WorkerSettings, device: Device, script: FaultScript | None = None
+) -> Proven:
+    engine = StubEngine(
+        delay_s=settings.stub_delay_s,
+        texts_per_s=settings.stub_texts_per_s,
+        script=script,
+        device=device,
+    )
     budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
-    tokenizer, content = _stub_tokenizer(settings.stub_tokenizer)
-    embedder = Embedder(tokenizer, engine, token_budget=budget)
-    report = selftest.run(embedder, None)
+    embedder = Embedder(_stub_tokenizer(settings.stub_tokenizer), engine, token_budget=budget)
+    # With another tokenizer than its own the stub answers otherwise.
+    reference = None if settings.stub_tokenizer else stub_vectors(GOLDEN)
+    report = selftest.run(embedder, None, reference)
     if not report.passed:
         raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
-    proven = Proven(engine, embedder, report, "only")
-    return Serving(stub_card(content), proven, lambda: proven)
+    return Proven(engine, embedder, report, "only")
 
 
-def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
+def _stub_tokenizer(path: Path | None) -> AnyTokenizer:
     if path is None:
-        return StubTokenizer(), b""
+        return StubTokenizer()
     from embedq_worker.tokenization import Tokenizer  # a library that the stub alone does not need
 
-    tokenizer = Tokenizer(path, STUB_MAX_LENGTH)
-    return tokenizer, path.read_bytes()
+    return Tokenizer(path, STUB_MAX_LENGTH)
 
 
 def claim_device(settings: WorkerSettings, placement: Placement) -> claims.Claim | None:
@@ -135,7 +165,7 @@ def open_placed(
         WrongDevice: the runtime opened another NPU than the one of the placement.
     """
     placed = settings.model_copy(update={"device": DeviceChoice(str(placement.device))})
-    opened = open_serving(placed, model or find_model(placed))
+    opened = open_serving(placed, model or find_model(settings))
     if opened.engine.device is not placement.device:
         opened.close()
         raise EngineError(
@@ -154,51 +184,40 @@ def open_placed(
 @signals.worker_process_init.connect
 def on_process_init(sender: Any = None, **_: Any) -> None:
     """Make this child ready to serve, or record why it is not."""
-    global _serving, _claim
+    global _child, _claim
     from embedq_worker.app import app  # the app imports the tasks, which import this file
 
     settings: WorkerSettings = app.conf.embedq
-    state_file = StateFile(settings.runtime_dir, settings.name)
-    state = NodeState(State.STARTING, time.time(), os.getpid())
+    _child = Child(settings, app.conf.get("embedq_pace_s", 0.0))
     try:
-        _die_with_parent()
+        die_with_parent()
         # Ctrl-C in a terminal reaches the whole group; the parent decides when a child ends.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        state_file.write(state)
         logs.send_native_to_stderr()
         began = time.monotonic()
         placement = app.conf.get("embedq_placement") or place(settings, wait_s=CLAIM_PATIENCE_S)
-        state = replace(state, home=str(placement.home))
-        state_file.write(state)
-        if placement.degraded and not settings.degraded_cpu:
+        _child.placed(placement)
+        if placement.degraded and (settings.strict or not settings.degraded_cpu):
             log.warning("degraded node=%s device=none reason=%s", settings.name, placement.reason)
-            state_file.write(state.now(State.DEGRADED, placement.reason))
+            _child.idles(placement.reason)
             return
         _claim = claim_device(settings, placement)
-        _serving = open_placed(settings, placement)
+        opened = open_placed(settings, placement)
     except BaseException as error:  # whatever it is, the parent must hear of it
-        reason = str(error) if isinstance(error, EmbedqError) else f"{type(error).__name__}"
+        reason = str(error) if isinstance(error, EmbedqError) else type(error).__name__
         log.exception("init_failed node=%s reason=%s", settings.name, reason)
-        state_file.write(state.now(State.FAILED, reason))
+        _child.failed(error)
         return
-    engine = _serving.engine
-    state = replace(
-        state,
-        device=str(engine.device),
-        engine=engine.name,
-        precision=str(engine.precision),
-        card=_serving.card,
-    )
     if placement.degraded:
         log.warning("degraded node=%s device=cpu reason=%s", settings.name, placement.reason)
-    health = State.DEGRADED if placement.degraded else State.HEALTHY
-    state_file.write(state.now(health, placement.reason if placement.degraded else ""))
+    _child.serves(opened, placement)
+    engine = opened.engine
     log.info(
         "serving node=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",
         settings.name,
-        _serving.card.label,
-        _serving.card.identity[:12],
+        opened.card.label,
+        opened.card.identity[:12],
         engine.name,
         engine.device,
         engine.precision,
@@ -209,13 +228,13 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
 @signals.worker_process_shutdown.connect
 def on_process_shutdown(**_: Any) -> None:
     """Give the device back when the child ends in good order."""
-    if _serving is not None:
-        _serving.close()
+    if _child is not None:
+        _child.close()
     if _claim is not None:
         _claim.release()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux to kill this child when its parent dies, so that no model outlives its node."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -146,9 +146,17 @@ class Opener:
     def _reference(self) -> Vectors:
         return references.load_or_make(self._model, self._settings.cache_dir, self._make_reference)
 
+    def open_reference(self) -> Proven:
+        """Open what every other engine is compared with: onnxruntime in fp32, on one core.
+
+        Raises:
+            EngineError: it does not open, or fails its self-test.
+        """
+        engine = open_engine("onnxruntime", self._model, 1)
+        return self.prove(engine, Accuracy.EXACT, None, "reference")
+
     def _make_reference(self) -> Vectors:
-        engine = open_engine("onnxruntime", self._model, self._settings.cores())
-        proven = self.prove(engine, Accuracy.EXACT, None, "reference")
+        proven = self.open_reference()
         try:
             return selftest.embed_golden(proven.embedder, self._model)
         finally:

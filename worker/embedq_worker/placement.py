@@ -62,6 +62,8 @@ def place(
     """
     if settings.device is DeviceChoice.STUB:
         home = Device.NPU if settings.stub_device is StubDevice.NPU else Device.STUB
+        if npu_off and home is Device.NPU and not settings.strict:
+            return Placement(Device.CPU, home, npu_off)
         return Placement(Device.STUB, home, "EMBEDQ_DEVICE=stub")
     if settings.device is DeviceChoice.CPU:
         return Placement(Device.CPU, Device.CPU, "EMBEDQ_DEVICE=cpu")

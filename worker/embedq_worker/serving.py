@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
-from embedq.contract import Accuracy, Device, ModelCard, Precision
+from embedq.contract import Accuracy, Device, EmbedBatch, ModelCard, Precision
+from embedq_worker.answer import Vectors
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
 from embedq_worker.selftest import MIN_COSINES, Report
@@ -40,22 +43,40 @@ class Proven:
         self.engine.close()
 
 
+class Shadow(Protocol):
+    """Recomputes a text now and then; see embedq_worker.shadow."""
+
+    def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
+        """Compare one text of a batch, if it is this batch's turn."""
+
+    def close(self) -> None:
+        """Give back what it computes with."""
+
+
 class Serving:
     """The engines of a process; the one for class ``standard`` is what the node announces."""
 
-    def __init__(self, card: ModelCard, standard: Proven, open_exact: Callable[[], Proven]) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        standard: Proven,
+        open_exact: Callable[[], Proven],
+        shadow: Shadow | None = None,
+    ) -> None:
         """Serve with an engine that is open.
 
         Args:
             card: of the model.
             standard: for class ``standard``, and for ``exact`` if it is good enough.
             open_exact: opens one for ``exact``, asked once and only if a batch wants it.
+            shadow: checks what ``standard`` computes; None where nothing is more trusted.
         """
         self.card = card
         self._standard = standard
         self._exact = standard if standard.is_exact() else None
         self._open_exact = open_exact
         self._opening = threading.Lock()
+        self._shadow = shadow
 
     @property
     def engine(self) -> Engine:
@@ -90,8 +111,27 @@ class Serving:
                 self._exact = self._open_exact()
             return self._exact
 
+    def totals(self) -> dict[str, float]:
+        """Return what all engines have computed, as names and numbers."""
+        engines = {id(proven): proven for proven in (self._standard, self._exact) if proven}
+        summed: Counter[str] = Counter()
+        for proven in engines.values():
+            summed.update(asdict(proven.embedder.meter.totals()))
+        return dict(summed)
+
+    def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
+        """Let the shadow look at what the engine for class ``standard`` computed.
+
+        Raises:
+            InferFailed: the device computes wrong vectors.
+        """
+        if self._shadow is not None:
+            self._shadow.check(batch, vectors)
+
     def close(self) -> None:
         """Give the devices back."""
+        if self._shadow is not None:
+            self._shadow.close()
         if self._exact is not None and self._exact is not self._standard:
             self._exact.close()
         self._standard.close()

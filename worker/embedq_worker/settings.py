@@ -33,20 +33,13 @@ from embedq_worker.choices import (
     contradictions,
 )
 from embedq_worker.machine import discover
+from embedq_worker.runtime_dir import default_runtime_dir
 
 __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
 
 #: How a setting that is a map may be written.
 MAP_FORMS = "KEY=VALUE,KEY=VALUE, or a JSON object"
 SOURCE_ONLY = frozenset(PREFIX + name for name in ("TEST_MODEL", "TEST_NPU", "VENV"))
-
-
-def default_runtime_dir() -> Path:
-    """Return the folder for files that live as long as a node: short, private, in memory if any."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base:
-        return Path(base) / "embedq"
-    return Path(tempfile.gettempdir()) / f"embedq-{os.getuid()}"
 
 
 def default_lock_dir() -> Path:
@@ -200,6 +193,83 @@ class WorkerSettings(RedisSettings):
         description="Longest time the engine may take for one batch; then its process is replaced.",
         json_schema_extra=unit("s"),
     )
+    infer_failures: int = Field(
+        1,
+        ge=1,
+        le=1_000,
+        description="Failed batches on the NPU, within a window, at which it is given up.",
+        json_schema_extra=unit("batches"),
+    )
+    infer_failures_window_s: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="The window; a device that is lost, hangs or is wrong is given up at once.",
+        json_schema_extra=unit("s"),
+    )
+    slow_factor: float = Field(
+        5.0,
+        ge=0,
+        le=1_000,
+        description="An NPU that takes this many times as long as at first is given up; 0 never.",
+        json_schema_extra=unit("times"),
+    )
+    slow_batches: int = Field(
+        5,
+        ge=1,
+        le=1_000,
+        description="How many batches in a row must be that slow.",
+        json_schema_extra=unit("batches"),
+    )
+    shadow_every: int = Field(
+        64,
+        ge=0,
+        le=1_000_000,
+        description="One text in this many batches on the NPU is recomputed in fp32; 0 for none.",
+        json_schema_extra=unit("batches"),
+    )
+    init_budget_s: float = Field(
+        900.0,
+        gt=0,
+        le=86_400,
+        description="Longest time for opening and proving the NPU, at the start and in a probe.",
+        json_schema_extra=unit("s"),
+    )
+    crash_loop_deaths: int = Field(
+        5,
+        ge=1,
+        le=1_000,
+        description="Deaths of the node's process, within a window, at which the NPU is given up.",
+        json_schema_extra=unit("deaths"),
+    )
+    crash_loop_window_s: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="The window of these deaths.",
+        json_schema_extra=unit("s"),
+    )
+    probe_first_s: float = Field(
+        30.0,
+        gt=0,
+        le=86_400,
+        description="Time after which an NPU that was given up is tried again; doubles each time.",
+        json_schema_extra=unit("s"),
+    )
+    probe_longest_s: float = Field(
+        600.0,
+        gt=0,
+        le=86_400,
+        description="What that time grows to.",
+        json_schema_extra=unit("s"),
+    )
+    probe_settle_s: float = Field(
+        600.0,
+        gt=0,
+        le=86_400,
+        description="An NPU that was healthy for this long begins again with the first.",
+        json_schema_extra=unit("s"),
+    )
     lease_renewal_s: float = Field(
         10.0,
         gt=0,
@@ -234,6 +304,10 @@ class WorkerSettings(RedisSettings):
         ge=0,
         description="Speed of the stub engine; 0 is as fast as it can.",
         json_schema_extra=unit("texts/s"),
+    )
+    stub_faults: Path | None = Field(
+        None,
+        description="For tests and rehearsals: file with the stub's faults, read as it works.",
     )
 
     stub_tokenizer: Path | None = Field(

@@ -19,17 +19,17 @@ log = logging.getLogger("embedq.worker")
 
 #: Seconds that a killed predecessor may take to give its device back.
 PREDECESSOR_S = 10.0
-#: What the supervisor says of an NPU that it wants left alone.
-UNPROVEN, CRASHED = "unproven", "crashed"
+#: Why a node that the supervisor gave up on starts without its NPU.
+_CRASHED = f"The node died {supervisor.CRASHES} times in {supervisor.WINDOW_S:.0f} s."
 
 
-def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: str = "") -> int:
+def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: bool = False) -> int:
     """Run a node until it ends; return its exit code.
 
     Args:
         settings: of the node; the environment says the same, for the app reads it again.
         attempt: how often the supervisor has started it before.
-        npu_off: why the supervisor wants the NPU left alone, if it does.
+        npu_off: the supervisor wants the NPU left alone, for the node died again and again.
 
     Raises:
         ModelError, DeviceError, SettingsError: it cannot run; the message says why.
@@ -40,10 +40,10 @@ def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: str = "") -> i
         private_dir(settings.cache_dir)
     placement = place(
         settings,
-        npu_off=_why(npu_off, state_file),
+        npu_off=_CRASHED if npu_off else "",
         wait_s=PREDECESSOR_S if attempt else 0.0,
     )
-    if npu_off == CRASHED and not placement.degraded:
+    if npu_off and not placement.degraded:
         log.error("node_ends node=%s reason=it died again and again", settings.name)
         return exits.CRASH_LOOP
     log.info(
@@ -60,8 +60,12 @@ def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: str = "") -> i
     find_model(settings)
     state_file.remove()
     code = _run_celery(settings, placement)
-    on_npu = placement.device is Device.NPU
-    return exits.NPU_UNPROVEN if code == exits.ENGINE and on_npu else code
+    if code == exits.ENGINE and settings.strict:
+        log.error(
+            "npu_unproven node=%s reason=EMBEDQ_STRICT keeps this node off the CPU", settings.name
+        )
+        return exits.NPU_UNPROVEN
+    return code
 
 
 def take_part(part: str) -> None:
@@ -100,16 +104,6 @@ def share_cores(cores: int, part: str, *, npu_visible: bool) -> int:
     if part == Device.NPU:
         return to_npu
     return max(1, cores - to_npu) if npu_visible else cores
-
-
-def _why(npu_off: str, state_file: StateFile) -> str:
-    """Return a sentence about what the NPU's node died of."""
-    if npu_off == CRASHED:
-        return f"The node died {supervisor.CRASHES} times in {supervisor.WINDOW_S:.0f} s."
-    if npu_off != UNPROVEN:
-        return ""
-    state = state_file.read()
-    return state.reason if state and state.reason else "The NPU could not be proven."
 
 
 def _run_celery(settings: WorkerSettings, placement: Placement) -> int:

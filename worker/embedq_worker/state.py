@@ -42,6 +42,11 @@ class NodeState:
         home: the device that the node is for; another than `device` while it is degraded.
         may_return: a degraded NPU will be tried again.
         card: the model served.
+        code: why it is not healthy, in a word.
+        count: how often its NPU was given up in a row.
+        probe_at: Unix time of the next probe, in seconds; 0 while none is planned.
+        busy_since: monotonic seconds at which the engine was called; 0 while it rests.
+        pace_s: seconds that an inference took at first; 0 until that is known.
     """
 
     state: State
@@ -54,10 +59,15 @@ class NodeState:
     card: ModelCard | None = None
     home: str = ""
     may_return: bool = False
+    code: str = ""
+    count: int = 0
+    probe_at: float = 0.0
+    busy_since: float = 0.0
+    pace_s: float = 0.0
 
-    def now(self, state: State, reason: str = "") -> NodeState:
+    def now(self, state: State, reason: str = "", code: str = "") -> NodeState:
         """Return this state changed at this moment."""
-        return replace(self, state=state, reason=reason, since=time.time())
+        return replace(self, state=state, reason=reason, code=code, since=time.time())
 
 
 class StateFile:

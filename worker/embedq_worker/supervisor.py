@@ -49,7 +49,7 @@ class Node:
         self._arguments = arguments
         self._deaths: list[float] = []
         self._starts = 0
-        self._off = ""
+        self._off = False
         self.name = arguments[-1] if arguments else "node"
         self.pid = 0
         self.due_at = 0.0
@@ -59,7 +59,7 @@ class Node:
         """Fork the node."""
         arguments = [*self._arguments, "--attempt", str(self._starts)]
         if self._off:
-            arguments += ["--npu-off", self._off]
+            arguments += ["--npu-off"]
         self._starts += 1
         supervisor = os.getpid()
         self.pid = os.fork()
@@ -82,8 +82,8 @@ class Node:
         if stopping:
             asked = code in (-signal.SIGTERM, -signal.SIGINT)  # before it could handle them
             self.code = exits.OK if asked else code if code >= 0 else 128 - code
-        elif code == exits.NPU_UNPROVEN or code == exits.CRASH_LOOP:
-            self._without_npu("unproven" if code == exits.NPU_UNPROVEN else "crashed", code)
+        elif code == exits.CRASH_LOOP:
+            self._without_npu(code)
         elif code in exits.FINAL:
             self.code = code
             if code and self.name != "node":  # the other part may go on for days
@@ -98,17 +98,17 @@ class Node:
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
         if deaths >= CRASHES:
             _say("ERROR", f"node_crash_loop node={self.name} deaths={deaths} last={why!r}")
-            self._without_npu("crashed", exits.CRASH_LOOP)
+            self._without_npu(exits.CRASH_LOOP)
             return
         pause_s = min(FIRST_PAUSE_S * 2 ** (deaths - 1), LONGEST_PAUSE_S)
         self.due_at = now + pause_s
         _say("WARNING", f"node_died node={self.name} reason={why!r} restart_in_s={pause_s:.1f}")
 
-    def _without_npu(self, why: str, code: int) -> None:
+    def _without_npu(self, code: int) -> None:
         """Start once more on the CPU; the node itself refuses if it has no NPU or is strict."""
         if self._off:
             self.code = code
-        self._off, self._deaths, self.due_at = why, [], 0.0
+        self._off, self._deaths, self.due_at = True, [], 0.0
 
 
 def supervise(nodes: list[Node]) -> int:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from celery.exceptions import Reject
 
-from embedq.contract import TASK_NAME, EmbedBatch, Header
+from embedq import tracing
+from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header
 from embedq.errors import ContractError
 from embedq.ledger import Verdict
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
-from embedq_worker import watchdog
-from embedq_worker.answer import Sink, Stats
+from embedq_worker import rerouting
+from embedq_worker.answer import Stats
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend
-from embedq_worker.careful import CAREFUL_AT, Notes, embed_carefully
+from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
-from embedq_worker.embedder import Embedder
 from embedq_worker.errors import EngineError
 from embedq_worker.health import may_answer
-from embedq_worker.lifecycle import serving
-from embedq_worker.serving import Serving
+from embedq_worker.lifecycle import child
+from embedq_worker.serving import Proven, Serving
+from embedq_worker.uploading import Upload
 
 log = logging.getLogger("embedq.worker")
 
@@ -52,7 +52,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         return {"refused": "malformed_message"}
     job, index = address
 
-    node = _may_serve(job, index, self.request.delivery_info or {})
+    node = _may_serve(self, body, job, index)
     verdict, tries = backend.begin(job, index)
     if verdict is not Verdict.GO:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
@@ -61,26 +61,28 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     try:
         batch = _accept(body, node)
         proven = node.proven_for(batch.spec.accuracy)
+        notes = None
         if tries < CAREFUL_AT:
             upload = backend.upload(batch)
-            vectors, outcomes = _embed(batch, proven.embedder, stats, upload)
         else:
             notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
-            vectors, outcomes = _embed_carefully(batch, proven.embedder, stats, notes)
+        vectors, outcomes = _embed(batch, node, proven, stats, notes, upload)
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
         backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
+    except DeviceFault as fault:
+        backend.forgive(job, index)
+        rerouting.hand_over(self, body, *child().doubts(fault.error))
     except Exception as error:  # Celery would acknowledge it, and the batch would be gone
         # An error that is not ours may quote a text.
         reason = str(error) if isinstance(error, EngineError) else type(error).__name__
-        if upload is not None:
-            upload.discard()
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
         raise Reject(reason, requeue=True) from None
 
     embed_s = time.monotonic() - began
-    committed = backend.commit(batch, vectors, outcomes, upload)
+    with tracing.span("embedq.commit", index=index):
+        committed = backend.commit(batch, vectors, outcomes, upload)
     task_s = time.monotonic() - began
     proven.embedder.meter.add(
         texts=len(batch.texts),
@@ -117,30 +119,63 @@ class _Refused(Exception):
         self.code, self.detail = code, detail
 
 
-def _may_serve(job: str, index: int, delivery: Mapping[str, Any]) -> Serving:
-    """Return what to embed with, or put the batch back: it did nothing wrong."""
-    node = serving()
-    if node is None or not may_answer(delivery.get("routing_key", ""), node.engine.device):
-        log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
-        time.sleep(HAND_BACK_PAUSE_S)
-        raise Reject("not serving", requeue=True)
-    return node
+def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
+    """Return what to embed with, or give the batch away: it did nothing wrong."""
+    queue = (task.request.delivery_info or {}).get("routing_key", "")
+    node = child().serving
+    if node is not None and may_answer(queue, node.engine.device):
+        return node
+    if isinstance(body, dict) and rerouting.may_reroute(queue, body):
+        rerouting.hand_over(task, body, child().state.code, "The node has stopped serving.")
+    log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
+    time.sleep(HAND_BACK_PAUSE_S)
+    raise Reject("not serving", requeue=True)
 
 
 def _embed(
-    batch: EmbedBatch, embedder: Embedder, stats: Stats, sink: Sink | None = None
+    batch: EmbedBatch,
+    node: Serving,
+    proven: Proven,
+    stats: Stats,
+    notes: Notes | None,
+    upload: Upload | None,
 ) -> tuple[Vectors, OutcomeTable]:
-    """Embed a batch under the watchdog."""
-    with watchdog.deadline(app.conf.embedq.engine_deadline_s):
-        return embedder.embed(batch, stats, sink)
+    """Embed a batch, text by text if it has notes: it has stopped processes before.
 
-
-def _embed_carefully(
-    batch: EmbedBatch, embedder: Embedder, stats: Stats, notes: Notes
-) -> tuple[Vectors, OutcomeTable]:
-    """Embed a batch that has stopped processes before, text by text."""
+    Raises:
+        DeviceFault: the NPU failed, or gave what it should not have.
+    """
+    if notes is None:
+        return _ask(proven, node, batch, stats, upload)
     log.warning("careful job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts))
-    return embed_carefully(batch, lambda alone, _on_cpu: _embed(alone, embedder, stats), notes)
+
+    def embed_one(alone: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
+        elsewhere = on_cpu and child().on_npu
+        return _ask(node.proven_for(Accuracy.EXACT) if elsewhere else proven, node, alone, stats)
+
+    return embed_carefully(batch, embed_one, notes)
+
+
+def _ask(
+    proven: Proven, node: Serving, batch: EmbedBatch, stats: Stats, upload: Upload | None = None
+) -> tuple[Vectors, OutcomeTable]:
+    """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
+    on_npu = child().on_npu and proven.engine is node.engine
+    inferences, busy_s = stats.inferences, stats.busy_s
+    try:
+        with child().calling_engine(), tracing.span("embedq.engine", texts=len(batch.texts)):
+            vectors, outcomes = proven.embedder.embed(batch, stats, upload)
+            if on_npu:
+                node.check(batch, vectors)
+    except Exception as error:
+        if upload is not None:
+            upload.discard()
+        if on_npu:
+            raise DeviceFault(error) from error
+        raise
+    if on_npu:
+        child().took(stats.busy_s - busy_s, stats.inferences - inferences)
+    return vectors, outcomes
 
 
 def _accept(body: object, node: Serving) -> EmbedBatch:

@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 import redis
 from kombu import compression, transport
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps
 from redis.exceptions import OutOfMemoryError
 
 from embedq.contract import Queue
@@ -63,9 +64,19 @@ class QoS(kombu_redis.QoS):
 
 
 class Channel(kombu_redis.Channel):
-    """A channel whose pops are checked."""
+    """A channel whose pops are checked, and whose batches go to the head of their queue."""
 
     QoS = QoS
+
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> Any:
+        # What a node publishes has waited its turn already: a batch that lost its child, or is
+        # handed on. At the tail it would wait for the whole backlog once more.
+        if queue.encode() not in _BATCHES or kwargs.get("_publish_batch") is not None:
+            return super()._put(queue, message, **kwargs)
+        priority = self._get_message_priority(message, reverse=False)
+        with self.conn_or_acquire() as client:
+            key = self._q_for_pri(queue, priority)  # type: ignore[attr-defined] # not in types
+            return client.rpush(key, dumps(message))
 
     def _get_client(self) -> Any:
         return _CheckedClient

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from embedq.contract import Accuracy
@@ -133,3 +135,21 @@ def test_password_in_a_wrong_url_is_not_quoted() -> None:
 
     assert "secret" not in str(caught.value)
     assert "redis://host:port/db" in str(caught.value)
+
+
+def test_a_mounted_secret_sets_what_no_variable_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file named like a variable counts, a variable more; secrets of others are ignored."""
+    monkeypatch.setattr("embedq.settings.SECRETS_DIR", tmp_path)
+    (tmp_path / "embedq_broker_url").write_text("redis://worker:secret@queue:6379/0\n")
+    (tmp_path / "embedq_results_url").write_text("redis://file:6379/0")
+    (tmp_path / "grafana_password").write_text("another's")
+    monkeypatch.setenv("EMBEDQ_RESULTS_URL", "redis://variable:6379/0")
+
+    settings = WorkerSettings.load()
+
+    shown = {each.name: (each.value, each.source) for each in settings.describe()}
+    assert settings.broker_url == "redis://worker:secret@queue:6379/0"
+    assert shown["EMBEDQ_BROKER_URL"] == ("redis://worker:***@queue:6379/0", "secret")
+    assert shown["EMBEDQ_RESULTS_URL"] == ("redis://variable:6379/0", "environment")

@@ -10,7 +10,15 @@ import pytest
 from tests.device_trees import DeviceTree
 
 from embedq_worker import checks_device
-from embedq_worker.checks_device import DRIVER, LOADER, OLD_DRIVER, Line, lines, survey
+from embedq_worker.checks_device import (
+    DRIVER,
+    LOADER,
+    OLD_DRIVER,
+    Line,
+    driver_age,
+    lines,
+    survey,
+)
 from embedq_worker.claims import claim
 from embedq_worker.settings import WorkerSettings
 
@@ -86,6 +94,23 @@ def test_missing_or_old_library_has_its_package(
 
     assert not line.ok
     assert mend in line.mend
+
+
+@pytest.mark.parametrize(
+    ("version", "shown", "ok"),
+    [
+        ("1759485217", ["built on 2025-10-03"], True),  # 1.24.0.20251003
+        ("1738281600", ["built on 2025-01-31"], False),  # 1.13.0.20250131
+        ("", [], True),
+        ("2565", [], True),
+    ],
+)
+def test_driver_tells_its_age(version: str, shown: list[str], ok: bool) -> None:
+    """The plugin's version of a driver is the time of its build; stand-ins tell none."""
+    found = list(driver_age(version))
+
+    assert [line.detail.partition(";")[0] for line in found] == shown
+    assert all(line.ok is ok and bool(line.mend) is not ok for line in found)
 
 
 def test_every_red_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_typo_is_refused_with_the_nearest_name(
         ({"strict": True, "device": "stub"}, "EMBEDQ_STRICT and EMBEDQ_DEVICE=stub"),
         ({"device": "npu", "engine": "onnxruntime"}, "only openvino drives an NPU"),
         ({"device": "npu", "precision": "f32"}, "an NPU computes in f16"),
+        ({"device": "cpu", "precision": "f16"}, "a CPU computes in f32 or bf16"),
         ({"engine": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in f32"),
         ({"lease_renewal_s": 16, "visibility_timeout_s": 60}, "Use at most 15 s"),
     ],

@@ -69,11 +69,20 @@ def test_message_keeps_the_cause_and_drops_the_places() -> None:
             Reason.BLOB_REFUSED,
             "Importing failed",
         ),
+        (
+            "L0 createGraph result: ZE_RESULT_ERROR_UNSUPPORTED_VERSION, code 0x78000002. ERROR! "
+            "MAPPED_INFERENCE_VERSION is NOT compatible with the ELF Expected: 6.1.0 vs received: "
+            "7.0.0",
+            Reason.DRIVER_MISMATCH,
+            "of one release",
+        ),
         ("to_shape was called on a dynamic shape", Reason.COMPILE_REFUSED, "dynamic shape"),
     ],
 )
 def test_failed_compile_has_a_reason(text: str, reason: Reason, words: str) -> None:
-    """A missing compiler comes with the packages to install, a stale blob is told from the rest."""
+    """A missing compiler and an old driver come with the packages to install; a stale blob is told
+    from the rest. Source of the text about versions: linux-npu-driver issue 28.
+    """
     error = compile_failed(text, "Importing")
 
     assert error.reason is reason

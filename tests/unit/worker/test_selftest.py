@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from tests.model_fixtures import real_model, tiny_model
 
-from embedq.contract import Accuracy
+from embedq.contract import Accuracy, Precision
 from embedq.testing import stub_vectors
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder
@@ -94,6 +94,25 @@ def test_company_that_changes_vectors_fails() -> None:
     assert not report.passed
     assert "alone and in company" in report.reason
     assert 5e-4 < report.max_deviation < 2e-3
+
+
+@pytest.mark.parametrize(("shift", "passed"), [(0.01, True), (0.2, False)])
+def test_rounding_engine_is_judged_by_cosine(shift: float, passed: bool) -> None:
+    """In f16 a text may differ in company as far as its accuracy class allows, and no farther."""
+
+    def blur(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+        if len(vectors) > 1:
+            vectors[:, :, 0] += shift
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
+
+    engine = Scripted(blur)
+    engine.precision = Precision.F16
+
+    report = run(engine)
+
+    assert report.max_deviation > selftest.F32_TOLERANCE
+    assert report.passed is passed
+    assert ("cosine" in report.reason) is not passed
 
 
 def test_engine_that_differs_from_its_reference_fails() -> None:

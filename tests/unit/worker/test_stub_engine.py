@@ -15,7 +15,8 @@ from embedq.errors import SettingsError
 from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
-from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.script import EXIT_STATUS
+from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import InferFailed
 from embedq_worker.packing import TokenBatch, build_padded
 from embedq_worker.tokens import RaggedTokens

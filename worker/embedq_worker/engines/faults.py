@@ -23,6 +23,7 @@ RESULTS: Final[Mapping[str, Reason]] = {
     "OUT_OF_HOST_MEMORY": Reason.OUT_OF_MEMORY,
     "OUT_OF_DEVICE_MEMORY": Reason.OUT_OF_MEMORY,
     "INVALID_NATIVE_BINARY": Reason.BLOB_REFUSED,
+    "UNSUPPORTED_VERSION": Reason.DRIVER_MISMATCH,
 }
 #: The same by number, for texts that name none.
 CODES: Final[Mapping[int, str]] = {
@@ -31,11 +32,17 @@ CODES: Final[Mapping[int, str]] = {
     0x70000003: "OUT_OF_DEVICE_MEMORY",
     0x70000006: "DEVICE_REQUIRES_RESET",
     0x70000007: "DEVICE_IN_LOW_POWER_STATE",
+    0x78000002: "UNSUPPORTED_VERSION",
     0x7800000F: "INVALID_NATIVE_BINARY",
     0x7FFFFFFE: "UNKNOWN",
 }
 #: Words of the plugin about a compiler that is not there.
 NO_COMPILER: Final = ("VCL compiler loading failed", "driver compiler requires a valid device")
+#: What helps where firmware, driver and compiler are of different ages (linux-npu-driver issue 28).
+FIT_DRIVER: Final = (
+    "The driver is too old, or its parts are of different releases: install intel-fw-npu, "
+    "intel-level-zero-npu and intel-driver-compiler-npu of one release."
+)
 #: Reasons for which only a new process can use the device again.
 LOST: Final = frozenset({Reason.DEVICE_LOST, Reason.DEVICE_UNKNOWN, Reason.DEADLINE})
 
@@ -76,7 +83,10 @@ def compile_failed(text: str, doing: str) -> CompileFailed:
         )
     reason = reason_of(text)
     reason = Reason.COMPILE_REFUSED if reason is Reason.DEVICE_ERROR else reason
-    return CompileFailed(f"{doing} failed: {last_words(text)}", reason)
+    words = last_words(text)
+    if reason is Reason.DRIVER_MISMATCH:
+        words = f"{words.rstrip('. ')}. {FIT_DRIVER}"
+    return CompileFailed(f"{doing} failed: {words}", reason)
 
 
 def last_words(text: str) -> str:

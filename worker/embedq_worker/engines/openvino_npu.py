@@ -15,6 +15,7 @@ import numpy.typing as npt
 from embedq.contract import Device, Precision
 from embedq_worker.choices import Binding
 from embedq_worker.compiling import compile_in_child
+from embedq_worker.driver_age import OLDEST, build_day, is_too_old
 from embedq_worker.engines import openvino
 from embedq_worker.engines.lengths import unit_lengths
 from embedq_worker.engines.loader import Compile, Loader, shapes_of
@@ -159,6 +160,9 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     """
     began = time.monotonic()
     runtime = Runtime(options.target)
+    driver = runtime.get("NPU_DRIVER_VERSION")
+    if is_too_old(driver):
+        log.warning("driver_old built=%s oldest=%s", build_day(driver), OLDEST)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
     form = _form(model, options.row_tokens)
     loader = Loader(runtime, model, properties.applied, cache_dir, options.compile_in_child)

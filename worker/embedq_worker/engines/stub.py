@@ -8,13 +8,13 @@ A text that starts with one of these makes the stub, and only the stub, misbehav
     embedq-fault:segfault   the process dies of SIGSEGV
     embedq-fault:hang       the inference never returns
     embedq-fault:nan        the vector of this text is not a number
+
+Faults of the device as a whole are in a script that can change at any moment: see script.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from embedq.contract import Device, ModelCard, Precision
 from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
+from embedq_worker.engines.script import INFER, INIT, FaultScript, commit_native
 from embedq_worker.errors import InferFailed
 from embedq_worker.packing import RowForm, TokenBatch
 from embedq_worker.tokens import RaggedTokens
@@ -40,8 +41,6 @@ FAULT_PREFIX: Final = "embedq-fault:"
 FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
 #: Inferences that a stub of some speed takes at once: one runs, the others wait, as on an NPU.
 QUEUED: Final = 4
-#: Exit status of the scripted exit.
-EXIT_STATUS: Final = 70
 
 #: Upper half of the hash that marks a fault, the lower half says which. Five hashes in 2**64.
 _FAULT_MARK: Final = 0xFFFF_FFFF
@@ -91,35 +90,52 @@ class StubEngine:
     """Answers ``embedq.testing.stub_vectors`` from the tokens alone."""
 
     name = "stub"
-    device = Device.STUB
     precision = Precision.F32
     concurrency = 1
     form = RowForm()
     details: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, dim: int = STUB_DIM, delay_s: float = 0.0, texts_per_s: float = 0.0) -> None:
-        """Script the speed of a device.
+    def __init__(
+        self,
+        dim: int = STUB_DIM,
+        delay_s: float = 0.0,
+        texts_per_s: float = 0.0,
+        script: FaultScript | None = None,
+        device: Device = Device.STUB,
+    ) -> None:
+        """Open a device with a speed and faults.
 
         Args:
             dim: components of a vector.
             delay_s: seconds that every inference takes.
             texts_per_s: texts a second, 0 for no limit; callers share it as they share a device,
                 which begins the next inference when the last ends if somebody has asked by then.
+            script: its faults; None for a sound device.
+            device: what it says it is; the CPU, where a degraded stub goes.
+
+        Raises:
+            SettingsError: the script is none.
+            EngineError: the script says so.
         """
+        if script is not None:
+            script.strike(INIT)
         self.dim = dim
+        self.device = device
         if texts_per_s:
             self.concurrency = QUEUED
         self._free_at = 0.0
         self._delay_s = delay_s
         self._texts_per_s = texts_per_s
+        self._script = script
         self._device = threading.Lock()
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
         """Answer the vectors of a token batch, float32 [B, S, D].
 
         Raises:
-            InferFailed: a text asked for it.
+            EngineError: a text or the script asked for it.
         """
+        spoilt = self._script.strike(INFER) if self._script is not None else ""
         self._take_time(batch.n_texts)
         # The first two tokens of each segment are the halves of its hash.
         rows, places = np.nonzero((batch.position_ids == 0) & (batch.segment_ids > 0))
@@ -131,6 +147,8 @@ class StubEngine:
         for text in np.nonzero(faults)[0]:
             _commit_fault(FAULTS[int(low[text])])
             vectors[text] = np.nan
+        if spoilt:
+            vectors = _spoil(vectors, spoilt)
         out = np.zeros((*batch.members.shape, self.dim), np.float32)
         out[rows, batch.segment_ids[rows, places] - 1] = vectors
         return out
@@ -159,9 +177,9 @@ def _commit_fault(fault: str) -> None:
     """Do what the fault says; ``nan`` returns and leaves the vector to the caller."""
     if fault == "raise":
         raise InferFailed("The stub engine raised because a text asked it to (embedq-fault:raise).")
-    if fault == "exit":
-        os._exit(EXIT_STATUS)
-    if fault == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if fault == "hang":
-        threading.Event().wait()
+    commit_native(fault)
+
+
+def _spoil(vectors: npt.NDArray[np.float32], how: str) -> npt.NDArray[np.float32]:
+    """Make vectors [n, D] those of a broken device: no numbers, or wrong and of unit length."""
+    return np.full_like(vectors, np.nan) if how == "nan" else np.roll(vectors, 1, axis=1)

@@ -1,0 +1,71 @@
+"""How long a scrape takes with many jobs and nodes: a real exporter, HTTP and Redis.
+
+ops/bench/exporter.py [--jobs 100] [--nodes 50] [--scrapes 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
+from tests.servers import RedisProcess
+
+from embedq.contract import Queue
+from embedq.exporter import serve
+
+#: Bytes of a message of 256 docstrings as kombu keeps it.
+MESSAGE_BYTES = 60_000
+
+
+def main() -> None:
+    """Print the median, the 95th percentile and the slowest of many scrapes, in milliseconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=100)
+    parser.add_argument("--nodes", type=int, default=50)
+    parser.add_argument("--scrapes", type=int, default=200)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="eq-") as folder:
+        redis = RedisProcess(Path(folder))
+        try:
+            print(measure(redis, options.jobs, options.nodes, options.scrapes))
+        finally:
+            redis.stop()
+
+
+def measure(redis: RedisProcess, jobs: int, nodes: int, scrapes: int) -> str:
+    """Fill a Redis, scrape it again and again, and say how long that took."""
+    with redis.open(0) as broker, redis.open() as results:
+        add_jobs(results, jobs)
+        add_nodes(results, nodes, totals={"texts": 1_000_000.0, "infer_s": 12.5})
+        add_messages(broker, Queue.NPU, [60.0] * 4 * nodes, size=MESSAGE_BYTES)
+        hold_messages(broker, [5.0] * nodes, size=MESSAGE_BYTES)
+        with serve(broker, results, "127.0.0.1", 0) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            took_ms = []
+            for _ in range(scrapes):
+                began = time.perf_counter()
+                with urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as answer:
+                    size = len(answer.read())
+                took_ms.append(1e3 * (time.perf_counter() - began))
+            server.shutdown()
+            thread.join()
+    took_ms.sort()
+    return (
+        f"jobs={jobs} nodes={nodes} scrapes={scrapes} bytes={size} "
+        f"median_ms={statistics.median(took_ms):.1f} p95_ms={took_ms[int(scrapes * 0.95)]:.1f} "
+        f"slowest_ms={took_ms[-1]:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

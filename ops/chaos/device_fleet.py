@@ -1,0 +1,225 @@
+"""The nodes of a run of device faults: two that play NPUs, one on the CPU, and what they log."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from ops.chaos.fleet import environment
+from ops.chaos.servers import RedisServer
+from redis.exceptions import RedisError
+
+from embedq import fleet
+from embedq.orders import Wanted, give
+from embedq_worker.doubts import LEARN_FROM
+from embedq_worker.engines.script import FaultScript
+from embedq_worker.state import StateFile
+
+#: Public settings that shorten what takes minutes in production; the report prints them.
+SETTINGS: Final = {
+    "EMBEDQ_VISIBILITY_TIMEOUT_S": "5",
+    "EMBEDQ_LEASE_RENEWAL_S": "1",
+    "EMBEDQ_HEARTBEAT_S": "1",
+    "EMBEDQ_PROBE_FIRST_S": "0.2",
+    "EMBEDQ_PROBE_LONGEST_S": "0.2",
+    "EMBEDQ_ENGINE_DEADLINE_S": "1.5",
+    "EMBEDQ_INIT_BUDGET_S": "5",
+    "EMBEDQ_CRASH_LOOP_DEATHS": "2",
+    "EMBEDQ_CRASH_LOOP_WINDOW_S": "10",
+    "EMBEDQ_SLOW_BATCHES": "2",
+    "EMBEDQ_SHADOW_EVERY": "1",
+    "EMBEDQ_STUB_DELAY_S": "0.05",
+}
+#: Seconds that nodes may take to be ready.
+READY_S: Final = 60.0
+
+_AT: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) ")
+
+
+class LoggedNode:
+    """A node under its supervisor, whose log is read as it is written."""
+
+    settings: dict[str, str]
+
+    def __init__(self, folder: Path, name: str, urls: dict[str, str]) -> None:
+        self.name = name
+        self._log_path = folder / f"{name}.log"
+        self._state = StateFile(folder / f"{name}-run", name)
+        self._read = 0
+        self._lines: list[str] = []
+        variables = {**SETTINGS, **urls, **self.settings, "EMBEDQ_NAME": name}
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "embedq_worker", "start"],
+                env=environment(**variables, EMBEDQ_RUNTIME_DIR=str(folder / f"{name}-run")),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def lines(self) -> list[str]:
+        """Return all that the node has logged."""
+        with self._log_path.open("rb") as log:
+            log.seek(self._read)
+            new = log.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        self._lines += whole.decode(errors="replace").splitlines()
+        return self._lines
+
+    def count(self, words: str) -> int:
+        """Count the lines that hold these words."""
+        return sum(words in line for line in self.lines())
+
+    def stop(self) -> None:
+        """End the node."""
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        self._process.kill()
+        self._process.wait()
+
+
+class CpuNode(LoggedNode):
+    """A node on the CPU."""
+
+    def __init__(self, folder: Path, number: int, stage: Stage) -> None:
+        self.settings = {"EMBEDQ_DEVICE": "stub", "EMBEDQ_MODEL": "stub"}
+        super().__init__(folder, f"cpu{number}", stage.urls)
+
+
+class Npu(LoggedNode):
+    """A node that plays an NPU; without it, it takes nothing, for a node on the CPU is there."""
+
+    def __init__(self, folder: Path, number: int, stage: Stage) -> None:
+        self._stage = stage
+        self._script = FaultScript(folder / f"npu{number}.faults")
+        self._script.replace()
+        self._mark = 0
+        self._structural = False
+        self.settings = {
+            "EMBEDQ_DEVICE": "stub",
+            "EMBEDQ_MODEL": "stub",
+            "EMBEDQ_STUB_DEVICE": "npu",
+            "EMBEDQ_STUB_FAULTS": str(folder / f"npu{number}.faults"),
+            "EMBEDQ_DEGRADED_CPU": "0",
+        }
+        super().__init__(folder, f"npu{number}", stage.urls)
+
+    def strike(self, line: str) -> None:
+        """Let a fault strike; one of the start needs a process that starts."""
+        self._mark = len(self.lines())
+        self._script.replace(line)
+        self._structural = line == "init=raise"
+        if line.startswith("init="):
+            state = self._state.read()
+            if state is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(state.pid, signal.SIGKILL)
+
+    def mend(self) -> None:
+        """Take the fault back; what no probe would try again, an operator asks for."""
+        self._mark = len(self.lines())
+        self._script.replace()
+        if self._structural:
+            give(self._stage.results.client, self.name, Wanted.HEALTHY, "")
+
+    def knows_its_pace(self) -> bool:
+        """Tell whether it has done enough batches to notice that it becomes slow."""
+        return sum("batch_done" in line for line in self._since()) > LEARN_FROM
+
+    def is_away(self) -> bool:
+        """Tell whether it has degraded since it was struck."""
+        return any(" degraded node=" in line and "count=" in line for line in self._since())
+
+    def is_back(self) -> bool:
+        """Tell whether it serves on its NPU since it was mended."""
+        return any("Started consuming from embed.npu.strict" in line for line in self._since())
+
+    def timings(self) -> Iterator[tuple[str, float]]:
+        """Yield how long each hand-over and each leaving of the queue took, in seconds."""
+        seen = degraded = 0.0
+        consumes = False
+        for line in self.lines():
+            found = _AT.match(line)
+            if not found:
+                continue
+            at = datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+            if "device_distrusted" in line:
+                seen = at
+            elif " degraded node=" in line and "count=" in line:
+                seen, degraded = seen or at, at if consumes else 0.0
+            elif "batch_rerouted" in line and seen:
+                yield "rerouted", at - seen
+            elif line.endswith("Started consuming from embed.npu"):
+                consumes = True
+            elif line.endswith("Canceling queue embed.npu"):
+                if degraded:
+                    yield "left", at - degraded
+                consumes, degraded = False, 0.0
+            elif "probe_passed" in line:
+                seen = degraded = 0.0
+
+    def _since(self) -> list[str]:
+        return self.lines()[self._mark :]
+
+
+class Stage:
+    """Two Redis and the nodes."""
+
+    def __init__(self, folder: Path, kinds: list[type[Npu] | type[CpuNode]]) -> None:
+        self.began = time.monotonic()
+        self.broker = RedisServer(folder, "broker")
+        self.results = RedisServer(folder, "results")
+        self.urls = {
+            "EMBEDQ_BROKER_URL": self.broker.kombu_url,
+            "EMBEDQ_RESULTS_URL": self.results.url,
+        }
+        self._restart_at = 0.0
+        self.nodes = [kind(folder, number, self) for number, kind in enumerate(kinds)]
+        self.npus = [node for node in self.nodes if isinstance(node, Npu)]
+
+    def wait_ready(self) -> None:
+        """Wait until every node serves."""
+        until = time.monotonic() + READY_S
+        while time.monotonic() < until:
+            with suppress(RedisError):
+                alive = fleet.fetch_alive(self.results.client)
+                if sum(node.state == "healthy" for node in alive) == len(self.nodes):
+                    return
+            time.sleep(0.1)
+        sys.exit(f"ops/chaos/device_faults.py: the nodes were not ready within {READY_S:.0f} s.")
+
+    def kill_clients(self) -> None:
+        """Let the broker drop every connection."""
+        with suppress(RedisError):
+            self.broker.client.client_kill_filter(_type="normal", skipme=True)
+            self.broker.client.client_kill_filter(_type="pubsub")
+
+    def restart_broker(self) -> None:
+        """Kill the broker; it is started again soon."""
+        self.broker.kill()
+        self._restart_at = time.monotonic() + 0.5
+
+    def tend(self) -> None:
+        """Start what is due."""
+        if self._restart_at and time.monotonic() >= self._restart_at:
+            self._restart_at = 0.0
+            self.broker.start()
+
+    def stop(self) -> None:
+        """End everything."""
+        for node in self.nodes:
+            node.stop()
+        for server in (self.broker, self.results):
+            server.kill()

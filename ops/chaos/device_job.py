@@ -1,0 +1,84 @@
+"""The job of a run of device faults: texts without end, each vector checked as it comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from embedq import Client
+from embedq.contract import Status
+from embedq.errors import EmbedqError
+from embedq.job import Embedded
+from embedq.settings import ProducerSettings
+from embedq.testing import stub_vectors
+
+#: Texts of a batch.
+BATCH_TEXTS: Final = 16
+#: Seconds without a vector after which the job counts as stuck.
+SILENCE_S: Final = 90.0
+
+
+class Job:
+    """A job that runs in a thread until it is told to finish.
+
+    Attributes:
+        done: texts that have come back, in order.
+        rerouted: of these, handed on by an NPU.
+        wrong, failed: of these, with a vector that is not theirs, and with none.
+        twice, lost: texts that came again, and that never came.
+        error: why it ended too soon.
+    """
+
+    def __init__(self, urls: dict[str, str]) -> None:
+        self._settings = ProducerSettings.load(
+            broker_url=urls["EMBEDQ_BROKER_URL"],
+            results_url=urls["EMBEDQ_RESULTS_URL"],
+            model="stub",
+            batch_texts=BATCH_TEXTS,
+            visibility_timeout_s=5,
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="job")
+        self._sent = 0
+        self.done = self.rerouted = 0
+        self.wrong = self.failed = self.twice = self.lost = 0
+        self.error = ""
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Send no more, and wait for what is under way."""
+        self._stop.set()
+        self._thread.join(2 * SILENCE_S)
+        if self._thread.is_alive():
+            self.error = self.error or "the job did not end"
+        self.lost = self._sent - self.done
+
+    def _texts(self) -> Iterator[str]:
+        while not self._stop.is_set():
+            yield f"text {self._sent}"
+            self._sent += 1
+
+    def _run(self) -> None:
+        try:
+            with Client(settings=self._settings) as client:
+                for one in client.submit(self._texts()).results(timeout_s=SILENCE_S):
+                    self._check(one)
+        except EmbedqError as error:
+            self.error = str(error)
+
+    def _check(self, one: Embedded) -> None:
+        if one.id != self.done:
+            self.twice += 1
+            return
+        self.done += 1
+        self.rerouted += one.outcome.rerouted
+        if one.outcome.status is not Status.OK:
+            self.failed += 1
+        elif not np.array_equal(one.vector, stub_vectors([f"text {one.id}"])[0]):
+            self.wrong += 1

@@ -1,0 +1,56 @@
+"""A fleet that exists in Redis only: heartbeats, jobs and messages as real ones leave them."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from redis import Redis
+
+from embedq import progress
+from embedq.broker import UNACKED_INDEX_KEY, UNACKED_KEY
+from embedq.contract import ModelCard, Queue
+from embedq.fleet import Heartbeat, beat
+from embedq.ledger import Ledger
+
+CARD = ModelCard("org/model@abc123", "ab" * 32, 384, 256)
+
+
+def add_nodes(results: Redis, count: int, **fields: object) -> None:
+    """Let nodes beat once, each 30 s in its state."""
+    now = time.time()
+    for number in range(count):
+        known = {"state": "healthy", "device": "cpu", "home": "cpu", "card": CARD, **fields}
+        node = Heartbeat(f"node-{number:03}", at=now, since=now - 30, pid=1, **known)  # type: ignore[arg-type] # a test's keywords
+        beat(results, node)
+
+
+def add_jobs(results: Redis, count: int, *, batches: int = 3, planned: int | None = 1000) -> None:
+    """Open jobs that have some batches committed, of ten texts each."""
+    for number in range(count):
+        ledger = Ledger(results, f"job{number:04}")
+        ledger.open(fingerprint=b"x", ttl_s=600, label="secret/name.npy")
+        for index in range(batches):
+            ledger.commit(index, [b"vectors"], n_texts=10)
+        progress.tell(results, f"job{number:04}", published=batches + 1, planned=planned)
+
+
+def message(published: float, size: int = 100) -> str:
+    """Return a message as kombu keeps it in a queue: JSON, the headers behind the body."""
+    return json.dumps({"body": "A" * size, "headers": {"published": published, "task": "t"}})
+
+
+def add_messages(broker: Redis, queue: Queue, ages_s: list[float], size: int = 100) -> None:
+    """Put messages of these ages onto a queue, the first one oldest."""
+    for age_s in ages_s:
+        broker.lpush(str(queue), message(time.time() - age_s, size))
+
+
+def hold_messages(
+    broker: Redis, ages_s: list[float], lease_s: float = 1.0, size: int = 100
+) -> None:
+    """Let messages of these ages be in the hands of nodes, their leases renewed lately."""
+    for number, age_s in enumerate(ages_s):
+        held = json.dumps([json.loads(message(time.time() - age_s, size)), "", "embed.npu"])
+        broker.hset(UNACKED_KEY, f"tag{number}", held)
+        broker.zadd(UNACKED_INDEX_KEY, {f"tag{number}": time.time() - lease_s})

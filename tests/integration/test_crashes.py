@@ -1,0 +1,107 @@
+"""Children that cannot come up: the first and the replacement, once and again and again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, stub_node, wait_for
+
+from embedq import Client
+from embedq.testing import stub_vectors
+from embedq_worker import exits
+from embedq_worker.engines.script import FaultScript
+from embedq_worker.supervisor import CRASHES
+
+TEXTS = [f"text {i}" for i in range(50)]
+
+
+@pytest.fixture
+def script(short_dir: Path) -> FaultScript:
+    """The fault script of the nodes of a test."""
+    return FaultScript(short_dir / "faults")
+
+
+def with_faults(folder: Path) -> dict[str, str]:
+    """Return the setting that makes a node read the fault script."""
+    return {"EMBEDQ_STUB_FAULTS": str(folder / "faults")}
+
+
+def assert_serves(redis: RedisProcess) -> None:
+    """Require that a job gets its vectors."""
+    with Client(settings=redis.settings()) as client:
+        assert np.array_equal(client.encode(TEXTS, timeout_s=DEADLINE_S), stub_vectors(TEXTS))
+
+
+def replace_child(node: NodeProcess) -> None:
+    """Kill the child and wait until another one is healthy."""
+    dead = node.child_pid()
+    os.kill(dead, signal.SIGKILL)
+
+    def replaced() -> bool:
+        heartbeat = node.heartbeat()
+        return (
+            node.child_pid() not in (0, dead)
+            and heartbeat is not None
+            and heartbeat.state == "healthy"
+            and bool(node.lines("serving node=", f" {node.child_pid()} "))
+        )
+
+    wait_for(replaced, f"the replacement; log:\n{node.log()[-2000:]}")
+
+
+@pytest.mark.parametrize("fault", ["exit", "segfault", "slow seconds=1"])
+def test_first_child_may_fail_once(
+    fault: str, redis: RedisProcess, short_dir: Path, script: FaultScript
+) -> None:
+    """A first child that ends before it is ready, or is slow, costs a start and no more."""
+    script.replace(f"init={fault} first=1")
+
+    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+        assert_serves(redis)
+
+        assert (short_dir / "faults.struck").read_text().count("init") == 1
+        assert len(node.lines("serving node=")) == 1
+
+
+def test_replacement_child_may_fail_once(
+    redis: RedisProcess, short_dir: Path, script: FaultScript
+) -> None:
+    """Raise, exit, segfault or be slow: the node that has served serves again each time."""
+    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+        for fault in ("exit", "segfault", "slow seconds=1", "raise"):
+            script.replace(f"init={fault} first=1")
+            replace_child(node)
+            assert_serves(redis)
+
+        assert len(node.lines("node_died", "exit code 1")) == 1  # of the one that raised
+        assert node.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "starts"),
+    [
+        ("init=segfault", exits.CRASH_LOOP, CRASHES),
+        ("init=raise", exits.ENGINE, 2),
+    ],
+)
+def test_child_that_never_comes_up_again_ends_the_node(
+    fault: str,
+    code: int,
+    starts: int,
+    redis: RedisProcess,
+    short_dir: Path,
+    script: FaultScript,
+) -> None:
+    """A crash loop ends with its exit code after a few tries, and says why."""
+    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+        script.replace(fault)
+        os.kill(node.child_pid(), signal.SIGKILL)
+
+        assert node.process.wait(DEADLINE_S) == code
+    struck = (short_dir / "faults.struck").read_text().count(fault)
+    assert starts <= struck <= 2 * starts  # a look may miss a child that dies at once
+    assert node.lines("node_ends")

@@ -1,0 +1,102 @@
+"""One trace from submit to result, over a real node and its official instrumentation of Celery."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+
+TRACED = {
+    "EMBEDQ_TRACES": "1",
+    "OTEL_TRACES_EXPORTER": "console",
+    "OTEL_BSP_SCHEDULE_DELAY": "100",  # ms
+}
+PROGRAM = """
+from embedq import Client
+with Client() as client:
+    client.encode(["Zanzibar alpha", "Zanzibar beta"])
+"""
+
+
+def spans(text: str) -> list[dict[str, Any]]:
+    """Return the spans that the console exporter has written into a text."""
+    found, at, decoder = [], 0, json.JSONDecoder()
+    while (at := text.find('{\n    "name"', at)) >= 0:
+        span, at = decoder.raw_decode(text, at)
+        found.append(span)
+    return found
+
+
+def node_spans(node: NodeProcess) -> dict[str, dict[str, Any]]:
+    """Return the spans of a node's child by name, once it has sent that of its task."""
+
+    def look() -> dict[str, dict[str, Any]]:
+        found = {span["name"]: span for span in spans(node.log())}
+        return found if "run/embedq.embed_batch" in found else {}
+
+    return wait_for(look, "the node's spans")
+
+
+def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir: Path) -> None:
+    """Publish, run, engine, commit and collect are one tree below submit; no span holds a text."""
+    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+    with stub_node(redis, short_dir, **TRACED) as node:
+        program = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environment(**TRACED, **urls, EMBEDQ_MODEL="stub"),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        there = node_spans(node)
+
+    here = {span["name"]: span for span in spans(program.stdout)}
+    by_name = {**here, **there}
+    ids = {span["context"]["span_id"]: name for name, span in by_name.items()}
+    parents = {name: ids.get(span["parent_id"] or "") for name, span in by_name.items()}
+    assert len({span["context"]["trace_id"] for span in by_name.values()}) == 1
+    assert parents == {
+        "embedq.submit": None,
+        "embedq.publish": "embedq.submit",
+        "run/embedq.embed_batch": "embedq.publish",
+        "embedq.engine": "run/embedq.embed_batch",
+        "embedq.commit": "run/embedq.embed_batch",
+        "embedq.collect": "embedq.submit",
+    }
+    assert "Zanzibar" not in program.stdout + node.log()
+
+
+def test_unknown_exporter_is_a_setting_that_is_wrong() -> None:
+    """A misspelt exporter is named with the known ones; nothing is traced into the void."""
+    program = subprocess.run(
+        [sys.executable, "-c", "import embedq; embedq.Client()"],
+        env=environment(**{**TRACED, "OTEL_TRACES_EXPORTER": "consol"}),
+        capture_output=True,
+        text=True,
+    )
+
+    assert "SettingsError: OTEL_TRACES_EXPORTER: expected one of console" in program.stderr
+
+
+def test_nothing_of_opentelemetry_is_loaded_without_the_setting() -> None:
+    """Neither a client nor the app of a node traces or touches Celery."""
+    # Its metrics may be there: redis-py loads them where they are installed.
+    program = """
+import embedq, embedq_worker.app, sys
+OURS = ('opentelemetry.sdk.trace', 'opentelemetry.instrumentation')
+embedq.Client(broker_url='redis://127.0.0.1:1/0')
+print([name for name in sys.modules if name.startswith(OURS)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "[]\n"

@@ -1,0 +1,105 @@
+"""The two Redis of production on loopback: their real configuration, their real users."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as NotThere
+from tests.servers import wait_for
+
+ROOT = Path(__file__).parents[2]
+OPS = ROOT / "ops"
+USERS = ("producer", "worker", "ops")
+SERVERS = ("broker", "results")
+
+
+def program(name: str, package: str) -> str:
+    """Return the path of a program, or skip; in CI its absence is a failure."""
+    found = shutil.which(name)
+    if found is None:
+        reason = f"{name} is missing; Debian: apt install {package}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def make_secrets(folder: Path, **variables: str) -> Path:
+    """Run ops/secrets into a folder."""
+    target = folder / "secrets"
+    subprocess.run(
+        [OPS / "secrets", target], env={**os.environ, **variables}, check=True, capture_output=True
+    )
+    return target
+
+
+class Fleet:
+    """Broker and results as ops/redis configures them, and a superuser for looking on."""
+
+    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+        server = program("redis-server", "redis-server")
+        places = {f"REDIS_{name.upper()}": f"127.0.0.1:{ports[name]}/0" for name in SERVERS}
+        self.secrets = make_secrets(folder, **places)
+        self._processes = []
+        self._ports = ports
+        for name in SERVERS:
+            data = folder / name
+            data.mkdir()
+            acl = folder / f"{name}.acl"
+            users = (self.secrets / f"{name}_acl").read_text()
+            acl.write_text(users + "user judge on nopass ~* &* +@all\n")
+            own = ("--port", str(ports[name]), "--bind", "127.0.0.1", "--dir", os.fspath(data))
+            configuration = os.fspath(OPS / "redis" / f"{name}.conf")
+            command = [server, configuration, *own, "--aclfile", os.fspath(acl)]
+            self._processes.append(
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+            )
+        try:
+            for name in SERVERS:
+                self._wait(name)
+        except BaseException:
+            self.stop()
+            raise
+
+    def judge(self, server: str) -> Redis:
+        """Return a client that may do everything."""
+        return Redis(port=self._ports[server], username="judge", password="x")
+
+    def urls(self, user: str) -> dict[str, str]:
+        """Return the variables by which a user finds both."""
+        return {
+            f"EMBEDQ_{name.upper()}_URL": (self.secrets / f"{user}_{name}_url").read_text().strip()
+            for name in SERVERS
+        }
+
+    def refusals(self) -> list[str]:
+        """Return what was refused, and forget it."""
+        found = []
+        for name in SERVERS:
+            with self.judge(name) as judge:
+                for entry in judge.acl_log():
+                    found.append(f"{name} {entry['username']} {entry['reason']} {entry['object']}")
+                judge.acl_log_reset()
+        return found
+
+    def _wait(self, name: str) -> None:
+        with self.judge(name) as judge:
+            wait_for(lambda: _answers(judge), f"{name} to answer")
+
+    def stop(self) -> None:
+        """End both."""
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+def _answers(client: Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except NotThere:
+        return False

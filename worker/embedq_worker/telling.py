@@ -1,0 +1,97 @@
+"""The step in a node's parent that writes its heartbeat."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from celery import bootsteps
+from redis.exceptions import RedisError
+
+from embedq import fleet
+from embedq.redis_client import open_redis
+from embedq_worker import tally
+from embedq_worker.guard import Guard
+from embedq_worker.settings import WorkerSettings
+from embedq_worker.state import NodeState, State
+
+log = logging.getLogger("embedq.worker")
+
+#: Seconds between two looks for something new to tell.
+LOOK_EVERY_S = 0.1
+#: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
+HEARTBEAT_TIMEOUT_S = 1.0
+
+
+class TellFleet(bootsteps.StartStopStep):
+    """Write the node's heartbeat."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, c: Any, **options: Any) -> None:
+        super().__init__(c, **options)
+        settings: WorkerSettings = c.app.conf.embedq
+        self._settings = settings
+        self._told: NodeState | None = None
+        self._told_at = 0.0
+        self._timer: Any = None
+        self._redis = open_redis(
+            settings.results_url,
+            connect_timeout_s=HEARTBEAT_TIMEOUT_S,
+            timeout_s=HEARTBEAT_TIMEOUT_S,
+        )
+
+    def start(self, c: Any) -> None:
+        """Tell from now on: every few seconds, and at once when the state changes."""
+        self._timer = c.timer.call_repeatedly(LOOK_EVERY_S, self._tell, (c,))
+
+    def stop(self, c: Any) -> None:
+        """Stop telling; the last heartbeat fades by itself, as after a crash."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def shutdown(self, c: Any) -> None:
+        """Take leave, so that nobody waits for a node that went in good order."""
+        try:
+            fleet.leave(self._redis, self._settings.name)
+        except RedisError:
+            log.info("leave_not_told node=%s", self._settings.name)
+
+    def _tell(self, c: Any) -> None:
+        guard: Guard = c.app.conf.embedq_guard
+        now = time.time()
+        state = guard.shown() or NodeState(State.STARTING, now, 0)
+        unchanged = self._told is not None and _same(self._told, state)
+        if unchanged and now - self._told_at < self._settings.heartbeat_s:
+            return
+        self._told, self._told_at = state, now
+        heartbeat = fleet.Heartbeat(
+            node=self._settings.name,
+            state=str(state.state),
+            at=now,
+            since=state.since,
+            pid=os.getpid(),
+            reason=state.reason,
+            code=state.code,
+            count=state.count,
+            probe_at=state.probe_at,
+            device=state.device,
+            engine=state.engine,
+            precision=state.precision,
+            card=state.card,
+            home=state.home,
+            may_return=state.may_return,
+            totals=tally.together(self._settings.runtime_dir, self._settings.name),
+        )
+        try:
+            fleet.beat(self._redis, heartbeat)
+        except RedisError as error:
+            log.warning("heartbeat_not_told reason=%s", type(error).__name__)
+
+
+def _same(one: NodeState, other: NodeState) -> bool:
+    """Tell whether two states say the same of a node, however busy it is."""
+    return replace(one, busy_since=0.0) == replace(other, busy_since=0.0)
