@@ -127,6 +127,13 @@ def encode(texts): return model.encode(texts, normalize_embeddings=True)
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(task["model"], backend="onnx", model_kwargs={"export": True})
 model.save_pretrained(task["export"])
+# FastEmbed obeys what the files say of lengths: 128, cut and padded, where the model takes 256.
+from pathlib import Path
+for name, wrong in (("tokenizer_config", "max_length"), ("tokenizer", "padding truncation")):
+    path = Path(task["export"]) / (name + ".json")
+    content = json.loads(path.read_text())
+    content.update(dict.fromkeys(wrong.split()))
+    path.write_text(json.dumps(content))
 def encode(texts): return model.encode(texts, normalize_embeddings=True)
 """,
     ),
