@@ -28,7 +28,7 @@ from ops.chaos.producers import Producer, Task, make_task
 from ops.chaos.watch import Watch
 
 #: Seconds between two faults.
-GAP_S: Final = (0.3, 1.5)
+GAP_S: Final = (0.5, 2.0)
 #: Seconds between two looks at everything, and between two measurements of memory.
 TICK_S, MEASURE_EVERY_S = 0.05, 0.5
 #: Jobs that run at once, each followed by another. A job stands still while a batch that it needs
