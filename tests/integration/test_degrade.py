@@ -160,8 +160,9 @@ def test_operator_takes_an_npu_out_and_back(npu: Npu, redis: RedisProcess, short
 @pytest.mark.redis
 def test_paused_fleet_takes_nothing_until_it_is_resumed(npu: Npu, redis: RedisProcess) -> None:
     """Batches wait in their queue; `embedq status` says who paused and why."""
+    before = len(npu.lines("Canceling queue embed.npu"))
     operate(redis, "pause", "--reason", "stocktaking")
-    wait_for(lambda: npu.lines("paused node=npu0"), "the node to hear of the pause")
+    wait_for(lambda: npu.lines("Canceling queue embed.npu")[before + 1 :], "both queues to be left")
 
     with Client(settings=redis.settings()) as client:
         job = client.submit(TEXTS)

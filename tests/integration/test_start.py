@@ -307,7 +307,7 @@ def test_npu_that_cannot_be_proven(
     short_dir: Path,
     tiny_settings: dict[str, str],
 ) -> None:
-    """A node whose compiler hangs starts again without its NPU; a strict one ends with its code."""
+    """A node whose compiler hangs goes on without its NPU; a strict one ends with its code."""
     pytest.importorskip("openvino")
     hanging = {
         "EMBEDQ_DEVICE": "npu",
@@ -330,6 +330,6 @@ def test_npu_that_cannot_be_proven(
         assert isinstance(degraded, Heartbeat)
         assert (degraded.home, degraded.device) == ("npu", "")
         assert degraded.reason.startswith("Compiling ")
-        assert len(node.lines("device_chosen", "device=cpu home=npu")) == 1
+        assert len(node.lines("device_chosen")) == 1
     finally:
         node.stop()

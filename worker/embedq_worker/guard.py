@@ -225,7 +225,6 @@ class Guard:
         self._degrade(
             Reason.INIT_DEADLINE, f"Opening the device took longer than {budget_s:g} s.", now
         )
-        self.kills = child.pid
 
     def _degrade(self, code: str, reason: str, now: float) -> None:
         before = self._health
@@ -246,7 +245,11 @@ class Guard:
         if self._on_npu:
             self._deaths.forget()  # the next children run elsewhere
             self.placement = Placement(Device.CPU, Device.NPU, reason)
-            self.replaces = self._child.pid if self._child else 0
+            if self._child is not None and self._child.state is State.STARTING:
+                # A batch may wait for it to be ready, which it may never be.
+                self.kills = self._child.pid
+            elif self._child is not None:
+                self.replaces = self._child.pid
 
     def _watch_probe(self, now: float, now_s: float) -> None:
         if self._probe is None:
