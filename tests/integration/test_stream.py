@@ -127,6 +127,7 @@ def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> N
         wait_for(lambda: node.lines("batch_done"), "a first batch")
 
         job.cancel()
+        done = len(node.lines("batch_done"))
 
         assert job.progress().finished
         assert list(job.results()) == []
@@ -135,7 +136,7 @@ def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> N
             lambda: len(node.lines("batch_done")) + len(node.lines("batch_skipped")) >= 16,
             "the node to drop the rest",
         )
-        assert len(node.lines("batch_done")) <= 3
+        assert len(node.lines("batch_done")) <= done + 1  # the one that was under way
 
 
 def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProcess) -> None:
