@@ -18,7 +18,8 @@ from embedq import tracing
 from embedq.backpressure import window
 from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
-from embedq.contract import Accuracy, Dtype, ModelCard, OnLong, Queue, Status, VectorSpec
+from embedq.card import ModelCard
+from embedq.contract import Accuracy, Dtype, OnLong, Queue, Status, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest

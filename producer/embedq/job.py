@@ -15,7 +15,7 @@ from redis import Redis
 from embedq import progress
 from embedq.batching import Slice
 from embedq.broker import Broker
-from embedq.contract import MAX_BATCHES, EmbedBatch, Outcome, Queue, Status, VectorSpec
+from embedq.contract import MAX_BATCHES, Outcome, Queue, Status, VectorSpec
 from embedq.errors import (
     BatchTooLarge,
     CorruptValue,
@@ -25,6 +25,7 @@ from embedq.errors import (
 )
 from embedq.gate import Gate
 from embedq.ledger import Commit, Ledger
+from embedq.message import EmbedBatch
 from embedq.outcomes import TRUNCATED, OutcomeTable
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
