@@ -19,12 +19,13 @@ from embedq.backpressure import window
 from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
 from embedq.card import ModelCard
-from embedq.contract import Accuracy, Dtype, OnLong, Queue, Status, VectorSpec
+from embedq.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
 from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
 from embedq.fleet import fetch_alive, find_card
 from embedq.hints import nearest
-from embedq.job import FinishedBatch, Job, Link
+from embedq.job import Job
 from embedq.ledger import Ledger
+from embedq.link import Link
 from embedq.patience import WAYS_OUT, OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.quantised import QuantisedWatch
@@ -291,7 +292,7 @@ class Client:
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
-            failures.update(_failures(batch))
+            failures.update(batch.failures())
         vectors = np.concatenate(rows)
         if failures:
             raise TextsFailed(failures, vectors)
@@ -478,12 +479,3 @@ def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
         raise SettingsError(
             f"{name}: expected {' or '.join(choices)}, got {given}.{nearest(given, choices)}"
         ) from None
-
-
-def _failures(batch: FinishedBatch) -> dict[int, str]:
-    outcomes = batch.outcomes
-    bad = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
-    if not bad:
-        return {}
-    rows = np.flatnonzero(np.isin(outcomes.kind, list(bad)))
-    return {batch.slice.start + int(row): outcomes[int(row)].code for row in rows}
