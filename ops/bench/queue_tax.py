@@ -17,8 +17,9 @@ import numpy as np
 from corpus import CORPORA
 from harness import Table, client_of, find_model, options, parsed, report
 
-from embedq.contract import EmbedBatch, Precision, VectorSpec
+from embedq.contract import Precision, VectorSpec
 from embedq.local import LocalFleet
+from embedq.message import EmbedBatch
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import available_cores

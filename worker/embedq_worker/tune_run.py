@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from embedq.contract import Accuracy, EmbedBatch, VectorSpec
+from embedq.contract import Accuracy, VectorSpec
 from embedq.errors import SettingsError
+from embedq.message import EmbedBatch
 from embedq_worker import canary
 from embedq_worker.choices import EngineChoice
 from embedq_worker.embedder import Embedder

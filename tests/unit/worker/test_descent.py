@@ -140,7 +140,7 @@ ROWS = (
     ),
     Row(
         "bounded requests: a cap of bytes before anything is inflated",
-        "embedq.contract:Header",
+        "embedq.header:Header",
         "unit/producer/test_contract.py",
     ),
     Row(
