@@ -24,13 +24,20 @@ hypothesis_settings.load_profile("embedq")
 
 
 #: Folders whose tests come first: they cost milliseconds, and what they find the others stumble on.
-FIRST = ("unit", "conformance")
+QUICK = frozenset({"unit", "conformance"})
+#: Folders of one file each that waits long. With two workers it must not be what one is left with.
+LONG = frozenset({"chaos", "ui"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put quick tests before those that start servers; within both the order stays."""
+    """Put quick tests first and long waits second; within each kind the order stays."""
     root = Path(__file__).parent
-    items.sort(key=lambda item: item.path.relative_to(root).parts[0] not in FIRST)
+
+    def rank(item: pytest.Item) -> int:
+        folder = item.path.relative_to(root).parts[0]
+        return 0 if folder in QUICK else 1 if folder in LONG else 2
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
 from redis.exceptions import RedisError
+from tests.programs import program
 
 from embedq import fleet
 from embedq.redis_client import open_redis
@@ -54,19 +54,14 @@ class RedisProcess:
     """A Redis of our own on a unix socket, without persistence."""
 
     def __init__(self, folder: Path, *options: str, password: str = "") -> None:
-        program = shutil.which("redis-server")
-        if program is None:
-            reason = "redis-server is missing; Debian: apt install redis-server"
-            if os.environ.get("CI") == "true":
-                pytest.fail(reason)
-            pytest.skip(reason)
+        server = program("redis-server", "redis-server")
         self.socket = folder / "redis.sock"
         self._login = f":{password}@" if password else ""
         if password:
             options += ("--requirepass", password)
         common = ("--port", "0", "--save", "", "--appendonly", "no", "--dir", os.fspath(folder))
         self._process = subprocess.Popen(
-            [program, "--unixsocket", os.fspath(self.socket), *common, *options],
+            [server, "--unixsocket", os.fspath(self.socket), *common, *options],
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )

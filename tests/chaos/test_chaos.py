@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tests.programs import program
 
 RUN = Path(__file__).parents[2] / "ops" / "chaos" / "run"
 
@@ -18,8 +17,7 @@ RUN = Path(__file__).parents[2] / "ops" / "chaos" / "run"
 @pytest.mark.timeout(360)
 def test_short_chaos_run_keeps_every_promise(tmp_path: Path) -> None:
     """40 s of kills, full and emptied Redis, lost messages and poison: nothing lost or wrong."""
-    if shutil.which("redis-server") is None and os.environ.get("CI") != "true":
-        pytest.skip("redis-server is missing; Debian: apt install redis-server")
+    program("redis-server", "redis-server")
     command = [sys.executable, str(RUN), "--minutes", "0.6", "--seed", "7", "--report"]
 
     run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=330)

@@ -317,8 +317,17 @@ def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
         "== mypy",
         "== pytest -k two words",
     ]
-    assert run.stdout.splitlines()[-1].startswith("pytest got")
+    assert run.stdout.splitlines()[-1].startswith("pytest got -n auto --dist loadfile ")
     assert run.stdout.endswith("-k two words\n")
+
+
+def test_test_runs_in_one_process_on_demand(machine: Machine) -> None:
+    """Without the plugin of two workers, pytest gets no options that only it knows."""
+    machine.add("python3")
+
+    run = machine.run("ops/test", "-p", "no:xdist", "tests/unit")
+
+    assert run.stdout.splitlines()[-1] == "pytest got -p no:xdist tests/unit"
 
 
 def test_failed_lint_fails_the_run_after_pytest(machine: Machine) -> None:

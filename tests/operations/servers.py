@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
+from tests.programs import program
 from tests.servers import wait_for
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "ops"
 USERS = ("producer", "worker", "ops")
 SERVERS = ("broker", "results")
-
-
-def program(name: str, package: str) -> str:
-    """Return the path of a program, or skip; in CI its absence is a failure."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is missing; Debian: apt install {package}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
 
 
 def make_secrets(folder: Path, **variables: str) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.operations.servers import OPS, program
+from tests.operations.servers import OPS
+from tests.programs import program
 
 from embedq.contract import Queue
 from embedq.metrics import METRICS, STATES, Kind

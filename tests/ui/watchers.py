@@ -19,23 +19,13 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import pytest
+from tests.programs import program
 from tests.servers import RedisProcess, environment, wait_for
 
 OPS = Path(__file__).parents[2] / "ops"
 USER = "ops:sesame"
 #: Seconds that a watcher may take to start on a busy machine.
 START_S = 60.0
-
-
-def program(name: str, package: str) -> str:
-    """Return the path of a program; without it skip, or fail in CI."""
-    path = shutil.which(name)
-    if path is None:
-        reason = f"{name} is missing; Debian: apt install {package}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 def free_port() -> int:
