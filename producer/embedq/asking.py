@@ -1,4 +1,4 @@
-"""Asking for vectors: settings, the model's card and a call's options make a VectorSpec. Pure."""
+"""What a call asks for: settings, the card and its options make a specification, that a queue."""
 
 from __future__ import annotations
 
