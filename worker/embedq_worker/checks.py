@@ -19,9 +19,9 @@ from embedq.patience import patiently
 from embedq.redis_client import open_redis
 from embedq.settings import mask_password
 from embedq_worker import checks_device
-from embedq_worker.lifecycle import claim_device, find_model, open_placed
 from embedq_worker.models import Model
 from embedq_worker.opening import Opener
+from embedq_worker.placed_serving import claim_device, find_model, open_placed
 from embedq_worker.placement import place
 from embedq_worker.quantised import QuantisedStore
 from embedq_worker.serving import Serving

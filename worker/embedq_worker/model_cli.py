@@ -23,14 +23,14 @@ def warm(as_json: bool, **options: str | None) -> None:
     """Compile the model for the device and prove it, so that the next start finds it done."""
     settings = load(options)
     logs.send_native_to_stderr()
-    from embedq_worker import lifecycle
+    from embedq_worker import placed_serving
     from embedq_worker.placement import place
 
     began = time.monotonic()
     try:
         placement = place(settings)
-        claim = lifecycle.claim_device(settings, placement)
-        opened = lifecycle.open_placed(settings, placement)
+        claim = placed_serving.claim_device(settings, placement)
+        opened = placed_serving.open_placed(settings, placement)
     except EmbedqError as error:
         fail(error)
     engine = opened.engine
@@ -143,12 +143,12 @@ def tune(model: str | None, accuracy: str, reserve_cores: int, quick: bool, as_j
 def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None:
     """Count how often the NPU's tensors moved and its command lists changed; best is never."""
     settings = load(options)
-    from embedq_worker import binding_trace, lifecycle
+    from embedq_worker import binding_trace, placed_serving
     from embedq_worker.placement import place
 
     try:
         placement = place(settings)
-        claim = lifecycle.claim_device(settings, placement)
+        claim = placed_serving.claim_device(settings, placement)
         found = binding_trace.trace(settings, placement.device, inferences)
     except EmbedqError as error:
         fail(error)

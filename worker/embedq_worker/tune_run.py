@@ -12,9 +12,9 @@ from embedq_worker import canary
 from embedq_worker.choices import EngineChoice
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
-from embedq_worker.lifecycle import find_model
 from embedq_worker.models import Model
 from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
+from embedq_worker.placed_serving import find_model
 from embedq_worker.selection import Candidate, Memory
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import Tokenizer
