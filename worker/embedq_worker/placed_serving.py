@@ -58,7 +58,7 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
         return opener.open_cpu(Accuracy.EXACT)
 
     if settings.device is DeviceChoice.NPU:
-        shadow = Shadow(settings.shadow_every, opener.open_reference)
+        shadow = Shadow(settings.shadow_every, opener.prover.open_reference)
         return Serving(model.card(), opener.open_npu(), open_exact, shadow=shadow)
     card = replace(model.card(), quantised=opener.quantised())
     return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, opener.open_int8)

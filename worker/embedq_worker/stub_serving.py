@@ -13,7 +13,7 @@ from embedq_worker.engines.script import FaultScript
 from embedq_worker.engines.stub import STUB_MAX_LENGTH, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import EngineError, Reason
 from embedq_worker.golden import GOLDEN
-from embedq_worker.opening import DEFAULT_TOKEN_BUDGET
+from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.serving import Proven, Serving
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.shadow import Shadow
