@@ -81,7 +81,7 @@ class Probe:
 def look(settings: Any) -> Finding:
     """Open the NPU of the settings, prove it, and give it back."""
     # Here, because the parent of a node imports this file and must never import a runtime.
-    from embedq_worker import lifecycle
+    from embedq_worker import placed_serving
     from embedq_worker.child import describe
     from embedq_worker.errors import Reason
     from embedq_worker.placement import place
@@ -89,9 +89,9 @@ def look(settings: Any) -> Finding:
     began = time.monotonic()
     claim = None
     try:
-        placement = place(settings, wait_s=lifecycle.CLAIM_PATIENCE_S)
-        claim = lifecycle.claim_device(settings, placement)
-        lifecycle.open_placed(settings, placement).close()
+        placement = place(settings, wait_s=placed_serving.CLAIM_PATIENCE_S)
+        claim = placed_serving.claim_device(settings, placement)
+        placed_serving.open_placed(settings, placement).close()
     except Exception as error:  # whatever it is, the node must hear of it
         code, reason = describe(error, Reason.INIT_FAILED)
         return Finding(False, code, reason, time.monotonic() - began)
