@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,16 +246,18 @@ def test_packed_rows_agree_with_padded_ones_on_prose() -> None:
     packed = RowForm.packed(model.max_length)
 
     def run(engine: Engine, form: RowForm) -> Vectors:
-        try:
-            return embed(Subject(engine, tokenizer, model, 0.0, form), texts, 512)
-        finally:
-            engine.close()
+        return embed(Subject(engine, tokenizer, model, 0.0, form), texts, 512)
 
-    padded = run(open_engine("onnxruntime", model, 2), RowForm())
+    with closing(open_engine("onnxruntime", model, 2)) as engine:
+        padded, by_onnxruntime = run(engine, RowForm()), run(engine, packed)
+    with closing(open_engine("openvino", model, 2)) as engine:
+        by_openvino = run(engine, packed)
+    with closing(open_bf16(model)) as engine:
+        by_bf16 = run(engine, packed)
 
-    assert np.abs(run(open_engine("onnxruntime", model, 2), packed) - padded).max() <= 2e-5
-    assert np.abs(run(open_engine("openvino", model, 2), packed) - padded).max() <= 2e-5
-    assert (run(open_bf16(model), packed) * padded).sum(axis=1).min() >= 0.999
+    assert np.abs(by_onnxruntime - padded).max() <= 2e-5
+    assert np.abs(by_openvino - padded).max() <= 2e-5
+    assert (by_bf16 * padded).sum(axis=1).min() >= 0.999
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

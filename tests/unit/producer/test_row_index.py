@@ -114,9 +114,9 @@ def test_many_equal_lines_are_found_quickly(tmp_path: Path) -> None:
     """Twenty thousand equal lines cost no more than different ones: nothing scans them all."""
     n = 20_000
     with index(tmp_path, [(i, "same") for i in range(n)]) as rows:
-        began = time.monotonic()
+        began = time.process_time()
         found = {find(rows, i, "same", named=False) for i in range(n)}
 
         assert len(found) == n
         assert rows.count_unused() == 0
-        assert time.monotonic() - began < 10  # seconds; scanning took minutes
+        assert time.process_time() - began < 10  # seconds of CPU; scanning took minutes
