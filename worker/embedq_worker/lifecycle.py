@@ -7,7 +7,6 @@ the parent consumes nothing until that says healthy.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
 import sys
@@ -19,6 +18,7 @@ from celery import signals
 from embedq.errors import EmbedqError
 from embedq_worker import claims, logs
 from embedq_worker.child import Child
+from embedq_worker.orphans import die_with_parent
 from embedq_worker.placed_serving import CLAIM_PATIENCE_S, claim_device, open_placed
 from embedq_worker.placement import place
 from embedq_worker.settings import WorkerSettings
@@ -95,10 +95,3 @@ def on_process_shutdown(**_: Any) -> None:
         _child.close()
     if _claim is not None:
         _claim.release()
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this child when its parent dies, so that no model outlives its node."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
