@@ -9,7 +9,8 @@ from redis import Redis
 
 from embedq import progress
 from embedq.broker import UNACKED_INDEX_KEY, UNACKED_KEY
-from embedq.contract import ModelCard, Queue
+from embedq.card import ModelCard
+from embedq.contract import Queue
 from embedq.fleet import Heartbeat, beat
 from embedq.ledger import Ledger
 

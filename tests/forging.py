@@ -10,8 +10,9 @@ from typing import Any
 import msgpack
 from tests.servers import RedisProcess
 
-from embedq.contract import EmbedBatch, Queue, VectorSpec
+from embedq.contract import Queue, VectorSpec
 from embedq.ledger import Ledger
+from embedq.message import EmbedBatch
 from embedq.publisher import Publisher
 from embedq.testing import STUB_DIM
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH

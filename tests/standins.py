@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq.contract import Device, EmbedBatch, VectorSpec
+from embedq.contract import Device, VectorSpec
+from embedq.message import EmbedBatch
 from embedq_worker import models
 from embedq_worker.answer import Stats
 from embedq_worker.choices import DeviceChoice, Standin

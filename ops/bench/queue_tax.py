@@ -17,14 +17,15 @@ import numpy as np
 from corpus import CORPORA
 from harness import Table, client_of, find_model, options, parsed, report
 
-from embedq.contract import EmbedBatch, Precision, VectorSpec
+from embedq.contract import Precision, VectorSpec
 from embedq.local import LocalFleet
+from embedq.message import EmbedBatch
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import available_cores
 from embedq_worker.errors import EngineError
+from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.models import Model
-from embedq_worker.opening import DEFAULT_TOKEN_BUDGET
 from embedq_worker.tokenization import Tokenizer
 
 FLOOR = 0.97

@@ -26,8 +26,8 @@ from embedq.contract import Precision
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine, available_cores
 from embedq_worker.errors import EngineError
+from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.models import Model
-from embedq_worker.opening import DEFAULT_TOKEN_BUDGET
 from embedq_worker.packing import TokenBatch, build_padded
 from embedq_worker.planning import plan_padded
 from embedq_worker.tokenization import Tokenizer

@@ -11,7 +11,7 @@ import numpy as np
 from embedq import Client
 from embedq.contract import Status
 from embedq.errors import EmbedqError
-from embedq.job import Embedded
+from embedq.finished import Embedded
 from embedq.settings import ProducerSettings
 from embedq.testing import stub_vectors
 

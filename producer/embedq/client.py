@@ -4,43 +4,35 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import suppress
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
-from redis.exceptions import RedisError
 
 from embedq import tracing
+from embedq.asking import build_spec, choose_queue
 from embedq.backpressure import window
 from embedq.batching import Slice, batch_tokens, split
 from embedq.broker import Broker
-from embedq.contract import Accuracy, Dtype, ModelCard, OnLong, Queue, Status, VectorSpec
-from embedq.errors import BatchFailed, ContractError, NoNode, SettingsError, TextsFailed
-from embedq.fleet import fetch_alive, find_card
-from embedq.hints import nearest
-from embedq.job import FinishedBatch, Job, Link
+from embedq.card import ModelCard
+from embedq.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
+from embedq.errors import BatchFailed, ContractError, TextsFailed
+from embedq.fleet import fetch_alive
+from embedq.job import Job
 from embedq.ledger import Ledger
-from embedq.patience import WAYS_OUT, OnWait, patiently
+from embedq.link import Link
+from embedq.lookout import Lookout
+from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
-from embedq.quantised import QuantisedWatch
 from embedq.redis_client import open_redis
-from embedq.settings import ProducerSettings, mask_password
+from embedq.settings import ProducerSettings
 from embedq.stream import AnyDocument, Stream
 from embedq.strictness import StrictWatch
 from embedq.vectors import DESCRIPTIONS, Vectors
 
 log = logging.getLogger("embedq")
-E = TypeVar("E", OnLong, Accuracy)
-T = TypeVar("T")
 
-#: Seconds between two looks at the fleet while no node is there.
-LOOK_EVERY_S = 0.1
-#: Seconds between two counts of the living nodes.
-NODES_EVERY_S = 3.0
 #: Seconds that a job waits for a Redis that went away in its middle.
 JOB_PATIENCE_S = 3_600.0
 
@@ -98,10 +90,14 @@ class Client:
         self._publisher = Publisher(settings.broker_url)
         self._on_wait = on_wait or (lambda message: log.warning("waiting reason=%s", message))
         self._on_idle = on_idle or (lambda: None)
-        self._card: ModelCard | None = None
-        self._devices: Counter[str] = Counter()
+        self._lookout = Lookout(
+            settings,
+            redis=self.redis,
+            broker=self._broker,
+            on_wait=self._on_wait,
+            on_idle=self._on_idle,
+        )
         self._kept_tokens = 0
-        self._counted = -NODES_EVERY_S
 
     def __enter__(self) -> Self:
         return self
@@ -127,75 +123,23 @@ class Client:
             QueueUnavailable: Redis could not be reached for `node_wait_s`, or refuses us.
             NoNode: no node announced the model within `node_wait_s`.
         """
-        if self._card is None:
-            self._card = self._find_card(time.monotonic() + self.settings.node_wait_s)
-        return self._card
-
-    def _find_card(self, deadline: float) -> ModelCard:
-        # First the broker: what is there already decides nothing without it.
-        self._reach(self._broker.ping, self.settings.broker_url, deadline)
-        told = False
-        while True:
-            alive = self._reach(
-                lambda: fetch_alive(self.redis), self.settings.results_url, deadline
-            )
-            card = find_card(alive, self.settings.model)
-            if card is not None:
-                return card
-            if time.monotonic() >= deadline:
-                serving = sorted({h.card.label for h in alive if h.card})
-                raise NoNode(
-                    f"No node announced the model {self.settings.model} within "
-                    f"{self.settings.node_wait_s:.0f} s; {len(alive)} alive, serving "
-                    f"{', '.join(serving) or 'nothing'}. Start one: embedq-worker start"
-                )
-            if not told and deadline - time.monotonic() < self.settings.node_wait_s - 3:
-                self._on_wait(f"No node serves {self.settings.model} yet; waiting for one.")
-                told = True
-            time.sleep(LOOK_EVERY_S)
-
-    def _reach(self, action: Callable[[], T], url: str, deadline: float) -> T:
-        """Ask a Redis something before there is a job, waiting for it as for a first node."""
-
-        def ask() -> T:
-            self._on_idle()
-            return action()
-
-        wait_s = self.settings.node_wait_s
-        return patiently(
-            ask,
-            patience_s=max(0.0, deadline - time.monotonic()),
-            on_wait=self._on_wait,
-            where=mask_password(url),
-            advice=f" {WAYS_OUT}. EMBEDQ_NODE_WAIT_S ends this after {wait_s:.0f} s, Ctrl-C now.",
-        )
+        return self._lookout.card()
 
     def window(self) -> int:
         """Return how many batches a job may have in flight on the fleet as it is."""
-        return window(self._living().total(), self.settings.window)
+        return window(self._lookout.count_living().total(), self.settings.window)
 
     def nodes(self) -> str:
         """Return how many living nodes compute on which device, such as ``2 npu, 1 cpu``."""
-        return ", ".join(f"{n} {device}" for device, n in sorted(self._living().items()))
-
-    def _living(self) -> Counter[str]:
-        """Count the living nodes by device; asks Redis every few seconds at most."""
-        if time.monotonic() - self._counted > NODES_EVERY_S:
-            self._counted = time.monotonic()
-            with suppress(RedisError):  # the last count serves as well
-                self._devices = Counter(h.device for h in fetch_alive(self.redis) if h.device)
-        return self._devices
+        living = self._lookout.count_living()
+        return ", ".join(f"{n} {device}" for device, n in sorted(living.items()))
 
     def engine(self) -> dict[str, str]:
         """Return device, engine and precision of the node that serves the model.
 
         Only a fleet of one, as of a local run, has one answer; the first node by name gives it.
         """
-        identity = self.card().identity
-        for heartbeat in fetch_alive(self.redis):
-            if heartbeat.card and heartbeat.card.identity == identity:
-                return {key: getattr(heartbeat, key) for key in ("device", "engine", "precision")}
-        return {}
+        return self._lookout.engine()
 
     def spec(
         self,
@@ -212,40 +156,15 @@ class Client:
             NotQuantised: class int8, and no node has a quantised model, or they have several.
             QueueUnavailable, NoNode: as card.
         """
-        card = self.card()
-        chosen = _choose(Accuracy, "accuracy", accuracy, self.settings.accuracy)
-        if self.settings.dtype is Dtype.FLOAT16 and not card.normalized:
-            raise SettingsError(
-                f"dtype=float16: vectors of {card.label} are not of unit length, so they may be "
-                "too long for it. Use float32."
-            )
-        return VectorSpec(
-            model=card.identity,
-            dim=card.dim,
-            max_length=card.max_length,
-            prompt=_prompt(card, prompt_name, prompt),
-            on_long=_choose(OnLong, "on_long", on_long, self.settings.on_long),
-            accuracy=chosen,
-            dtype=self.settings.dtype,
-            quantised=self._quantised(card) if chosen is Accuracy.INT8 else "",
+        return build_spec(
+            self.settings,
+            self.card(),
+            prompt_name=prompt_name,
+            prompt=prompt,
+            on_long=on_long,
+            accuracy=accuracy,
+            quantised=self._lookout.quantised,
         )
-
-    def _quantised(self, card: ModelCard) -> str:
-        """Return the quantised model that the fleet serves, waiting for a first node with one."""
-        watch = QuantisedWatch(card, self.settings.node_wait_s)
-        while True:
-            name = watch.look(
-                patiently(
-                    lambda: fetch_alive(self.redis),
-                    patience_s=0,
-                    on_wait=self._on_wait,
-                    where=mask_password(self.settings.results_url),
-                )
-            )
-            if name:
-                return name
-            self._on_idle()
-            time.sleep(LOOK_EVERY_S)
 
     def encode(
         self,
@@ -290,7 +209,7 @@ class Client:
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
-            failures.update(_failures(batch))
+            failures.update(batch.failures())
         vectors = np.concatenate(rows)
         if failures:
             raise TextsFailed(failures, vectors)
@@ -369,7 +288,7 @@ class Client:
     def batch_tokens(self, spec: VectorSpec) -> int:
         """Return the estimated tokens of a full batch."""
         # Only the CPU serves exact jobs, however fast the other devices are.
-        devices = () if spec.accuracy is Accuracy.EXACT else self._living()
+        devices = () if spec.accuracy is Accuracy.EXACT else self._lookout.count_living()
         return batch_tokens(self.settings.batch_tokens or self._kept_tokens, devices)
 
     def keep_batch_tokens(self, tokens: int) -> None:
@@ -404,7 +323,7 @@ class Client:
         Raises:
             SettingsError: strict and exact or int8, which no device can be at once.
         """
-        queue = _queue(spec, strict=self.settings.strict if strict is None else strict)
+        queue = choose_queue(spec, strict=self.settings.strict if strict is None else strict)
         on_idle = self._on_idle
         if queue is Queue.NPU_STRICT:
             watch = StrictWatch(lambda: fetch_alive(self.redis), self.settings.node_wait_s)
@@ -432,57 +351,9 @@ class Client:
         )
 
 
-def _queue(spec: VectorSpec, *, strict: bool) -> Queue:
-    # Only the CPU computes in fp32 and, here, in int8: such a job never visits the NPU queue. The
-    # queue of int8 is read by nodes with a quantised model alone, so no batch meets another.
-    if spec.accuracy is Accuracy.STANDARD:
-        return Queue.NPU_STRICT if strict else Queue.NPU
-    if strict:
-        raise SettingsError(
-            f"strict and accuracy={spec.accuracy} exclude each other: only the CPU computes so, "
-            "and a strict job takes vectors from an NPU alone. Drop one of the two."
-        )
-    return Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.CPU_INT8
-
-
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
     def call() -> None:
         first()
         second()
 
     return call
-
-
-def _prompt(card: ModelCard, name: str | None, prompt: str | None) -> str:
-    if prompt is not None:
-        return prompt
-    if name is None:
-        return card.prompts.get(card.default_prompt, "") if card.default_prompt else ""
-    if name not in card.prompts:
-        known = ", ".join(sorted(card.prompts)) or "none"
-        raise SettingsError(
-            f"prompt_name: {card.label} has no prompt {name}; it has {known}."
-            f"{nearest(name, list(card.prompts))}"
-        )
-    return card.prompts[name]
-
-
-def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
-    if given is None:
-        return default
-    try:
-        return kind(given)
-    except ValueError:
-        choices = [str(choice) for choice in kind]
-        raise SettingsError(
-            f"{name}: expected {' or '.join(choices)}, got {given}.{nearest(given, choices)}"
-        ) from None
-
-
-def _failures(batch: FinishedBatch) -> dict[int, str]:
-    outcomes = batch.outcomes
-    bad = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
-    if not bad:
-        return {}
-    rows = np.flatnonzero(np.isin(outcomes.kind, list(bad)))
-    return {batch.slice.start + int(row): outcomes[int(row)].code for row in rows}

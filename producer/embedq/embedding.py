@@ -15,7 +15,7 @@ from embedq.client import Client
 from embedq.contract import Status, VectorSpec
 from embedq.errors import InputError
 from embedq.files import Document, expand
-from embedq.job import FinishedBatch
+from embedq.finished import FinishedBatch
 from embedq.outcomes import CACHED, REROUTED, TRUNCATED, OutcomeTable
 from embedq.pieces import Piece, pieces
 from embedq.report import Display, Progress, Summary

@@ -13,7 +13,7 @@ from typing import Final, cast
 import msgpack
 from redis import Redis
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq.errors import MalformedMessage, NoNode
 
 #: Sorted set of node names, scored by their last heartbeat.

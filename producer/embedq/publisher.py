@@ -10,7 +10,8 @@ from kombu import Queue as KombuQueue
 from kombu.exceptions import OperationalError
 from redis import exceptions
 
-from embedq.contract import TASK_NAME, EmbedBatch, Queue, message_headers
+from embedq.contract import TASK_NAME, Queue
+from embedq.message import EmbedBatch, message_headers
 from embedq.tracing import JobTrace
 
 

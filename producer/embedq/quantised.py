@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq.errors import NotQuantised
 from embedq.fleet import Heartbeat
 

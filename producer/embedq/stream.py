@@ -23,7 +23,8 @@ from embedq.batching import Slice
 from embedq.contract import VectorSpec
 from embedq.errors import InputError
 from embedq.files import Document
-from embedq.job import Embedded, Job
+from embedq.finished import Embedded
+from embedq.job import Job
 from embedq.resume import writing
 
 #: Version of the checkpoint file.

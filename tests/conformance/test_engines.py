@@ -14,7 +14,8 @@ import pytest
 from tests.model_fixtures import WORDS, real_model, tiny_model
 from tests.standins import Process, RemoteEngine, target_of
 
-from embedq.contract import Device, EmbedBatch, Precision, VectorSpec
+from embedq.contract import Device, Precision, VectorSpec
+from embedq.message import EmbedBatch
 from embedq_worker import selftest
 from embedq_worker.answer import Vectors
 from embedq_worker.embedder import Embedder

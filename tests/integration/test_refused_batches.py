@@ -10,9 +10,10 @@ from tests.forging import MARKER, SPEC, batch_of, push, queued
 from tests.servers import NodeProcess, RedisProcess, wait_for
 
 from embedq import Client
-from embedq.contract import MAX_BATCH_TEXTS, SCHEMA, EmbedBatch
+from embedq.contract import MAX_BATCH_TEXTS, SCHEMA
 from embedq.errors import BatchFailed
 from embedq.ledger import Ledger
+from embedq.message import EmbedBatch
 from embedq.testing import stub_vectors
 
 SPECIFICATION = list(SPEC)

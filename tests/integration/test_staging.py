@@ -10,8 +10,9 @@ import pytest
 from redis import Redis
 from tests.servers import RedisProcess
 
-from embedq.contract import EmbedBatch, VectorSpec
+from embedq.contract import VectorSpec
 from embedq.ledger import Ledger, StagedGone
+from embedq.message import EmbedBatch
 from embedq.staging import STAGED_TTL_S, Staging
 from embedq.testing import stub_vectors
 from embedq.vectors import decode, split_rows

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedq.contract import Code, EmbedBatch, OnLong, Status
+from embedq.contract import Code, OnLong, Status
+from embedq.message import EmbedBatch
 from embedq.outcomes import REROUTED, TRUNCATED, OutcomeTable
 from embedq_worker.engines.base import Engine
 from embedq_worker.errors import InferFailed, Reason

@@ -18,9 +18,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from embedq import dead
-from embedq.contract import Code, EmbedBatch
+from embedq.contract import Code
 from embedq.errors import QueueUnavailable
 from embedq.ledger import Ledger, StagedGone, Verdict
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.patience import patiently
 from embedq.redis_client import open_redis

@@ -131,8 +131,8 @@ def main() -> None:
     # Imported by the child only: the parent needs no runtime.
     from embedq_worker import logs
     from embedq_worker.engines.openvino_npu import OpenVinoNpuEngine
-    from embedq_worker.lifecycle import find_model
     from embedq_worker.opening import Opener
+    from embedq_worker.placed_serving import find_model
 
     settings = WorkerSettings.load()
     logs.set_up(str(settings.log_level))

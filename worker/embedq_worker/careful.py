@@ -17,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from embedq.contract import Code, EmbedBatch, Outcome, Status
+from embedq.contract import Code, Outcome, Status
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
 from embedq_worker.errors import EngineError

@@ -6,22 +6,16 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, cast
-
-from redis.exceptions import ResponseError
+from typing import Final
 
 from embedq.errors import EmbedqError
-from embedq.patience import patiently
-from embedq.redis_client import open_redis
-from embedq.settings import mask_password
-from embedq_worker import checks_device
-from embedq_worker.lifecycle import claim_device, find_model, open_placed
+from embedq_worker import checks_device, checks_redis
+from embedq_worker.findings import Check, Finding, Level
 from embedq_worker.models import Model
 from embedq_worker.opening import Opener
+from embedq_worker.placed_serving import claim_device, find_model, open_placed
 from embedq_worker.placement import place
 from embedq_worker.quantised import QuantisedStore
 from embedq_worker.serving import Serving
@@ -42,46 +36,11 @@ _NEXT_STEPS: Final = {
 _ANY_STEP: Final = "Look at what is in force: embedq-worker settings"
 
 
-class Level(StrEnum):
-    """How a check ended."""
-
-    OK = "ok"
-    WARN = "warn"
-    RED = "red"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """The result of one check.
-
-    Attributes:
-        name: what was looked at.
-        level: ok; warn, what a production fleet should not have; red, what cannot work.
-        detail: what was found.
-        seconds: how long the look took.
-        mend: the next step, where one is due.
-    """
-
-    name: str
-    level: Level
-    detail: str
-    seconds: float
-    mend: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the check for JSON."""
-        return asdict(self)
-
-
-#: What a look finds: a detail, and what is not well about it with its mend.
-Finding = tuple[str, Level, str]
-
-
 def run(settings: WorkerSettings) -> Iterator[Check]:
     """Yield every check as soon as it is done, each before those that depend on it."""
     yield _check("versions", lambda: (_versions(), Level.OK, ""))
-    yield _check("broker", lambda: _redis(settings.broker_url))
-    yield _check("results", lambda: _redis(settings.results_url))
+    yield _check("broker", lambda: checks_redis.look(settings.broker_url))
+    yield _check("results", lambda: checks_redis.look(settings.results_url))
     yield _check("folders", lambda: _folders(settings))
     yield _check("disk", lambda: _disk(settings.cache_dir))
     yield from _device(settings)
@@ -184,38 +143,6 @@ def _versions() -> str:
         except PackageNotFoundError:
             found.append(f"no {name}")
     return ", ".join(found)
-
-
-def _redis(url: str) -> Finding:
-    client = open_redis(url, connect_timeout_s=2, timeout_s=2)
-    shown = mask_password(url)
-
-    def ask() -> tuple[dict[str, Any], dict[str, str]]:
-        info = client.info()
-        try:
-            config = cast(dict[str, str], client.config_get("maxmemory-policy", "appendonly"))
-        except ResponseError:  # a managed Redis may not let us ask
-            config = {}
-        return info, config
-
-    info, config = patiently(ask, patience_s=0, on_wait=lambda _: None, where=shown)
-    client.close()
-    limit = int(info.get("maxmemory", 0))
-    policy = info.get("maxmemory_policy") or config.get("maxmemory-policy", "unknown")
-    detail = (
-        f"Redis {info.get('redis_version', 'unknown')} at {shown}, {policy}, "
-        f"AOF {'on' if info.get('aof_enabled') else 'off'}, "
-        f"{int(info.get('used_memory', 0)) / 1e6:,.0f} of "
-        f"{f'{limit / 1e6:,.0f}' if limit else 'unlimited'} MB used"
-    )
-    if policy not in ("noeviction", "unknown"):
-        mend = "It may evict batches: CONFIG SET maxmemory-policy noeviction."
-        return detail, Level.RED, mend
-    if not info.get("aof_enabled"):
-        return detail, Level.WARN, "A restart loses what is queued: CONFIG SET appendonly yes."
-    if not limit:
-        return detail, Level.WARN, "It may take all memory of its host: CONFIG SET maxmemory 2gb."
-    return detail, Level.OK, ""
 
 
 def _disk(folder: Path) -> Finding:

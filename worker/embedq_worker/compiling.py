@@ -6,7 +6,6 @@ blob goes into an inherited file descriptor, one JSON object on stdout says how 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ from embedq_worker.digests import Digests
 from embedq_worker.engines.target import Target
 from embedq_worker.errors import CompileFailed, ModelError, Reason
 from embedq_worker.models import Model, load_model
+from embedq_worker.orphans import die_with_parent
 
 #: What runs this file.
 COMMAND: Final = (sys.executable, "-m", "embedq_worker.compiling")
@@ -177,9 +177,7 @@ def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Compile what stdin says."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, ctypes.c_ulong(signal.SIGKILL))
+    die_with_parent()
     # OpenVINO logs to stdout, where the answer belongs.
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -29,7 +29,7 @@ from embedq_worker.vitals import ShowPulse, beating
 log = logging.getLogger("embedq.worker")
 
 #: Seconds between two looks at the state file.
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.2
 #: Seconds between two looks for a dead child.
 CHILD_EVERY_S = 0.5
 #: What `celery inspect stats` and Flower show of a node.

@@ -12,7 +12,9 @@ from celery.exceptions import WorkerLostError
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from embedq.contract import PUBLISHED_HEADER, Header, message_headers
+from embedq.contract import PUBLISHED_HEADER
+from embedq.header import Header
+from embedq.message import message_headers
 from embedq_worker import rerouting
 from embedq_worker.backend import process_name
 from embedq_worker.guard import Guard

@@ -14,7 +14,8 @@ from typing import Final
 
 import numpy as np
 
-from embedq.contract import Device, EmbedBatch
+from embedq.contract import Device
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq_worker.answer import Answer, Sink, Stats, Vectors
 from embedq_worker.canary import Canary

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from embedq.contract import Device, Queue
 from embedq_worker.doubts import Deaths
@@ -20,6 +19,7 @@ from embedq_worker.health import AWAY, OPERATOR, Health, Rules, queues_for
 from embedq_worker.placement import Placement
 from embedq_worker.probing import Finding, Probe
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.standing import standing
 from embedq_worker.state import NodeState, State
 
 log = logging.getLogger("embedq.worker")
@@ -101,27 +101,10 @@ class Guard:
 
     def shown(self) -> NodeState | None:
         """Return how the node is, for itself and for everybody else."""
-        child, health = self._child, self._health
-        if child is None:
+        if self._child is None:
             return None
-        if health.state in AWAY:
-            state = child
-            if child.state is State.STARTING or child.pid in (self.replaces, self._ended):
-                # Its replacement is on the way; nothing computes.
-                state = replace(child, device="", engine="", precision="")
-            return replace(
-                state,
-                state=health.state,
-                code=health.code,
-                reason=health.reason,
-                since=health.since,
-                count=health.count,
-                probe_at=0.0 if health.probe_at == float("inf") else health.probe_at,
-                may_return=health.may_return or self._held,
-            )
-        if child.pid in (self.replaces, self._ended):
-            return replace(child, state=State.STARTING, device="", engine="", precision="")
-        return replace(child, count=health.count)
+        leaves = self._child.pid in (self.replaces, self._ended)
+        return standing(self._child, self._health, leaves=leaves, held=self._held)
 
     def replaced(self, pid: int) -> None:
         """Take note that a child was ended because this guard said so."""

@@ -7,43 +7,27 @@ the parent consumes nothing until that says healthy.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
 import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from celery import signals
 
-from embedq.contract import Accuracy, Device
 from embedq.errors import EmbedqError
-from embedq.testing import stub_vectors
-from embedq_worker import claims, logs, models, selftest
+from embedq_worker import claims, logs
 from embedq_worker.child import Child
-from embedq_worker.devices import verify_opened
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines.script import FaultScript
-from embedq_worker.engines.stub import STUB_MAX_LENGTH, StubEngine, StubTokenizer, stub_card
-from embedq_worker.errors import DeviceError, EngineError, Reason
-from embedq_worker.golden import GOLDEN
-from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
-from embedq_worker.placement import Placement, place
-from embedq_worker.serving import Proven, Serving
-from embedq_worker.settings import DeviceChoice, WorkerSettings
-from embedq_worker.shadow import Shadow
-from embedq_worker.tokens import AnyTokenizer
+from embedq_worker.orphans import die_with_parent
+from embedq_worker.placed_serving import CLAIM_PATIENCE_S, claim_device, open_placed
+from embedq_worker.placement import place
+from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger("embedq.worker")
 
-#: Seconds that a killed predecessor may take to give its device back.
-CLAIM_PATIENCE_S = 10.0
 #: Seconds for which one Python thread may keep the others from running. With the default of 5 ms a
 #: thread that hands the device its next work waits longer for its turn than the device computes.
 SWITCH_INTERVAL_S = 0.0005
-
 
 _child: Child | None = None
 _claim: claims.Claim | None = None
@@ -58,130 +42,6 @@ def child() -> Child:
     if _child is None:
         raise RuntimeError("A batch outside a node's child. This is a bug.")
     return _child
-
-
-def find_model(settings: WorkerSettings) -> models.Model | None:
-    """Find and check the model that the settings name; the stub needs none.
-
-    Raises:
-        ModelError: it is missing, damaged or of a kind we cannot build.
-    """
-    if settings.device is DeviceChoice.STUB:
-        return None
-    return models.resolve(
-        settings.model,
-        settings.model_revision,
-        cache_dir=settings.cache_dir,
-        wheel_dir=settings.wheel_dir,
-        offline=settings.offline,
-    )
-
-
-def open_serving(settings: WorkerSettings, model: models.Model | None) -> Serving:
-    """Open the engine of the device and prove it.
-
-    Raises:
-        ModelError: the files of the model are damaged.
-        DeviceError: OpenVINO does not see the device.
-        EngineError: the engine does not open, or fails its self-test.
-    """
-    if model is None:
-        return _serve_stub(settings)
-    opener = Opener(settings, model)
-
-    def open_exact() -> Proven:
-        return opener.open_cpu(Accuracy.EXACT)
-
-    if settings.device is DeviceChoice.NPU:
-        shadow = Shadow(settings.shadow_every, opener.open_reference)
-        return Serving(model.card(), opener.open_npu(), open_exact, shadow=shadow)
-    card = replace(model.card(), quantised=opener.quantised())
-    return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, opener.open_int8)
-
-
-def _serve_stub(settings: WorkerSettings) -> Serving:
-    """Serve with the stub; on the CPU, where a degraded one goes, it has no faults."""
-    _, content = _stub_tokenizer(settings.stub_tokenizer)
-    if settings.device is DeviceChoice.CPU:
-        sound = _open_stub(settings, Device.CPU)
-        return Serving(stub_card(content), sound, lambda: sound, lambda: sound)
-    script = FaultScript(settings.stub_faults) if settings.stub_faults else None
-    proven = _open_stub(settings, Device.STUB, script)
-    quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
-    shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
-    return Serving(stub_card(content), proven, lambda: proven, lambda: proven, shadow)
-
-
-def _open_stub(
-    settings: WorkerSettings, device: Device, script: FaultScript | None = None
-) -> Proven:
-    engine = StubEngine(
-        delay_s=settings.stub_delay_s,
-        texts_per_s=settings.stub_texts_per_s,
-        script=script,
-        device=device,
-    )
-    budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
-    tokenizer, content = _stub_tokenizer(settings.stub_tokenizer)
-    embedder = Embedder(tokenizer, engine, token_budget=budget)
-    # Real tokens give the stub other hashes than those of the words that it is known by.
-    report = selftest.run(embedder, None, None if content else stub_vectors(GOLDEN))
-    if not report.passed:
-        raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
-    return Proven(engine, embedder, report, "only")
-
-
-def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
-    if path is None:
-        return StubTokenizer(), b""
-    from embedq_worker.tokenization import Tokenizer  # a library that the stub alone does not need
-
-    tokenizer = Tokenizer(path, STUB_MAX_LENGTH)
-    return tokenizer, path.read_bytes()
-
-
-def claim_device(settings: WorkerSettings, placement: Placement) -> claims.Claim | None:
-    """Take the NPU of a placement for this process alone.
-
-    Raises:
-        DeviceBusy: another process holds it.
-    """
-    if placement.npu is None:
-        return None
-    return claims.claim(
-        placement.npu.pci, settings.lock_dir, node=settings.name, wait_s=CLAIM_PATIENCE_S
-    )
-
-
-def open_placed(
-    settings: WorkerSettings, placement: Placement, model: models.Model | None = None
-) -> Serving:
-    """Open and prove the engine on the device of a placement, and on no other.
-
-    Args:
-        settings: of the node.
-        placement: where.
-        model: what to serve; None finds it.
-
-    Raises:
-        ModelError, EngineError: as open_serving.
-        WrongDevice: the runtime opened another NPU than the one of the placement.
-    """
-    placed = settings.model_copy(update={"device": DeviceChoice(str(placement.device))})
-    opened = open_serving(placed, model or find_model(settings))
-    if opened.engine.device is not placement.device:
-        opened.close()
-        raise EngineError(
-            f"The engine {opened.engine.name} runs on {opened.engine.device}, not on "
-            f"{placement.device}."
-        )
-    if placement.npu is not None:
-        try:
-            verify_opened(placement.npu, opened.engine.details.get("device_pci_info", ""))
-        except DeviceError:
-            opened.close()
-            raise
-    return opened
 
 
 @signals.worker_process_init.connect
@@ -235,10 +95,3 @@ def on_process_shutdown(**_: Any) -> None:
         _child.close()
     if _claim is not None:
         _claim.release()
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this child when its parent dies, so that no model outlives its node."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Final, TypeVar
 
-from embedq.contract import EmbedBatch, VectorSpec
+from embedq.contract import VectorSpec
+from embedq.message import EmbedBatch
 from embedq_worker import canary
 from embedq_worker.embedder import Embedder
 from embedq_worker.models import Model

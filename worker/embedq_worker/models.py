@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq_worker import hub, sources
 from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError

@@ -1,9 +1,8 @@
-"""Opens engines and proves them: no engine serves that has not passed its self-test."""
+"""Opens the engines of a node: none serves that has not been proven."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,22 +10,21 @@ from typing import Final
 
 from embedq.contract import Accuracy, Precision
 from embedq.errors import SettingsError
-from embedq_worker import canary, references, selftest
+from embedq_worker import canary
 from embedq_worker.canary import Canary
 from embedq_worker.choices import EngineChoice, PrecisionChoice
-from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine
-from embedq_worker.errors import EngineError, NotQuantised, Reason
+from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.golden import GOLDEN
+from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET, Layouts, engine_versions
 from embedq_worker.measuring import race
 from embedq_worker.models import Model
+from embedq_worker.proving import Prover
 from embedq_worker.quantised import Quantised, QuantisedStore
-from embedq_worker.references import Vectors
 from embedq_worker.selection import Candidate, Memory, candidates, choose, machine_key
 from embedq_worker.serving import Proven
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.tokenization import Tokenizer
 from embedq_worker.tuning import Layout
 
 log = logging.getLogger("embedq.worker")
@@ -35,17 +33,20 @@ log = logging.getLogger("embedq.worker")
 QUANTIZE: Final = "Run on this node: embedq-worker quantize FILE, and start it again."
 #: What serves class int8.
 INT8: Final = Candidate(EngineChoice.OPENVINO, Precision.INT8)
-#: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
-DEFAULT_TOKEN_BUDGET: Final = 512
 
 
 class Opener:
-    """Opens engines for one model by the settings of a node."""
+    """Opens engines for one model by the settings of a node.
+
+    Attributes:
+        prover: proves what is opened.
+    """
 
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
         self._settings = settings
         self._model = model
-        self._tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+        self.prover = Prover(settings, model)
+        self._layouts = Layouts(settings, model)
 
     def open_npu(self) -> Proven:
         """Open the NPU, or its stand-in, with a canary in every batch.
@@ -70,10 +71,10 @@ class Opener:
             compile_deadline_s=settings.compile_deadline_s,
             infer_deadline_s=settings.infer_deadline_s,
         )
-        reference = self._reference()
+        reference = self.prover.reference()
         engine = open_npu(self._model, options, settings.cache_dir)
-        proven = self.prove(engine, Accuracy.STANDARD, reference, "only")
-        tokens = self._tokenizer.tokenize([canary.TEXT])
+        proven = self.prover.prove(engine, Accuracy.STANDARD, reference, "only")
+        tokens = self.prover.tokenizer.tokenize([canary.TEXT])
         proven.embedder.canary = Canary(tokens, reference[GOLDEN.index(canary.TEXT)])
         return proven
 
@@ -106,7 +107,7 @@ class Opener:
             chosen.engine,
             chosen.precision,
             why,
-            self.layout(chosen, accuracy).describe(),
+            self._layouts.of(chosen, accuracy).describe(),
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
@@ -132,51 +133,16 @@ class Opener:
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
-            layout = self.layout(INT8, Accuracy.INT8)
+            layout = self._layouts.of(INT8, Accuracy.INT8)
             engine = open_engine(
                 "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
             )
             why = f"quantised {copy.name}"
-            return self.prove(engine, Accuracy.INT8, self._reference(), why, layout)
+            return self.prover.prove(engine, Accuracy.INT8, self.prover.reference(), why, layout)
         except NotQuantised:
             raise
         except EngineError as error:
             raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
-
-    def prove(
-        self,
-        engine: Engine,
-        accuracy: Accuracy,
-        reference: Vectors | None,
-        why: str,
-        layout: Layout | None = None,
-    ) -> Proven:
-        """Ask an engine the golden texts; one that fails is closed.
-
-        Raises:
-            EngineError: it fails.
-        """
-        budget = layout.token_budget if layout else self._settings.token_budget
-        budget = budget or DEFAULT_TOKEN_BUDGET
-        embedder = Embedder(self._tokenizer, engine, token_budget=budget)
-        report = selftest.run(embedder, self._model, reference, accuracy)
-        proven = Proven(engine, embedder, report, why, layout)
-        log.info(
-            "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
-            "max_deviation=%.1e inversions=%d seconds=%.2f",
-            report.passed,
-            engine.name,
-            engine.device,
-            engine.precision,
-            report.min_cosine,
-            report.max_deviation,
-            report.inversions,
-            report.seconds,
-        )
-        if not report.passed:
-            proven.close()
-            raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
-        return proven
 
     def _open_first(self, among: Sequence[Candidate], accuracy: Accuracy, why: str) -> Proven:
         """Open the first that can be proven; the others are there for when it cannot."""
@@ -190,12 +156,12 @@ class Opener:
 
     def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> Proven:
         trusted = one.engine is EngineChoice.ONNXRUNTIME
-        reference = None if trusted else self._reference()
-        layout = self.layout(one, accuracy)
+        reference = None if trusted else self.prover.reference()
+        layout = self._layouts.of(one, accuracy)
         engine = open_engine(
             one.engine, self._model, layout.cores, one.precision, streams=layout.streams
         )
-        return self.prove(engine, accuracy, reference, why, layout)
+        return self.prover.prove(engine, accuracy, reference, why, layout)
 
     def open_layout(self, one: Candidate, layout: Layout) -> Engine:
         """Open an engine with a layout that is to be measured; it is not proven.
@@ -212,44 +178,6 @@ class Opener:
         return open_engine(
             one.engine, self._model, layout.cores, one.precision, graph, layout.streams
         )
-
-    def layout(self, one: Candidate, accuracy: Accuracy) -> Layout:
-        """Return how an engine is to use the cores: as the settings say, as tuned, or as usual."""
-        settings = self._settings
-        kept = Memory(settings.cache_dir).recall_entry(self.tuning_key(one, accuracy))
-        usual = Layout(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
-        tuned = Layout.from_entry(kept, settings.cores()) or usual
-        return tuned.overridden(settings.threads, settings.streams, settings.token_budget)
-
-    def tuning_key(self, one: Candidate, accuracy: Accuracy) -> str:
-        """Name everything that could change what is the best layout."""
-        return machine_key(
-            what="layout",
-            model=self._model.identity,
-            accuracy=str(accuracy),
-            engine=f"{one.engine} {one.precision}",
-            versions=str([_version(name) for name in ("onnxruntime", "openvino")]),
-            cores=str(self._settings.cores()),
-        )
-
-    def _reference(self) -> Vectors:
-        return references.load_or_make(self._model, self._settings.cache_dir, self._make_reference)
-
-    def open_reference(self) -> Proven:
-        """Open what every other engine is compared with: onnxruntime in fp32, on one core.
-
-        Raises:
-            EngineError: it does not open, or fails its self-test.
-        """
-        engine = open_engine("onnxruntime", self._model, 1)
-        return self.prove(engine, Accuracy.EXACT, None, "reference")
-
-    def _make_reference(self) -> Vectors:
-        proven = self.open_reference()
-        try:
-            return selftest.embed_golden(proven.embedder, self._model)
-        finally:
-            proven.close()
 
     def _measure(self, accuracy: Accuracy, among: Sequence[Candidate]) -> Mapping[Candidate, float]:
         """Time those that can be proven for a class."""
@@ -270,14 +198,7 @@ class Opener:
             model=self._model.identity,
             accuracy=str(accuracy),
             among=str([(str(one.engine), str(one.precision)) for one in among]),
-            versions=str([_version(name) for name in ("onnxruntime", "openvino")]),
+            versions=engine_versions(),
             cores=str(self._settings.cores()),
             token_budget=str(self._settings.token_budget or DEFAULT_TOKEN_BUDGET),
         )
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

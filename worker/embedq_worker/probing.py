@@ -14,7 +14,9 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from embedq.contract import Device
 from embedq.errors import EmbedqError
+from embedq_worker.orphans import die_with_parent
 
 
 class Finding(NamedTuple):
@@ -81,7 +83,7 @@ class Probe:
 def look(settings: Any) -> Finding:
     """Open the NPU of the settings, prove it, and give it back."""
     # Here, because the parent of a node imports this file and must never import a runtime.
-    from embedq_worker import lifecycle
+    from embedq_worker import placed_serving
     from embedq_worker.child import describe
     from embedq_worker.errors import Reason
     from embedq_worker.placement import place
@@ -89,9 +91,11 @@ def look(settings: Any) -> Finding:
     began = time.monotonic()
     claim = None
     try:
-        placement = place(settings, wait_s=lifecycle.CLAIM_PATIENCE_S)
-        claim = lifecycle.claim_device(settings, placement)
-        lifecycle.open_placed(settings, placement).close()
+        placement = place(settings, wait_s=placed_serving.CLAIM_PATIENCE_S)
+        if placement.home is not Device.NPU:  # auto, and the NPU is not there any more
+            return Finding(False, "no_device", placement.reason, time.monotonic() - began)
+        claim = placed_serving.claim_device(settings, placement)
+        placed_serving.open_placed(settings, placement).close()
     except Exception as error:  # whatever it is, the node must hear of it
         code, reason = describe(error, Reason.INIT_FAILED)
         return Finding(False, code, reason, time.monotonic() - began)
@@ -103,10 +107,10 @@ def look(settings: Any) -> Finding:
 
 def main() -> None:
     """Look, and say what was found."""
-    from embedq_worker import lifecycle, logs
+    from embedq_worker import logs
     from embedq_worker.settings import WorkerSettings
 
-    lifecycle.die_with_parent()
+    die_with_parent()
     if os.getppid() != int(sys.argv[1]):  # it died before the line above
         return
     out = os.dup(1)

@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple
 from embedq.contract import Accuracy
 from embedq.errors import SettingsError
 from embedq_worker.calibration import Sample, sample_texts
-from embedq_worker.lifecycle import find_model
 from embedq_worker.models import Model
 from embedq_worker.opening import Opener
+from embedq_worker.placed_serving import find_model
 from embedq_worker.quantised import NAME_LENGTH, Quality, QuantisedStore
 from embedq_worker.quantizing import compare, embed_lines, quantize_graph
 from embedq_worker.settings import WorkerSettings

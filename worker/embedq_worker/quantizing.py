@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq.contract import EmbedBatch, VectorSpec
+from embedq.contract import VectorSpec
 from embedq.errors import SettingsError
+from embedq.message import EmbedBatch
 from embedq_worker.calibration import Line
 from embedq_worker.embedder import Embedder
 from embedq_worker.errors import EngineError, Reason

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from celery.exceptions import Ignore, Reject
 
-from embedq.contract import PUBLISHED_HEADER, Header, Queue
+from embedq.contract import PUBLISHED_HEADER, Queue
+from embedq.header import Header
 from embedq_worker.tally import TALLY
 
 log = logging.getLogger("embedq.worker")

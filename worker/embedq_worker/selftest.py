@@ -18,8 +18,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq.contract import Accuracy, EmbedBatch, Precision, VectorSpec
+from embedq.contract import Accuracy, Precision, VectorSpec
 from embedq.errors import EmbedqError
+from embedq.message import EmbedBatch
 from embedq_worker.embedder import Embedder
 from embedq_worker.golden import GOLDEN, PUBLISHED
 from embedq_worker.models import Model

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from embedq.contract import Accuracy, Device, EmbedBatch, ModelCard, Precision
+from embedq.card import ModelCard
+from embedq.contract import Accuracy, Device, Precision
+from embedq.message import EmbedBatch
 from embedq_worker.answer import Vectors
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedq.contract import EmbedBatch
+from embedq.message import EmbedBatch
 from embedq_worker.answer import Vectors
 from embedq_worker.errors import EngineError, InferFailed, Reason
 from embedq_worker.selftest import MIN_COSINES

@@ -55,7 +55,7 @@ def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: bool = False) 
     )
     # Looked up here as well as in the child, so that a wrong model ends the command with a sentence
     # instead of a node that never serves. The checksums are cached, so it costs once.
-    from embedq_worker.lifecycle import find_model
+    from embedq_worker.placed_serving import find_model
 
     find_model(settings)
     state_file.remove()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgpack
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq.errors import SettingsError
 
 

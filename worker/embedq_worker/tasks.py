@@ -9,9 +9,11 @@ from typing import Any
 from celery.exceptions import Reject
 
 from embedq import tracing
-from embedq.contract import TASK_NAME, Accuracy, EmbedBatch, Header, VectorSpec
+from embedq.contract import TASK_NAME, Accuracy, VectorSpec
 from embedq.errors import ContractError
+from embedq.header import Header
 from embedq.ledger import Verdict
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
 from embedq_worker import rerouting

@@ -21,7 +21,7 @@ from embedq_worker.state import NodeState, State
 log = logging.getLogger("embedq.worker")
 
 #: Seconds between two looks for something new to tell.
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.2
 #: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
 HEARTBEAT_TIMEOUT_S = 1.0
 

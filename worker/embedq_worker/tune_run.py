@@ -6,15 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from embedq.contract import Accuracy, EmbedBatch, VectorSpec
+from embedq.contract import Accuracy, VectorSpec
 from embedq.errors import SettingsError
+from embedq.message import EmbedBatch
 from embedq_worker import canary
 from embedq_worker.choices import EngineChoice
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.base import Engine
-from embedq_worker.lifecycle import find_model
+from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET, Layouts
 from embedq_worker.models import Model
-from embedq_worker.opening import DEFAULT_TOKEN_BUDGET, Opener
+from embedq_worker.opening import Opener
+from embedq_worker.placed_serving import find_model
 from embedq_worker.selection import Candidate, Memory
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import Tokenizer
@@ -128,7 +130,7 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
     chosen = decide(found, found[0].layout) if enough else found[0].layout
     if not enough:
         tell("Too few rounds in the time: the machine is busy. Tune it while it is idle.")
-    key = opener.tuning_key(one, wanted.accuracy)
+    key = Layouts(settings, model).key(one, wanted.accuracy)
     kept = Memory(settings.cache_dir).keep_entry(key, chosen.entry())
     return Result(f"{one.engine} {one.precision}", wanted.texts, tuple(found), chosen, kept)
 

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from redis.exceptions import RedisError
 
-from embedq.contract import EmbedBatch
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.staging import Staging
 from embedq.vectors import Vectors, encode, split_rows

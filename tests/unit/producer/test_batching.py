@@ -12,7 +12,8 @@ from embedq.batching import (
     batch_tokens,
     split,
 )
-from embedq.contract import MAX_BATCH_BYTES, MAX_TEXT_BYTES, EmbedBatch, VectorSpec
+from embedq.contract import MAX_BATCH_BYTES, MAX_TEXT_BYTES, VectorSpec
+from embedq.message import EmbedBatch
 
 SPEC = VectorSpec("ab" * 32, 384, 256)
 LIMITS = {"max_texts": 8, "max_tokens": 200, "max_length": 64}

@@ -11,7 +11,7 @@ import pytest
 from redis import Redis
 from tests.servers import RedisProcess
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq.errors import MalformedMessage, NoNode
 from embedq.fleet import NODES_KEY, Heartbeat, beat, fetch_alive, find_card, leave
 

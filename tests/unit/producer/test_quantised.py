@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from embedq import Client
-from embedq.contract import Accuracy, ModelCard, VectorSpec
+from embedq.card import ModelCard
+from embedq.contract import Accuracy, VectorSpec
 from embedq.errors import NotQuantised, SettingsError
 from embedq.fleet import Heartbeat
 from embedq.quantised import QuantisedWatch

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, real_model
 
-from embedq.contract import Code, Device, EmbedBatch, Outcome, Precision, Status, VectorSpec
+from embedq.contract import Code, Device, Outcome, Precision, Status, VectorSpec
+from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq.vectors import Vectors

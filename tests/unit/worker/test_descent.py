@@ -125,8 +125,8 @@ ROWS = (
     ),
     Row(
         "log lines that say what really loaded",
-        "embedq_worker.lifecycle:open_placed",
-        f"{UNIT}/test_lifecycle_placed.py::test_engine_on_another_device_is_refused",
+        "embedq_worker.placed_serving:open_placed",
+        f"{UNIT}/test_placed_serving.py::test_engine_on_another_device_is_refused",
     ),
     Row(
         "lock: one process per device, and the second names the first",
@@ -140,7 +140,7 @@ ROWS = (
     ),
     Row(
         "bounded requests: a cap of bytes before anything is inflated",
-        "embedq.contract:Header",
+        "embedq.header:Header",
         "unit/producer/test_contract.py",
     ),
     Row(

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedq.contract import Code, Device, EmbedBatch, OnLong, Outcome, Precision, Status, VectorSpec
+from embedq.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
+from embedq.message import EmbedBatch
 from embedq.testing import stub_vectors
 from embedq_worker.answer import Stats
 from embedq_worker.canary import TEXT, Canary

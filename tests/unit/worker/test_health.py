@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 
-from embedq.contract import Device, ModelCard, Queue
+from embedq.card import ModelCard
+from embedq.contract import Device, Queue
 from embedq_worker.errors import Reason
 from embedq_worker.health import Health, Rules, may_answer, queues_for
 from embedq_worker.state import NodeState, State

@@ -17,7 +17,7 @@ from tests.model_fixtures import (
     write_tiny,
 )
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq_worker import models
 from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedq.contract import Accuracy, Device, EmbedBatch, OnLong, VectorSpec
+from embedq.contract import Accuracy, Device, OnLong, VectorSpec
+from embedq.message import EmbedBatch
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder

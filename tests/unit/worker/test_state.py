@@ -8,7 +8,7 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from embedq.contract import ModelCard
+from embedq.card import ModelCard
 from embedq.errors import SettingsError
 from embedq_worker.state import NodeState, State, StateFile, private_dir
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.contract import Device, EmbedBatch, Outcome, Precision, VectorSpec
+from embedq.contract import Device, Outcome, Precision, VectorSpec
 from embedq.errors import SettingsError
+from embedq.message import EmbedBatch
 from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine

@@ -24,7 +24,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq.contract import Device, ModelCard, Precision
+from embedq.card import ModelCard
+from embedq.contract import Device, Precision
 from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
 from embedq_worker.engines.script import INFER, INIT, FaultScript, commit_native
 from embedq_worker.errors import InferFailed

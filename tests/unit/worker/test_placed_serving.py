@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedq.contract import Device
-from embedq_worker import lifecycle
+from embedq_worker import placed_serving
 from embedq_worker.errors import EngineError, WrongDevice
 from embedq_worker.machine import Npu
 from embedq_worker.placement import Placement
@@ -39,8 +39,8 @@ class Opened:
 
 def opening(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     """Let the engine open so."""
-    monkeypatch.setattr(lifecycle, "open_serving", lambda *_: opened)
-    monkeypatch.setattr(lifecycle, "find_model", lambda _: None)
+    monkeypatch.setattr(placed_serving, "open_serving", lambda *_: opened)
+    monkeypatch.setattr(placed_serving, "find_model", lambda _: None)
 
 
 def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +49,7 @@ def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     opening(monkeypatch, opened)
 
     with pytest.raises(EngineError, match="runs on cpu, not on npu"):
-        lifecycle.open_placed(WorkerSettings.load(), ON_NPU)
+        placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 
 
@@ -64,7 +64,7 @@ def test_runtime_that_opened_another_npu_is_refused(
     opening(monkeypatch, opened)
 
     with pytest.raises(WrongDevice, match="this node holds accel0 NPU 4000"):
-        lifecycle.open_placed(WorkerSettings.load(), ON_NPU)
+        placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 
 
@@ -73,7 +73,7 @@ def test_claimed_npu_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(Device.NPU, {"device_pci_info": "{domain: 0 bus: 0 device: 0xb function: 0}"})
     opening(monkeypatch, opened)
 
-    served: object = lifecycle.open_placed(WorkerSettings.load(), ON_NPU)
+    served: object = placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
 
     assert served is opened
     assert not opened.closed

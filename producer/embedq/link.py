@@ -1,0 +1,46 @@
+"""The link of a job to both Redis, patient while one of them is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from redis import Redis
+
+from embedq.broker import Broker
+from embedq.patience import OnWait, patiently
+from embedq.publisher import Publisher
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a job talks through.
+
+    Attributes:
+        redis: of the results.
+        broker: the queues, looked at from outside Celery.
+        publisher: of the broker.
+        patience_s: how long to wait for a Redis that went away.
+        visibility_timeout_s: the fleet's lease on a batch.
+        on_wait: told what is waited for.
+        on_idle: called about every second while nothing arrives; may raise to end the job.
+    """
+
+    redis: Redis
+    broker: Broker
+    publisher: Publisher
+    patience_s: float
+    visibility_timeout_s: float
+    on_wait: OnWait
+    on_idle: Callable[[], None]
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Run an action on Redis, and again while it is worth waiting.
+
+        Raises:
+            QueueUnavailable: patience ran out, or waiting cannot help.
+        """
+        return patiently(action, patience_s=self.patience_s, on_wait=self.on_wait)
