@@ -131,10 +131,11 @@ class Run:
         }
 
     def _wait(self, is_so: Callable[[], bool], what: str) -> Story:
-        until = time.monotonic() + STEP_S
+        step_s = STEP_S * self.options.patience
+        until = time.monotonic() + step_s
         while not is_so():
             if time.monotonic() > until:
-                raise TimeoutError(f"Waited {STEP_S:.0f} s for {what}.")
+                raise TimeoutError(f"Waited {step_s:.0f} s for {what}.")
             yield True
 
     def _until(self, is_so: Callable[[], bool], what: str) -> None:
@@ -213,9 +214,17 @@ def main() -> NoReturn:
     parser.add_argument("--faults", type=int, default=100, help="How many strike.")
     parser.add_argument("--seed", type=int, default=1, help="Of the order of faults.")
     parser.add_argument("--report", type=Path, default=ROOT / "ops" / "chaos" / "reports")
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=1,
+        help="Times as long for opening the device and for each step, where others are at work.",
+    )
     parser.add_argument("--keep", action="store_true", help="Keep the logs.")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eq-"))
+    budget_s = int(SETTINGS["EMBEDQ_INIT_BUDGET_S"]) * options.patience
+    SETTINGS["EMBEDQ_INIT_BUDGET_S"] = str(budget_s)
     stage = Stage(folder, [Npu, Npu, CpuNode])
     run, job = Run(options, stage), Job(stage.urls)
     try:

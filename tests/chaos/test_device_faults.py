@@ -25,9 +25,11 @@ def test_every_kind_of_fault_is_survived(tmp_path: Path) -> None:
     """
     if shutil.which("redis-server") is None and os.environ.get("CI") != "true":
         pytest.skip("redis-server is missing; Debian: apt install redis-server")
-    command = [sys.executable, str(RUN), "--faults", str(KINDS), "--report", str(tmp_path)]
+    command = [sys.executable, str(RUN), "--faults", str(KINDS), "--patience", "3"]
 
-    run = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    run = subprocess.run(
+        [*command, "--report", str(tmp_path)], capture_output=True, text=True, timeout=380
+    )
 
     [report] = tmp_path.glob("*.json")
     found = json.loads(report.read_text())
