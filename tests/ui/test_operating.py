@@ -169,7 +169,7 @@ def test_all_who_watch_name_the_degraded_node(watched: Watched) -> None:
     [told] = [found["stats"]["embedq"] for name, found in stats.items() if "sick" in name]
     assert (told["state"], told["reason"]) == (node["state"], node["reason"])
     assert (node["state"], node["reason"]) == ("degraded", REASON)
-    assert node["since"] == pytest.approx(watched.since, abs=5)
+    assert watched.since - 1 <= node["since"] <= time.time()
     assert SECRET not in metrics + json.dumps(stats)
 
 
