@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings as hypothesis_settings
+from redis import Redis
 from tests.command import Command
-from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node
+from tests.servers import JOB_TTL_S, NodeProcess, RedisProcess, forget_all, stub_node
 
 from embedq import Client
+from embedq.ledger import Ledger
 
 #: Variables that tests themselves read.
 OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV", "EMBEDQ_WHEEL_DIR")
@@ -72,6 +74,21 @@ def redis(short_dir: Path) -> Iterator[RedisProcess]:
     server = RedisProcess(short_dir)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def results(redis: RedisProcess) -> Iterator[Redis]:
+    """A client of the results database."""
+    with redis.open() as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(results: Redis) -> Ledger:
+    """The ledger of an open job."""
+    opened = Ledger(results, "job")
+    opened.open(fingerprint=bytes(8), ttl_s=JOB_TTL_S, label="test")
+    return opened
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from tests.programs import program
 
 from embedq import fleet
+from embedq.contract import Queue
 from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings
 from embedq_worker.state import StateFile
@@ -26,6 +27,8 @@ from embedq_worker.state import StateFile
 T = TypeVar("T")
 #: Seconds that any one thing of a test may take on a busy machine.
 DEADLINE_S = 30.0
+#: Seconds that the job of the fixture `ledger` lives.
+JOB_TTL_S = 600
 #: Seconds between two looks at what is waited for.
 LOOK_EVERY_S = 0.02
 
@@ -204,6 +207,15 @@ def leaving_node(
     with stub_node(redis, folder, name, **settings) as node:
         yield node
         node.stop()
+
+
+def wait_until_acknowledged(redis: RedisProcess) -> None:
+    """Wait until no batch is queued or in hand.
+
+    A node acknowledges a batch after the line about it, which comes after the vectors.
+    """
+    with redis.open(0) as broker:
+        wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the last batch")
 
 
 def forget_all(redis: RedisProcess) -> None:

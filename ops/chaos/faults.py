@@ -105,7 +105,7 @@ def kill_clients(world: World) -> bool:
     server = world.rng.choice(world.fleet.servers)
     with suppress(RedisError):
         for kind in ("normal", "pubsub"):
-            server.client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")  # type: ignore[no-untyped-call] # untyped in redis-py
+            server.client.client_kill_filter(_type=kind, skipme=True)
         return True
     return False
 

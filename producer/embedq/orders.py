@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import StrEnum
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import msgpack
 from redis import Redis
@@ -70,11 +70,6 @@ def fetch_orders(redis: Redis, node: str) -> tuple[Order | None, bool]:
     pipe.exists(PAUSED_KEY)
     raw, paused = pipe.execute()
     return _order(raw), bool(paused)
-
-
-def fetch_pause(redis: Redis) -> Pause | None:
-    """Return the pause of the fleet, or None while it works."""
-    return read_pause(cast(bytes | None, redis.get(PAUSED_KEY)))
 
 
 def read_pause(raw: bytes | None) -> Pause | None:

@@ -11,11 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.servers import NodeProcess, RedisProcess, leaving_node, stub_node, wait_for
+from tests.servers import (
+    NodeProcess,
+    RedisProcess,
+    leaving_node,
+    stub_node,
+    wait_for,
+    wait_until_acknowledged,
+)
 
 from embedq import Client
 from embedq.batching import Slice
-from embedq.contract import Queue
 from embedq.errors import TextsFailed
 from embedq.testing import stub_vectors
 from embedq.vectors import Vectors
@@ -54,8 +60,8 @@ def wait_until_begun(redis: RedisProcess) -> None:
 
 def assert_nothing_left(redis: RedisProcess) -> None:
     """Require that queues, unacknowledged messages and the job are gone."""
-    with redis.open(0) as broker, redis.open(1) as results:
-        wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the queues")
+    wait_until_acknowledged(redis)
+    with redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
 
 
@@ -160,10 +166,14 @@ def test_node_that_ends_in_good_order_gives_its_batch_back(
 
 
 def test_duplicate_messages_deliver_once(
-    node: NodeProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+    node: NodeProcess,
+    client: Client,
+    shared_redis: RedisProcess,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A batch that lies in the queue three times is delivered once and committed once."""
     publish = client._publisher.publish
+    wait_until_acknowledged(shared_redis)
     before = len(node.lines("committed=yes"))
 
     def three_times(*args: object) -> None:
@@ -177,4 +187,5 @@ def test_duplicate_messages_deliver_once(
 
     assert [batch.slice.index for batch in batches] == list(range(len(slices)))
     assert np.array_equal(np.concatenate([b.vectors for b in batches]), stub_vectors(TEXTS))
+    wait_until_acknowledged(shared_redis)
     assert len(node.lines("committed=yes")) == before + len(slices)

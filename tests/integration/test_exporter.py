@@ -75,13 +75,6 @@ def broker(redis: RedisProcess) -> Iterator[Redis]:
         yield client
 
 
-@pytest.fixture
-def results(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the results database."""
-    with redis.open() as client:
-        yield client
-
-
 def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -> None:
     """What waits and what nodes hold have their number, and the age of the oldest since publish."""
     add_messages(broker, Queue.NPU, [90.0, 20.0], size=200_000)

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 from redis import Redis
 from redis.exceptions import OutOfMemoryError
-from tests.servers import RedisProcess
+from tests.servers import JOB_TTL_S, RedisProcess
 
 from embedq.ledger import JOBS_KEY, Ledger, Verdict
 from embedq.patience import waits_for
 from embedq.suspects import Notes, Suspects
 
-TTL_S = 600
-
-
-@pytest.fixture
-def results(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the results database."""
-    with redis.open() as client:
-        yield client
-
-
-@pytest.fixture
-def ledger(results: Redis) -> Ledger:
-    """The ledger of an open job."""
-    opened = Ledger(results, "job")
-    opened.open(fingerprint=bytes(8), ttl_s=TTL_S, label="test")
-    return opened
-
 
 def keys_of_job(results: Redis) -> set[bytes]:
     """Return the keys of every job."""
     return set(results.scan_iter("embedq:{*"))
+
+
+def test_forgiven_try_is_not_counted(ledger: Ledger) -> None:
+    """A batch whose device failed under it begins afresh; a try never goes below none."""
+    assert ledger.begin(0) == (Verdict.GO, 1)
+    ledger.forgive(0)
+    ledger.forgive(0)
+    assert ledger.begin(0) == (Verdict.GO, 1)
+    assert ledger.begin(0) == (Verdict.GO, 2)
+
+
+def test_batch_of_a_gone_job_is_forgiven_without_a_trace(ledger: Ledger, results: Redis) -> None:
+    """A key written for a job that is gone would live for ever."""
+    ledger.begin(0)
+    ledger.drop()
+
+    ledger.forgive(0)
+
+    assert keys_of_job(results) == set()
 
 
 def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
@@ -90,7 +91,7 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
 
     assert len(lives) == 6
     assert all(ttl > 0 for ttl in lives.values()), lives
-    assert all(ttl <= TTL_S for key, ttl in lives.items() if b"suspects" not in key), lives
+    assert all(ttl <= JOB_TTL_S for key, ttl in lives.items() if b"suspects" not in key), lives
 
 
 def test_notes_on_suspects_are_kept_by_process_and_batch(ledger: Ledger, results: Redis) -> None:
@@ -125,7 +126,7 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
 @pytest.mark.parametrize("action", ["cancel", "forget", "keep_alive", "drop"])
 def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
     """What a producer does to a job that has expired brings no key back."""
-    arguments = {"forget": [0], "keep_alive": [TTL_S]}.get(action, [])
+    arguments = {"forget": [0], "keep_alive": [JOB_TTL_S]}.get(action, [])
     ledger.drop()
 
     getattr(ledger, action)(*arguments)
@@ -174,7 +175,7 @@ def test_opening_again_changes_nothing(ledger: Ledger) -> None:
     """A producer that repeats its opening keeps what is committed."""
     ledger.commit(0, [b"value"])
 
-    ledger.open(fingerprint=bytes(8), ttl_s=TTL_S)
+    ledger.open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
 
     assert ledger.commit(0, [b"other"]) is False
 
@@ -200,6 +201,6 @@ def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) 
     results.config_set("maxmemory", 1)
 
     with pytest.raises(Exception) as caught:  # which class it is, is the point below
-        Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=TTL_S)
+        Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
 
     assert waits_for(caught.value) == "Redis is full (maxmemory)"

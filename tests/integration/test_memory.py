@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.servers import NodeProcess, RedisProcess, wait_for
+from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
-from embedq.contract import Queue
 from embedq.testing import STUB_DIM, stub_vectors
 
 #: Bytes of one vector.
@@ -56,8 +55,8 @@ def test_nothing_is_left_once_results_were_taken(
     """After a job no key of it, no queued and no unacknowledged message is left in Redis."""
     client.encode([f"text {i}" for i in range(3_000)])
 
-    with shared_redis.open(0) as broker, shared_redis.open(1) as results:
-        wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the last ack")
+    wait_until_acknowledged(shared_redis)
+    with shared_redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
         assert results.zcard("embedq:jobs") == 0
         strangers = [key for key in results.scan_iter() if not key.startswith(b"embedq:node")]
@@ -74,8 +73,8 @@ def test_nothing_is_left_of_a_job_that_was_abandoned(
     for _ in job.batches(timeout_s=20):
         break
 
-    with shared_redis.open(0) as broker, shared_redis.open(1) as results:
-        wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the queue")
+    wait_until_acknowledged(shared_redis)
+    with shared_redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
 
 

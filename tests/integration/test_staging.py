@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from redis import Redis
-from tests.servers import RedisProcess
+from tests.servers import JOB_TTL_S, RedisProcess
 
 from embedq.contract import VectorSpec
 from embedq.ledger import Ledger, StagedGone
@@ -20,23 +19,7 @@ from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.uploading import Upload
 
-TTL_S = 600
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
-
-
-@pytest.fixture
-def results(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the results database."""
-    with redis.open() as client:
-        yield client
-
-
-@pytest.fixture
-def ledger(results: Redis) -> Ledger:
-    """The ledger of an open job."""
-    opened = Ledger(results, "job")
-    opened.open(fingerprint=bytes(8), ttl_s=TTL_S)
-    return opened
 
 
 def staged(results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")) -> Staging:
@@ -61,7 +44,7 @@ def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Red
     assert committed is True
     [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
     assert ledger.fetch_values(commit) == [b"b", b"inline", b"a"]
-    assert 0 < results.ttl("embedq:{job}:v:0:0") <= TTL_S
+    assert 0 < results.ttl("embedq:{job}:v:0:0") <= JOB_TTL_S
     ledger.take([commit])
     left = {b"embedq:{job}:" + name for name in (b"meta", b"bits", b"commits")}
     assert keys_of_job(results) == left

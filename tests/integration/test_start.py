@@ -23,6 +23,7 @@ from tests.servers import (
     environment,
     stub_node,
     wait_for,
+    wait_until_acknowledged,
 )
 
 from embedq import Client
@@ -196,6 +197,7 @@ def test_strict_job_is_served_by_an_npu_alone(
     node: NodeProcess, shared_redis: RedisProcess, short_dir: Path
 ) -> None:
     """A node of the CPU beside it stays idle while the NPU's node takes the strict batch."""
+    wait_until_acknowledged(shared_redis)
     before = len(node.lines("batch_"))
     with (
         stub_node(shared_redis, short_dir, "npu", **AS_NPU) as npu,
@@ -204,7 +206,7 @@ def test_strict_job_is_served_by_an_npu_alone(
         vectors = client.encode(TEXTS)
 
         assert np.array_equal(vectors, stub_vectors(TEXTS))
-        wait_for(lambda: npu.lines("batch_done"), "the line about it, which comes after vectors")
+        wait_until_acknowledged(shared_redis)
         assert len(npu.lines("batch_done")) == 1
         assert len(node.lines("batch_")) == before
 
@@ -213,6 +215,7 @@ def test_strict_job_fails_with_the_reason_when_no_npu_comes(
     node: NodeProcess, shared_redis: RedisProcess
 ) -> None:
     """After EMBEDQ_NODE_WAIT_S without an NPU the caller hears why; no CPU touched the batch."""
+    wait_until_acknowledged(shared_redis)
     before = len(node.lines("batch_"))
     with (
         Client(settings=shared_redis.settings(node_wait_s=1)) as client,

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celery import bootsteps
 from celery.worker import state as worker_state
 from celery.worker.consumer import consumer as celery_consumer
 
@@ -22,8 +21,9 @@ from embedq_worker.guard import Guard
 from embedq_worker.hearing import HearOperator
 from embedq_worker.leases import RenewLeases
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import State, StateFile
+from embedq_worker.state import StateFile
 from embedq_worker.telling import TellFleet
+from embedq_worker.ticking import Ticking
 from embedq_worker.vitals import ShowPulse, beating
 
 log = logging.getLogger("embedq.worker")
@@ -36,10 +36,10 @@ CHILD_EVERY_S = 0.5
 SHOWN = ("state", "reason", "code", "since", "count", "device", "home", "engine", "precision")
 
 
-class ServeQueues(bootsteps.StartStopStep):
+class ServeQueues(Ticking):
     """Consume what the guard allows, and replace the child that it names."""
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    every_s = LOOK_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
@@ -47,20 +47,14 @@ class ServeQueues(bootsteps.StartStopStep):
         self._file = StateFile(settings.runtime_dir, settings.name)
         self._guard = Guard(settings, c.app.conf.get("embedq_placement"))
         c.app.conf.embedq_guard = self._guard
-        self._timer: Any = None
 
     def start(self, c: Any) -> None:
         """Apply once before the loop consumes, then keep looking; runs at each reconnect too."""
         # Celery ends the node when its very first child dies early, and replaces every other. The
         # guard counts them all.
         c.pool.did_start_ok = lambda: True
-        self._apply(c)
-        self._timer = c.timer.call_repeatedly(LOOK_EVERY_S, self._apply, (c,))
-
-    def stop(self, c: Any) -> None:
-        """Stop looking."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self.tick(c)
+        super().start(c)
 
     def shutdown(self, c: Any) -> None:
         """Leave no probe behind."""
@@ -69,12 +63,11 @@ class ServeQueues(bootsteps.StartStopStep):
     def info(self, c: Any) -> dict[str, Any]:  # type: ignore[override] # celery-types says None
         """Show the node's state in `celery inspect stats` and in Flower."""
         state = self._guard.shown()
-        if state is None:
-            return {"embedq": {"state": str(State.STARTING)}}
         shown = {key: str(getattr(state, key)) for key in SHOWN}
         return {"embedq": shown, "pool": for_flower(shown, c.pool.info)}
 
-    def _apply(self, c: Any) -> None:
+    def tick(self, c: Any) -> None:
+        """Look once, and act."""
         guard = self._guard
         guard.look(self._file.read(), time.time(), time.monotonic())
         # The pool may start a child at any moment, for one that died.
@@ -106,7 +99,7 @@ def for_flower(shown: Mapping[str, str], pool: Mapping[str, Any]) -> dict[str, A
     return {**{f"node {key}": value for key, value in {**shown, "since": since}.items()}, **pool}
 
 
-class MissChild(bootsteps.StartStopStep):
+class MissChild(Ticking):
     """Notice a dead child soon.
 
     Celery wakes up when the child's end of a pipe closes, which is a moment before the process can
@@ -114,20 +107,11 @@ class MissChild(bootsteps.StartStopStep):
     children were replaced that late (measured).
     """
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    every_s = CHILD_EVERY_S
 
-    def __init__(self, c: Any, **options: Any) -> None:
-        super().__init__(c, **options)
-        self._timer: Any = None
-
-    def start(self, c: Any) -> None:
-        """Look from now on."""
-        self._timer = c.timer.call_repeatedly(CHILD_EVERY_S, c.pool.maintain_pool)
-
-    def stop(self, c: Any) -> None:
-        """Stop looking."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def tick(self, c: Any) -> None:
+        """Look once."""
+        c.pool.maintain_pool()
 
 
 class Consumer(celery_consumer.Consumer):

@@ -62,12 +62,13 @@ class Guard:
         self._was_proven = self._served = False
         self._held = False
         self._child: NodeState | None = None
+        self._began = time.time()
         self._health = Health()
         self.paused = False
         self.pace_s = 0.0
         if placement is not None and placement.degraded:
             self._health = Health().degraded(
-                Reason.CRASH_LOOP, placement.reason, time.time(), self._rules
+                Reason.CRASH_LOOP, placement.reason, self._began, self._rules
             )
 
     @property
@@ -99,10 +100,10 @@ class Guard:
             return ()
         return queues_for(self.shown(), helps=self._settings.help_npu, paused=self.paused)
 
-    def shown(self) -> NodeState | None:
+    def shown(self) -> NodeState:
         """Return how the node is, for itself and for everybody else."""
         if self._child is None:
-            return None
+            return NodeState(State.STARTING, self._began, 0)
         leaves = self._child.pid in (self.replaces, self._ended)
         return standing(self._child, self._health, leaves=leaves, held=self._held)
 

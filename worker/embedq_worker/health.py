@@ -132,19 +132,17 @@ def _next(code: str, count: int, now: float, rules: Rules) -> float:
     return now + rules.pause_s(count)
 
 
-def queues_for(
-    node: NodeState | None, *, helps: bool = True, paused: bool = False
-) -> tuple[Queue, ...]:
+def queues_for(node: NodeState, *, helps: bool = True, paused: bool = False) -> tuple[Queue, ...]:
     """Return the queues that a node in this state consumes, first choice first.
 
     Strict batches are for a healthy NPU: no engine on a CPU ever gets one.
 
     Args:
-        node: its state; None before it has any.
+        node: its state.
         helps: a node of the CPU also takes what waits for an NPU.
         paused: an operator has paused the fleet.
     """
-    if node is None or paused:
+    if paused:
         return ()
     if node.home == Device.NPU:
         if node.device == Device.CPU:

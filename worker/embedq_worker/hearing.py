@@ -6,13 +6,13 @@ import logging
 import time
 from typing import Any
 
-from celery import bootsteps
 from redis.exceptions import RedisError
 
 from embedq.orders import Order, Wanted, fetch_orders
 from embedq.redis_client import open_redis
 from embedq_worker.guard import Guard
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.ticking import Ticking
 
 log = logging.getLogger("embedq.worker")
 
@@ -22,14 +22,14 @@ ASK_EVERY_S, REST_S = 0.3, 5.0
 TIMEOUT_S = 0.5
 
 
-class HearOperator(bootsteps.StartStopStep):
+class HearOperator(Ticking):
     """Ask the results Redis for standing orders.
 
     They lie there and not in a message, so that they last over a restart of the node and of Celery
     until somebody undoes them. While Redis is away, the last that was heard holds.
     """
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    every_s = ASK_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
@@ -37,22 +37,17 @@ class HearOperator(bootsteps.StartStopStep):
         self._node = settings.name
         self._last: Order | None = None
         self._rests_until = 0.0
-        self._timer: Any = None
         self._redis = open_redis(
             settings.results_url, connect_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S
         )
 
     def start(self, c: Any) -> None:
         """Ask before the first batch, and from now on."""
-        self._hear(c)
-        self._timer = c.timer.call_repeatedly(ASK_EVERY_S, self._hear, (c,))
+        self.tick(c)
+        super().start(c)
 
-    def stop(self, c: Any) -> None:
-        """Stop asking."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _hear(self, c: Any) -> None:
+    def tick(self, c: Any) -> None:
+        """Ask once, unless Redis did not answer just now."""
         now_s = time.monotonic()
         if now_s < self._rests_until:
             return

@@ -6,16 +6,16 @@ import logging
 import time
 from typing import Any
 
-from celery import bootsteps
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.ticking import Ticking
 
 log = logging.getLogger("embedq.worker")
 
 
-class RenewLeases(bootsteps.StartStopStep):
+class RenewLeases(Ticking):
     """Keep the batches in hand ours for as long as this parent lives.
 
     Kombu gives a message to another node once it has been unacknowledged for the visibility
@@ -23,24 +23,13 @@ class RenewLeases(bootsteps.StartStopStep):
     (measured). With it the timeout can be a minute, so a dead node's batch restarts soon.
     """
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
-
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
         settings: WorkerSettings = c.app.conf.embedq
-        self._every_s = min(settings.lease_renewal_s, settings.visibility_timeout_s / 4)
-        self._timer: Any = None
+        self.every_s = min(settings.lease_renewal_s, settings.visibility_timeout_s / 4)
 
-    def start(self, c: Any) -> None:
-        """Renew from now on."""
-        self._timer = c.timer.call_repeatedly(self._every_s, self._renew, (c,))
-
-    def stop(self, c: Any) -> None:
-        """Stop renewing."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _renew(self, c: Any) -> None:
+    def tick(self, c: Any) -> None:
+        """Renew every lease."""
         held = {
             request.message.delivery_tag: time.time()
             for request in worker_state.reserved_requests | worker_state.active_requests

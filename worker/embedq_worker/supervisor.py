@@ -31,8 +31,6 @@ STOPS = {
     signal.SIGHUP: signal.SIGTERM,
     signal.SIGQUIT: signal.SIGQUIT,
 }
-#: prctl(2): choose the signal that a process gets when the thread that forked it ends.
-PR_SET_PDEATHSIG = 1
 
 #: Both ends of a pipe whose end tells a node that the supervisor died; on Linux the kernel tells.
 _lifeline: list[int] = []
@@ -186,9 +184,9 @@ def _become_node(supervisor: int) -> None:
     if _lifeline:
         _die_at_its_end(*_lifeline)
     else:
-        import ctypes  # here: the supervisor does without
+        from embedq_worker.orphans import die_with_parent  # here: the supervisor does without
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        die_with_parent()
     if os.getppid() != supervisor:  # it died before the line above
         os._exit(exits.FAILURE)
 

@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from celery import bootsteps
 from redis.exceptions import RedisError
 
 from embedq import fleet
@@ -16,7 +15,8 @@ from embedq.redis_client import open_redis
 from embedq_worker import tally
 from embedq_worker.guard import Guard
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import NodeState, State
+from embedq_worker.state import NodeState
+from embedq_worker.ticking import Ticking
 
 log = logging.getLogger("embedq.worker")
 
@@ -26,10 +26,13 @@ LOOK_EVERY_S = 0.2
 HEARTBEAT_TIMEOUT_S = 1.0
 
 
-class TellFleet(bootsteps.StartStopStep):
-    """Write the node's heartbeat."""
+class TellFleet(Ticking):
+    """Write the node's heartbeat: every few seconds, and at once when its state changes.
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    After the end the last one fades by itself, as after a crash.
+    """
+
+    every_s = LOOK_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
@@ -37,21 +40,11 @@ class TellFleet(bootsteps.StartStopStep):
         self._settings = settings
         self._told: NodeState | None = None
         self._told_at = 0.0
-        self._timer: Any = None
         self._redis = open_redis(
             settings.results_url,
             connect_timeout_s=HEARTBEAT_TIMEOUT_S,
             timeout_s=HEARTBEAT_TIMEOUT_S,
         )
-
-    def start(self, c: Any) -> None:
-        """Tell from now on: every few seconds, and at once when the state changes."""
-        self._timer = c.timer.call_repeatedly(LOOK_EVERY_S, self._tell, (c,))
-
-    def stop(self, c: Any) -> None:
-        """Stop telling; the last heartbeat fades by itself, as after a crash."""
-        if self._timer is not None:
-            self._timer.cancel()
 
     def shutdown(self, c: Any) -> None:
         """Take leave, so that nobody waits for a node that went in good order."""
@@ -60,10 +53,11 @@ class TellFleet(bootsteps.StartStopStep):
         except RedisError:
             log.info("leave_not_told node=%s", self._settings.name)
 
-    def _tell(self, c: Any) -> None:
+    def tick(self, c: Any) -> None:
+        """Tell what is new, or what has not been told for long."""
         guard: Guard = c.app.conf.embedq_guard
         now = time.time()
-        state = guard.shown() or NodeState(State.STARTING, now, 0)
+        state = guard.shown()
         unchanged = self._told is not None and _same(self._told, state)
         if unchanged and now - self._told_at < self._settings.heartbeat_s:
             return

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from celery import bootsteps, signals
+from celery import signals
 from celery.worker import state as worker_state
 
 from embedq_worker import lifecycle, node_tracing, pulse, tally
 from embedq_worker.errors import Reason
 from embedq_worker.guard import Guard
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import NodeState, State
+from embedq_worker.ticking import Ticking
 
 log = logging.getLogger("embedq.worker")
 
@@ -23,28 +23,21 @@ log = logging.getLogger("embedq.worker")
 BEAT_EVERY_S = 1.0
 
 
-class ShowPulse(bootsteps.StartStopStep):
+class ShowPulse(Ticking):
     """Write the pulse from the event loop, so that a loop that hangs is seen."""
 
-    requires = ("celery.worker.consumer.tasks:Tasks",)
+    every_s = BEAT_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
+        self._conf = c.app.conf
         self._settings: WorkerSettings = c.app.conf.embedq
-        self._guard: Guard | None = None
-        self._timer: Any = None
         self._beaten = 0.0
         c.while_waiting_for_broker = self.beat_waiting
 
-    def start(self, c: Any) -> None:
-        """Beat from now on."""
-        self._guard = c.app.conf.embedq_guard
-        self._timer = c.timer.call_repeatedly(BEAT_EVERY_S, self._beat)
-
-    def stop(self, c: Any) -> None:
-        """Stop beating; runs whenever the broker is lost."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def tick(self, c: Any) -> None:
+        """Beat."""
+        self._beat()
 
     def shutdown(self, c: Any) -> None:
         """Leave no file behind that could be taken for a node that hangs."""
@@ -60,7 +53,8 @@ class ShowPulse(bootsteps.StartStopStep):
     def _beat(self, *, connected: bool = True) -> None:
         self._beaten = now_s = time.monotonic()
         settings = self._settings
-        state = self._state()
+        guard: Guard = self._conf.embedq_guard
+        state = guard.shown()
         began = [request.time_start for request in worker_state.active_requests]
         beat = pulse.Pulse(
             node=settings.name,
@@ -80,10 +74,6 @@ class ShowPulse(bootsteps.StartStopStep):
             pulse.write(settings.runtime_dir, beat)
         except OSError as error:
             log.warning("pulse_not_written node=%s reason=%s", settings.name, error.strerror)
-
-    def _state(self) -> NodeState:
-        found = self._guard.shown() if self._guard is not None else None
-        return found or NodeState(State.STARTING, time.time(), 0)
 
 
 def beating(ensure: Callable[..., Any], beat: Callable[[], None]) -> Callable[..., Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import msgpack
 import pytest
 from redis import Redis
-from tests.servers import RedisProcess
 
 from embedq.card import ModelCard
 from embedq.errors import MalformedMessage, NoNode
@@ -17,13 +15,6 @@ from embedq.fleet import NODES_KEY, Heartbeat, beat, fetch_alive, find_card, lea
 
 CARD = ModelCard("org/model@abc123", "ab" * 32, 384, 256)
 NODE = Heartbeat("node", "healthy", at=time.time(), since=time.time(), pid=1, card=CARD)
-
-
-@pytest.fixture
-def results(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the results database."""
-    with redis.open() as client:
-        yield client
 
 
 def test_heartbeat_survives_the_wire_and_newer_fields() -> None:

@@ -62,7 +62,7 @@ def test_node_with_a_quantised_copy_reads_the_queue_of_int8() -> None:
 
 def test_node_without_a_state_consumes_nothing() -> None:
     """Its child has not spoken yet."""
-    assert queues_for(None) == NOTHING
+    assert queues_for(NodeState(State.STARTING, 1.0, 0)) == NOTHING
 
 
 def test_node_may_be_kept_to_its_own_queue() -> None:
