@@ -16,6 +16,7 @@ from embedq.contract import (
     MAX_BATCH_BYTES,
     MAX_BATCH_TEXTS,
     MAX_RAW_BYTES,
+    MAX_TEXT_BYTES,
     PUBLISHED_HEADER,
     SCHEMA,
     Code,
@@ -119,15 +120,16 @@ class EmbedBatch:
         refused = dict(header.refused)
         texts: list[str] = []
         at = 4 * header.n
+        # Asked of all texts at once: nearly always it is so, and a device may be waiting for them.
+        sound = max(lengths, default=0) <= MAX_TEXT_BYTES and raw.find(b"\0", at) < 0
         for offset, length in enumerate(lengths):
             text = ""
             try:
                 text = raw[at : at + length].decode()
             except UnicodeDecodeError:
                 refused.setdefault(offset, Code.NOT_UNICODE)
-            code = refusal(text)
-            if code and offset not in refused:
-                refused[offset] = code
+            if not sound and (code := refusal(text)):
+                refused.setdefault(offset, code)
             texts.append("" if offset in refused else text)
             at += length
         return cls(header.job, header.index, texts, header.spec, refused, header.rerouted)

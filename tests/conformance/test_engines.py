@@ -23,7 +23,7 @@ from embedq_worker.engines import ENGINES, Engine, open_engine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.models import Model
-from embedq_worker.packing import RowForm, TokenBatch, build_padded, build_row
+from embedq_worker.packing import RowForm, TokenBatch, build_padded, build_rows
 from embedq_worker.planning import Pace, plan_rows
 from embedq_worker.tokenization import Tokenizer
 from embedq_worker.tokens import AnyTokenizer
@@ -67,7 +67,7 @@ class Subject:
         tokens, pad_id = self.tokenizer.tokenize(texts), self.tokenizer.pad_id
         if self.form.is_static:
             plan = plan_rows(tokens.lengths, self.form)
-            return [build_row(tokens, row, pad_id, self.form) for row in plan]
+            return build_rows(tokens, plan, pad_id, self.form)
         groups = [range(at, min(at + size, len(texts))) for at in range(0, len(texts), size)]
         return [build_padded(tokens, group, pad_id) for group in groups]
 

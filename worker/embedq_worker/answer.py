@@ -64,18 +64,21 @@ class Answer:
         self._engine = engine
         self._n_tokens = np.zeros(n, np.uint32)
         self._n_dropped = np.zeros(n, np.uint32)
-        self._codes = [str(batch.refused.get(row, Code.NONE)) for row in range(n)]
+        # Few texts fail if any: nothing here is done text by text, for the device may be waiting.
+        self._codes = {row: str(code) for row, code in batch.refused.items()}
+        self._failed = np.zeros(n, bool)
+        self._failed[list(self._codes)] = True
         accepted = self.accepted()
         self.last = int(accepted[-1]) if len(accepted) else -1
-        self.settle(np.setdiff1d(np.arange(n), accepted))
+        self.settle(np.nonzero(self._failed)[0])
 
     def accepted(self) -> Indices:
         """Return the rows that have not failed."""
-        return np.array([row for row, code in enumerate(self._codes) if not code], np.intp)
+        return np.nonzero(~self._failed)[0]
 
     def wanted(self, rows: Indices) -> Indices:
         """Return the places within ``rows`` that have not failed."""
-        return np.nonzero([not self._codes[row] for row in rows])[0]
+        return np.nonzero(~self._failed[rows])[0]
 
     def count(self, rows: Indices, tokens: RaggedTokens) -> None:
         """Note the tokens of these rows, and fail those that are too long if the job says so."""
@@ -83,9 +86,9 @@ class Answer:
         self._n_dropped[rows] = tokens.n_dropped
         if self._batch.spec.on_long is OnLong.ERROR:
             too_long = rows[tokens.n_dropped > 0]
-            for row in too_long:
-                self._codes[row] = Code.TOO_MANY_TOKENS.value
-                self._n_tokens[row] = 0
+            self._codes |= dict.fromkeys(too_long.tolist(), Code.TOO_MANY_TOKENS.value)
+            self._failed[too_long] = True
+            self._n_tokens[too_long] = 0
             self.settle(too_long)
 
     def charge(self, batch: TokenBatch) -> None:
@@ -104,30 +107,25 @@ class Answer:
         Raises:
             InferFailed: there is one.
         """
-        rows = self.accepted()
-        wrong = int(np.count_nonzero(~np.isfinite(self.vectors[rows]).all(axis=1)))
+        wrong = int(np.count_nonzero(~np.isfinite(self.vectors).all(axis=1) & ~self._failed))
         if wrong:
             raise InferFailed(
                 f"Engine {self._engine.name} on {self._engine.device} gave {wrong:,} of "
-                f"{len(rows):,} vectors that are not finite.",
+                f"{len(self.accepted()):,} vectors that are not finite.",
                 Reason.NOT_FINITE,
             )
         self._stats.tokens += int(self._n_tokens.sum())
-        return self.vectors, self.outcomes(0, len(self._codes))
+        return self.vectors, self.outcomes(0, len(self.vectors))
 
     def outcomes(self, start: int, stop: int) -> OutcomeTable:
         """Return the outcomes of settled rows."""
-        codes = self._codes[start:stop]
+        failed = self._failed[start:stop]
         dropped = self._n_dropped[start:stop]
-        served = (str(Status.OK), str(self._engine.device), str(self._engine.precision), "")
-        kinds = {served: 0}
-        kind = [
-            kinds.setdefault((str(Status.FAILED), "", "", code) if code else served, len(kinds))
-            for code in codes
-        ]
-        flags = np.full(len(kind), REROUTED * self._batch.rerouted, np.uint8)
-        truncated = np.array([not code for code in codes], bool) & (dropped > 0)
-        flags[truncated] |= TRUNCATED
-        return OutcomeTable(
-            list(kinds), np.array(kind, np.uint8), flags, self._n_tokens[start:stop], dropped
-        )
+        kinds = {(str(Status.OK), str(self._engine.device), str(self._engine.precision), ""): 0}
+        kind = np.zeros(len(failed), np.uint8)
+        for row in np.nonzero(failed)[0].tolist():
+            why = (str(Status.FAILED), "", "", self._codes[start + row])
+            kind[row] = kinds.setdefault(why, len(kinds))
+        flags = np.full(len(failed), REROUTED * self._batch.rerouted, np.uint8)
+        flags[~failed & (dropped > 0)] |= TRUNCATED
+        return OutcomeTable(list(kinds), kind, flags, self._n_tokens[start:stop], dropped)

@@ -19,7 +19,7 @@ import numpy as np
 from embedq.contract import Device
 from embedq.errors import SettingsError
 from embedq_worker.errors import EngineError
-from embedq_worker.packing import RowForm, TokenBatch, build_row
+from embedq_worker.packing import RowForm, TokenBatch, build_rows
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokens import RaggedTokens
 
@@ -157,7 +157,7 @@ def _row(form: RowForm, number: int) -> TokenBatch:
     length = 2 + number % (width - 1)
     ids = np.full(length, 1 + number % 100, np.int32)
     tokens = RaggedTokens(ids, np.array([0, length], np.int64), np.zeros(1, np.uint32))
-    return build_row(tokens, [0], 0, form)
+    return build_rows(tokens, [[0]], 0, form)[0]
 
 
 if __name__ == "__main__":

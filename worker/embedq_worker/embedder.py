@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from embedq.outcomes import OutcomeTable
 from embedq_worker.answer import Answer, Sink, Stats, Vectors
 from embedq_worker.canary import Canary
 from embedq_worker.engines.base import Engine
-from embedq_worker.packing import Indices, RowForm, TokenBatch, build_padded, build_row
+from embedq_worker.packing import Indices, RowForm, TokenBatch, build_padded, build_rows
 from embedq_worker.planning import FAST, STEADY, Pace, plan_padded, plan_window, seat_last
 from embedq_worker.tokens import AnyTokenizer, RaggedTokens
 from embedq_worker.totals import Meter
@@ -30,19 +29,16 @@ from embedq_worker.totals import Meter
 AHEAD: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(NamedTuple):
     """One token batch to come.
 
     Attributes:
-        members: the texts in it, as indices of ``rows``; one beyond them is the canary.
+        batch: its members are indices of ``rows``; one beyond them is the canary.
         rows: the row of the batch that each text belongs to.
-        tokens: of all these texts.
     """
 
-    members: Indices
+    batch: TokenBatch
     rows: Indices
-    tokens: RaggedTokens
 
 
 class Embedder:
@@ -103,11 +99,8 @@ class Embedder:
         most = AHEAD * self.engine.concurrency
         try:
             for work in plan(batch, answer):
-                token_batch = self._build(work)
-                answer.charge(token_batch)
-                inferences.append(
-                    self._inferring.submit(self._infer, token_batch, work.rows, answer.vectors)
-                )
+                answer.charge(work.batch)
+                inferences.append(self._inferring.submit(self._infer, work, answer.vectors))
                 while inferences and (inferences[0].done() or len(inferences) > most):
                     answer.settle(inferences.popleft().result())
             while inferences:
@@ -150,7 +143,8 @@ class Embedder:
             wanted = answer.wanted(rows)
             streams = self.engine.concurrency if rows[-1] == answer.last else 1
             for group in plan_padded(tokens.lengths[wanted], self._token_budget, streams):
-                yield _Work(wanted[group], rows, tokens)
+                padded = build_padded(tokens, wanted[group], self.tokenizer.pad_id)
+                yield _Work(padded, rows)
 
     def _plan_rows(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
         """Assign texts to static rows, window by window; a row that is not full yet waits for one.
@@ -172,22 +166,17 @@ class Embedder:
             if last and self.canary and asked:
                 ahead = RaggedTokens.join([tokens, self.canary.tokens])
                 plan = seat_last(plan, ahead.lengths, self.form, rider=len(rows))
-            for members in plan:
-                yield _Work(members, rows, ahead)
+            for row in build_rows(ahead, plan, self.tokenizer.pad_id, self.form):
+                yield _Work(row, rows)
             rows, tokens = rows[window.kept], tokens.take(window.kept)
 
-    def _build(self, work: _Work) -> TokenBatch:
-        pad_id = self.tokenizer.pad_id
-        if self.form.is_static:
-            return build_row(work.tokens, work.members, pad_id, self.form)
-        return build_padded(work.tokens, work.members, pad_id)
-
-    def _infer(self, batch: TokenBatch, rows: Indices, vectors: Vectors) -> Indices:
+    def _infer(self, work: _Work, vectors: Vectors) -> Indices:
         """Infer one token batch, ask the canary, put each vector in its row; return these rows."""
+        batch, rows = work
         with self.meter.inferring():
             found = self.engine.infer(batch)  # [B, S, D]
-        for row, seat in np.argwhere(batch.members == len(rows)):
-            if self.canary:
+        if self.canary:
+            for row, seat in np.argwhere(batch.members == len(rows)):
                 self.canary.check(found[row, seat])
         real = (batch.members >= 0) & (batch.members < len(rows))
         placed = rows[batch.members[real]]

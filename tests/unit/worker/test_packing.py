@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_worker.packing import RowForm, build_padded, build_row
+from embedq_worker.packing import RowForm, build_padded, build_rows
+from embedq_worker.planning import plan_packed
 from embedq_worker.tokens import RaggedTokens
 
 
@@ -49,37 +50,39 @@ def test_build_padded_has_the_types_of_the_graph() -> None:
 PACKED = RowForm.packed(32)
 
 
-@given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(1, 9))
-def test_packed_row_holds_its_texts_one_after_the_other(lengths: list[int], skip: int) -> None:
+@given(st.lists(st.integers(2, 32), max_size=60), st.integers(1, 9))
+def test_packed_rows_hold_their_texts_one_after_the_other(lengths: list[int], skip: int) -> None:
     """Each segment has the tokens of its text, positions from 0 and a number of its own."""
     tokens = ragged(lengths)
-    fitting = np.cumsum(lengths[::-1]) <= 32
-    members = list(range(len(lengths)))[::-1][: int(fitting.sum())]
+    rows = [list(row) for row in plan_packed(lengths, PACKED)]
 
-    batch = build_row(tokens, members, skip, PACKED)
+    batches = build_rows(tokens, rows, skip, PACKED)
 
-    assert batch.input_ids.shape == (1, 32)
-    assert batch.members.shape == (1, 16)
-    assert list(batch.segments) == list(range(1, 17))
-    at = 0
-    for number, text in enumerate(members, start=1):
-        n, start = lengths[text], int(tokens.offsets[text])
-        assert list(batch.input_ids[0, at : at + n]) == list(tokens.ids[start : start + n])
-        assert list(batch.position_ids[0, at : at + n]) == list(range(n))
-        assert set(batch.segment_ids[0, at : at + n]) == {number}
-        assert batch.members[0, number - 1] == text
-        at += n
-    assert set(batch.input_ids[0, at:]) <= {skip}
-    assert not batch.segment_ids[0, at:].any()
-    assert not batch.position_ids[0, at:].any()
-    assert set(batch.members[0, len(members) :]) <= {-1}
+    assert len(batches) == len(rows)
+    for batch, texts in zip(batches, rows, strict=True):
+        assert batch.input_ids.shape == (1, 32)
+        assert batch.members.shape == (1, 16)
+        assert list(batch.segments) == list(range(1, 17))
+        at = 0
+        for number, text in enumerate(texts, start=1):
+            n, start = lengths[text], int(tokens.offsets[text])
+            assert list(batch.input_ids[0, at : at + n]) == list(tokens.ids[start : start + n])
+            assert list(batch.position_ids[0, at : at + n]) == list(range(n))
+            assert set(batch.segment_ids[0, at : at + n]) == {number}
+            assert batch.members[0, number - 1] == text
+            at += n
+        assert set(batch.input_ids[0, at:]) <= {skip}
+        assert not batch.segment_ids[0, at:].any()
+        assert not batch.position_ids[0, at:].any()
+        assert set(batch.members[0, len(texts) :]) <= {-1}
 
 
 def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:
     """One text of 17 tokens lies in a row of 32, and one of 40 in the widest."""
     form = RowForm.buckets(40)
 
-    shapes = [build_row(ragged([n]), [0], 0, form).input_ids.shape for n in (2, 16, 17, 32, 40)]
+    rows = build_rows(ragged([2, 16, 17, 32, 40]), [[0], [1], [2], [3], [4]], 0, form)
+    shapes = [row.input_ids.shape for row in rows]
 
     assert form.widths == (16, 32, 40)
     assert shapes == [(1, 16), (1, 16), (1, 32), (1, 32), (1, 40)]
@@ -87,7 +90,7 @@ def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:
 
 def test_packed_row_has_the_types_of_the_graph() -> None:
     """All arrays of a row are contiguous int64."""
-    batch = build_row(ragged([2, 3]), [1, 0], 0, PACKED)
+    batch = build_rows(ragged([2, 3]), [[1, 0]], 0, PACKED)[0]
 
     for name in ("input_ids", "position_ids", "segment_ids", "segments", "members"):
         array = getattr(batch, name)

@@ -15,7 +15,7 @@ from embedq_worker.choices import Binding
 from embedq_worker.engines.pool import Pool, request_count
 from embedq_worker.engines.requests import INPUTS, Counters, Slot
 from embedq_worker.errors import DeviceLost, InferFailed, Reason
-from embedq_worker.packing import RowForm, TokenBatch, build_row
+from embedq_worker.packing import RowForm, TokenBatch, build_rows
 from embedq_worker.tokens import RaggedTokens
 
 FORM = RowForm.packed(8)
@@ -79,7 +79,7 @@ def row(first: int) -> TokenBatch:
     """Build a row whose tokens count up from here."""
     ids = np.arange(first, first + 8, dtype=np.int32)
     tokens = RaggedTokens(ids, np.array([0, 8], np.int64), np.zeros(1, np.uint32))
-    return build_row(tokens, [0], 0, FORM)
+    return build_rows(tokens, [[0]], 0, FORM)[0]
 
 
 def test_pinned_tensors_are_filled_in_place() -> None:
@@ -161,7 +161,7 @@ def test_row_of_another_shape_is_a_bug() -> None:
     tokens = RaggedTokens(np.ones(9, np.int32), np.array([0, 9]), np.zeros(1, np.uint32))
 
     with pytest.raises(RuntimeError, match="This is a bug"):
-        slot_of(FakeRequest()).run(build_row(tokens, [0], 0, RowForm.packed(16)), 1.0)
+        slot_of(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowForm.packed(16))[0], 1.0)
 
 
 def test_missed_deadline_is_a_lost_device() -> None:

@@ -26,7 +26,7 @@ from embedq_worker.engines.requests import Counters, Slot
 from embedq_worker.engines.target import Target
 from embedq_worker.errors import DeviceLost
 from embedq_worker.models import Model
-from embedq_worker.packing import RowForm, TokenBatch, build_row
+from embedq_worker.packing import RowForm, TokenBatch, build_rows
 from embedq_worker.tokens import RaggedTokens
 
 log = logging.getLogger("embedq.worker")
@@ -195,4 +195,4 @@ def _empty_row(form: RowForm, width: int) -> TokenBatch:
     tokens = RaggedTokens(
         np.zeros(width, np.int32), np.array([0, width], np.int64), np.zeros(1, np.uint32)
     )
-    return build_row(tokens, [0], 0, form)
+    return build_rows(tokens, [[0]], 0, form)[0]
