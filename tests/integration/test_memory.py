@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from tests.forging import batch_of, queued
+from tests.model_fixtures import docstrings
 from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
@@ -47,6 +50,17 @@ def test_vectors_fill_what_they_occupy(wide_client: Client, shared_redis: RedisP
     print(f"{payload + entries} bytes, {occupied} occupied, {len(texts) * RAW_BYTES} raw")
     assert payload + entries <= 1.02 * RAW_BYTES * len(texts)
     assert occupied <= 1.05 * RAW_BYTES * len(texts)
+
+
+def test_message_is_smaller_than_its_texts(shared_redis: RedisProcess) -> None:
+    """Of English prose a message, envelope and all, is at most 0.6 of the texts in UTF-8."""
+    texts = docstrings()[:512]
+
+    message = len(json.dumps(queued(shared_redis, batch_of(texts))))
+
+    share = message / sum(len(text.encode()) for text in texts)
+    print(f"{message} bytes, {share:.3f} of the texts")
+    assert share <= 0.6
 
 
 def test_nothing_is_left_once_results_were_taken(
