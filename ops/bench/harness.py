@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedq import Client
+from embedq.contract import Precision
 from embedq.local import LocalFleet
 from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
 from embedq_worker import models
+from embedq_worker.errors import EngineError
 
 #: Where figures and plots go.
 RESULTS: Final = Path(__file__).parent / "results"
@@ -83,6 +85,19 @@ def in_turn(rounds: int, runs: Mapping[str, Callable[[], float]]) -> dict[str, l
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     """Return the median over the rounds of one figure over another."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def by_precision(
+    names: Sequence[str], measure: Callable[[Precision], list[str | float]]
+) -> tuple[list[list[str | float]], list[str]]:
+    """Return a row for each precision, and a note for each that this machine does not have."""
+    rows, notes = [], []
+    for precision in map(Precision, names):
+        try:
+            rows.append(measure(precision))
+        except EngineError as error:
+            notes.append(f"{precision}: {error}")
+    return rows, notes
 
 
 def find_model() -> models.Model:

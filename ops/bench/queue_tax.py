@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 from corpus import CORPORA
-from harness import Table, client_of, find_model, options, parsed, report
+from harness import Table, by_precision, client_of, find_model, options, parsed, report
 
 from embedq.contract import Precision, VectorSpec
 from embedq.local import LocalFleet
@@ -23,7 +23,6 @@ from embedq.message import EmbedBatch
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import available_cores
-from embedq_worker.errors import EngineError
 from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.models import Model
 from embedq_worker.tokenization import Tokenizer
@@ -90,12 +89,10 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
     args = parsed(parser)
     texts = CORPORA[args.corpus](192 if args.quick else args.texts)
-    model, rows, notes = find_model(), list[list[str | float]](), []
-    for precision in map(Precision, args.precisions):
-        try:
-            rows.append(measure(model, precision, texts, args.rounds))
-        except EngineError as error:
-            notes.append(f"{precision}: {error}")
+    model = find_model()
+    rows, notes = by_precision(
+        args.precisions, lambda precision: measure(model, precision, texts, args.rounds)
+    )
     table = Table(
         f"End to end through Celery and Redis against the engine alone, {len(texts):,} texts",
         ["precision", "alone texts/s", "queue texts/s", "ratio", "lowest", "highest", "min cosine"],

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import openvino
 from corpus import CORPORA
-from harness import Table, find_model, in_turn, options, parsed, ratio, report
+from harness import Table, by_precision, find_model, in_turn, options, parsed, ratio, report
 
 from embedq.contract import Precision
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine, available_cores
-from embedq_worker.errors import EngineError
 from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.models import Model
 from embedq_worker.packing import TokenBatch, build_padded
@@ -123,12 +122,10 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
     args = parsed(parser)
     texts = CORPORA[args.corpus](64 if args.quick else args.texts)
-    model, rows, notes = find_model(), list[list[str | float]](), []
-    for precision in map(Precision, args.precisions):
-        try:
-            rows.append(measure(model, precision, texts, args.rounds))
-        except EngineError as error:
-            notes.append(f"{precision}: {error}")
+    model = find_model()
+    rows, notes = by_precision(
+        args.precisions, lambda precision: measure(model, precision, texts, args.rounds)
+    )
     table = Table(
         "Engine alone against the largest matrix product of the same precision",
         ["precision", "engine GFLOP/s", "product GFLOP/s", "ratio", "texts/s"],
