@@ -41,7 +41,7 @@ FAULTS: Final = {
     "hang": "infer=hang",
     "not a number": "infer=nan",
     "wrong vectors": "infer=wrong",
-    "slow": "infer=slow seconds=0.5",
+    "slow": "infer=slow seconds=1",
     "init raise": "init=raise",
     "init exit": "init=exit",
     "init segfault": "init=segfault",

@@ -37,7 +37,8 @@ SETTINGS: Final = {
     "EMBEDQ_CRASH_LOOP_WINDOW_S": "10",
     "EMBEDQ_SLOW_BATCHES": "2",
     "EMBEDQ_SHADOW_EVERY": "1",
-    "EMBEDQ_STUB_DELAY_S": "0.05",
+    # Each node does ten batches a second at most, and leaves the cores to those that start again.
+    "EMBEDQ_STUB_DELAY_S": "0.1",
 }
 #: Seconds that nodes may take to be ready.
 READY_S: Final = 60.0

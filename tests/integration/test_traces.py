@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+
+from embedq_worker.engines.script import FaultScript
 
 TRACED = {
     "EMBEDQ_TRACES": "1",
@@ -68,6 +72,33 @@ def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir
         "embedq.collect": "embedq.submit",
     }
     assert "Zanzibar" not in program.stdout + node.log()
+
+
+@pytest.mark.parametrize("fault", ["device_lost", "hang", "exit"])
+def test_batch_that_moves_stays_in_its_trace(
+    fault: str, redis: RedisProcess, short_dir: Path
+) -> None:
+    """Re-routed by the child, by the parent, or published again after a death: one trace."""
+    script = FaultScript(short_dir / "faults")
+    script.replace()
+    as_npu = {"EMBEDQ_STUB_DEVICE": "npu", "EMBEDQ_STUB_FAULTS": os.fspath(short_dir / "faults")}
+    with stub_node(redis, short_dir, **TRACED, **as_npu, EMBEDQ_ENGINE_DEADLINE_S="2") as node:
+        script.replace(f"infer={fault} first=1")
+        urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+        program = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environment(**TRACED, **urls, EMBEDQ_MODEL="stub"),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        there = wait_for(
+            lambda: [one for one in spans(node.log()) if one["name"] == "embedq.commit"],
+            "the span of the commit",
+        )
+
+    [submit] = [one for one in spans(program.stdout) if one["name"] == "embedq.submit"]
+    assert {one["context"]["trace_id"] for one in there} == {submit["context"]["trace_id"]}
 
 
 def test_unknown_exporter_is_a_setting_that_is_wrong() -> None:

@@ -45,8 +45,7 @@ class BatchRequest(Request):
         ended itself is written down, before Celery publishes the batch again.
         """
         request: Any = self  # celery-types lacks what follows
-        # Its age goes on: the reconciler takes the head of a queue for its oldest message.
-        headers = {PUBLISHED_HEADER: request.message.headers.get(PUBLISHED_HEADER)}
+        headers = rerouting.kept_headers(request.message.headers)
         request._context.headers = headers
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError) and self._rerouted():
@@ -99,8 +98,6 @@ class BatchTask(Task[..., Any]):
         """Publish a batch, as Celery does when a child was lost under it."""
         if args and isinstance(args[0], Mapping):
             headers = options.get("headers") or {}
-            published, died = headers.get(PUBLISHED_HEADER), headers.get(DIED_HEADER)
-            options.update(message_headers(args[0], published or time.time()))
-            if died:
-                options["headers"][DIED_HEADER] = died
+            options.update(message_headers(args[0], headers.get(PUBLISHED_HEADER) or time.time()))
+            options["headers"] |= headers
         return super().apply_async(args, kwargs, **options)

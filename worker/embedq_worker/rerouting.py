@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from celery.exceptions import Ignore, Reject
 
@@ -18,10 +18,21 @@ from embedq_worker.tally import TALLY
 
 log = logging.getLogger("embedq.worker")
 
+#: Headers of ours, and those of W3C Trace Context.
+KEPT: Final = (PUBLISHED_HEADER, "traceparent", "tracestate")
+
 
 def may_reroute(queue: str, body: Mapping[str, Any]) -> bool:
     """Tell whether a batch of this queue may be handed to the CPU."""
     return queue == Queue.NPU and not body.get("rerouted")
+
+
+def kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a message keeps when it is published again: its age, and whose trace it is in.
+
+    The reconciler takes the head of a queue for its oldest message.
+    """
+    return {name: headers[name] for name in KEPT if headers.get(name) is not None}
 
 
 def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
@@ -30,10 +41,11 @@ def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
     Raises:
         Exception: it could not be published; the message in hand is still ours.
     """
-    # Its age goes on: the reconciler takes the head of a queue for its oldest message.
-    headers = {PUBLISHED_HEADER: getattr(request, PUBLISHED_HEADER, None)}
     again = task.signature_from_request(
-        request, args=({**body, "rerouted": True},), queue=str(Queue.CPU), headers=headers
+        request,
+        args=({**body, "rerouted": True},),
+        queue=str(Queue.CPU),
+        headers=kept_headers(vars(request)),
     )
     again.apply_async()
     TALLY.rerouted += 1
