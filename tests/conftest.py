@@ -27,7 +27,7 @@ hypothesis_settings.load_profile("embedq")
 
 #: Folders whose tests come first: they cost milliseconds, and what they find the others stumble on.
 QUICK = frozenset({"unit", "conformance"})
-#: Folders of one file each that waits long. With two workers it must not be what one is left with.
+#: Folders of one file each that waits long. It must not be what one of several workers ends with.
 LONG = frozenset({"chaos", "ui"})
 
 

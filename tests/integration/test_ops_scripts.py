@@ -322,7 +322,7 @@ def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
 
 
 def test_test_runs_in_one_process_on_demand(machine: Machine) -> None:
-    """Without the plugin of two workers, pytest gets no options that only it knows."""
+    """Without the plugin of several workers, pytest gets no options that only it knows."""
     machine.add("python3")
 
     run = machine.run("ops/test", "-p", "no:xdist", "tests/unit")

@@ -21,8 +21,8 @@ WORKER = Path(embedq_worker.__file__).parent
 HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "huggingface_hub")
 #: Files of the worker that may touch Celery.
 CELERY_ROOMS = {
-    *("app", "backend", "consumer", "delivery", "hearing", "leases", "lifecycle", "rerouting"),
-    *("tasks", "telling", "vitals"),
+    *("app", "backend", "consumer", "delivery", "leases", "lifecycle", "rerouting", "tasks"),
+    *("ticking", "vitals"),
 }
 
 
