@@ -45,20 +45,25 @@ def node_spans(node: NodeProcess) -> dict[str, dict[str, Any]]:
     return wait_for(look, "the node's spans")
 
 
+def run_program(redis: RedisProcess) -> str:
+    """Run the traced program to its end, and return what it printed: its spans."""
+    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment(**TRACED, **urls, EMBEDQ_MODEL="stub"),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir: Path) -> None:
     """Publish, run, engine, commit and collect are one tree below submit; no span holds a text."""
-    urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     with stub_node(redis, short_dir, **TRACED) as node:
-        program = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=environment(**TRACED, **urls, EMBEDQ_MODEL="stub"),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        printed = run_program(redis)
         there = node_spans(node)
 
-    here = {span["name"]: span for span in spans(program.stdout)}
+    here = {span["name"]: span for span in spans(printed)}
     by_name = {**here, **there}
     ids = {span["context"]["span_id"]: name for name, span in by_name.items()}
     parents = {name: ids.get(span["parent_id"] or "") for name, span in by_name.items()}
@@ -71,7 +76,7 @@ def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir
         "embedq.commit": "run/embedq.embed_batch",
         "embedq.collect": "embedq.submit",
     }
-    assert "Zanzibar" not in program.stdout + node.log()
+    assert "Zanzibar" not in printed + node.log()
 
 
 @pytest.mark.parametrize("fault", ["device_lost", "hang", "exit"])
@@ -84,20 +89,13 @@ def test_batch_that_moves_stays_in_its_trace(
     as_npu = {"EMBEDQ_STUB_DEVICE": "npu", "EMBEDQ_STUB_FAULTS": os.fspath(short_dir / "faults")}
     with stub_node(redis, short_dir, **TRACED, **as_npu, EMBEDQ_ENGINE_DEADLINE_S="2") as node:
         script.replace(f"infer={fault} first=1")
-        urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
-        program = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=environment(**TRACED, **urls, EMBEDQ_MODEL="stub"),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        printed = run_program(redis)
         there = wait_for(
             lambda: [one for one in spans(node.log()) if one["name"] == "embedq.commit"],
             "the span of the commit",
         )
 
-    [submit] = [one for one in spans(program.stdout) if one["name"] == "embedq.submit"]
+    [submit] = [one for one in spans(printed) if one["name"] == "embedq.submit"]
     assert {one["context"]["trace_id"] for one in there} == {submit["context"]["trace_id"]}
 
 

@@ -33,5 +33,5 @@ class Ticking(bootsteps.StartStopStep):
             self._timer.cancel()
 
     def tick(self, c: Any) -> None:
-        """Do it once; what this raises ends the node."""
+        """Do it once; kombu logs what this raises, and the next tick comes all the same."""
         raise NotImplementedError
