@@ -5,22 +5,25 @@ The only file that imports ``tokenizers``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
 
 from embedq_worker.errors import EngineError, ModelError
 from embedq_worker.tokens import RaggedTokens
+from embedq_worker.words import Words, as_bytes
 
 __all__ = ["RaggedTokens", "Tokenizer"]
 
 #: Characters handed to the tokenizer in one call. It keeps 40 to 90 bytes per token until the
 #: call returns: about 10 MB for a group, twice that for a single text of the largest size.
 GROUP_CHARS: Final = 512 * 1024
+#: Bytes of an id, an int32.
+ID_BYTES: Final = 4
 
 
 class Tokenizer:
@@ -50,9 +53,15 @@ class Tokenizer:
         # model was trained and is published with 256; other loaders stumble over this.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._prefix, self._suffix = _special_ids(self._tokenizer, path)
-        if max_length <= len(self._prefix) + len(self._suffix):
+        prefix, suffix = _special_ids(self._tokenizer, path)
+        self._room = max_length - len(prefix) - len(suffix)
+        if self._room <= 0:
             raise ModelError(f"A length of {max_length} tokens leaves no room for a text: {path}.")
+        self._prefix, self._suffix = as_bytes(prefix), as_bytes(suffix)
+        self._words = None
+        if _splits_into_words(self._tokenizer):
+            added = self._tokenizer.get_added_tokens_decoder().values()
+            self._words = Words(self._ask, [token.content for token in added])
 
     def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
         """Tokenize the texts, keeping the first tokens of those that are too long.
@@ -63,35 +72,48 @@ class Tokenizer:
         Raises:
             EngineError: the tokenizer failed; the message does not hold any text.
         """
-        room = self.max_length - len(self._prefix) - len(self._suffix)
-        parts: list[npt.NDArray[np.int32]] = []
+        parts: list[bytes] = []
         lengths: list[int] = []
         dropped: list[int] = []
+        room = self._room * ID_BYTES
         for group in _groups(texts):
-            flat: list[int] = []
             for ids in self._encode(group):
-                kept = len(ids) if len(ids) <= room else room
-                flat += self._prefix
-                flat += ids if kept == len(ids) else ids[:room]
-                flat += self._suffix
-                lengths.append(len(self._prefix) + kept + len(self._suffix))
-                dropped.append(len(ids) - kept)
-            parts.append(np.array(flat, np.int32))
+                kept = ids[:room]
+                parts += (self._prefix, kept, self._suffix)
+                lengths.append(len(kept))
+                dropped.append(len(ids) - len(kept))
+        sizes = np.array(lengths, np.int64) // ID_BYTES + (self.max_length - self._room)
         return RaggedTokens(
-            np.concatenate(parts) if parts else np.empty(0, np.int32),
-            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-            np.array(dropped, np.uint32),
+            np.frombuffer(b"".join(parts), np.int32),
+            np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+            np.array(dropped, np.uint32) // ID_BYTES,
         )
 
-    def _encode(self, texts: Sequence[str]) -> Iterator[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> Iterable[bytes]:
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            if self._words:
+                return self._words.encode(texts)
+            return map(as_bytes, self._ask(texts))
         except Exception as error:
             # The cause may quote its input, so it is named and not chained.
             raise EngineError(
                 f"The tokenizer failed on {len(texts):,} texts ({type(error).__name__})."
             ) from None
+
+    def _ask(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
+
+
+def _splits_into_words(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Say whether no word of a text has to do with another, as Words wants it."""
+    return (
+        isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+        and isinstance(tokenizer.model, models.WordPiece)
+        # Those that are normalized are looked for in what the normalizer left of a text.
+        and not any(added.normalized for added in tokenizer.get_added_tokens_decoder().values())
+    )
 
 
 def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
