@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from embedq import tracing
 from embedq.asking import build_spec, choose_queue
 from embedq.backpressure import window
@@ -18,6 +16,7 @@ from embedq.broker import Broker
 from embedq.card import ModelCard
 from embedq.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
 from embedq.errors import BatchFailed, ContractError, TextsFailed
+from embedq.finished import Rows
 from embedq.fleet import fetch_alive
 from embedq.job import Job
 from embedq.ledger import Ledger
@@ -29,7 +28,7 @@ from embedq.redis_client import open_redis
 from embedq.settings import ProducerSettings
 from embedq.stream import AnyDocument, Stream
 from embedq.strictness import StrictWatch
-from embedq.vectors import DESCRIPTIONS, Vectors
+from embedq.vectors import Vectors
 
 log = logging.getLogger("embedq")
 
@@ -201,16 +200,16 @@ class Client:
             raise ContractError("encode() takes text, not bytes. Decode them first.")
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
-        rows: list[Vectors] = [np.empty((0, spec.dim), DESCRIPTIONS[spec.dtype])]
         failures: dict[int, str] = {}
         planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
+        rows = Rows(spec, planned)
         job = self.job(slices, spec, strict=strict, planned=planned)
         for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
             rows.append(batch.vectors)
             failures.update(batch.failures())
-        vectors = np.concatenate(rows)
+        vectors = rows.vectors()
         if failures:
             raise TextsFailed(failures, vectors)
         return vectors[0] if isinstance(texts, str) else vectors

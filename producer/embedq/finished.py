@@ -40,6 +40,33 @@ class FinishedBatch:
         return {self.slice.start + int(row): outcomes[int(row)].code for row in rows}
 
 
+class Rows:
+    """The vectors of a job one after the other, copied as they come: at its end nothing is left."""
+
+    def __init__(self, spec: VectorSpec, planned: int | None) -> None:
+        """Take room for what is planned; more of it is taken when that is not enough.
+
+        Args:
+            spec: what shapes the vectors.
+            planned: how many will come; None if nobody knows.
+        """
+        self._room: Vectors = np.empty((planned or 0, spec.dim), DESCRIPTIONS[spec.dtype])
+        self._n = 0
+
+    def append(self, vectors: Vectors) -> None:
+        """Add the vectors [n, D] of a batch."""
+        start, self._n = self._n, self._n + len(vectors)
+        if self._n > len(self._room):
+            before = self._room[:start]
+            self._room = np.empty((2 * self._n, *before.shape[1:]), before.dtype)
+            self._room[:start] = before
+        self._room[start : self._n] = vectors
+
+    def vectors(self) -> Vectors:
+        """Return what came, [n, D]; memory that was never written to costs nothing."""
+        return self._room[: self._n]
+
+
 @dataclass(frozen=True, slots=True)
 class Embedded:
     """One text with its vector.
