@@ -101,10 +101,10 @@ class Embedder:
             for work in plan(batch, answer):
                 answer.charge(work.batch)
                 inferences.append(self._inferring.submit(self._infer, work, answer.vectors))
-                if len(inferences) == most:
-                    _settle(answer, inferences, most // 2)
+                while inferences and (inferences[0].done() or len(inferences) > most):
+                    answer.settle(inferences.popleft().result())
             while inferences:
-                _settle(answer, inferences, 1)
+                answer.settle(inferences.popleft().result())
         finally:
             _abandon(inferences)
             after = self.meter.totals()
@@ -182,12 +182,6 @@ class Embedder:
         placed = rows[batch.members[real]]
         vectors[placed] = found[real]
         return placed
-
-
-def _settle(answer: Answer, inferences: deque[Future[Indices]], n: int) -> None:
-    """Wait for the first n inferences at once: to wake up for each costs as much as to plan it."""
-    inferences[n - 1].result()
-    answer.settle(np.concatenate([inferences.popleft().result() for _ in range(n)]))
 
 
 def _abandon(inferences: Collection[Future[Indices]]) -> None:
