@@ -25,6 +25,11 @@ from embedq_worker.errors import NoDevice
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
 import openvino as ov  # noqa: E402 # after the line above
 
+# OpenVINO looks up the types of numpy once, under a lock that it keeps while Python may run another
+# thread. If that one asks for a type too, both wait for ever (2026.4; a node hung so in its
+# self-test). So they are looked up here, where nobody else asks.
+_ = ov.Tensor(np.zeros(1, np.int64), shared_memory=True).get_element_type().to_dtype()
+
 #: Version that makes a compiled model useless when it changes.
 VERSION: Final = str(ov.get_version())
 #: What the plugin is asked about itself, where it knows the question.
