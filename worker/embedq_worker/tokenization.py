@@ -59,9 +59,10 @@ class Tokenizer:
             raise ModelError(f"A length of {max_length} tokens leaves no room for a text: {path}.")
         self._prefix, self._suffix = as_bytes(prefix), as_bytes(suffix)
         self._words = None
-        if _splits_into_words(self._tokenizer):
-            added = self._tokenizer.get_added_tokens_decoder().values()
-            self._words = Words(self._ask, [token.content for token in added])
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        # Those that are normalized are looked for in what the normalizer left of a text.
+        if _splits_into_words(self._tokenizer) and not any(one.normalized for one in added):
+            self._words = Words(self._ask, [one.content for one in added])
 
     def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
         """Tokenize the texts, keeping the first tokens of those that are too long.
@@ -111,8 +112,6 @@ def _splits_into_words(tokenizer: tokenizers.Tokenizer) -> bool:
         isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
         and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
         and isinstance(tokenizer.model, models.WordPiece)
-        # Those that are normalized are looked for in what the normalizer left of a text.
-        and not any(added.normalized for added in tokenizer.get_added_tokens_decoder().values())
     )
 
 
