@@ -23,12 +23,12 @@ from corpus import CORPORA
 from harness import Table, by_precision, find_model, in_turn, options, parsed, ratio, report
 
 from embedq.contract import Precision
+from embedq_worker.embedder import build_groups
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.base import Engine, available_cores
 from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
 from embedq_worker.models import Model
-from embedq_worker.packing import TokenBatch, build_padded
-from embedq_worker.planning import plan_padded
+from embedq_worker.packing import TokenBatch
 from embedq_worker.tokenization import Tokenizer
 
 FLOOR = 0.75
@@ -94,8 +94,9 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
     engine = open_engine("openvino", model, cores, precision)
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     tokens = tokenizer.tokenize(texts)
-    plan = plan_padded(tokens.lengths, DEFAULT_TOKEN_BUDGET, engine.concurrency)
-    batches = [build_padded(tokens, group, tokenizer.pad_id) for group in plan]
+    everything = np.arange(len(tokens))
+    budget, streams = DEFAULT_TOKEN_BUDGET, engine.concurrency
+    batches = list(build_groups(tokens, everything, tokenizer.pad_id, engine.form, budget, streams))
     sizes = json.loads((model.folder / "config.json").read_text())
     dimensions = (sizes["num_hidden_layers"], sizes["hidden_size"], sizes["intermediate_size"])
     flops = flops_per_text(tokens.lengths, *dimensions)

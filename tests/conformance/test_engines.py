@@ -238,22 +238,22 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_packed_rows_agree_with_padded_ones_on_prose() -> None:
-    """24 docstrings in rows of 256: 2e-5 in f32 by either runtime, cosine 0.999 in bf16."""
+@pytest.mark.parametrize("form", [RowForm.packed(256), RowForm.shared(256)], ids=lambda f: f.form)
+def test_packed_rows_agree_with_padded_ones_on_prose(form: RowForm) -> None:
+    """24 docstrings that share rows: 2e-5 in f32 by either runtime, cosine 0.999 in bf16."""
     texts = [doc for each in vars(builtins).values() if (doc := each.__doc__)][:24]
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
-    packed = RowForm.packed(model.max_length)
 
     def run(engine: Engine, form: RowForm) -> Vectors:
         return embed(Subject(engine, tokenizer, model, 0.0, form), texts, 512)
 
     with closing(open_engine("onnxruntime", model, 2)) as engine:
-        padded, by_onnxruntime = run(engine, RowForm()), run(engine, packed)
+        padded, by_onnxruntime = run(engine, RowForm()), run(engine, form)
     with closing(open_engine("openvino", model, 2)) as engine:
-        by_openvino = run(engine, packed)
+        by_openvino = run(engine, form)
     with closing(open_bf16(model)) as engine:
-        by_bf16 = run(engine, packed)
+        by_bf16 = run(engine, form)
 
     assert np.abs(by_onnxruntime - padded).max() <= 2e-5
     assert np.abs(by_openvino - padded).max() <= 2e-5

@@ -19,8 +19,24 @@ from embedq.outcomes import OutcomeTable
 from embedq_worker.answer import Answer, Sink, Stats, Vectors
 from embedq_worker.canary import Canary
 from embedq_worker.engines.base import Engine
-from embedq_worker.packing import Indices, RowForm, TokenBatch, build_padded, build_rows
-from embedq_worker.planning import FAST, STEADY, Pace, plan_padded, plan_window, seat_last
+from embedq_worker.packing import (
+    Form,
+    Indices,
+    RowForm,
+    TokenBatch,
+    build_padded,
+    build_rows,
+    build_shared,
+)
+from embedq_worker.planning import (
+    FAST,
+    STEADY,
+    Pace,
+    plan_padded,
+    plan_shared,
+    plan_window,
+    seat_last,
+)
 from embedq_worker.tokens import AnyTokenizer, RaggedTokens
 from embedq_worker.totals import Meter
 
@@ -94,7 +110,7 @@ class Embedder:
         stats = stats or Stats()
         before = self.meter.totals()
         answer = Answer(batch, self.engine, stats, sink)
-        plan = self._plan_rows if self.form.is_static else self._plan_padded
+        plan = self._plan_rows if self.form.is_static else self._plan_groups
         inferences: deque[Future[Indices]] = deque()
         most = AHEAD * self.engine.concurrency
         try:
@@ -137,14 +153,20 @@ class Embedder:
             answer.count(rows, tokens)
             yield rows, tokens
 
-    def _plan_padded(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
+    def _plan_groups(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
         """Group each chunk as it comes; groups shrink at the end of the batch, not of a chunk."""
         for rows, tokens in self._tokenize(batch, answer):
-            wanted = answer.wanted(rows)
             streams = self.engine.concurrency if rows[-1] == answer.last else 1
-            for group in plan_padded(tokens.lengths[wanted], self._token_budget, streams):
-                padded = build_padded(tokens, wanted[group], self.tokenizer.pad_id)
-                yield _Work(padded, rows)
+            grouped = build_groups(
+                tokens,
+                answer.wanted(rows),
+                self.tokenizer.pad_id,
+                self.form,
+                self._token_budget,
+                streams,
+            )
+            for group in grouped:
+                yield _Work(group, rows)
 
     def _plan_rows(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
         """Assign texts to static rows, window by window; a row that is not full yet waits for one.
@@ -182,6 +204,33 @@ class Embedder:
         placed = rows[batch.members[real]]
         vectors[placed] = found[real]
         return placed
+
+
+def build_groups(
+    tokens: RaggedTokens,
+    texts: Indices,
+    pad_id: int,
+    form: RowForm,
+    token_budget: int,
+    streams: int = 1,
+) -> Iterator[TokenBatch]:
+    """Plan and build the token batches of some texts for an engine that takes any shape.
+
+    Args:
+        tokens: the tokens of all texts.
+        texts: which of them.
+        pad_id: token that fills the rest of a row.
+        form: padded or shared rows.
+        token_budget: most padded tokens in one token batch.
+        streams: that are to finish together; 1 if more comes.
+    """
+    lengths = tokens.lengths[texts]
+    if form.form is Form.SHARED:
+        for width, rows in plan_shared(lengths, form, token_budget, streams):
+            yield build_shared(tokens, [texts[row] for row in rows], pad_id, width)
+    else:
+        for group in plan_padded(lengths, token_budget, streams):
+            yield build_padded(tokens, texts[group], pad_id)
 
 
 def _abandon(inferences: Collection[Future[Indices]]) -> None:

@@ -17,12 +17,19 @@ Indices = npt.NDArray[np.intp]
 
 #: Tokens of the smallest bucket; a foreign model that needs less than these is not worth a shape.
 MIN_BUCKET: Final = 16
+#: Tokens of the narrowest row that texts share. Attention costs the square of the width, and a
+#: narrower row is hard to fill: 32 was no faster for docstrings and 1 % for titles (2026-11-27).
+MIN_SHARED: Final = 64
+#: Numbers that one instruction of a CPU takes: OpenVINO works through what is left of a row after
+#: these one by one, so that attention over 63 tokens takes three times as long as over 64.
+LANES: Final = 16
 
 
 class Form(StrEnum):
     """How texts lie in token batches."""
 
     PADDED = "padded"
+    SHARED = "shared"
     PACKED = "packed"
     BUCKETS = "buckets"
 
@@ -32,13 +39,26 @@ class RowForm:
     """The token batches that an engine takes.
 
     Attributes:
-        form: ``padded``, [B, T] of any size with one text a row; ``packed``, one row [1, T] with
-            several texts; ``buckets``, one row [1, T] with one text.
-        widths: the tokens T that a row may have, rising; empty for ``padded``.
+        form: ``padded``, [B, T] of any size with one text a row; ``shared``, the same, and rows of
+            some widths may hold several texts; ``packed``, one row [1, T] with several texts;
+            ``buckets``, one row [1, T] with one text.
+        widths: the tokens T that a row may have, rising; for ``shared`` those of a row that holds
+            several texts; empty for ``padded``.
     """
 
     form: Form = Form.PADDED
     widths: tuple[int, ...] = ()
+
+    @classmethod
+    def shared(cls, max_length: int) -> RowForm:
+        """Describe rows that texts share: powers of two up to what takes the longest text."""
+        longest = next_lanes(max_length)
+        widths = []
+        width = MIN_SHARED
+        while width < longest:
+            widths.append(width)
+            width *= 2
+        return cls(Form.SHARED, (*widths, longest))
 
     @classmethod
     def packed(cls, width: int) -> RowForm:
@@ -58,11 +78,11 @@ class RowForm:
     @property
     def is_static(self) -> bool:
         """Say whether every token batch has one of a few shapes."""
-        return self.form is not Form.PADDED
+        return self.form in (Form.PACKED, Form.BUCKETS)
 
     def segments(self, width: int) -> int:
         """Return how many texts a row of this width has room for: each has two tokens or more."""
-        return max(1, width // 2) if self.form is Form.PACKED else 1
+        return max(1, width // 2) if self.form in (Form.PACKED, Form.SHARED) else 1
 
     def width_for(self, n_tokens: int) -> int:
         """Return the smallest width that takes this many tokens."""
@@ -71,7 +91,7 @@ class RowForm:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Rows for one forward pass. Padded: a row is one text, S is 1. Packed: a row holds S texts.
+    """Rows for one forward pass, each with up to S texts one after the other.
 
     Attributes:
         input_ids: tokens, int64 [B, T].
@@ -145,6 +165,40 @@ def build_rows(
     if not rows:
         return []
     (width,) = form.widths
+    whole = _lay(tokens, rows, pad_id, width, form.segments(width))
+    return [
+        TokenBatch(
+            whole.input_ids[row : row + 1],
+            whole.position_ids[row : row + 1],
+            whole.segment_ids[row : row + 1],
+            whole.segments,
+            whole.members[row : row + 1],
+        )
+        for row in range(len(rows))
+    ]
+
+
+def build_shared(
+    tokens: RaggedTokens, rows: Sequence[Sequence[int] | Indices], pad_id: int, width: int
+) -> TokenBatch:
+    """Place texts one after the other in rows of one token batch.
+
+    Args:
+        tokens: the tokens of all texts.
+        rows: for each row which of the texts to place; there is one, and none is empty.
+        pad_id: token that fills the rest of a row; never attended to.
+        width: tokens of a row; no row has more.
+    """
+    return _lay(tokens, rows, pad_id, width, max(map(len, rows)))
+
+
+def _lay(
+    tokens: RaggedTokens,
+    rows: Sequence[Sequence[int] | Indices],
+    pad_id: int,
+    width: int,
+    n_segments: int,
+) -> TokenBatch:
     counts = np.array([len(row) for row in rows])
     texts = np.concatenate([np.asarray(row, np.intp) for row in rows])
     row_of = np.repeat(np.arange(len(rows)), counts)
@@ -162,16 +216,12 @@ def build_rows(
     input_ids.reshape(-1)[flat] = tokens.ids[np.repeat(starts, lengths) + places]
     position_ids.reshape(-1)[flat] = places
     segment_ids.reshape(-1)[flat] = np.repeat(seat + 1, lengths)
-    segments = np.arange(1, form.segments(width) + 1, dtype=np.int64)
-    members = np.full((len(rows), len(segments)), -1, np.int64)
+    segments = np.arange(1, n_segments + 1, dtype=np.int64)
+    members = np.full((len(rows), n_segments), -1, np.int64)
     members[row_of, seat] = texts
-    return [
-        TokenBatch(
-            input_ids[row : row + 1],
-            position_ids[row : row + 1],
-            segment_ids[row : row + 1],
-            segments,
-            members[row : row + 1],
-        )
-        for row in range(len(rows))
-    ]
+    return TokenBatch(input_ids, position_ids, segment_ids, segments, members)
+
+
+def next_lanes(width: int) -> int:
+    """Return the next width that leaves nothing after whole LANES."""
+    return -(-width // LANES) * LANES

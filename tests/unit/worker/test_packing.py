@@ -1,10 +1,11 @@
 """Texts lie in token batches where the plan put them, in the types of the graph."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_worker.packing import RowForm, build_padded, build_rows
+from embedq_worker.packing import RowForm, build_padded, build_rows, build_shared
 from embedq_worker.planning import plan_packed
 from embedq_worker.tokens import RaggedTokens
 
@@ -75,6 +76,35 @@ def test_packed_rows_hold_their_texts_one_after_the_other(lengths: list[int], sk
         assert not batch.segment_ids[0, at:].any()
         assert not batch.position_ids[0, at:].any()
         assert set(batch.members[0, len(texts) :]) <= {-1}
+
+
+def test_shared_rows_are_the_packed_ones_side_by_side() -> None:
+    """One token batch of several rows has what the same rows have alone, with fewer segments."""
+    tokens = ragged([5, 9, 3, 30, 2])
+    rows = [[3, 4], [1, 0, 2]]
+
+    shared = build_shared(tokens, rows, 7, 32)
+
+    for row, alone in enumerate(build_rows(tokens, rows, 7, PACKED)):
+        for name in ("input_ids", "position_ids", "segment_ids"):
+            assert list(getattr(shared, name)[row]) == list(getattr(alone, name)[0]), name
+    assert shared.members.tolist() == [[3, 4, -1], [1, 0, 2]]
+    assert list(shared.segments) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("longest", "widths"),
+    [
+        (256, (64, 128, 256)),
+        (512, (64, 128, 256, 512)),
+        (300, (64, 128, 256, 304)),
+        (64, (64,)),
+        (20, (32,)),
+    ],
+)
+def test_shared_rows_take_the_longest_text(longest: int, widths: tuple[int, ...]) -> None:
+    """Widths are powers of two, and the last takes the longest text in whole lanes."""
+    assert RowForm.shared(longest).widths == widths
 
 
 def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:

@@ -11,15 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.model_fixtures import docstrings, real_model
 
-from embedq_worker.packing import RowForm
+from embedq_worker.packing import LANES, RowForm
 from embedq_worker.planning import (
     FAST,
+    LONG_TAIL,
     MIN_BUDGET,
     STEADY,
+    WORTH_SHARING,
+    Group,
     Pace,
     plan_packed,
     plan_padded,
     plan_rows,
+    plan_shared,
     plan_window,
     seat_last,
 )
@@ -27,6 +31,7 @@ from embedq_worker.tokenization import Tokenizer
 
 LENGTHS = st.lists(st.integers(2, 300), max_size=200)
 ROW = RowForm.packed(256)
+SHARED = RowForm.shared(256)
 FITTING = st.lists(st.integers(2, 256), max_size=300)
 
 
@@ -89,6 +94,88 @@ def test_one_stream_shrinks_nothing() -> None:
 def test_plan_of_nothing_is_empty() -> None:
     """No texts give no groups."""
     assert plan_padded([], 512) == []
+
+
+def is_shared(group: Group) -> bool:
+    """Say whether some row of a group holds several texts."""
+    return any(len(row) > 1 for row in group.rows)
+
+
+@given(FITTING, st.integers(1, 2048), st.integers(1, 4))
+def test_shared_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
+    """The rows of all groups are a partition of the texts, and none is over-full."""
+    plan = plan_shared(lengths, SHARED, budget, streams)
+
+    rows = [row for group in plan for row in group.rows]
+    assert sorted(int(i) for row in rows for i in row) == list(range(len(lengths)))
+    for group in plan:
+        assert all(sum(lengths[int(i)] for i in row) <= group.width for row in group.rows)
+
+
+@given(FITTING, st.integers(1, 2048), st.integers(1, 4))
+def test_shared_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
+    """A group of several rows keeps it, but for the tokens that fill up the lanes."""
+    for group in plan_shared(lengths, SHARED, budget, streams):
+        filled_up = 0 if is_shared(group) else LANES - LONG_TAIL
+        assert len(group.rows) == 1 or (group.width - filled_up) * len(group.rows) <= budget
+
+
+@given(FITTING)
+def test_texts_share_only_rows_that_they_fill(lengths: list[int]) -> None:
+    """A row of several texts has one of the few widths, and little of it is padding."""
+    for group in plan_shared(lengths, SHARED, 512):
+        if is_shared(group):
+            assert group.width in SHARED.widths
+            tokens = [sum(lengths[int(i)] for i in row) for row in group.rows]
+            assert min(tokens) >= WORTH_SHARING * group.width
+
+
+def test_texts_that_fill_no_row_go_by_length() -> None:
+    """Texts of 40 and 70 tokens leave too much of a row: each has one of its own, longest first."""
+    plan = plan_shared([40] * 12 + [70] * 7, SHARED, 512)
+
+    assert [(group.width, len(group.rows)) for group in plan] == [(70, 7), (40, 12)]
+
+
+def test_plan_that_costs_less_is_taken() -> None:
+    """Texts that fill a row whole share it; where a little is left over, rows of their own win."""
+    assert all(map(is_shared, plan_shared([20, 12] * 32, SHARED, 512)))
+    assert not any(map(is_shared, plan_shared([20] * 48, SHARED, 512)))
+
+
+def test_long_tail_is_filled_up_and_a_short_one_is_not() -> None:
+    """What a CPU would do number by number is padded where that costs less."""
+    assert [group.width for group in plan_shared([LANES * 4 - 1], SHARED, 512)] == [LANES * 4]
+    assert [group.width for group in plan_shared([LANES * 4 + 1], SHARED, 512)] == [LANES * 4 + 1]
+
+
+def test_last_groups_of_shared_rows_shrink_for_streams() -> None:
+    """Shared rows end in small groups as padded ones do."""
+    plan = plan_shared([20, 12] * 128, SHARED, 1024, streams=2)
+
+    sizes = [group.width * len(group.rows) for group in plan]
+    assert is_shared(plan[0])
+    assert sizes[0] == 1024
+    assert sizes[-1] <= MIN_BUDGET
+
+
+def test_shared_plan_of_nothing_is_empty() -> None:
+    """No texts give no groups."""
+    assert plan_shared([], SHARED, 512) == []
+
+
+@pytest.mark.model
+def test_prose_shares_rows_with_little_padding() -> None:
+    """Of 512 docstrings in rows of 64, 128 and 256 tokens less than 2 % is padding."""
+    model = real_model()
+    texts = docstrings()[:512]
+    lengths = Tokenizer(model.tokenizer_path, model.max_length).tokenize(texts).lengths
+
+    plan = plan_shared(lengths, RowForm.shared(model.max_length), 512)
+
+    computed = sum(group.width * len(group.rows) for group in plan)
+    assert sum(map(is_shared, plan)) > len(plan) / 2
+    assert lengths.sum() >= 0.98 * computed
 
 
 def rows_of_the_oracle(lengths: list[int], width: int) -> int:

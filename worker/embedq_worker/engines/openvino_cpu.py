@@ -29,7 +29,6 @@ class OpenVinoCpuEngine:
 
     name = "openvino"
     device = Device.CPU
-    form = RowForm()
 
     def __init__(
         self,
@@ -54,6 +53,7 @@ class OpenVinoCpuEngine:
         """
         self.dim = model.dim
         self.precision = precision
+        self.form = RowForm.shared(model.max_length) if model.packable else RowForm()
         streams = min(streams or threads, threads)
         self.concurrency = streams
         self.details = {"openvino": openvino.VERSION, "streams": str(streams)}
