@@ -44,6 +44,9 @@ class Child:
         self._on_npu = False
         self._failures = Failures(settings.infer_failures, settings.infer_failures_window_s)
         self._pace = Pace(settings.slow_factor, settings.slow_batches, pace_s)
+        before = self._file.read()
+        #: Whether the child before this one died before it was ready.
+        self.follows_early_death = before is not None and before.state is State.STARTING
         self.state = NodeState(State.STARTING, time.time(), os.getpid())
         self._say(self.state)
 
