@@ -149,7 +149,14 @@ class Embedder:
         chunks = np.split(accepted, np.cumsum(self._pace.sizes(len(accepted)))[:-1])
         if not len(accepted):
             return
-        for rows, tokens in zip(chunks, self._tokenizing.map(tokenize, chunks), strict=True):
+        # The first here, and the others once it is on its way: the engine waits for it, and two
+        # threads at Python's one lock would take twice as long (7 ms instead of 3).
+        tokens = tokenize(chunks[0])
+        answer.count(chunks[0], tokens)
+        yield chunks[0], tokens
+        for rows, tokens in zip(
+            chunks[1:], self._tokenizing.map(tokenize, chunks[1:]), strict=True
+        ):
             answer.count(rows, tokens)
             yield rows, tokens
 
