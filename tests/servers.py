@@ -164,8 +164,10 @@ class NodeProcess:
         return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
     def kill(self) -> None:
-        """Kill all processes of the node with SIGKILL."""
+        """Kill all processes of the node with SIGKILL, and wait until none holds a socket."""
         os.killpg(self.process.pid, signal.SIGKILL)
+        # Redis would still give a batch to one that is killed but has not ended.
+        wait_for(lambda: not _runs(self.process.pid), f"node {self.name} to end")
         self.process.wait()
 
     def discard(self) -> None:
@@ -225,6 +227,16 @@ def forget_all(redis: RedisProcess) -> None:
             for key in client.scan_iter("*", count=1000):
                 if not (key.startswith((b"_kombu", b"embedq:node"))):
                     client.unlink(key)
+
+
+def _runs(group: int) -> bool:
+    """Tell whether a process of a group is alive; the dead that nobody waited for are not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, pgid, *_ = path.read_text().rpartition(")")[2].split()
+            if int(pgid) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _answers(client: Redis) -> bool:
