@@ -252,11 +252,10 @@ def test_packed_rows_agree_with_padded_ones_on_prose(form: RowForm) -> None:
         padded, by_onnxruntime = run(engine, RowForm()), run(engine, form)
     with closing(open_engine("openvino", model, 2)) as engine:
         by_openvino = run(engine, form)
-    with closing(open_bf16(model)) as engine:
-        by_bf16 = run(engine, form)
-
     assert np.abs(by_onnxruntime - padded).max() <= 2e-5
     assert np.abs(by_openvino - padded).max() <= 2e-5
+    with closing(open_bf16(model)) as engine:
+        by_bf16 = run(engine, form)
     assert (by_bf16 * padded).sum(axis=1).min() >= 0.999
 
 
@@ -270,3 +269,17 @@ def test_closed_engine_says_so(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(InferFailed, match="closed"):
         engine.infer(build_padded(tokens, [0], 0))
+
+
+def test_bf16_is_refused_where_it_would_be_emulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO takes the hint on every CPU with AVX-512; what the CPU can do it says elsewhere."""
+    pytest.importorskip("openvino")
+    from embedq_worker.engines.openvino import Runtime
+
+    told = Runtime.get
+    monkeypatch.setattr(Runtime, "get", lambda self, name: told(self, name).replace("BF16", ""))
+
+    with pytest.raises(CompileFailed, match="This CPU has no bf16"):
+        open_engine("openvino", tiny_model(tmp_path), 2, Precision.BF16)
