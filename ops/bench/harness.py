@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +21,14 @@ from typing import Any, Final
 
 from embedq import Client
 from embedq.contract import Precision
+from embedq.errors import EmbedqError
 from embedq.local import LocalFleet
 from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
 from embedq_worker import models
 from embedq_worker.errors import EngineError
 
-#: Where figures and plots go.
-RESULTS: Final = Path(__file__).parent / "results"
+#: What decides how fast a CPU multiplies, the best first, as Linux names it.
+INSTRUCTIONS: Final = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
 
 
 @dataclass
@@ -54,11 +56,12 @@ class Table:
 
 def options(name: str, doc: str, *, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with what every benchmark takes."""
+    folder = results()
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds (%(default)s)")
-    parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json", help="figures")
-    parser.add_argument("--plot", type=Path, default=RESULTS / f"{name}.svg", help="drawing")
+    parser.add_argument("--json", type=Path, default=folder / f"{name}.json", help="figures")
+    parser.add_argument("--plot", type=Path, default=folder / f"{name}.svg", help="drawing")
     return parser
 
 
@@ -101,14 +104,17 @@ def by_precision(
 
 
 def find_model() -> models.Model:
-    """Return the model that the environment names, as a node would find it."""
+    """Return the model that the environment names, as a node would; end if there is none."""
     wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
-    return models.resolve(
-        os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
-        None,
-        cache_dir=cache_home(),
-        wheel_dir=Path(wheel) if wheel else None,
-    )
+    try:
+        return models.resolve(
+            os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
+            None,
+            cache_dir=cache_home(),
+            wheel_dir=Path(wheel) if wheel else None,
+        )
+    except EmbedqError as error:
+        raise SystemExit(f"embedq: {error}") from None
 
 
 @contextmanager
@@ -151,13 +157,23 @@ def machine() -> str:
     return f"{cores} cores, {cpu_name()}, Python {platform.python_version()}"
 
 
+def results() -> Path:
+    """Return where figures and plots of this kind of machine go."""
+    plain = re.sub(r"\((R|TM)\)|Processor|CPU|@.*?Hz", "", cpu_name())
+    slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    return Path(__file__).parent / "results" / slug
+
+
 def cpu_name() -> str:
-    """Return what the processor calls itself."""
+    """Return what the processor calls itself, and its best instructions: a VM hides the model."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpu = ""
+    told = dict(line.split("\t", 1) for line in cpu.splitlines() if "\t" in line)
+    name = told.get("model name", "").lstrip("\t: ") or platform.processor() or platform.machine()
+    best = next((each for each in INSTRUCTIONS if each in told.get("flags", "").split()), "")
+    return f"{name} ({best})" if best else name
 
 
 def report(args: argparse.Namespace, table: Table) -> None:

@@ -1,6 +1,6 @@
 """Whether a long job costs more than a short one: memory over a run, and the price of a text.
 
-    python ops/bench/scale.py [--texts 20000 200000 1000000] [--rate TEXTS_PER_S] [--json FILE]
+    ops/bench/scale.py [--texts 20000 200000 1000000] [--rate TEXTS_PER_S] [--quick]
 
 Runs `embedq embed` over short texts through a real Redis and a node with the stub engine, which
 costs next to nothing, so that everything around the engine shows. The stub takes texts at a fixed
@@ -14,20 +14,19 @@ shortest.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
+
+from harness import Table, options, parsed, report
 
 from embedq.local import LocalFleet
 from embedq.redis_client import open_redis
@@ -39,8 +38,6 @@ TOLERANCE = 1.05
 SAMPLE_EVERY_S, SAMPLES = 0.02, 1_000
 #: Texts a second that the stub takes, less than the queue could carry on two cores.
 RATE = 8_000
-#: Runs of the shortest length; the middle one counts.
-SHORT_RUNS = 3
 PARTS = ("producer", "worker", "redis")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -199,20 +196,29 @@ def _descendants(pid: int) -> dict[int, str]:
     return below
 
 
-def _table(runs: Iterable[Run]) -> str:
-    lines = [
-        f"{'texts':>9} {'docs/s':>7}  {'part':<8} {'2nd tenth':>9} {'last':>8} {'growth':>7} "
-        f"{'peak MB':>8} {'CPU us/text':>11}"
+def _table(runs: list[Run], found: list[str]) -> Table:
+    rows: list[list[str | float]] = [
+        [
+            f"{run.texts:,} texts, {part}",
+            run.docs_per_second,
+            run.second_tenth_mb[part],
+            run.last_tenth_mb[part],
+            run.growth()[part],
+            run.peak_mb[part],
+            run.cpu_us_per_text[part],
+        ]
+        for run in runs
+        for part in PARTS
     ]
-    for run in runs:
-        for part in PARTS:
-            head = f"{run.texts:>9,} {run.docs_per_second:>7,.0f}" if part == PARTS[0] else " " * 17
-            lines.append(
-                f"{head}  {part:<8} {run.second_tenth_mb[part]:>9.1f} "
-                f"{run.last_tenth_mb[part]:>8.1f} {run.growth()[part]:>7.3f} "
-                f"{run.peak_mb[part]:>8.1f} {run.cpu_us_per_text[part]:>11.1f}"
-            )
-    return "\n".join(lines)
+    return Table(
+        "Memory in the last tenth of a run against its second, stub device",
+        ["run", "texts/s", "2nd tenth MB", "last MB", "growth", "peak MB", "CPU us/text"],
+        rows,
+        plot="growth",
+        floor=TOLERANCE,
+        notes=found or ["Memory is flat and so is the price of a text."],
+        more={"runs": [asdict(run) | {"growth": run.growth()} for run in runs]},
+    )
 
 
 def judge(short: Run, long: Run) -> list[str]:
@@ -230,11 +236,11 @@ def judge(short: Run, long: Run) -> list[str]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = options("scale", __doc__ or "", rounds=3)
     parser.add_argument("--texts", type=int, nargs="+", default=[20_000, 200_000])
     parser.add_argument("--rate", type=float, default=RATE, help="of the stub; 0: full speed")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    args = parsed(parser)
+    lengths = [2_000, 4_000] if args.quick else sorted(args.texts)
     # The stub's product is tiny: a second thread of BLAS would only wait for it, and burn CPU.
     environment = {
         "EMBEDQ_DEVICE": "stub",
@@ -248,22 +254,12 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
     ):
         measure(fleet, 2_000, Path(folder))  # warms the node up
-        for texts in sorted(args.texts):
-            repeats = SHORT_RUNS if texts == min(args.texts) else 1
+        for texts in lengths:
+            repeats = args.rounds if texts == lengths[0] else 1  # of the short runs the middle one
             runs.append(_middle([measure(fleet, texts, Path(folder)) for _ in range(repeats)]))
-    found = judge(runs[0], runs[-1])
-    print(_table(runs))
-    print("\n".join(found) or "Memory is flat and so is the price of a text.")
-    if args.json:
-        report = {
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{os.cpu_count()} cpus, {platform.platform()}",
-            "python": platform.python_version(),
-            "command": " ".join(sys.argv),
-            "runs": [asdict(run) | {"growth": run.growth()} for run in runs],
-            "found": found,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    # Runs that are over in a second say nothing of memory.
+    found = [] if args.quick else judge(runs[0], runs[-1])
+    report(args, _table(runs, found))
     sys.exit(bool(found))
 
 

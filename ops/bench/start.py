@@ -1,6 +1,6 @@
 """From `embedq-worker start` to the first vector on the CPU, split into phases.
 
-    ops/bench/start.py [--rounds 5] [--json FILE]
+    ops/bench/start.py [--rounds 5] [--quick]
 
 One round warms the caches and does not count; the median of the others does. Exits 1 when the
 median to serving is above the target. The model is the one that the settings name.
@@ -8,18 +8,15 @@ median to serving is above the target. The model is the one that the settings na
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
-from pathlib import Path
 from typing import Final
+
+from harness import Table, find_model, options, parsed, report
 
 from embedq import Client
 from embedq.redis_server import RedisServer, choose
@@ -42,8 +39,8 @@ PHASES: Final = {
 FIRST_VECTOR: Final = "first vector, client and all"
 
 
-def measure(rounds: int) -> dict[str, object]:
-    """Start a node again and again, and return the figures."""
+def measure(rounds: int) -> tuple[Table, float]:
+    """Start a node again and again; return the figures, and the median seconds to serving."""
     folder = RunFolder.create()
     server = choose("auto", folder.path)
     redis = Tethered(server.command, folder.path / "redis.log", grace_s=0)
@@ -54,20 +51,25 @@ def measure(rounds: int) -> dict[str, object]:
     finally:
         redis.end()
         folder.remove()
-    medians = {name: statistics.median(each[name] for each in found) for name in found[0]}
+    rows: list[list[str | float]] = [
+        [name, statistics.median(each[name] for each in found)] for name in found[0]
+    ]
     serving_s = statistics.median(sum(each[name] for name in PHASES) for each in found)
-    return {
-        "date": f"{datetime.now():%Y-%m-%d}",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python "
-        f"{platform.python_version()}",
-        "command": " ".join(["ops/bench/start.py", *sys.argv[1:]]),
-        "rounds": rounds,
-        "phases_s": {name: round(seconds, 3) for name, seconds in medians.items()},
-        "to_serving_s": round(serving_s, 3),
-        "target_s": TARGET_S,
-        "share_of_target": round(serving_s / TARGET_S, 2),
-        "supervisor": supervisor(),
-    }
+    rows.append(["to serving", serving_s])
+    added = supervisor()
+    table = Table(
+        "From `embedq-worker start` to serving on the CPU, warm cache",
+        ["phase", "seconds"],
+        rows,
+        plot="seconds",
+        floor=TARGET_S,
+        notes=[
+            f"The supervisor adds {added['import_ms']:.0f} ms of imports to a bare Python, and is "
+            f"{added['memory_mb']:.1f} MB where that is {added['bare_python_mb']:.1f} MB."
+        ],
+        more={"to_reach_s": TARGET_S, "supervisor": added},
+    )
+    return table, serving_s
 
 
 def one_round(server: RedisServer) -> dict[str, float]:
@@ -138,24 +140,12 @@ def _wait(look: Callable[[], bool], what: str) -> None:
 
 
 def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="starts that count (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
-    args = parser.parse_args()
-    figures = measure(args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{figures['date']}, {figures['machine']}: {figures['command']}")
-    phases = figures["phases_s"]
-    assert isinstance(phases, dict)
-    for name, seconds in phases.items():
-        print(f"{name:32}{seconds:7.2f} s")
-    print(f"{'to serving':32}{figures['to_serving_s']:7} s of {TARGET_S:.0f} s")
-    print(f"supervisor: {figures['supervisor']}")
-    to_serving = figures["to_serving_s"]
-    assert isinstance(to_serving, float)
-    sys.exit(to_serving > TARGET_S)
+    """Run the command line."""
+    args = parsed(options("start", __doc__ or "", rounds=5))
+    find_model()  # a node that has none only says so in its log
+    table, serving_s = measure(args.rounds)
+    report(args, table)
+    sys.exit(serving_s > TARGET_S)
 
 
 if __name__ == "__main__":
