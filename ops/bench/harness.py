@@ -56,23 +56,28 @@ class Table:
 
 def options(name: str, doc: str, *, rounds: int) -> argparse.ArgumentParser:
     """Return a parser with what every benchmark takes."""
-    folder = results()
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.set_defaults(name=name)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--rounds", type=int, default=rounds, help="rounds (%(default)s)")
-    parser.add_argument("--json", type=Path, default=folder / f"{name}.json", help="figures")
-    parser.add_argument("--plot", type=Path, default=folder / f"{name}.svg", help="drawing")
+    where = "ops/bench/results, by machine"
+    parser.add_argument("--json", type=Path, help=f"file for the figures ({where})")
+    parser.add_argument("--plot", type=Path, help=f"file for the drawing ({where})")
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; a quick run has one round and overwrites nothing by default."""
     args = parser.parse_args()
+    folder = results()
     if args.quick:
         args.rounds = 1
-        for name in ("json", "plot"):
-            if getattr(args, name) == parser.get_default(name):
-                setattr(args, name, cache_home() / "bench" / "quick" / getattr(args, name).name)
+        folder = cache_home() / "bench" / "quick"
+    # Texts of another kind do not overwrite the figures of the usual ones.
+    corpus = getattr(args, "corpus", None)
+    stem = args.name if corpus == parser.get_default("corpus") else f"{args.name}_{corpus}"
+    args.json = args.json or folder / f"{stem}.json"
+    args.plot = args.plot or folder / f"{stem}.svg"
     return args
 
 
@@ -167,11 +172,11 @@ def results() -> Path:
 def cpu_name() -> str:
     """Return what the processor calls itself, and its best instructions: a VM hides the model."""
     try:
-        cpu = Path("/proc/cpuinfo").read_text()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        cpu = ""
-    told = dict(line.split("\t", 1) for line in cpu.splitlines() if "\t" in line)
-    name = told.get("model name", "").lstrip("\t: ") or platform.processor() or platform.machine()
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or platform.machine()
     best = next((each for each in INSTRUCTIONS if each in told.get("flags", "").split()), "")
     return f"{name} ({best})" if best else name
 

@@ -383,9 +383,6 @@ def main() -> None:
         help="where the environments of the peers are kept (%(default)s)",
     )
     args = parsed(parser)
-    for name in ("json", "plot"):  # each corpus has files of its own
-        if (path := getattr(args, name)) == parser.get_default(name) and not args.quick:
-            setattr(args, name, path.with_stem(f"peers_{args.corpus}"))
     if args.classes is None:
         args.classes = [each for each in CLASSES if not (args.quick and each is Accuracy.INT8)]
     report(args, measure(args))

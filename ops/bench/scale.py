@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -38,8 +38,6 @@ TOLERANCE = 1.05
 SAMPLE_EVERY_S, SAMPLES = 0.02, 1_000
 #: Texts a second that the stub takes, less than the queue could carry on two cores.
 RATE = 8_000
-#: What is said of a long run that is as it should be.
-FLAT = "Memory is flat and so is the price of a text."
 PARTS = ("producer", "worker", "redis")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -64,13 +62,11 @@ class Run:
     """The figures of one run.
 
     Attributes:
-        seconds: from the first batch published to the end.
         second_tenth_mb, last_tenth_mb, peak_mb: memory of each part.
         cpu_us_per_text: of each part.
     """
 
     texts: int
-    seconds: float
     docs_per_second: float
     second_tenth_mb: dict[str, float] = field(default_factory=dict)
     last_tenth_mb: dict[str, float] = field(default_factory=dict)
@@ -153,7 +149,6 @@ def _figures(texts: int, samples: list[Sample], summary: dict[str, float]) -> Ru
 
     return Run(
         texts=texts,
-        seconds=round(span, 2),
         docs_per_second=summary["docs_per_second"],
         second_tenth_mb=tenth(2),
         last_tenth_mb=tenth(10),
@@ -219,7 +214,6 @@ def _table(runs: list[Run], notes: list[str]) -> Table:
         plot="growth",
         floor=TOLERANCE,
         notes=notes,
-        more={"runs": [asdict(run) | {"growth": run.growth()} for run in runs]},
     )
 
 
@@ -259,9 +253,9 @@ def main() -> None:
         for texts in lengths:
             repeats = args.rounds if texts == lengths[0] else 1  # of the short runs the middle one
             runs.append(_middle([measure(fleet, texts, Path(folder)) for _ in range(repeats)]))
+    fine = "Memory is flat and so is the price of a text."
     found = [] if args.quick else judge(runs[0], runs[-1])
-    verdict = "Too short to judge." if args.quick else FLAT
-    report(args, _table(runs, found or [verdict]))
+    report(args, _table(runs, found or ["Too short to judge." if args.quick else fine]))
     sys.exit(bool(found))
 
 

@@ -170,7 +170,7 @@ def test_all_who_watch_name_the_degraded_node(watched: Watched) -> None:
     [told] = [found["stats"]["embedq"] for name, found in stats.items() if "sick" in name]
     assert (told["state"], told["reason"]) == (node["state"], node["reason"])
     assert (node["state"], node["reason"]) == ("degraded", REASON)
-    assert watched.asked - 1 <= node["since"] <= watched.done + 1
+    assert watched.asked - 1 <= node["since"] <= time.time()
     assert SECRET not in metrics + json.dumps(stats)
 
 
