@@ -206,7 +206,7 @@ def open_faulty_there(
     from embedq_worker.graph import build_graph
 
     def load(self: Any, shapes: Mapping[str, list[int]], deadline_s: float) -> Any:
-        graph = build_graph(self._model).to_bytes()
+        graph = build_graph(self._model)
         core = self._runtime._core
         read = core.read_model
         self._runtime._core = _Inserting(core, read)

@@ -166,7 +166,7 @@ def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
     if model.identity != job.identity:
         raise ModelError(f"{job.folder} has changed since it was checked. Start anew.")
     runtime = Runtime(Target(**job.target))
-    graph = build_graph(model).to_bytes()
+    graph = build_graph(model)
     blob = runtime.compile(graph, job.properties, job.shapes).export()
     # A blob that crashes the plugin must do so here and not in the process that serves.
     runtime.import_blob(np.frombuffer(bytearray(blob), np.uint8), job.properties).create_request()

@@ -36,20 +36,19 @@ class Graph:
     proto: onnx.ModelProto
     weights: Mapping[str, npt.NDArray[np.float32]]
 
-    def to_bytes(self) -> bytes:
-        """Serialise with the weights inside, for a runtime that reads one message.
-
-        Raises:
-            ValueError: the message would be larger than the 2 GB that protobuf allows.
-        """
-        whole = onnx.ModelProto()
-        whole.CopyFrom(self.proto)
-        for tensor in whole.graph.initializer:
-            if tensor.name in self.weights:
-                tensor.ClearField("data_location")
-                del tensor.external_data[:]
-                tensor.raw_data = self.weights[tensor.name].tobytes()
-        return bytes(whole.SerializeToString())
+    def with_weights_as_inputs(self) -> bytes:
+        """Serialise with each weight as an input of its name, for whoever puts it in its place."""
+        apart = onnx.ModelProto()
+        apart.CopyFrom(self.proto)
+        graph = apart.graph
+        inside = [tensor for tensor in graph.initializer if tensor.name not in self.weights]
+        del graph.initializer[:]
+        graph.initializer.extend(inside)
+        graph.input.extend(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
+            for name, weight in self.weights.items()
+        )
+        return bytes(apart.SerializeToString())
 
 
 class Writer:

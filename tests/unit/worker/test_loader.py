@@ -41,7 +41,7 @@ class Compiler:
 
     def __init__(self, model: Model) -> None:
         self.asked = 0
-        self._graph = graph.build_graph(model).to_bytes()
+        self._graph = graph.build_graph(model)
 
     def __call__(self, job: Job, deadline_s: float) -> Bytes:
         self.asked += 1

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ import numpy.typing as npt
 from embedq_worker.engines.faults import compile_failed
 from embedq_worker.engines.target import Target
 from embedq_worker.errors import NoDevice
+
+if TYPE_CHECKING:  # a start from the cache imports no onnx
+    from embedq_worker.nodes import Graph
 
 # Importing openvino tells Google Analytics, from a forked child, without asking; a missing module
 # is what it takes for a refusal.
@@ -90,14 +93,14 @@ class Runtime:
 
     def compile(
         self,
-        graph: bytes,
+        graph: Graph | bytes,
         properties: Mapping[str, str],
         shapes: Mapping[str, list[int]] | None = None,
     ) -> Compiled:
         """Compile a graph for the device.
 
         Args:
-            graph: an ONNX message, or what pack_ir made.
+            graph: ours, or what pack_ir made.
             properties: for the plugin; those of a stand-in are added.
             shapes: of the inputs by name; None leaves them dynamic.
 
@@ -115,10 +118,10 @@ class Runtime:
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
 
-    def read(self, graph: bytes) -> Any:
-        """Read a graph into OpenVINO's own form; raises RuntimeError."""
-        if not graph.startswith(_IR):
-            return self._core.read_model(graph)
+    def read(self, graph: Graph | bytes) -> Any:
+        """Read a graph, or what pack_ir made, into OpenVINO's own form; raises RuntimeError."""
+        if not isinstance(graph, bytes):
+            return _with_weights(self._core.read_model(graph.with_weights_as_inputs()), graph)
         size = struct.unpack_from("<I", graph, len(_IR))[0]
         start = len(_IR) + 4
         # The weights are read in place, and the model keeps them alive.
@@ -196,6 +199,24 @@ def pack_ir(model: Any) -> bytes:
         described = path.read_bytes()
         weights = path.with_suffix(".bin").read_bytes()
     return b"".join((_IR, struct.pack("<I", len(described)), described, weights))
+
+
+def _with_weights(model: Any, graph: Graph) -> Any:
+    """Put constants in the place of the inputs that stand for weights.
+
+    They are read in place: opening the CPU's engine took 0.20 s this way, and 0.68 s and 150 MB
+    more at the peak with the weights in one message (two Zen 4 cores, measured 2026-11-28).
+    """
+    for parameter in model.get_parameters():
+        weight = graph.weights.get(parameter.friendly_name)
+        if weight is None:
+            continue
+        # A weight still in its file is copied, for OpenVINO takes only what could be written to;
+        # and what it looks up while serving must not change with the file.
+        constant = ov.op.Constant(np.require(weight, requirements="W"), shared_memory=True)
+        ov.utils.replace_node(parameter, constant)
+        model.remove_parameter(parameter)
+    return model
 
 
 def _names(model: Any) -> list[str]:
