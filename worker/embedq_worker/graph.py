@@ -27,16 +27,27 @@ if TYPE_CHECKING:
 GRAPH_VERSION: Final = 1
 #: Operator set: the first with Gelu. Tested with onnxruntime 1.32 and OpenVINO 2026.4.
 OPSET: Final = 20
+#: Most bytes of the table by which the first layer looks up what it would multiply: enough for
+#: 30,522 words of 384 components (141 MB), and not for 250,000 words or 768 components.
+MAX_TABLE_BYTES: Final = 200 * 2**20
 #: Added to the score of a token of another text. Not -3.4e38: that is -inf in fp16 and bf16, and a
 #: row that is all padding becomes NaN. exp(-1e4) is already 0 in float32.
 MASK: Final = -1e4
 __all__ = ["GRAPH_VERSION", "Graph", "adapt_onnx", "build_encoder", "build_graph"]
 
-Tensors = dict[str, npt.NDArray[np.float32]]
+Floats = npt.NDArray[np.float32]
+Tensors = dict[str, Floats]
+
+_EMBEDDED_NORM: Final = "embeddings.LayerNorm"
 
 
-def build_graph(model: Model) -> Graph:
+def build_graph(model: Model, *, look_up: bool = False) -> Graph:
     """Build or adapt the graph of a model.
+
+    Args:
+        model: its files.
+        look_up: take the first layer's queries, keys and values from a table by words where that
+            is not too large, and a device has the memory; else they are products, as everywhere.
 
     Raises:
         ModelError: the weights are damaged, or do not fit the configuration.
@@ -45,7 +56,7 @@ def build_graph(model: Model) -> Graph:
         return adapt_onnx(model.weights, model.pooling, model.normalize)
     tensors = load_tensors(model.weights)
     try:
-        return build_encoder(tensors, model.config, model.pooling, model.normalize)
+        return build_encoder(tensors, model.config, model.pooling, model.normalize, look_up=look_up)
     except (KeyError, ValueError) as error:
         raise ModelError(
             f"{model.weights} does not fit its config.json: {error.args[0]}. "
@@ -54,7 +65,12 @@ def build_graph(model: Model) -> Graph:
 
 
 def build_encoder(
-    tensors: Tensors, config: Mapping[str, Any], pooling: str, normalize: bool
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    pooling: str,
+    normalize: bool,
+    *,
+    look_up: bool = False,
 ) -> Graph:
     """Build a BERT encoder with pooling and normalisation inside.
 
@@ -63,6 +79,7 @@ def build_encoder(
         config: as Model.config.
         pooling: ``mean`` or ``cls``.
         normalize: scale vectors to unit length.
+        look_up: as for build_graph.
 
     Raises:
         KeyError, ValueError: a tensor is missing, or has the wrong shape.
@@ -71,12 +88,26 @@ def build_encoder(
     """
     g = Writer(OPSET)
     w = _Weights(tensors, config)
-    hidden = _embed(g, w)  # [B, T, D]
+    embedded = _embed(g, w)  # [B, T, D]
+    hidden = _layer_norm(g, w, _EMBEDDED_NORM, embedded)
     mask = _attention_mask(g)  # [B, 1, T, T]
+    look_up = look_up and fits_table(config)
     for layer in range(config["num_hidden_layers"]):
-        hidden = _layer(g, w, f"encoder.layer.{layer}.", hidden, mask)
+        name = f"encoder.layer.{layer}."
+        if look_up and layer == 0:
+            merged = _look_up(g, w, name, embedded)
+        else:
+            weight, bias = _merged_weights(w, name)
+            merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
+        hidden = _layer(g, w, name, hidden, _attend(g, w, name, merged, mask))
     pool(g, hidden, pooling, normalize)  # [B, T, D] -> [B, S, D]
     return g.graph(w.dim)
+
+
+def fits_table(config: Mapping[str, Any]) -> bool:
+    """Say whether the first layer may look up what it would multiply."""
+    table_bytes: int = 3 * 4 * config["hidden_size"] * config["vocab_size"]
+    return table_bytes <= MAX_TABLE_BYTES
 
 
 class _Weights:
@@ -89,7 +120,7 @@ class _Weights:
         self.dim: int = config["hidden_size"]
         self.heads: int = config["num_attention_heads"]
 
-    def get(self, name: str, *shape: int) -> npt.NDArray[np.float32]:
+    def get(self, name: str, *shape: int) -> Floats:
         """Return a tensor; -1 in its shape is any size."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None:
@@ -101,23 +132,55 @@ class _Weights:
             raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
         return tensor
 
-    def linear(self, name: str, out: int, into: int) -> tuple[npt.NDArray[np.float32], ...]:
+    def linear(self, name: str, out: int, into: int) -> tuple[Floats, Floats]:
         """Return weight [into, out], transposed for a product from the left, and bias [out]."""
         return self.get(f"{name}.weight", out, into).T, self.get(f"{name}.bias", out)
 
 
 def _embed(g: Writer, w: _Weights) -> str:
     """Look up and sum the embeddings, [B, T] -> [B, T, D]."""
+    words, places = _embeddings(w)
+    word = g.op("Gather", g.constant(words), "input_ids")
+    return g.op("Add", word, g.op("Gather", g.constant(places), "position_ids"))
+
+
+def _embeddings(w: _Weights) -> tuple[Floats, Floats]:
+    """Return the embeddings of words and of places."""
     config = w.config
     words = w.get("embeddings.word_embeddings.weight", config["vocab_size"], w.dim)
-    positions = w.get(
+    places = w.get(
         "embeddings.position_embeddings.weight", config["max_position_embeddings"], w.dim
     )
     # Every token is of type 0, so its embedding is added to each position once and for all.
     types = w.get("embeddings.token_type_embeddings.weight", -1, w.dim)
-    word = g.op("Gather", g.constant(words), "input_ids")
-    place = g.op("Gather", g.constant(positions + types[0]), "position_ids")
-    return _layer_norm(g, w, "embeddings.LayerNorm", g.op("Add", word, place))
+    return words, places + types[0]
+
+
+def _look_up(g: Writer, w: _Weights, name: str, embedded: str) -> str:
+    """Take the first layer's queries, keys and values from tables, [B, T] -> [B, T, 3D].
+
+    What this layer multiplies is LayerNorm(word + place). All of it but the division by a token's
+    deviation is linear, so that the products of every word and of every place are made here, once.
+    It saves 4 % of the products of six layers: 1.02 to 1.04 times the speed for titles, docstrings
+    and long chunks, in f32 and in bf16 (two Zen 4 cores, measured 2026-11-28), for 141 MB and 0.2 s
+    of a start.
+    """
+    words, places = _embeddings(w)
+    scale, shift = (w.get(f"{_EMBEDDED_NORM}.{part}", w.dim) for part in ("weight", "bias"))
+    weight, bias = _merged_weights(w, name)
+    scaled = scale[:, None] * weight
+    scaled -= scaled.mean(axis=0)  # LayerNorm takes the mean off its input
+    word = g.op("Gather", g.constant(words @ scaled), "input_ids")
+    place = g.op("Gather", g.constant(places @ scaled), "position_ids")
+    centred = g.op("Sub", embedded, _mean(g, embedded))
+    variance = _mean(g, g.op("Mul", centred, centred))
+    deviation = g.op("Sqrt", g.op("Add", variance, g.constant(w.config["layer_norm_eps"])))
+    product = g.op("Mul", g.op("Add", word, place), g.op("Reciprocal", deviation))
+    return g.op("Add", product, g.constant(shift @ weight + bias))
+
+
+def _mean(g: Writer, value: str) -> str:
+    return g.op("ReduceMean", value, g.constant([-1], np.int64), keepdims=1)
 
 
 def _attention_mask(g: Writer) -> str:
@@ -128,10 +191,9 @@ def _attention_mask(g: Writer) -> str:
     return g.op("Where", same, g.constant(0.0), g.constant(MASK))
 
 
-def _layer(g: Writer, w: _Weights, name: str, hidden: str, mask: str) -> str:
-    attended = _linear(
-        g, w, f"{name}attention.output.dense", _attend(g, w, name, hidden, mask), w.dim, w.dim
-    )
+def _layer(g: Writer, w: _Weights, name: str, hidden: str, mixed: str) -> str:
+    """Add what attention mixed, and the network of each token, [B, T, D] -> [B, T, D]."""
+    attended = _linear(g, w, f"{name}attention.output.dense", mixed, w.dim, w.dim)
     hidden = _layer_norm(g, w, f"{name}attention.output.LayerNorm", g.op("Add", attended, hidden))
     wide = w.config["intermediate_size"]
     inner = _linear(g, w, f"{name}intermediate.dense", hidden, wide, w.dim)
@@ -141,15 +203,21 @@ def _layer(g: Writer, w: _Weights, name: str, hidden: str, mask: str) -> str:
     return _layer_norm(g, w, f"{name}output.LayerNorm", g.op("Add", outer, hidden))
 
 
-def _attend(g: Writer, w: _Weights, name: str, hidden: str, mask: str) -> str:
-    """Mix the tokens of each text, [B, T, D] -> [B, T, D]."""
-    size = w.dim // w.heads
-    parts = [w.linear(f"{name}attention.self.{p}", w.dim, w.dim) for p in ("query", "key", "value")]
+def _merged_weights(w: _Weights, name: str) -> tuple[Floats, Floats]:
+    """Return weight [D, 3D] and bias [3D] of the product that gives queries, keys and values."""
+    query, key, value = (
+        w.linear(f"{name}attention.self.{part}", w.dim, w.dim) for part in ("query", "key", "value")
+    )
     # The scale 1/sqrt(size) of the scores goes into the query's weights: one pass less over [T, T].
-    scale = np.float32(size**-0.5)
-    parts[0] = (parts[0][0] * scale, parts[0][1] * scale)
+    scale = np.float32((w.dim // w.heads) ** -0.5)
+    parts = ((query[0] * scale, query[1] * scale), key, value)
     weight, bias = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
-    merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
+    return weight, bias
+
+
+def _attend(g: Writer, w: _Weights, name: str, merged: str, mask: str) -> str:
+    """Mix the tokens of each text by queries, keys and values, [B, T, 3D] -> [B, T, D]."""
+    size = w.dim // w.heads
     # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys turned once more.
     query, key, value = (f"{name}{part}" for part in "qkv")
     sizes = g.constant([w.dim] * 3, np.int64)

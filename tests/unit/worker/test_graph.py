@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from embedq_worker.weights import load_tensors
 TOLERANCE = 2e-5
 
 Texts = Sequence[Sequence[int]]
+Infer = Callable[[Model, TokenBatch], npt.NDArray[np.float32]]
 
 
 def some_texts(vocab: int, lengths: Sequence[int] = (2, 9, 24, 3, 17)) -> Texts:
@@ -82,15 +83,30 @@ def padded(texts: Texts) -> TokenBatch:
     return build_padded(ragged(texts), range(len(texts)), pad_id=0)
 
 
+def openvino_vectors(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
+    """Run the graph of a model on OpenVINO's CPU in f32, [B, S, D]."""
+    pytest.importorskip("openvino")
+    from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
+
+    engine = OpenVinoCpuEngine(model, Precision.F32, threads=1)
+    try:
+        return engine.infer(batch)
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
-def test_graph_is_bert(tmp_path: Path, pooling: str, normalize: bool, hidden_act: str) -> None:
+@pytest.mark.parametrize("run", [infer, openvino_vectors])
+def test_graph_is_bert(
+    tmp_path: Path, pooling: str, normalize: bool, hidden_act: str, run: Infer
+) -> None:
     """Vectors are those of a forward pass written from the definition, one text at a time."""
     model = tiny_model(tmp_path, pooling=pooling, normalize=normalize, hidden_act=hidden_act)
     texts = some_texts(TINY["vocab_size"])
 
-    vectors = infer(model, padded(texts))[:, 0]
+    vectors = run(model, padded(texts))[:, 0]
 
     tensors, config = load_tensors(model.weights), {**TINY, "hidden_act": hidden_act}
     for vector, text in zip(vectors, texts, strict=True):
@@ -153,18 +169,6 @@ def test_message_is_valid_onnx(tmp_path: Path) -> None:
 
     inputs = ["input_ids", "position_ids", "segment_ids", "segments"]
     assert [value.name for value in proto.graph.input] == [*inputs, *graph.weights]
-
-
-def openvino_vectors(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
-    """Run the graph of a model on OpenVINO's CPU in f32, [B, S, D]."""
-    pytest.importorskip("openvino")
-    from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
-
-    engine = OpenVinoCpuEngine(model, Precision.F32, threads=1)
-    try:
-        return engine.infer(batch)
-    finally:
-        engine.close()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -274,6 +278,22 @@ def test_foreign_model_we_cannot_serve_is_refused(
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
         adapt_onnx(tmp_path / "onnx" / "model.onnx", "mean", True)
+
+
+def test_first_layer_is_looked_up_where_the_table_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two layers one has its product of 96 columns; with a table over the bound both have."""
+    model = tiny_model(tmp_path)
+
+    def products() -> int:
+        weights = build_graph(model, look_up=True).weights.values()
+        return sum(weight.shape == (32, 96) for weight in weights)
+
+    assert products() == 1
+    bytes_of_table = 4 * TINY["vocab_size"] * 96
+    monkeypatch.setattr("embedq_worker.graph.MAX_TABLE_BYTES", bytes_of_table - 1)
+    assert products() == 2
 
 
 def test_gelu_is_the_exact_one(tmp_path: Path) -> None:
