@@ -18,7 +18,7 @@ from embedq_worker.engines.base import Engine
 from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.golden import GOLDEN
 from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET, Layouts, engine_versions
-from embedq_worker.measuring import race
+from embedq_worker.measuring import RACE_VERSION, race
 from embedq_worker.models import Model
 from embedq_worker.proving import Prover
 from embedq_worker.quantised import Quantised, QuantisedStore
@@ -195,6 +195,7 @@ class Opener:
 
     def _key(self, accuracy: Accuracy, among: Sequence[Candidate]) -> str:
         return machine_key(
+            race=str(RACE_VERSION),
             model=self._model.identity,
             accuracy=str(accuracy),
             among=str([(str(one.engine), str(one.precision)) for one in among]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +10,7 @@ import pytest
 from tests.model_fixtures import tiny_model
 
 from embedq_worker.embedder import Embedder
-from embedq_worker.measuring import ROUNDS, race
+from embedq_worker.measuring import ROUNDS, TEXTS, race
 
 
 class Runner:
@@ -42,3 +43,12 @@ def test_best_round_counts_and_a_hopeless_engine_runs_once(tmp_path: Path) -> No
 def test_no_engine_no_race(tmp_path: Path) -> None:
     """Where none was proven there is nothing to measure."""
     assert race({}, tiny_model(tmp_path)) == {}
+
+
+def test_race_is_run_over_texts_as_prose_has_them() -> None:
+    """Most are short and few of equal length: an engine that pads must show what it costs."""
+    lengths = [len(text.split()) for text in TEXTS]
+
+    assert len(set(lengths)) > len(lengths) / 2
+    assert statistics.median(lengths) < 0.7 * statistics.mean(lengths)
+    assert max(lengths) > 20 * min(lengths)
