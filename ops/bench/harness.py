@@ -247,7 +247,8 @@ def draw(path: Path, table: Table, foot: str) -> None:
     if table.floor:
         axes.axvline(table.floor, color="#a33", linestyle="--", linewidth=1)
     axes.set_xlabel(f"{table.plot}\n{foot}")
-    axes.set_title(table.title, loc="left", fontsize=10)
+    # Over the whole figure: beside long names, the axes are too narrow for it.
+    figure.suptitle(table.title, x=0.01, ha="left", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
