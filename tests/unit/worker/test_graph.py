@@ -27,7 +27,7 @@ from embedq.contract import Precision
 from embedq_worker.adapter import adapt_onnx, adapted_dim
 from embedq_worker.digests import Digests
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
-from embedq_worker.errors import ModelError
+from embedq_worker.errors import CompileFailed, ModelError
 from embedq_worker.graph import build_graph
 from embedq_worker.models import Kind, Model, load_model
 from embedq_worker.packing import TokenBatch, build_padded
@@ -278,6 +278,16 @@ def test_foreign_model_we_cannot_serve_is_refused(
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
         adapt_onnx(tmp_path / "onnx" / "model.onnx", "mean", True)
+
+
+@pytest.mark.parametrize("damaged", [b"", b"not a packed model"])
+def test_damaged_copy_is_refused_and_not_replaced(tmp_path: Path, damaged: bytes) -> None:
+    """Class int8 is never served with the plain graph because the quantised one is empty."""
+    pytest.importorskip("openvino")
+    from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
+
+    with pytest.raises(CompileFailed, match="no packed model"):
+        OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantised=damaged)
 
 
 def test_first_layer_is_looked_up_where_the_table_is_small(

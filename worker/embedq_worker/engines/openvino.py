@@ -122,6 +122,8 @@ class Runtime:
         """Read a graph, or what pack_ir made, into OpenVINO's own form; raises RuntimeError."""
         if not isinstance(graph, bytes):
             return _with_weights(self._core.read_model(graph.with_weights_as_inputs()), graph)
+        if not graph.startswith(_IR):
+            raise RuntimeError("These bytes are no packed model.")
         size = struct.unpack_from("<I", graph, len(_IR))[0]
         start = len(_IR) + 4
         # The weights are read in place, and the model keeps them alive.

@@ -121,7 +121,7 @@ def _compile(
         "ENABLE_CPU_PINNING": "NO",
     }
     properties = {key: value for key, value in wanted.items() if key in runtime.supported}
-    graph = quantised or build_graph(model, look_up=True)
+    graph = build_graph(model, look_up=True) if quantised is None else quantised
     compiled = runtime.compile(graph, properties)
     found = compiled.get("INFERENCE_PRECISION_HINT")
     if found != hint:
