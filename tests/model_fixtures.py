@@ -150,7 +150,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], dtype: str = "F32") -> None:
-    """Write tensors in the safetensors format."""
+    """Write tensors in the safetensors format, aligned to eight bytes as its library does."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     chunks: list[bytes] = []
     at = 0
@@ -168,6 +168,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Array], dtype: str = "F3
         chunks.append(raw)
         at += len(raw)
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(chunks))
 
 

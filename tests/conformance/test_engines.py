@@ -21,7 +21,7 @@ from embedq_worker.answer import Vectors
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import ENGINES, Engine, open_engine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
-from embedq_worker.errors import CompileFailed, InferFailed
+from embedq_worker.errors import CompileFailed, InferFailed, ModelError
 from embedq_worker.models import Model
 from embedq_worker.packing import RowForm, TokenBatch, build_padded, build_rows
 from embedq_worker.planning import Pace, plan_rows
@@ -269,6 +269,35 @@ def test_closed_engine_says_so(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(InferFailed, match="closed"):
         engine.infer(build_padded(tokens, [0], 0))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_file_written_over_changes_no_vector(name: str, tmp_path: Path) -> None:
+    """A copy over the model of a node that serves is none of its business until it starts again."""
+    model = tiny_model(tmp_path)
+    tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["the queue"])
+    batch = build_padded(tokens, [0], 0)
+
+    with closing(open_engine(name, model, threads=1)) as engine:
+        before = engine.infer(batch)
+        with model.weights.open("r+b") as file:
+            file.write(bytes(model.weights.stat().st_size))
+        after = engine.infer(batch)
+
+    assert np.array_equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_of_a_model_share_its_weights(name: str, tmp_path: Path) -> None:
+    """The second of two that are open at once reads no file; the first after them does."""
+    model = tiny_model(tmp_path)
+    first = open_engine(name, model, threads=1)
+    model.weights.unlink()
+    open_engine(name, model, threads=1).close()
+    first.close()
+
+    with pytest.raises(ModelError):
+        open_engine(name, model, threads=1)
 
 
 def test_bf16_is_refused_where_it_would_be_emulated(

@@ -22,7 +22,7 @@ INPUTS: Final = ("input_ids", "position_ids", "segment_ids")
 MIN_OUTSIDE: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Graph:
     """A graph in the interface that all engines know.
 
@@ -68,8 +68,9 @@ class Writer:
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         name = f"c{next(self._number)}"
-        # Runtimes read these in place, and a tensor in a file may begin at any byte.
-        array = np.require(value, dtype, ["C", "ALIGNED"])
+        # Runtimes read these in place. What is still in its file is copied: it may begin there at
+        # any byte, and what is looked up while serving must not change with the file.
+        array = np.require(value, dtype, ["C", "ALIGNED", "W"])
         if array.nbytes < MIN_OUTSIDE:
             self.initializers.append(numpy_helper.from_array(array, name))
             return name

@@ -160,6 +160,20 @@ def test_prefix_of_a_larger_model_is_known(tmp_path: Path) -> None:
     assert infer(model, padded(texts)).tobytes() == plain.tobytes()
 
 
+def test_tensors_may_begin_at_any_byte(tmp_path: Path) -> None:
+    """A file that another writer than the format's own library has not aligned gives the same."""
+    model = tiny_model(tmp_path)
+    texts = some_texts(TINY["vocab_size"])
+    aligned = infer(model, padded(texts))
+
+    raw = model.weights.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    parts = [(size + 1).to_bytes(8, "little"), raw[8 : 8 + size], b" ", raw[8 + size :]]
+    model.weights.write_bytes(b"".join(parts))
+
+    assert infer(model, padded(texts)).tobytes() == aligned.tobytes()
+
+
 def test_message_is_valid_onnx(tmp_path: Path) -> None:
     """The checker of ONNX accepts the message; with what is left outside it has all weights."""
     graph = build_graph(tiny_model(tmp_path))

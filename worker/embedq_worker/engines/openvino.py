@@ -114,7 +114,8 @@ class Runtime:
                 has = _names(model)
                 model.reshape({name: shape for name, shape in shapes.items() if name in has})
             config = {**properties, **self.target.forced}
-            return Compiled(self._core.compile_model(model, self.target.device, config), self)
+            found = self._core.compile_model(model, self.target.device, config)
+            return Compiled(found, self, None if isinstance(graph, bytes) else graph)
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
 
@@ -141,7 +142,6 @@ class Runtime:
             found = self._core.import_model(ov.Tensor(blob), self.target.device, config)
         except RuntimeError as error:
             raise compile_failed(str(error), "Importing a compiled model") from error
-        # The weights may be read in place, so the bytes live as long as what was made of them.
         return Compiled(found, self, blob)
 
     def host_tensor(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
@@ -157,11 +157,12 @@ class Runtime:
 class Compiled:
     """A model on a device."""
 
-    def __init__(self, model: Any, runtime: Runtime, blob: Bytes | None = None) -> None:
+    def __init__(self, model: Any, runtime: Runtime, source: Graph | Bytes | None) -> None:
         self._model = model
         self.runtime = runtime
         self.inputs = _names(model)
-        self._blob = blob
+        # Weights may be read in place, so what they are in lives as long.
+        self._source = source
 
     def get(self, name: str) -> str:
         """Return a property of the compiled model as text; empty if it has none of this name."""
@@ -213,9 +214,7 @@ def _with_weights(model: Any, graph: Graph) -> Any:
         weight = graph.weights.get(parameter.friendly_name)
         if weight is None:
             continue
-        # A weight still in its file is copied, for OpenVINO takes only what could be written to;
-        # and what it looks up while serving must not change with the file.
-        constant = ov.op.Constant(np.require(weight, requirements="W"), shared_memory=True)
+        constant = ov.op.Constant(weight, shared_memory=True)
         ov.utils.replace_node(parameter, constant)
         model.remove_parameter(parameter)
     return model
