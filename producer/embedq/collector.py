@@ -57,22 +57,23 @@ class Collector:
             try:
                 finished = assemble(waiting.slice, values, errand.spec, errand.fingerprint)
             except CorruptValue as error:
-                self._recompute(commit.index, waiting, error)
-            else:
-                state.ready[commit.index] = finished
-                del state.outstanding[commit.index]
+                self._recompute(commit, waiting, error)
+                return
+            state.ready[commit.index] = finished
+            del state.outstanding[commit.index]
         errand.link.patiently(lambda: errand.ledger.take([commit]))
         state.cursor = commit.entry
 
-    def _recompute(self, index: int, waiting: Outstanding, error: CorruptValue) -> None:
+    def _recompute(self, commit: Commit, waiting: Outstanding, error: CorruptValue) -> None:
         errand = self._errand
         waiting.recomputes += 1
         if waiting.recomputes > MAX_RECOMPUTES:
             raise ResultExpired(
-                f"Batch {index} of job {errand.id} was computed {MAX_RECOMPUTES} times and its "
-                f"vectors were lost or damaged in Redis each time: {error}"
+                f"Batch {commit.index} of job {errand.id} was computed {MAX_RECOMPUTES} times and "
+                f"its vectors were lost or damaged in Redis each time: {error}"
             ) from error
-        errand.link.on_wait(f"Batch {index} is computed again: {error}")
+        errand.link.on_wait(f"Batch {commit.index} is computed again: {error}")
         errand.open()  # in case Redis forgot the whole job
-        errand.link.patiently(lambda: errand.ledger.forget(index))
+        errand.link.patiently(lambda: errand.ledger.forget(commit))
+        errand.state.cursor = commit.entry
         self._pump.publish(waiting.slice, waiting.recomputes)

@@ -144,22 +144,25 @@ class Ledger:
 
     def fetch_values(self, commit: Commit) -> list[bytes | None]:
         """Fetch the values of a committed batch; None stands for an expired one."""
-        keys = [self._value_key(commit.index, part) for part in range(commit.n_values)]
+        keys = self._value_keys(commit)
         return cast(list[bytes | None], self._redis.mget(keys)) if keys else []
 
     def take(self, commits: Sequence[Commit]) -> None:
         """Delete the values and stream entries of batches that the caller now holds."""
         pipe = self._redis.pipeline(transaction=False)
         for commit in commits:
-            keys = [self._value_key(commit.index, part) for part in range(commit.n_values)]
-            if keys:
+            if keys := self._value_keys(commit):
                 pipe.unlink(*keys)
             pipe.xdel(self._commits, commit.entry)
         pipe.execute()
 
-    def forget(self, index: int) -> None:
-        """Mark a batch as not committed, so that it can be computed again."""
-        self._forget(keys=[self._bits], args=[index])
+    def forget(self, commit: Commit) -> None:
+        """Take a commit back with all that is left of it, so that the batch can be computed again.
+
+        At once, and before it is published: a node that commits it again uses the same keys.
+        """
+        keys = [self._bits, self._commits, *self._value_keys(commit)]
+        self._forget(keys=keys, args=[commit.index, commit.entry])
 
     def keep_alive(self, ttl_s: int) -> None:
         """Put off the end of the job's keys."""
@@ -187,6 +190,9 @@ class Ledger:
         pipe.unlink(*ahead, self._bits, self._commits, self._tries, self._suspects, self._staged)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
+
+    def _value_keys(self, commit: Commit) -> list[str]:
+        return [self._value_key(commit.index, part) for part in range(commit.n_values)]
 
     def _value_key(self, index: int, part: int) -> str:
         return f"{self._value_prefix}{index}:{part}"

@@ -66,7 +66,9 @@ CANCEL: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
 """
 
-# KEYS bits; ARGV index
+# KEYS bits commits, n values; ARGV index entry
 FORGET: Final = """
+redis.call('XDEL', KEYS[2], ARGV[2])
+if #KEYS > 2 then redis.call('UNLINK', unpack(KEYS, 3)) end
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1], 0) end
 """

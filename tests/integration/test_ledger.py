@@ -6,10 +6,10 @@ import threading
 
 import pytest
 from redis import Redis
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import ResponseError
 from tests.servers import JOB_TTL_S, RedisProcess
 
-from embedq.ledger import JOBS_KEY, Ledger, Verdict
+from embedq.ledger import JOBS_KEY, Commit, Ledger, Verdict
 from embedq.patience import waits_for
 from embedq.suspects import Notes, Suspects
 
@@ -83,9 +83,10 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
     """Whatever a job writes fades by itself if its producer never comes back."""
     ledger.begin(1)
     ledger.commit(0, [b"value"])
+    ledger.commit(2, [b"other"])
     Suspects(results, "job").start(1, 5, "node:7")
     ledger.cancel()
-    ledger.forget(0)
+    ledger.forget(ledger.read_commits(b"0-0", count=1, block_ms=1)[0])
 
     lives = {key: results.ttl(key) for key in keys_of_job(results)}
 
@@ -126,10 +127,10 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
 @pytest.mark.parametrize("action", ["cancel", "forget", "keep_alive", "drop"])
 def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
     """What a producer does to a job that has expired brings no key back."""
-    arguments = {"forget": [0], "keep_alive": [JOB_TTL_S]}.get(action, [])
+    arguments: dict[str, list[object]] = {"forget": [Commit(b"0-1", 0, 1)], "keep_alive": [60]}
     ledger.drop()
 
-    getattr(ledger, action)(*arguments)
+    getattr(ledger, action)(*arguments.get(action, []))
 
     assert keys_of_job(results) == set()
     assert results.zrange(JOBS_KEY, 0, -1) == []
@@ -162,11 +163,14 @@ def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
 
 
 def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
-    """A batch whose vectors were lost can be begun and committed once more."""
-    ledger.commit(3, [b"lost"])
+    """Nothing is left of a commit that was taken back; the batch is begun and committed again."""
+    ledger.commit(3, [b"damaged", b"whole"])
+    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
 
-    ledger.forget(3)
+    ledger.forget(commit)
 
+    assert ledger.fetch_values(commit) == [None, None]
+    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
     assert ledger.begin(3) == (Verdict.GO, 1)
     assert ledger.commit(3, [b"again"]) is True
 
@@ -187,7 +191,7 @@ def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Re
     before = {key: results.dump(key) for key in keys_of_job(results)}
     results.config_set("maxmemory", 1)
 
-    with pytest.raises(OutOfMemoryError) as caught:
+    with pytest.raises(ResponseError) as caught:
         ledger.commit(1, values)
 
     assert waits_for(caught.value) == "Redis is full (maxmemory)"
