@@ -156,6 +156,9 @@ def encode(texts): return model.encode(texts, normalize_embeddings=True)
         ("fastembed>=0.7,<1",),
         # It takes ONNX only: the file that sentence-transformers exported before.
         """
+import os
+if not os.path.exists(task["export"]):
+    sys.exit("it needs what 'sentence-transformers onnx' exports: give both to --only")
 from fastembed import TextEmbedding
 from fastembed.common.model_description import ModelSource, PoolingType
 TextEmbedding.add_custom_model(
