@@ -72,11 +72,13 @@ class Pump:
         """
         errand = self._errand
         batch = EmbedBatch(errand.id, piece.index, piece.texts, errand.spec, piece.refused)
+        waiting = Outstanding(piece, Sent(batch.task_id, time.time()), recomputes)
+        # Before it is sent: if that fails and the caller waits again, it is found to be missing.
+        errand.state.outstanding[piece.index] = waiting
         errand.link.patiently(
             lambda: errand.link.publisher.publish(batch, errand.queue, errand.trace)
         )
-        sent = Sent(batch.task_id, time.time())
-        errand.state.outstanding[piece.index] = Outstanding(piece, sent, recomputes)
+        waiting.sent = Sent(batch.task_id, time.time())
 
     def _tell(self, *, at_once: bool) -> None:
         """Note how far the job is where operators look."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from embedq import Client
+from embedq.batching import Slice
 from embedq.contract import MAX_TEXT_BYTES
-from embedq.errors import ContractError, TextsFailed
+from embedq.errors import ContractError, QueueUnavailable, TextsFailed
+from embedq.message import EmbedBatch
+from embedq.publisher import Publisher
 from embedq.testing import STUB_DIM, stub_vectors
 
 TEXTS = ["plain", "", "emoji 🦀🎉", "שלום עולם", "مرحبا", "a" * 50_000, "日本語"]
@@ -104,3 +109,29 @@ def test_exact_job_travels_on_the_cpu_queue(client: Client) -> None:
     vectors = client.encode(["exact"], accuracy="exact")
 
     assert np.array_equal(vectors, stub_vectors(["exact"]))
+
+
+def test_batch_that_was_not_published_is_not_forgotten(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits again after Redis stayed away too long gets every vector."""
+    texts = [f"text {i}" for i in range(30)]
+    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
+    job = client.job(slices, client.spec())
+    publish = Publisher.publish
+
+    def stay_away(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
+        if batch.index == 1:
+            raise QueueUnavailable("Redis stayed away.")
+        publish(publisher, batch, *others)
+
+    with monkeypatch.context() as away:
+        away.setattr(Publisher, "publish", stay_away)
+        with pytest.raises(QueueUnavailable):
+            job.start()
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    job.wait(timeout_s=20)
+
+    vectors = [embedded.vector for embedded in job.results()]
+    assert np.array_equal(vectors, stub_vectors(texts))
