@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Final
 
 from embedq.batching import Slice
 from embedq.finished import FinishedBatch
 from embedq.outcomes import TRUNCATED
 from embedq.reconcile import Sent
+
+#: Stands before every entry of a stream.
+BEGINNING: Final = b"0-0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class JobState:
     ordered: bool
     outstanding: dict[int, Outstanding] = field(default_factory=dict)
     ready: dict[int, FinishedBatch] = field(default_factory=dict)
-    cursor: bytes = b"0-0"
+    cursor: bytes = BEGINNING
     published: int = 0
     sent_texts: int = 0
     told: float = 0.0

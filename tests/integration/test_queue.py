@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.servers import NodeProcess, RedisProcess, wait_for
 
 from embedq import Client
 from embedq.batching import Slice
@@ -135,3 +136,26 @@ def test_batch_that_was_not_published_is_not_forgotten(
 
     vectors = [embedded.vector for embedded in job.results()]
     assert np.array_equal(vectors, stub_vectors(texts))
+
+
+def test_job_survives_a_redis_that_begins_anew_in_the_past(
+    node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries of a stream are numbered by the clock of Redis; an empty one may be behind."""
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    texts = [f"text {i}" for i in range(20)]
+    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
+    with Client(settings=shared_redis.settings(window=1)) as client, shared_redis.open() as redis:
+        job = client.job(slices, client.spec())
+        batches = job.batches(timeout_s=20)
+        job.start()
+        stream = f"embedq:{{{job.id}}}:commits"
+        wait_for(lambda: redis.xlen(stream) == 1, "the first commit")
+        redis.xadd(stream, {"i": 9, "v": 0}, id="9999999999999-0")
+        vectors = [next(batches).vectors]
+        wait_for(lambda: redis.xlen(stream) == 1, "the second commit")
+
+        redis.flushdb()
+
+        vectors += [batch.vectors for batch in batches]
+    assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))
