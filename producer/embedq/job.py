@@ -11,7 +11,7 @@ from embedq.batching import Slice
 from embedq.collector import Collector
 from embedq.contract import Queue, VectorSpec
 from embedq.errand import Errand
-from embedq.errors import ResultTimeout
+from embedq.errors import EmbedqError, ResultExpired, ResultTimeout
 from embedq.finished import Embedded, FinishedBatch
 from embedq.job_state import JobProgress, JobState
 from embedq.ledger import Ledger
@@ -73,6 +73,7 @@ class Job:
         self._collector = Collector(self._errand, self._pump)
         self._reconciler = Reconciler(self._errand, self._pump)
         self._kept: deque[FinishedBatch] = deque()
+        self._broken_by: EmbedqError | None = None
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
@@ -102,11 +103,15 @@ class Job:
         Raises:
             QueueUnavailable: Redis stayed away longer than our patience.
             ResultTimeout: no commit arrived for timeout_s.
-            ResultExpired: vectors were lost in Redis again and again.
+            ResultExpired: vectors were lost in Redis again and again, or this was called before
+                and ended with an error.
         """
         try:
             while (batch := self._next(timeout_s)) is not None:
                 yield batch
+        except EmbedqError as error:
+            self._broken_by = error
+            raise
         finally:
             self._errand.close()
 
@@ -152,6 +157,11 @@ class Job:
         """Return the next batch, or None when there is no more."""
         if self._kept:
             return self._kept.popleft()
+        if self._broken_by is not None:
+            raise ResultExpired(
+                f"Job {self.id} has ended, with {self._state.texts:,} texts handed out: "
+                f"{self._broken_by} Submit the others in a job of their own."
+            ) from self._broken_by
         if self._state.closed:
             return None
         self.start()

@@ -11,7 +11,7 @@ from tests.servers import NodeProcess, RedisProcess, wait_for
 from embedq import Client
 from embedq.batching import Slice
 from embedq.contract import MAX_TEXT_BYTES
-from embedq.errors import ContractError, QueueUnavailable, TextsFailed
+from embedq.errors import ContractError, QueueUnavailable, ResultExpired, TextsFailed
 from embedq.message import EmbedBatch
 from embedq.publisher import Publisher
 from embedq.testing import STUB_DIM, stub_vectors
@@ -129,7 +129,7 @@ def test_batch_that_was_not_published_is_not_forgotten(
     with monkeypatch.context() as away:
         away.setattr(Publisher, "publish", stay_away)
         with pytest.raises(QueueUnavailable):
-            job.start()
+            job.wait()
     monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
     monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
     job.wait(timeout_s=20)
@@ -159,3 +159,21 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
 
         vectors += [batch.vectors for batch in batches]
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))
+
+
+def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks it for more results gets the reason, not the end of a list that lacks some."""
+    job = client.job([Slice(0, 0, ["text"], {})], client.spec())
+
+    def stay_away(*_: Any) -> None:
+        raise QueueUnavailable("Redis stayed away.")
+
+    with monkeypatch.context() as away:
+        away.setattr(Publisher, "publish", stay_away)
+        with pytest.raises(QueueUnavailable):
+            list(job.results())
+
+    with pytest.raises(ResultExpired, match=r"with 0 texts handed out: Redis stayed away\."):
+        list(job.results())
