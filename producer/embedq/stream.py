@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from embedq.batching import Slice
 from embedq.contract import VectorSpec
-from embedq.errors import InputError
+from embedq.errors import EmbedqError, InputError
 from embedq.files import Document
 from embedq.finished import Embedded
 from embedq.job import Job
@@ -104,7 +104,11 @@ class Stream:
         return self
 
     def __next__(self) -> Embedded:
-        result = next(self._results)
+        try:
+            result = next(self._results)
+        except EmbedqError:
+            self._results = self._job.results()  # who asks again is told that it has ended
+            raise
         if self._ordered:
             name, digest = self._names.popleft()
             self._done.update(digest)

@@ -161,11 +161,16 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))
 
 
+@pytest.mark.parametrize("kind", ["job", "stream"])
 def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    kind: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks it for more results gets the reason, not the end of a list that lacks some."""
     job = client.job([Slice(0, 0, ["text"], {})], client.spec())
+    stream = client.stream(["text"])
+
+    def read() -> list[Any]:
+        return list(job.results() if kind == "job" else stream)
 
     def stay_away(*_: Any) -> None:
         raise QueueUnavailable("Redis stayed away.")
@@ -173,7 +178,7 @@ def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
     with monkeypatch.context() as away:
         away.setattr(Publisher, "publish", stay_away)
         with pytest.raises(QueueUnavailable):
-            list(job.results())
+            read()
 
     with pytest.raises(ResultExpired, match=r"with 0 texts handed out: Redis stayed away\."):
-        list(job.results())
+        read()
