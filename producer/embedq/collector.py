@@ -33,9 +33,9 @@ class Collector:
         block_ms = READ_BLOCK_MS
         if left_s is not None:  # to Redis, 0 means for ever
             block_ms = max(1, min(block_ms, int(1e3 * left_s)))
-        ledger, state = self._errand.ledger, self._errand.state
+        ledger = self._errand.ledger
         return self._errand.link.patiently(
-            lambda: ledger.read_commits(state.cursor, count=READ_COUNT, block_ms=block_ms)
+            lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
         )
 
     def collect(self, commits: list[Commit]) -> None:
@@ -62,7 +62,6 @@ class Collector:
             state.ready[commit.index] = finished
             del state.outstanding[commit.index]
         errand.link.patiently(lambda: errand.ledger.take([commit]))
-        state.cursor = commit.entry
 
     def _recompute(self, commit: Commit, waiting: Outstanding, error: CorruptValue) -> None:
         errand = self._errand
@@ -75,5 +74,4 @@ class Collector:
         errand.link.on_wait(f"Batch {commit.index} is computed again: {error}")
         errand.open()  # in case Redis forgot the whole job
         errand.link.patiently(lambda: errand.ledger.forget(commit))
-        errand.state.cursor = commit.entry
         self._pump.publish(waiting.slice, waiting.recomputes)

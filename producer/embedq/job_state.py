@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Final
 
 from embedq.batching import Slice
 from embedq.finished import FinishedBatch
 from embedq.outcomes import TRUNCATED
 from embedq.reconcile import Sent
-
-#: Stands before every entry of a stream.
-BEGINNING: Final = b"0-0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,6 @@ class JobState:
         ordered: batches are handed out in their order, not as they complete.
         outstanding: index -> batch that has no vectors yet.
         ready: index -> batch that was not handed out yet.
-        cursor: entry of the stream of commits that was read last.
         published, sent_texts: batches and texts sent so far.
         told: time.monotonic() of the last note for operators.
         yielded: batches handed out.
@@ -70,7 +65,6 @@ class JobState:
     ordered: bool
     outstanding: dict[int, Outstanding] = field(default_factory=dict)
     ready: dict[int, FinishedBatch] = field(default_factory=dict)
-    cursor: bytes = BEGINNING
     published: int = 0
     sent_texts: int = 0
     told: float = 0.0

@@ -131,11 +131,15 @@ class Ledger:
         """Tell whether a batch has been committed."""
         return bool(self._redis.getbit(self._bits, index))
 
-    def read_commits(self, after: bytes, *, count: int, block_ms: int) -> list[Commit]:
-        """Return the next commits after a stream id, waiting up to block_ms for the first."""
+    def read_commits(self, *, count: int, block_ms: int) -> list[Commit]:
+        """Return the first commits that were not taken, waiting up to block_ms for one.
+
+        From the beginning: entries are deleted as they are taken, and a Redis that begins anew may
+        number its own below those that were.
+        """
         answer = cast(
             list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]],
-            self._redis.xread({self._commits: after}, count=count, block=block_ms),
+            self._redis.xread({self._commits: "0-0"}, count=count, block=block_ms),
         )
         if not answer:
             return []

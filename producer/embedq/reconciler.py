@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from embedq.errand import Errand
-from embedq.job_state import BEGINNING, Outstanding
+from embedq.job_state import Outstanding
 from embedq.pump import Pump
 from embedq.reconcile import View, is_lost, is_missing
 
@@ -68,7 +68,5 @@ class Reconciler:
         errand = self._errand
         errand.link.on_wait("Redis has forgotten this job; what is outstanding is published again.")
         errand.open()
-        # The clock that numbers the entries of the new stream may be behind that of the old one.
-        errand.state.cursor = BEGINNING
         for waiting in list(errand.state.outstanding.values()):
             self._pump.publish(waiting.slice, waiting.recomputes)

@@ -56,7 +56,7 @@ def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
     for thread in threads:
         thread.join()
 
-    commits = ledger.read_commits(b"0-0", count=1000, block_ms=1)
+    commits = ledger.read_commits(count=1000, block_ms=1)
     assert sorted(commit.index for commit in commits) == list(range(100))
     for commit in commits:
         [value] = ledger.fetch_values(commit)
@@ -69,13 +69,13 @@ def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis)
     """A batch of several values is read in their order; taking it deletes them and its entry."""
     ledger.commit(7, [b"a", b"b", b"c"])
 
-    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    [commit] = ledger.read_commits(count=10, block_ms=1)
     values = ledger.fetch_values(commit)
     ledger.take([commit])
 
     assert (commit.index, values) == (7, [b"a", b"b", b"c"])
     assert ledger.fetch_values(commit) == [None] * 3
-    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
+    assert ledger.read_commits(count=10, block_ms=1) == []
     assert ledger.is_committed(7)
 
 
@@ -86,7 +86,7 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
     ledger.commit(2, [b"other"])
     Suspects(results, "job").start(1, 5, "node:7")
     ledger.cancel()
-    ledger.forget(ledger.read_commits(b"0-0", count=1, block_ms=1)[0])
+    ledger.forget(ledger.read_commits(count=1, block_ms=1)[0])
 
     lives = {key: results.ttl(key) for key in keys_of_job(results)}
 
@@ -165,12 +165,12 @@ def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
 def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
     """Nothing is left of a commit that was taken back; the batch is begun and committed again."""
     ledger.commit(3, [b"damaged", b"whole"])
-    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    [commit] = ledger.read_commits(count=10, block_ms=1)
 
     ledger.forget(commit)
 
     assert ledger.fetch_values(commit) == [None, None]
-    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
+    assert ledger.read_commits(count=10, block_ms=1) == []
     assert ledger.begin(3) == (Verdict.GO, 1)
     assert ledger.commit(3, [b"again"]) is True
 

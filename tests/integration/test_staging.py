@@ -42,7 +42,7 @@ def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Red
     committed = ledger.commit(0, [keys[1], b"inline", keys[0]])
 
     assert committed is True
-    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    [commit] = ledger.read_commits(count=10, block_ms=1)
     assert ledger.fetch_values(commit) == [b"b", b"inline", b"a"]
     assert 0 < results.ttl("embedq:{job}:v:0:0") <= JOB_TTL_S
     ledger.take([commit])
@@ -55,7 +55,7 @@ def test_staged_values_are_no_commit(ledger: Ledger, results: Redis) -> None:
     staging = staged(results)
 
     assert not ledger.is_committed(0)
-    assert ledger.read_commits(b"0-0", count=10, block_ms=1) == []
+    assert ledger.read_commits(count=10, block_ms=1) == []
     lives = [results.ttl(key) for key in [*staging.keys.values(), "embedq:{job}:staged"]]
     assert all(0 < life <= STAGED_TTL_S for life in lives), lives
 
@@ -141,7 +141,7 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
     assert len(values) == len(pieces) >= 3
     assert all(isinstance(value, str) for value in values)
     assert ledger.commit(0, values) is True
-    [commit] = ledger.read_commits(b"0-0", count=10, block_ms=1)
+    [commit] = ledger.read_commits(count=10, block_ms=1)
     fetched = [value for value in ledger.fetch_values(commit) if value]
     found = [decode(value, SPEC.fingerprint()).vectors for value in fetched]
     expected = stub_vectors(texts)
