@@ -117,19 +117,18 @@ class Opener:
             return ""
         return QuantisedStore(self._settings.cache_dir, self._model).current()
 
-    def open_int8(self, quantised: Quantised | None = None) -> Proven:
+    def open_int8(self, quantised: Quantised | None = None, name: str = "") -> Proven:
         """Open the quantised copy of the model.
 
         Args:
             quantised: the copy; None for the one that is kept.
+            name: that the copy which is kept must have; empty for any.
 
         Raises:
             NotQuantised: none is kept, or it does not open or fails its self-test.
             ModelError: the files of the model are damaged.
         """
-        copy = quantised or QuantisedStore(self._settings.cache_dir, self._model).load()
-        if copy is None:
-            raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        copy = quantised or self._kept(name)
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
@@ -143,6 +142,17 @@ class Opener:
             raise
         except EngineError as error:
             raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
+
+    def _kept(self, name: str = "") -> Quantised:
+        copy = QuantisedStore(self._settings.cache_dir, self._model).load(name)
+        if copy is not None:
+            return copy
+        if name:
+            raise NotQuantised(
+                f"The quantised copy {name} of {self._model.label}, which this node announced, is "
+                "damaged, or another has taken its place. Start the node again, or quantise again."
+            )
+        raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
 
     def _open_first(self, among: Sequence[Candidate], accuracy: Accuracy, why: str) -> Proven:
         """Open the first that can be proven; the others are there for when it cannot."""
@@ -169,12 +179,7 @@ class Opener:
         Raises:
             NotQuantised, ModelError, EngineError: it does not open.
         """
-        copy = None
-        if one.precision is Precision.INT8:
-            copy = QuantisedStore(self._settings.cache_dir, self._model).load()
-            if copy is None:
-                raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
-        graph = copy.graph if copy else None
+        graph = self._kept().graph if one.precision is Precision.INT8 else None
         return open_engine(
             one.engine, self._model, layout.cores, one.precision, graph, layout.streams
         )

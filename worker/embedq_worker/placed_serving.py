@@ -6,6 +6,7 @@ check and measure. None of them needs Celery for it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Final
 
@@ -60,8 +61,11 @@ def open_serving(settings: WorkerSettings, model: models.Model | None) -> Servin
     if settings.device is DeviceChoice.NPU:
         shadow = Shadow(settings.shadow_every, opener.prover.open_reference)
         return Serving(model.card(), opener.open_npu(), open_exact, shadow=shadow)
-    card = replace(model.card(), quantised=opener.quantised())
-    return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, opener.open_int8)
+    name = opener.quantised()
+    # By the name that is announced: another copy may be made before a batch asks for it.
+    open_int8 = functools.partial(opener.open_int8, name=name) if name else None
+    card = replace(model.card(), quantised=name)
+    return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, open_int8)
 
 
 def claim_device(settings: WorkerSettings, placement: Placement) -> claims.Claim | None:

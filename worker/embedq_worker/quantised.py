@@ -11,6 +11,7 @@ import json
 import logging
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -107,18 +108,19 @@ class QuantisedStore:
     def current(self) -> str:
         """Name the copy that is kept, without reading it; empty for none."""
         found = self._keys()
-        return found[-1].versions["calibration"][:NAME_LENGTH] if found else ""
+        return _name(found[-1]) if found else ""
 
-    def load(self) -> Quantised | None:
-        """Read the copy, or None if there is none to be trusted."""
-        for key in self._keys():
-            raw = self._store.load(key)
-            if raw is None:
-                continue
-            try:
-                return _unpack(key.versions["calibration"][:NAME_LENGTH], raw.tobytes())
-            except (ValueError, TypeError, KeyError, struct.error) as error:
-                log.warning("quantised_refused folder=%s reason=%s", key.folder, error)
+    def load(self, name: str = "") -> Quantised | None:
+        """Read the copy, if this is its name or none is given; None for none to be trusted."""
+        wanted = name or self.current()
+        key = next((key for key in self._keys() if _name(key) == wanted), None)
+        raw = self._store.load(key) if key else None
+        if key is None or raw is None:
+            return None
+        try:
+            return _unpack(wanted, raw.tobytes())
+        except (ValueError, TypeError, KeyError, struct.error) as error:
+            log.warning("quantised_refused folder=%s reason=%s", key.folder, error)
         return None
 
     def describe(self) -> str:
@@ -142,9 +144,13 @@ class QuantisedStore:
         return BlobKey(self._model.identity, self._what, {"calibration": calibration})
 
     def _keys(self) -> list[BlobKey]:
-        """Return what is kept, as the store finds it: more than one only while one is replaced."""
-        found = [key for key in self._store.find(self._what) if key.model == self._model.identity]
-        return [key for key in found if (self._store.folder / key.folder / BLOB).exists()]
+        """Return what is kept, the newest last: several while one is replaced, or copied here."""
+        found: list[tuple[int, str, BlobKey]] = []
+        for key in self._store.find(self._what):
+            with suppress(OSError):
+                age = (self._store.folder / key.folder / BLOB).stat().st_mtime_ns
+                found.append((age, key.folder, key))
+        return [key for _, _, key in sorted(found) if key.model == self._model.identity]
 
 
 def calibration_digest(texts: list[str], method: str) -> str:
@@ -155,6 +161,10 @@ def calibration_digest(texts: list[str], method: str) -> str:
         state.update(struct.pack("<I", len(raw)))
         state.update(raw)
     return state.hexdigest()
+
+
+def _name(key: BlobKey) -> str:
+    return key.versions["calibration"][:NAME_LENGTH]
 
 
 def _unpack(name: str, raw: bytes) -> Quantised:

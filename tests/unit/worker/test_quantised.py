@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from embedq_worker.engines import open_engine
 from embedq_worker.errors import NotQuantised
 from embedq_worker.models import Model
 from embedq_worker.opening import Opener
+from embedq_worker.placed_serving import open_serving
 from embedq_worker.quantised import Quality, QuantisedStore
 from embedq_worker.quantizing import compare, embed_lines, quantize_graph
 from embedq_worker.serving import Serving
@@ -62,6 +64,35 @@ def test_newer_copy_takes_the_place_of_the_older(model: Model, tmp_path: Path) -
     found = store.load()
     assert found is not None and found.graph == b"new"
     assert store.current() == "cd" * 8
+
+
+def test_announced_copy_is_the_served_one(model: Model, tmp_path: Path) -> None:
+    """Where a folder with a copy was copied over another, one of the two counts, everywhere."""
+    store = QuantisedStore(tmp_path / "cache", model)
+    for name in ("ab", "cd"):
+        other = QuantisedStore(tmp_path / name, model)
+        other.keep(name * 32, name.encode(), QUALITY)
+        shutil.copytree(other.folder, store.folder, dirs_exist_ok=True)
+
+    found = store.load()
+
+    assert found is not None and found.name == store.current()
+    assert found.graph == found.name[:2].encode()
+
+
+def test_node_never_serves_a_copy_made_after_it_started(model: Model, tmp_path: Path) -> None:
+    """It has announced the one before, and vectors of two copies must not mix."""
+    values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": tmp_path, "threads": 2}
+    store = QuantisedStore(tmp_path, model)
+    store.keep("ab" * 32, b"old", QUALITY)
+    node = open_serving(WorkerSettings(**values), model)
+    store.keep("cd" * 32, b"new", QUALITY)
+
+    with pytest.raises(NotQuantised, match=f"{'ab' * 8} .*Start the node again"):
+        node.proven_for(Accuracy.INT8)
+
+    assert node.card.quantised == "ab" * 8
+    node.close()
 
 
 def test_copy_that_was_changed_is_not_served(model: Model, tmp_path: Path) -> None:
