@@ -145,3 +145,19 @@ def test_model_card_survives_the_wire_and_newer_fields() -> None:
     assert ModelCard.from_message(newer) == card
     with pytest.raises(MalformedMessage):
         ModelCard.from_message(b"\xc1")
+
+
+def test_flipped_bit_never_gives_other_texts() -> None:
+    """The texts field carries a checksum: what is damaged on its way is refused."""
+    texts = [f"A queue keeps its promise to worker {i}." for i in range(8)]
+    body = EmbedBatch("job", 0, texts, SPEC).to_message()
+    packed = body["texts"]
+
+    for bit in range(8 * len(packed)):
+        flipped = bytearray(packed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = EmbedBatch.from_message({**body, "texts": bytes(flipped)})
+        except MalformedMessage:
+            continue
+        assert list(found.texts) == texts, bit
