@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import onnx
-from onnx import TensorProto, compose, shape_inference
+from onnx import TensorProto, compose, external_data_helper, shape_inference
 
 from embedq_worker.errors import ModelError
 from embedq_worker.nodes import Graph, Writer, interface, pool
@@ -63,6 +63,23 @@ def adapted_dim(path: Path) -> int:
     """
     proto = _load(path, with_weights=False)
     return _dim(_output(proto, path), path)
+
+
+def data_files(path: Path) -> list[Path]:
+    """Name the files in which an encoder keeps its weights beside itself.
+
+    Raises:
+        ModelError: the file is damaged, or names a file elsewhere.
+    """
+    proto = _load(path, with_weights=False)
+    # What onnx itself goes through when it loads them.
+    tensors = external_data_helper._get_all_tensors(proto)
+    outside = filter(external_data_helper.uses_external_data, tensors)
+    places = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
+    for place in map(Path, places):
+        if place.is_absolute() or ".." in place.parts:
+            raise ModelError(f"{path} keeps weights in {place}, which is not beside it.")
+    return [path.parent / place for place in sorted(places)]
 
 
 def _load(path: Path, *, with_weights: bool) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ from embedq.card import ModelCard
 from embedq_worker import hub, sources
 from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
-from embedq_worker.traits import Traits, read_architecture, read_traits
+from embedq_worker.traits import Traits, load_json, read_architecture, read_traits
 
 #: The model everyone starts with.
 DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
@@ -77,6 +77,13 @@ class Model:
     def packable(self) -> bool:
         """Say whether a row may hold several texts."""
         return self.kind is Kind.BERT
+
+    @property
+    def vocab_size(self) -> int | None:
+        """How many tokens have weights, where config.json says it; ``onnx`` need not have one."""
+        config = self.config or load_json(self.folder / "config.json", dict) or {}
+        size = config.get("vocab_size")
+        return size if type(size) is int else None
 
     def card(self) -> ModelCard:
         """Describe the model for those who have no model file."""
@@ -145,8 +152,14 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder} has no tokenizer.json, the only tokenizer format embedq reads.")
     kind = Kind.BERT if weights.suffix == ".safetensors" else Kind.ONNX
-    traits = read_traits(folder)
-    config = read_architecture(folder) if kind is Kind.BERT else {}
+    try:
+        traits = read_traits(folder)
+        config = read_architecture(folder) if kind is Kind.BERT else {}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ModelError(
+            f"A JSON file in {folder} holds what it should not ({type(error).__name__}: {error}). "
+            "Fetch the model again."
+        ) from error
     files = [*_weight_files(weights), folder / "tokenizer.json"]
     sums = [digests.of(path) for path in files]
     return Model(
@@ -181,7 +194,10 @@ def _weight_files(weights: Path) -> list[Path]:
     """Add the files in which a large ONNX model keeps its tensors."""
     if weights.suffix != ".onnx":
         return [weights]
-    return sorted(path for path in weights.parent.glob(f"{weights.name}*") if path.is_file())
+    # Imported here: as in _onnx_dim.
+    from embedq_worker.adapter import data_files
+
+    return [weights, *data_files(weights)]
 
 
 def _onnx_dim(weights: Path) -> int:

@@ -64,6 +64,21 @@ class Tokenizer:
         if _splits_into_words(self._tokenizer) and not any(one.normalized for one in added):
             self._words = Words(self._ask, [one.content for one in added])
 
+    def require_below(self, limit: int) -> None:
+        """Check that no token has this number or a greater one.
+
+        OpenVINO looks up nothing for such a token, and says nothing.
+
+        Raises:
+            ModelError: one has.
+        """
+        largest = max(self._tokenizer.get_vocab().values(), default=0)
+        if largest >= limit:
+            raise ModelError(
+                f"tokenizer.json has a token {largest:,}, and the weights know {limit:,} tokens. "
+                "Fetch both files again; tokens that were added need weights of their own."
+            )
+
     def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
         """Tokenize the texts, keeping the first tokens of those that are too long.
 

@@ -56,6 +56,7 @@ def read_traits(folder: Path) -> Traits:
     Raises:
         ModelError: a file is damaged, or asks for something we do not do.
     """
+    _check_case(folder)
     modules = load_json(folder / "modules.json", list)
     pooling, normalize = "mean", True
     if modules is not None:
@@ -131,6 +132,21 @@ def _require(
         raise ModelError(
             f"{path}: {name} is {value}; embedq builds {expected}. "
             "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+        )
+
+
+def _check_case(folder: Path) -> None:
+    """Refuse a model whose texts are to be in lower case where its tokenizer leaves them as is."""
+    sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
+    if not sentence.get("do_lower_case"):
+        return
+    normalizer = (load_json(folder / "tokenizer.json", dict) or {}).get("normalizer") or {}
+    steps = normalizer.get("normalizers") or [normalizer]
+    if not any(step.get("lowercase") or step.get("type") == "Lowercase" for step in steps):
+        raise ModelError(
+            f"{folder}/sentence_bert_config.json: do_lower_case is true, and tokenizer.json keeps "
+            "capitals; embedq does not change texts. Put a Lowercase normalizer into tokenizer.json"
+            " and set do_lower_case to false."
         )
 
 

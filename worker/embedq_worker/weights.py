@@ -40,7 +40,15 @@ def load_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             for name, entry in header.items()
             if entry["dtype"] in _DTYPES
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,  # 1e999 is JSON
+        RecursionError,  # and so are a hundred thousand brackets
+    ) as error:
         raise ModelError(
             f"{path} is not a readable safetensors file ({error}). Fetch the file again."
         ) from error

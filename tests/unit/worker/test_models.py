@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from tests.model_fixtures import (
     TINY,
     TINY_MAX_LENGTH,
     real_model,
     tiny_model,
+    write_foreign,
     write_json,
     write_tiny,
 )
@@ -21,7 +24,7 @@ from embedq.card import ModelCard
 from embedq_worker import models
 from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
-from embedq_worker.models import Kind
+from embedq_worker.models import Kind, load_model
 from embedq_worker.traits import read_traits
 
 
@@ -54,6 +57,22 @@ def test_folder_is_described(tmp_path: Path) -> None:
         default_prompt="query",
     )
     assert ModelCard.from_message(model.card().to_message()) == model.card()
+
+
+def test_texts_in_lower_case_are_the_tokenizers_business(tmp_path: Path) -> None:
+    """A model that wants them is served where its tokenizer makes them, and refused elsewhere."""
+    write_tiny(tmp_path)
+    limits = {"max_seq_length": TINY_MAX_LENGTH, "do_lower_case": True}
+    write_json(tmp_path / "sentence_bert_config.json", limits)
+    path = tmp_path / "tokenizer.json"
+    read_traits(tmp_path)
+    steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    write_json(path, {**json.loads(path.read_text()), "normalizer": steps})
+    read_traits(tmp_path)
+    path.write_text(path.read_text().replace("Lowercase", "NFKC"))
+
+    with pytest.raises(ModelError, match="do_lower_case is true"):
+        read_traits(tmp_path)
 
 
 def test_length_of_the_sentence_file_wins(tmp_path: Path) -> None:
@@ -156,6 +175,25 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
         resolve(str(tmp_path / "m"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("modules.json", ["x"]),
+        ("modules.json", [{"type": "a.Pooling"}]),
+        ("sentence_bert_config.json", {"max_seq_length": "24"}),
+        ("config_sentence_transformers.json", {"prompts": ["query: "]}),
+        ("config.json", {**TINY, "layer_norm_eps": None}),
+    ],
+)
+def test_json_of_another_shape_names_the_folder(tmp_path: Path, file: str, value: object) -> None:
+    """It is an error of the model, with a sentence, whatever the files hold."""
+    write_tiny(tmp_path / "odd")
+    write_json(tmp_path / "odd" / file, value)
+
+    with pytest.raises(ModelError, match=r"A JSON file in .*odd holds what it should not"):
+        resolve(str(tmp_path / "odd"), tmp_path)
+
+
 def test_name_of_nothing_is_refused(tmp_path: Path) -> None:
     """A path that is no folder, and no hub id either, says so."""
     with pytest.raises(ModelError, match="no folder"):
@@ -195,6 +233,37 @@ def test_identity_follows_what_shapes_vectors(
     change(tmp_path)
 
     assert models.load_model(tmp_path, "tiny", Digests(tmp_path / "other")).identity != before
+
+
+@pytest.mark.parametrize("place", ["model.onnx_data", "weights.bin"])
+def test_identity_follows_weights_beside_a_foreign_model(tmp_path: Path, place: str) -> None:
+    """Whatever the file is called in which the model keeps them."""
+    write_foreign(tmp_path)
+    path = tmp_path / "onnx" / "model.onnx"
+    proto = onnx.load(path)
+    onnx.save(proto, path, save_as_external_data=True, location=place, size_threshold=100)
+    before = load_model(tmp_path, "foreign", Digests(tmp_path / "cache")).identity
+
+    (path.parent / place).write_bytes(bytes((path.parent / place).stat().st_size))
+
+    assert load_model(tmp_path, "foreign", Digests(tmp_path / "cache")).identity != before
+
+
+@pytest.mark.parametrize("place", ["../weights.bin", "/dev/zero"])
+def test_weights_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
+    """A model is what lies in its folder; nothing else is opened."""
+    write_foreign(tmp_path)
+    path = tmp_path / "onnx" / "model.onnx"
+    proto = onnx.load(path)
+    onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=100)
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = place if entry.key == "location" else entry.value
+    onnx.save(proto, path)
+
+    with pytest.raises(ModelError, match=re.escape(f"keeps weights in {place}")):
+        load_model(tmp_path, "foreign", Digests(tmp_path / "cache"))
 
 
 def test_identity_ignores_what_does_not(tmp_path: Path) -> None:

@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model_fixtures import TINY_MAX_LENGTH, WORDS, real_model, write_tokenizer
+from tests.model_fixtures import (
+    TINY_MAX_LENGTH,
+    WORDS,
+    real_model,
+    tiny_model,
+    write_foreign,
+    write_tokenizer,
+)
 from tokenizers import Tokenizer as HfTokenizer
 
 from embedq_worker import tokenization
+from embedq_worker.digests import Digests
 from embedq_worker.errors import EngineError, ModelError
+from embedq_worker.models import load_model
+from embedq_worker.proving import Prover
+from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokenization import RaggedTokens, Tokenizer
+
+SETTINGS = WorkerSettings.model_validate({})
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +154,20 @@ def test_real_tokenizer_takes_256_tokens() -> None:
 
     assert list(tokens.lengths) == [256]
     assert list(tokens.n_dropped) == [1000 - 254]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_token_without_weights_is_refused(tmp_path: Path, foreign: bool) -> None:
+    """Its embedding would be zeros with OpenVINO, and the golden texts need not hold it."""
+    model = tiny_model(tmp_path, vocab_size=44)
+    if foreign:
+        write_foreign(tmp_path)
+        model.weights.unlink()
+        model = load_model(tmp_path, "foreign", Digests(tmp_path / "cache"))
+    tokenizer = HfTokenizer.from_file(str(model.tokenizer_path))
+    Prover(SETTINGS, model)
+    tokenizer.add_special_tokens(["[DOC]"])
+    tokenizer.save(str(model.tokenizer_path))
+
+    with pytest.raises(ModelError, match="has a token 44, and the weights know 44"):
+        Prover(SETTINGS, model)
