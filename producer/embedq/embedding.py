@@ -76,6 +76,8 @@ class EmbedRun:
                 self._require_unchanged(manifest, spec)
                 self._display.note(f"{output} is complete already; nothing to embed.")
             else:
+                # First, as opening cuts the spools to what this manifest vouches for.
+                manifest.save(self._path)
                 spool = Spool(output, manifest)
                 try:
                     self._embed(manifest, spec, spool)
@@ -221,12 +223,14 @@ def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
         The files of the output.
 
     Raises:
-        InputError: the output cannot be written, or is missing although it was finished.
+        InputError: the output cannot be written, something cut the spools, or the output is missing
+            although it was finished.
     """
     spool = SpoolFiles(output)
     if manifest.complete:
         spool.remove()  # of an update that was killed before its manifest vouched for them
     else:
+        spool.require_whole(manifest)
         manifest.embedded, manifest.job = True, ""
         manifest.save(manifest_path(output))
     written = outputs.finish(output, spool, manifest.rows, dim, manifest.dtype)

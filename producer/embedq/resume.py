@@ -182,6 +182,19 @@ class SpoolFiles:
         self.vectors_path = output.with_name(output.name + ".vectors.partial")
         self.items_path = output.with_name(output.name + ".items.partial")
 
+    def require_whole(self, manifest: Manifest) -> None:
+        """Check that the spools that are left are as long as their manifest says.
+
+        Raises:
+            InputError: one is not.
+        """
+        for path, length in (
+            (self.vectors_path, manifest.vectors_bytes),
+            (self.items_path, manifest.items_bytes),
+        ):
+            if path.exists() and path.stat().st_size < length:
+                raise _too_short(path)
+
     def remove(self) -> None:
         """Delete what is left of the spools; while the vectors are there, both are needed."""
         self.vectors_path.unlink(missing_ok=True)
@@ -261,13 +274,16 @@ def _open_at(path: Path, length: int) -> BinaryIO:
         spool = path.open("r+b" if path.exists() else "w+b")
         if spool.seek(0, os.SEEK_END) < length:
             spool.close()
-            raise InputError(
-                f"{path}: shorter than its manifest says; something else cut it. "
-                "Start over with --restart."
-            )
+            raise _too_short(path)
         spool.truncate(length)
         spool.seek(length)
         return spool
+
+
+def _too_short(path: Path) -> InputError:
+    return InputError(
+        f"{path}: shorter than its manifest says; something else cut it. Start over with --restart."
+    )
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

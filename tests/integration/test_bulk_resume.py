@@ -36,7 +36,7 @@ from tests.bulk import (
 )
 from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node, wait_for
 
-from embedq import Client
+from embedq import Client, outputs
 from embedq.errors import InputError
 from embedq.outputs import sidecar_path
 from embedq.resume import InputChanged, Manifest, manifest_path
@@ -331,6 +331,54 @@ def test_truncated_spool_is_refused(
 
     with pytest.raises(InputError, match=rf"{spool}\.partial: shorter than.*--restart"):
         embed(small, source, output)
+
+
+def embedded(client: Client, source: Path, output: Path) -> None:
+    """Leave an output as a run does that is killed when every row is in the spools."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "finish", _killed)
+        with pytest.raises(Killed):
+            embed(client, source, output)
+    assert safe_rows(output) == 200
+
+
+def _killed(*_: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("spool", ["vectors", "items"])
+@pytest.mark.parametrize("ending", ["npy", "jsonl"])
+def test_truncated_spool_becomes_no_output(
+    ending: str, spool: str, small: Client, source: Path, tmp_path: Path
+) -> None:
+    """Rows that were cut off after the last of them was embedded are missed just as well."""
+    output = tmp_path / f"out.{ending}"
+    embedded(small, source, output)
+    path = tmp_path / f"out.{ending}.{spool}.partial"
+    path.write_bytes(path.read_bytes()[:-1])
+
+    with pytest.raises(InputError, match=rf"{spool}\.partial: shorter than.*--restart"):
+        embed(small, source, output)
+
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl"])
+def test_restart_that_is_killed_at_once_leaves_no_empty_output(
+    ending: str, small: Client, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spools that --restart has emptied are never taken for those that the old manifest means."""
+    output = tmp_path / f"out.{ending}"
+    embedded(small, source, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "window", _killed)  # the first thing that a run does with open spools
+        with pytest.raises(Killed):
+            embed(small, source, output, restart=True)
+
+    summary = embed(small, source, output)
+
+    assert (summary.total, summary.resumed) == (200, 0)
+    assert np.array_equal([row["vector"] for row in rows(output)], expected(documents(200)))
 
 
 def test_bad_line_may_be_skipped_after_all(small: Client, tmp_path: Path) -> None:
