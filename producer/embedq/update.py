@@ -22,7 +22,7 @@ from embedq.client import Client
 from embedq.contract import VectorSpec
 from embedq.embedding import EmbedRun, finish, fresh_manifest
 from embedq.errors import InputError
-from embedq.files import Document
+from embedq.files import STDIN, Document
 from embedq.pieces import Piece, pieces
 from embedq.report import Display, Progress, Summary
 from embedq.request import Request
@@ -32,6 +32,7 @@ from embedq.resume import (
     InputChanged,
     Manifest,
     Spool,
+    SpoolFiles,
     claimed,
     manifest_path,
     writing,
@@ -69,6 +70,7 @@ class UpdateRun:
         self._counts = _Counts()
         self._last: Piece | None = None
         self._rows = 0
+        self._has_read = False
 
     def run(self) -> Summary:
         """Embed what is new or changed, keep the rest, drop what is gone.
@@ -93,7 +95,7 @@ class UpdateRun:
                         f"{output}: holds other rows than its manifest says; something else "
                         "changed it. Start over with --restart."
                     )
-                delta = self._embed_delta(index, plan, spec)
+                delta = self._embed_delta(fresh, index, plan, spec)
                 self._counts.removed = index.count_unused()
                 return self._merge(fresh, old, plan, delta, spec)
 
@@ -111,7 +113,9 @@ class UpdateRun:
         finish(output, before, spec.dim)
         return before
 
-    def _embed_delta(self, index: RowIndex, plan: BinaryIO, spec: VectorSpec) -> Summary:
+    def _embed_delta(
+        self, fresh: Manifest, index: RowIndex, plan: BinaryIO, spec: VectorSpec
+    ) -> Summary:
         """Embed what is new or changed, going on from a killed update if it fits."""
         request = replace(self._request, output=self._delta_path())
 
@@ -126,12 +130,38 @@ class UpdateRun:
             except InputChanged:
                 if restart:
                     raise
+                if self._has_read:
+                    self._require_rereadable(fresh)
         raise RuntimeError("An update neither ended nor failed. This is a bug.")
+
+    def _require_rereadable(self, fresh: Manifest) -> None:
+        """Check that the inputs can be read from the beginning a second time.
+
+        Raises:
+            InputError: one is a pipe; what stood in its way is gone, so that the next run reads it.
+        """
+        for name in fresh.inputs["files"]:
+            if name == STDIN or not Path(name).is_file():
+                self._forget_delta(fresh)
+                raise InputError(
+                    f"{'Standard input' if name == STDIN else name}: is not what a killed update "
+                    "had read, and can be read only once. What that update left is deleted and "
+                    "the output is as it was: run the same command again."
+                )
+
+    def _forget_delta(self, fresh: Manifest) -> None:
+        """Delete the delta, in an order in which a kill leaves one that is begun anew."""
+        delta = self._delta_path()
+        Manifest(fresh.settings, fresh.inputs, fresh.engine).save(manifest_path(delta))
+        SpoolFiles(delta).remove()
+        for path in (delta, outputs.sidecar_path(delta), manifest_path(delta)):
+            path.unlink(missing_ok=True)
 
     def _to_embed(
         self, progress: Progress, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> Iterator[Document]:
         """Yield the documents that the old output lacks, and note for each where its row is."""
+        self._has_read = True
         plan.seek(0)
         plan.truncate()
         index.forget_use()
@@ -170,8 +200,7 @@ class UpdateRun:
         if self._last is not None:
             manifest.batches, manifest.digest = self._last.slice.index + 1, self._last.digest
         written = finish(output, manifest, spec.dim)
-        for path in (delta_path, outputs.sidecar_path(delta_path), manifest_path(delta_path)):
-            path.unlink(missing_ok=True)
+        self._forget_delta(manifest)
         return replace(
             delta,
             **{name: manifest.counts[name] for name in COUNTS},  # type: ignore[arg-type] # mypy sees one type for all fields

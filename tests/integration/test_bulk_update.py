@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ from embedq.errors import InputError
 from embedq.files import Fields
 from embedq.resume import InputChanged, Manifest, manifest_path
 from embedq.testing import stub_vectors
+
+#: Descriptor of the pipe that is an input; bash begins with it, too.
+PIPE = 63
 
 
 @pytest.fixture
@@ -352,6 +356,72 @@ def test_kill_between_any_two_steps_of_an_update_is_survived(
         assert not left, step
 
     assert step > 20
+
+
+def test_killed_update_that_only_removes_is_survived(small: Client, tmp_path: Path) -> None:
+    """Without a text to embed, too, every kill leaves something that the same command ends."""
+    before = write_jsonl(tmp_path / "before.jsonl", documents(40))
+    after = write_jsonl(tmp_path / "after.jsonl", documents(40)[::2])
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    embed(small, before, finished / "out.npy")
+
+    for step in range(1, 1000):
+        output = shutil.copytree(finished, tmp_path / str(step)) / "out.npy"
+        with killed_at_step(step):
+            try:
+                embed(small, after, output, update=True)
+                break
+            except Killed:
+                pass
+        assert embed(small, after, output, update=True).total == 20, step
+        assert [item["id"] for item in items(output)] == [d["id"] for d in documents(40)[::2]], step
+        assert not {name for name in files_beside(output) if "update" in name}, step
+
+    assert step > 20
+
+
+def piped(text: str) -> Iterator[list[str]]:
+    """Yield the name of a pipe that holds a text, as `<(command)` gives one; always the same."""
+    source, sink = os.pipe()
+    os.write(sink, text.encode())
+    os.close(sink)
+    os.dup2(source, PIPE)
+    os.close(source)
+    yield [f"/dev/fd/{PIPE}"]
+    os.close(PIPE)
+
+
+def test_killed_update_from_a_pipe_loses_nothing(small: Client, tmp_path: Path) -> None:
+    """What can be read only once is read once: the update is right, or refused and then right."""
+    source, finished = tmp_path / "in.txt", tmp_path / "finished"
+    source.write_text("".join(f"line {i}\n" for i in range(60)))
+    after = [f"line {i}" for i in range(10, 80)]
+    text = "".join(f"{line}\n" for line in after)
+    finished.mkdir()
+    embed(small, source, finished / "out.npy")
+    refused = 0
+
+    for step in range(1, 1000):
+        output = shutil.copytree(finished, tmp_path / str(step)) / "out.npy"
+        with killed_at_step(step):
+            try:
+                for pipe in piped(text):
+                    embed(small, pipe, output, update=True, format="txt")
+                break
+            except Killed:
+                pass
+        for _ in range(2):
+            try:
+                for pipe in piped(text):
+                    embed(small, pipe, output, update=True, format="txt")
+                break
+            except InputError as error:
+                assert "run the same command again" in str(error), step
+                refused += 1
+        assert np.array_equal(vectors(output), stub_vectors(after)), step
+
+    assert refused > 0
 
 
 def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: Path) -> None:
