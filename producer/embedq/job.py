@@ -11,7 +11,7 @@ from embedq.batching import Slice
 from embedq.collector import Collector
 from embedq.contract import Queue, VectorSpec
 from embedq.errand import Errand
-from embedq.errors import EmbedqError, ResultExpired, ResultTimeout
+from embedq.errors import ResultExpired, ResultTimeout
 from embedq.finished import Embedded, FinishedBatch
 from embedq.job_state import JobProgress, JobState
 from embedq.ledger import Ledger
@@ -73,7 +73,6 @@ class Job:
         self._collector = Collector(self._errand, self._pump)
         self._reconciler = Reconciler(self._errand, self._pump)
         self._kept: deque[FinishedBatch] = deque()
-        self._broken_by: EmbedqError | None = None
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
@@ -109,8 +108,8 @@ class Job:
         try:
             while (batch := self._next(timeout_s)) is not None:
                 yield batch
-        except EmbedqError as error:
-            self._broken_by = error
+        except Exception as error:
+            self._state.broken_by = error
             raise
         finally:
             self._errand.close()
@@ -130,7 +129,7 @@ class Job:
 
         Raises:
             ResultTimeout: it took longer than timeout_s; the job goes on, wait again.
-            QueueUnavailable, ResultExpired: as `batches`.
+            QueueUnavailable, ResultExpired: as `batches`; also when the caller's iterable raised.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         arrived: deque[FinishedBatch] = deque(self._kept)
@@ -157,11 +156,12 @@ class Job:
         """Return the next batch, or None when there is no more."""
         if self._kept:
             return self._kept.popleft()
-        if self._broken_by is not None:
+        if (broken_by := self._state.broken_by) is not None:
+            reason = str(broken_by) or type(broken_by).__name__
             raise ResultExpired(
                 f"Job {self.id} has ended, with {self._state.texts:,} texts handed out: "
-                f"{self._broken_by} Submit the others in a job of their own."
-            ) from self._broken_by
+                f"{reason.removesuffix('.')}. Submit the others in a job of their own."
+            ) from broken_by
         if self._state.closed:
             return None
         self.start()

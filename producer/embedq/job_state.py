@@ -60,6 +60,7 @@ class JobState:
         open, closed: the job has begun, has ended.
         kept_alive: time.monotonic() of the last sign of life.
         exhausted: there are no more batches to publish.
+        broken_by: what ended the job before its time.
     """
 
     ordered: bool
@@ -77,6 +78,7 @@ class JobState:
     closed: bool = False
     kept_alive: float = field(default_factory=time.monotonic)
     exhausted: bool = False
+    broken_by: Exception | None = None
 
     def count_ahead(self) -> int:
         """Return how many batches the window holds."""

@@ -93,13 +93,22 @@ class Pump:
             )
         )
 
+    def _pull(self) -> Slice | None:
+        """Take the next batch of the caller, or None after the last."""
+        try:
+            return next(self._slices, None)
+        except Exception as error:
+            # A generator that has raised seems to be at its end to whoever asks again.
+            self._errand.state.broken_by = error
+            raise
+
     def _fill_window(self) -> None:
         state, patiently = self._errand.state, self._errand.link.patiently
         while not state.exhausted:
             ahead = state.count_ahead()
             if ahead >= self._window() or not patiently(self._gate.may_publish):
                 return
-            piece = next(self._slices, None)
+            piece = self._pull()
             if piece is None:
                 state.exhausted = True
                 return

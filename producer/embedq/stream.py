@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from embedq.batching import Slice
 from embedq.contract import VectorSpec
-from embedq.errors import EmbedqError, InputError
+from embedq.errors import InputError
 from embedq.files import Document
 from embedq.finished import Embedded
 from embedq.job import Job
@@ -106,7 +106,9 @@ class Stream:
     def __next__(self) -> Embedded:
         try:
             result = next(self._results)
-        except EmbedqError:
+        except StopIteration:
+            raise
+        except Exception:
             self._results = self._job.results()  # who asks again is told that it has ended
             raise
         if self._ordered:

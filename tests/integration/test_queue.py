@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,28 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
 
         vectors += [batch.vectors for batch in batches]
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))
+
+
+@pytest.mark.parametrize("how", ["wait", "results", "stream"])
+def test_texts_that_end_with_an_error_are_not_all_texts(how: str, client: Client) -> None:
+    """A caller's generator that raises ends the job; asking again never makes it a shorter one."""
+
+    def texts() -> Iterator[str]:
+        yield from (f"text {i}" for i in range(700))
+        raise OSError("The database went away.")
+
+    job = client.job(client.split(texts(), client.spec()), client.spec())
+    stream = client.stream(texts())
+
+    def read() -> object:
+        if how == "wait":
+            return job.wait(timeout_s=20)
+        return list(job.results() if how == "results" else stream)
+
+    with pytest.raises(OSError, match="went away"):
+        read()
+    with pytest.raises(ResultExpired, match=r"has ended, .*: The database went away\. Submit"):
+        read()
 
 
 @pytest.mark.parametrize("kind", ["job", "stream"])
