@@ -9,14 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from embedq.batching import Slice
+from embedq.contract import MAX_TEXT_BYTES, Code, refusal
 from embedq.files import Document
 
 #: Hex characters of a text's hash in the items: 64 bits, so that two versions of a document never
 #: share one in practice.
 HASH_CHARACTERS = 16
+#: Takes the place of a refused text: refused for the same reason, and one for all.
+_STAND_INS: dict[Code, object] = {
+    Code.NOT_A_STRING: None,
+    Code.TEXT_TOO_LARGE: "x" * (MAX_TEXT_BYTES + 1),
+    Code.NUL_CHARACTER: "\0",
+    Code.NOT_UNICODE: "\ud800",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,7 @@ class Piece:
 
     Attributes:
         slice: the texts.
-        documents: where they come from.
+        documents: where they come from; a refused one has a small text that is refused as well.
         hashes: of each text; empty for a refused one.
         digest: of all documents up to the end of this piece.
     """
@@ -48,7 +56,7 @@ def pieces(
     waiting: list[Document] = []
 
     def texts() -> Iterator[object]:
-        for document in documents:
+        for document in map(_slim, documents):
             waiting.append(document)
             yield document.text
 
@@ -62,6 +70,12 @@ def pieces(
         ]
         digest = _chain(digest, here, hashes)
         yield Piece(part, here, hashes, digest)
+
+
+def _slim(document: Document) -> Document:
+    """Return a document without the text that nobody will embed: a batch may hold 4,096 of them."""
+    code = refusal(document.text)
+    return document if code is Code.NONE else replace(document, text=_STAND_INS[code])
 
 
 def text_hash(text: str) -> str:

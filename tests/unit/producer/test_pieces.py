@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq.batching import Slice, split
+from embedq.contract import MAX_TEXT_BYTES, refusal
 from embedq.files import Document
 from embedq.pieces import HASH_CHARACTERS, Piece, pieces, text_hash
 
@@ -28,12 +29,29 @@ def test_every_document_is_in_one_piece(documents: list[Document]) -> None:
     """Together the pieces hold all documents in order, each beside its text and its hash."""
     found = cut(documents)
 
-    assert [document for piece in found for document in piece.documents] == documents
+    kept = [document for piece in found for document in piece.documents]
+    assert [(d.id, refusal(d.text)) for d in kept] == [(d.id, refusal(d.text)) for d in documents]
     for piece in found:
         for offset, document in enumerate(piece.documents):
             refused = offset in piece.slice.refused
             assert piece.slice.texts[offset] == ("" if refused else document.text)
             assert piece.hashes[offset] == ("" if refused else text_hash(piece.slice.texts[offset]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * (2 * MAX_TEXT_BYTES), ["x" * 100_000], "\0" * 100_000, "\ud800" * 100_000],
+    ids=["too large", "no text", "nul", "no unicode"],
+)
+def test_refused_texts_are_not_kept(text: object) -> None:
+    """A batch full of texts that nobody embeds takes no more memory than one of them."""
+    documents = [Document(number, text) for number in range(8)]
+
+    [piece, *_] = cut(documents)
+
+    assert not any(document.text is text for document in piece.documents)
+    assert len({id(document.text) for document in piece.documents}) == 1
+    assert {refusal(document.text) for document in piece.documents} == {refusal(text)}
 
 
 def test_documents_are_pulled_one_batch_ahead_at_most() -> None:
