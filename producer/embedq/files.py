@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -186,9 +187,9 @@ def read(
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InputError(f"{source}: cannot be read further ({reason}).") from error
-        if name != STDIN:
-            reading.position = int
-            reading.bytes_done += Path(name).stat().st_size
+            if name != STDIN:  # of the file that was read, wherever it is by now
+                reading.position = int
+                reading.bytes_done += os.fstat(raw.fileno()).st_size
 
 
 def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
@@ -280,8 +281,15 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 def _open(name: str) -> BinaryIO:
     if name == STDIN:
+        if sys.stdin is None:
+            raise InputError("Standard input (-) is closed. Name a file, or pipe one into it.")
         return sys.stdin.buffer
-    return Path(name).open("rb")
+    try:
+        return Path(name).open("rb")
+    except OSError as error:
+        raise InputError(
+            f"{name}: {error.strerror}. Put it back and run the same command again to go on."
+        ) from error
 
 
 def _teller(raw: BinaryIO) -> Callable[[], int]:
@@ -295,8 +303,9 @@ def _require_readable(path: Path) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder. Name a file, or a glob such as {path}/*.jsonl")
-        with path.open("rb"):
-            pass
+        if not path.is_fifo():  # the writer of a pipe would take us for its reader
+            with path.open("rb"):
+                pass
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}.") from None
 

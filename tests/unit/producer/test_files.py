@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,43 @@ def test_inputs_are_expanded_in_order(tmp_path: Path) -> None:
     assert [Path(name).name for name in found] == ["z.txt", "a.txt", "b.txt"]
     with pytest.raises(InputError, match="No such file"):
         expand([os.fspath(tmp_path / "q*.txt")])
+
+
+def test_named_pipe_is_opened_once(tmp_path: Path) -> None:
+    """Looking whether a pipe is there takes nothing of what its writer says."""
+    path = tmp_path / "in.jsonl"
+    os.mkfifo(path)
+    said = threading.Thread(target=path.write_text, args=('{"text": "said"}\n',))
+    said.start()
+    inputs = expand([os.fspath(path)])
+    found = [document.text for document in read(inputs, fields=FIELDS)]
+    said.join()
+
+    assert found == ["said"]
+
+
+def test_file_that_goes_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    """A log that is rotated away under us loses nothing; one that is gone before us is named."""
+    first = written(tmp_path, "a.txt", "one\ntwo\n")
+    second = written(tmp_path, "b.txt", "three\n")
+    reader = read([os.fspath(first), os.fspath(second)], fields=FIELDS)
+
+    begun = [next(reader).text]
+    first.unlink()
+    second.unlink()
+    begun.append(next(reader).text)
+
+    assert begun == ["one", "two"]
+    with pytest.raises(InputError, match=r"b\.txt: No such file.*the same command again"):
+        next(reader)
+
+
+def test_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program without a standard input has no documents in it."""
+    monkeypatch.setattr("sys.stdin", None)
+
+    with pytest.raises(InputError, match=r"Standard input .* is closed"):
+        list(read(["-"], fields=FIELDS))
 
 
 def test_folder_missing_file_and_second_stdin_are_refused(tmp_path: Path) -> None:
