@@ -11,7 +11,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]
     """Yield each row, or what is wrong with it, with the number of its first line from 1.
 
     Behind a broken row reading goes on at its second line: with an open quote the row has swallowed
-    many good ones, up to csv.field_size_limit characters.
+    many good ones, up to csv.field_size_limit characters. A longer line is broken in any case.
     """
     source = iter(lines)
     again: deque[str] = deque()
@@ -23,6 +23,8 @@ def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]
             if line is None:
                 return
             taken.append(line)
+            if len(line) > csv.field_size_limit():
+                raise csv.Error(f"line longer than {csv.field_size_limit():,} characters")
             yield line
 
     rows = csv.reader(supply(), strict=True)

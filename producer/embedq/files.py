@@ -222,7 +222,7 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        rows = csv_rows(text)
+        rows = csv_rows(_text_lines(text))
         _, header = next(rows, (0, []))
         if isinstance(header, csv.Error):
             raise InputError(f"{source}, line 1: not CSV ({header}).")
@@ -230,6 +230,14 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
             yield from _csv_documents(rows, header, source, fields)
     finally:
         text.detach()  # the stream belongs to the caller
+
+
+def _text_lines(text: IO[str]) -> Iterator[str]:
+    """Yield lines; of one beyond the limit as much as tells that it is."""
+    while line := text.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(("\r", "\n")):
+            line = text.readline(MAX_LINE_BYTES + 1)
 
 
 def _csv_documents(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import threading
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from embedq import files
 from embedq.errors import InputError
-from embedq.files import Document, Fields, Reading, expand, format_of, read
+from embedq.files import (
+    MAX_LINE_BYTES,
+    Document,
+    Fields,
+    Reading,
+    expand,
+    format_of,
+    read,
+)
 
 FIELDS = Fields()
 
@@ -110,6 +122,42 @@ def test_line_beyond_every_limit_is_not_read_into_memory(tmp_path: Path) -> None
     path = written(tmp_path, "a.jsonl", b"x" * 20_000_000 + b'\n{"text": "next"}\n')
 
     assert documents(path, skip=True) == [(2, "next")]
+
+
+class Long(io.RawIOBase):
+    """A csv whose middle row has 64 MiB in one line; counts what is taken of it."""
+
+    def __init__(self, *, quote: str) -> None:
+        rest = b"x" * (64 << 20)
+        body = b"id,text,more\n1,a,b\n2," + quote.encode() + rest + b",y\n3,c,d\n"
+        self._body = io.BytesIO(body)
+        self.most = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        taken, _ = tracemalloc.get_traced_memory()
+        self.most = max(self.most, taken)
+        return self._body.readinto(buffer)
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_csv_line_beyond_every_limit_is_not_read_into_memory(
+    quote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A csv without line ends is no reason to run out of memory; the next row is read as such."""
+    source, reading = Long(quote=quote), Reading()
+    monkeypatch.setattr(files, "_open", lambda _: io.BufferedReader(source))
+    tracemalloc.start()
+    try:
+        found = read(["-"], fields=FIELDS, format="csv", skip_bad_lines=True, reading=reading)
+        names = [document.id for document in found]
+    finally:
+        tracemalloc.stop()
+
+    assert (names, reading.skipped) == (["1", "3"], 1)
+    assert source.most < 5 * MAX_LINE_BYTES
 
 
 def test_csv_takes_columns_by_name(tmp_path: Path) -> None:
