@@ -211,10 +211,14 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
             yield BadLine(source, number, f"no field {fields.text!r} (--text-field).{hint}")
         else:
             name = record.get(fields.id)
-            if isinstance(name, str | int) and not isinstance(name, bool):
+            if name is None:
+                yield Document(number, record[fields.text], named=False)
+            elif isinstance(name, str | int) and not isinstance(name, bool):
                 yield Document(name, record[fields.text])
             else:
-                yield Document(number, record[fields.text], named=False)
+                kind = type(name).__name__
+                reason = f"an id ({fields.id!r}, --id-field) that is a JSON {kind}, not str or int"
+                yield BadLine(source, number, reason)
 
 
 def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
