@@ -176,6 +176,8 @@ def read(
             reading.position = _teller(raw)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
             try:
+                if name.endswith(".gz") and not raw.peek(1):
+                    raise EOFError("it is empty, which no .gz is")
                 with closing(parse(stream, source, fields)) as items:
                     for item in items:
                         if isinstance(item, Document):
@@ -291,11 +293,11 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
         yield number, None
 
 
-def _open(name: str) -> BinaryIO:
+def _open(name: str) -> io.BufferedReader:
     if name == STDIN:
         if sys.stdin is None:
             raise InputError("Standard input (-) is closed. Name a file, or pipe one into it.")
-        return sys.stdin.buffer
+        return cast(io.BufferedReader, sys.stdin.buffer)
     try:
         return Path(name).open("rb")
     except OSError as error:

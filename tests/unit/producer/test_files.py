@@ -186,10 +186,13 @@ def test_gzip_is_read_through(tmp_path: Path) -> None:
     packed = gzip.compress(json.dumps({"text": "a" * 5000}).encode())
     good = written(tmp_path, "a.jsonl.gz", packed)
     cut = written(tmp_path, "b.jsonl.gz", packed[:-20])
+    empty = written(tmp_path, "c.jsonl.gz", b"")
 
     assert documents(good) == [(1, "a" * 5000)]
     with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read further"):
         documents(cut)
+    with pytest.raises(InputError, match=r"c\.jsonl\.gz: cannot be read further \(it is empty"):
+        documents(empty)
 
 
 def test_inputs_are_expanded_in_order(tmp_path: Path) -> None:
