@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
+from embedq.errors import InputError
 from embedq.files import Document
 
 #: Stands for a row that is not there: the document has to be embedded.
@@ -24,13 +25,21 @@ class RowIndex:
         Args:
             path: of the index, thrown away with its folder.
             items: one JSON object a line, in row order.
+
+        Raises:
+            InputError: the items are damaged.
         """
         self._db = sqlite3.connect(path)
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("PRAGMA synchronous = OFF")
         self._db.execute("CREATE TABLE rows (row INTEGER PRIMARY KEY, id BLOB, hash TEXT, use INT)")
-        with items.open(encoding="utf-8") as lines:
-            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, 0)", map(_index_row, lines))
+        try:
+            with items.open(encoding="utf-8") as lines:
+                self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, 0)", map(_index_row, lines))
+        except (ValueError, KeyError, TypeError, sqlite3.IntegrityError) as error:
+            raise InputError(
+                f"{items}: is not what embedq wrote. Start over with --restart."
+            ) from error
         # The use comes last in both, so that the free row of many equal ones is found at once.
         self._db.execute("CREATE INDEX by_id ON rows (id, hash, use)")
         self._db.execute("CREATE INDEX by_hash ON rows (hash, use)")

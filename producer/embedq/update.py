@@ -6,8 +6,10 @@ like any other. Then old and new rows are merged in the order of the input, and 
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -227,9 +229,21 @@ def _scratch_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
     try:
-        yield path
+        with writing(path), _full_index():
+            yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _full_index() -> Iterator[None]:
+    """Say of the index, too, that the disk is full; sqlite has an error of its own for that."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+            raise
+        raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def _merge_rows(

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from tests.bulk import (
     wait_until_forgotten,
     write_jsonl,
 )
+from tests.command import Command, one_line
 from tests.servers import NodeProcess, RedisProcess, stub_node
 
 from embedq import Client
 from embedq.errors import InputError
 from embedq.files import Fields
+from embedq.outputs import sidecar_path
 from embedq.resume import InputChanged, Manifest, manifest_path
 from embedq.testing import stub_vectors
 
@@ -326,6 +329,56 @@ def test_changed_output_is_refused(ending: str, small: Client, tmp_path: Path) -
 
     with pytest.raises(InputError, match="--restart"):
         embed(small, source, output, update=True)
+
+
+DAMAGE: dict[str, Callable[[str], str]] = {
+    "cut": lambda text: text[:-30],
+    "twice": lambda text: text.splitlines(keepends=True)[0] + text,
+    "of another program": lambda text: text.replace("text_hash", "digest"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_sidecar_is_refused(name: str, small: Client, tmp_path: Path) -> None:
+    """Items that something else spoiled are one sentence with the next step."""
+    source = write_jsonl(tmp_path / "in.jsonl", documents(5))
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    path = sidecar_path(output)
+    path.write_text(DAMAGE[name](path.read_text()))
+
+    with pytest.raises(InputError, match=r"items\.jsonl: is not what embedq wrote.*--restart"):
+        embed(small, source, output, update=True)
+
+
+@pytest.mark.parametrize("spare_kib", [60, 600, 1000])
+def test_update_on_a_full_disk_keeps_what_is_written(spare_kib: int, command: Command) -> None:
+    """Whatever it is that fills the disk, an update says so; with more space it goes on."""
+    disk = command.folder / "disk"
+    disk.mkdir()
+    source = command.write("in.txt", *(f"text {i}" for i in range(3000)))
+    assert command("embed", source, "-o", "out.npy").returncode == 0
+    texts = [f"text {i}" for i in range(500, 3500)]
+    command.write("in.txt", *texts)
+    made = list(command.folder.glob("out.*"))
+    size_kib = sum(path.stat().st_size for path in made) // 1024 + spare_kib
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", os.fspath(disk)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own needs root and the right to mount")
+    try:
+        for path in made:
+            shutil.copy(path, disk)
+        full = command("embed", source, "-o", "disk/out.npy", "--update")
+        subprocess.run(["mount", "-o", "remount,size=90m", os.fspath(disk)], check=True)
+        done = command("embed", source, "-o", "disk/out.npy", "--update")
+        found = vectors(disk / "out.npy")
+    finally:
+        subprocess.run(["umount", "-l", os.fspath(disk)], check=True)
+
+    assert full.returncode == 3
+    assert "the disk is full" in one_line(full)
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(found, stub_vectors(texts))
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
