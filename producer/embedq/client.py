@@ -231,8 +231,10 @@ class Client:
             prompt_name, prompt, on_long, accuracy, strict: as in encode.
 
         Raises:
+            ContractError: texts is one text.
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
+        _require_many("submit", texts)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         planned = len(texts) if isinstance(texts, Sized) else None
         job = self.job(self.split(texts, spec), spec, strict=strict, planned=planned)
@@ -260,9 +262,11 @@ class Client:
             prompt_name, prompt, on_long, accuracy, strict: as in encode.
 
         Raises:
+            ContractError: documents is one text.
             InputError: the checkpoint does not fit.
             QueueUnavailable, NoNode, SettingsError: as encode.
         """
+        _require_many("stream", documents)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint, strict=strict)
 
@@ -347,6 +351,15 @@ class Client:
             label=label,
             refusable=refusable,
             planned=planned,
+        )
+
+
+def _require_many(name: str, texts: object) -> None:
+    """Refuse a single text: each of its characters would be taken for one."""
+    if isinstance(texts, str | bytes | bytearray):
+        raise ContractError(
+            f"{name}() takes many texts, not one {type(texts).__name__} of {len(texts):,}. "
+            f"Put it into a list: {name}([text])."
         )
 
 

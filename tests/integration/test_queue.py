@@ -73,6 +73,14 @@ def test_bytes_are_refused_with_the_next_step(client: Client) -> None:
         client.encode(b"bytes")  # type: ignore[arg-type] # the mistake under test
 
 
+@pytest.mark.parametrize("text", ["a text", b"a text"])
+@pytest.mark.parametrize("name", ["submit", "stream"])
+def test_one_text_is_not_many(name: str, text: Any, client: Client) -> None:
+    """A job of one text by mistake is refused; it would have a vector for each character."""
+    with pytest.raises(ContractError, match=rf"takes many texts, .* list: {name}\(\[text\]\)"):
+        getattr(client, name)(text)
+
+
 def test_bad_texts_fail_alone(client: Client) -> None:
     """Each text that cannot be embedded is named with its code; the others have vectors."""
     bad = {1: "nul_character", 3: "not_unicode", 4: "text_too_large", 6: "not_a_string"}
