@@ -143,7 +143,7 @@ def embed(
 
     The same command goes on where a killed or interrupted one stopped.
     """
-    with errors_as_sentences():
+    with errors_as_sentences(), _interruptible(output, restart=restart):
         from embedq.display import RunDisplay  # heavy, and not needed for --help
         from embedq.report import Summary
         from embedq.request import Request
@@ -171,7 +171,6 @@ def embed(
         _check_files(request)
         with (
             RunDisplay(quiet=quiet or as_json) as display,
-            _interruptible(output),
             _connected(settings, display, local=local) as client,
         ):
             # Imported while the node of a local run starts: they bring Celery with them.
@@ -279,7 +278,7 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
 
 
 @contextmanager
-def _interruptible(output: Path) -> Iterator[None]:
+def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     """End cleanly on Ctrl-C and SIGTERM, and say how to go on."""
 
     def interrupt(*_: object) -> NoReturn:
@@ -289,8 +288,9 @@ def _interruptible(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        command = "the same command without --restart" if restart else "the same command"
         click.echo(
-            f"embedq: interrupted. What is in {output} so far is kept; the same command goes on.",
+            f"embedq: interrupted. What is in {output} so far is kept; {command} goes on.",
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)

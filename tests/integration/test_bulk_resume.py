@@ -453,6 +453,25 @@ def test_interrupted_command_says_how_to_go_on(
     assert np.array_equal(vectors(output), expected(documents(2_000)))
 
 
+def test_interrupted_restart_says_how_to_go_on(
+    slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+) -> None:
+    """The same command would start over once more; without --restart it goes on."""
+    source = write_jsonl(tmp_path / "in.jsonl", documents(2_000))
+    output = tmp_path / "out.npy"
+    child = start(slow_redis, "embed", source, "-o", output, "--restart")
+    wait_for(lambda: safe_rows(output), "rows to be saved")
+
+    child.send_signal(signal.SIGINT)
+    code, _, stderr = finish(child)
+    saved = safe_rows(output)
+    done = command(slow_redis, "embed", source, "-o", output)
+
+    assert code == 130
+    assert "is kept; the same command without --restart goes on." in stderr
+    assert f"{saved:,} resumed" in done[1]
+
+
 def test_manifest_forgets_its_job_when_complete(
     small: Client, source: Path, tmp_path: Path
 ) -> None:
