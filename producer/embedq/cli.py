@@ -244,12 +244,12 @@ def search(
 def _check_files(request: Request) -> None:
     """Refuse what cannot work before anything is started."""
     from embedq import outputs
-    from embedq.files import expand, format_of
+    from embedq.files import format_of
 
-    inputs = expand(request.inputs)
+    outputs.require_writable(request.output)
+    inputs = request.files()
     for name in inputs:
         format_of(name, request.format)
-    outputs.require_writable(request.output)
     outputs.require_apart(request.output, inputs)
 
 

@@ -14,7 +14,7 @@ from embedq.batching import Slice
 from embedq.client import Client
 from embedq.contract import Status, VectorSpec
 from embedq.errors import InputError
-from embedq.files import Document, expand
+from embedq.files import Document
 from embedq.finished import FinishedBatch
 from embedq.outcomes import CACHED, REROUTED, TRUNCATED, OutcomeTable
 from embedq.pieces import Piece, pieces
@@ -256,7 +256,7 @@ def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manife
     client.keep_batch_tokens(client.batch_tokens(spec))
     settings["batch_tokens"] = client.batch_tokens(spec)
     inputs = {
-        "files": expand(request.inputs),
+        "files": request.files(),
         "format": request.format,
         "id_field": request.fields.id,
         "text_field": request.fields.text,

@@ -99,8 +99,12 @@ class Reading:
         return min(1.0, (self.bytes_done + self.position()) / self.total_bytes)
 
 
-def expand(inputs: Sequence[str]) -> list[str]:
+def expand(inputs: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
     """Turn arguments into files: names, globs and ``-``, in the order given, globs sorted.
+
+    Args:
+        inputs: as given.
+        own: files of the output, which no glob means.
 
     Raises:
         InputError: a name matches nothing, is a folder, or cannot be read.
@@ -110,9 +114,10 @@ def expand(inputs: Sequence[str]) -> list[str]:
         if name == STDIN:
             found.append(name)
             continue
-        matches = (
-            sorted(glob.glob(name)) if glob.has_magic(name) and not Path(name).exists() else []  # noqa: PTH207 # Path.glob takes no absolute pattern
-        )
+        matches: list[str] = []
+        if glob.has_magic(name) and not Path(name).exists():
+            ours = {path.resolve() for path in own}
+            matches = sorted(m for m in glob.glob(name) if Path(m).resolve() not in ours)  # noqa: PTH207 # Path.glob takes no absolute pattern
         for path in map(Path, matches or [name]):
             _require_readable(path)
             found.append(str(path))

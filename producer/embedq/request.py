@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from embedq import outputs
 from embedq.contract import Accuracy, OnLong, VectorSpec
 from embedq.files import Document, Fields, expand, read
 from embedq.report import Progress
@@ -39,10 +40,18 @@ class Request:
     restart: bool = False
     pin_engine: bool = False
 
+    def files(self) -> list[str]:
+        """Return the inputs with their globs expanded.
+
+        Raises:
+            InputError: as expand.
+        """
+        return expand(self.inputs, outputs.files_of(self.output))
+
     def documents(self, progress: Progress) -> Iterator[Document]:
         """Read the inputs."""
         return read(
-            expand(self.inputs),
+            self.files(),
             fields=self.fields,
             format=self.format,
             skip_bad_lines=self.skip_bad_lines,

@@ -137,6 +137,20 @@ def test_several_inputs_and_globs_are_read_in_order(small: Client, tmp_path: Pat
     assert [item["id"] for item in items(output)] == [1, 1, 1, "x"]
 
 
+def test_glob_does_not_mean_the_output(small: Client, tmp_path: Path) -> None:
+    """The sidecar beside the inputs is none of them, for the same command and for --update."""
+    write_jsonl(tmp_path / "a.jsonl", documents(20))
+    output, inputs = tmp_path / "out.npy", [str(tmp_path / "*.jsonl")]
+    embed(small, inputs, output)
+
+    again = embed(small, inputs, output)
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "x", "text": "new"}])
+    update = embed(small, inputs, output, update=True)
+
+    assert (again.total, again.resumed) == (20, 20)
+    assert update.updated == {"new": 1, "changed": 0, "kept": 20, "removed": 0}
+
+
 def test_standard_input_is_read(
     node: NodeProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
