@@ -85,7 +85,8 @@ def finish(
         The files of the output.
 
     Raises:
-        InputError: the output cannot be written, or there are neither spools nor output.
+        InputError: the output cannot be written, there are neither spools nor output, or an npy has
+            another size than it should.
     """
     kind = format_of(output)
     if spool.vectors_path.exists():
@@ -98,6 +99,12 @@ def finish(
                 f"{path}: is gone, and its manifest says that it was finished. Put it back, or "
                 "start over with --restart."
             )
+    size, expected = output.stat().st_size, NPY_HEADER_BYTES + ITEM_BYTES[dtype] * dim * rows
+    if kind == "npy" and size != expected:
+        raise InputError(
+            f"{output}: has {size:,} bytes where its manifest says {expected:,}; something else "
+            "changed it. Put it back, or start over with --restart."
+        )
     return written
 
 

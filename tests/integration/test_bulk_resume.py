@@ -285,6 +285,16 @@ def test_lost_output_is_not_called_complete(small: Client, source: Path, tmp_pat
         embed(small, source, output)
 
 
+def test_cut_output_is_not_called_complete(small: Client, source: Path, tmp_path: Path) -> None:
+    """Vectors that something else cut are no finished output, whatever the manifest says."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    output.write_bytes(output.read_bytes()[:-1])
+
+    with pytest.raises(InputError, match=r"out\.npy: has [0-9,]+ bytes where .*--restart"):
+        embed(small, source, output)
+
+
 def test_restart_starts_over(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
