@@ -58,8 +58,14 @@ def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
         vectors: a finished npy output, float32 [n, D].
         query: float32 [D].
         k: how many.
+
+    Raises:
+        InputError: the output or its sidecar is damaged.
     """
-    rows: Vectors = np.load(vectors, mmap_mode="r")
+    try:
+        rows: Vectors = np.load(vectors, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _damaged(vectors) from error
     unit = query.astype(np.float32) / max(float(np.linalg.norm(query)), 1e-12)
     best: list[tuple[float, int]] = []
     for start in range(0, len(rows), CHUNK_ROWS):
@@ -70,11 +76,20 @@ def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
         best += [(float(scores[at]), start + int(at)) for at in top if scores[at] >= -1.01]
         best = sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k]
     names = _ids(sidecar_path(vectors), {row for _, row in best})
+    if len(names) < len(best):
+        raise _damaged(sidecar_path(vectors))
     return [Hit(row, names[row], score) for score, row in best]
 
 
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path}: is not what embedq wrote. Put it back, or embed with --restart.")
+
+
 def _ids(sidecar: Path, wanted: set[int]) -> dict[int, str | int]:
-    return {row: json.loads(line)["id"] for row, line in _lines(sidecar) if row in wanted}
+    try:
+        return {row: json.loads(line)["id"] for row, line in _lines(sidecar) if row in wanted}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(sidecar) from error
 
 
 def _lines(sidecar: Path) -> Iterator[tuple[int, str]]:

@@ -149,6 +149,21 @@ def test_search_refuses_what_is_no_finished_npy(
         load_manifest(tmp_path / "none.npy")
 
 
+@pytest.mark.parametrize("left", [0, 300, 5_000])
+@pytest.mark.parametrize("name", ["out.npy", "out.items.jsonl"])
+def test_search_refuses_what_was_cut(
+    name: str, left: int, small: Client, source: Path, tmp_path: Path
+) -> None:
+    """An output or a sidecar that is not whole is one sentence with the next step."""
+    output, path = tmp_path / "out.npy", tmp_path / name
+    embed(small, source, output)
+    n_rows = len(np.load(output))
+    path.write_bytes(path.read_bytes()[:left])
+
+    with pytest.raises(InputError, match=rf"{name}: is not what embedq wrote.*--restart"):
+        nearest_rows(output, small.encode("a query"), n_rows)
+
+
 @pytest.mark.parametrize("top", ["0", "-1", "x"])
 def test_search_refuses_a_senseless_number(top: str, tmp_path: Path) -> None:
     """-k must be one or more; the option is named."""
