@@ -90,7 +90,7 @@ class EmbedRun:
         job = self._client.job(
             self._missing(manifest, spec),
             spec,
-            label=self._request.output.name,
+            label=self._request.output.name.encode(errors="replace").decode(),
             # What is not on disk yet counts as in flight, so that a kill costs one window at most.
             spare=per_checkpoint,
             refusable=False,

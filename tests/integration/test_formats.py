@@ -124,6 +124,16 @@ def test_ids_that_are_no_utf8_do_not_stop_an_output(small: Client, tmp_path: Pat
     assert rows(tmp_path / "out.parquet")[0]["id"] == "a\\ud800"
 
 
+def test_output_may_have_a_name_that_is_no_utf8(small: Client, tmp_path: Path) -> None:
+    """What Linux allows as a name is no reason to stop; Redis, which is told it, takes less."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    output = tmp_path / os.fsdecode(b"o\xff.npy")
+
+    embed(small, source, output)
+
+    assert np.array_equal(vectors(output), stub_vectors(["a"]))
+
+
 def test_several_inputs_and_globs_are_read_in_order(small: Client, tmp_path: Path) -> None:
     """Names in the order given, globs sorted, formats mixed."""
     for name in ("b", "a", "c"):
