@@ -146,6 +146,8 @@ class LocalFleet:
             "EMBEDQ_RESULTS_URL": server.results_url,
             # Two local runs of one user both call their node "local".
             "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "node"),
+            # What Celery's processes leave behind when they are ended goes with our folder.
+            "TMPDIR": os.fspath(folder),
         }
         self._node = Tethered(command, self.log_path, grace_s=GRACE_S, environment=environment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_local_needs_no_service(command: Command) -> None:
 
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(command.folder / "out.npy"), stub_vectors(["one", "two"]))
+
+
+def test_local_leaves_no_file_behind(command: Command, short_dir: Path) -> None:
+    """Not even an empty folder for each run stays in TMPDIR."""
+    source = command.write("in.txt", "one", "two")
+    settings = {"EMBEDQ_DEVICE": "stub", "TMPDIR": os.fspath(short_dir)}
+
+    done = command("embed", source, "-o", "out.npy", "--local", **settings)
+
+    assert done.returncode == 0, done.stderr
+    assert list(short_dir.iterdir()) == []
 
 
 def test_local_with_an_unknown_model_lists_the_choices(command: Command) -> None:
