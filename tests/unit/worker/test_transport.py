@@ -16,7 +16,7 @@ from kombu import transport as kombu_transport
 
 from embedq.contract import MAX_BATCH_BYTES, MAX_RAW_BYTES, TASK_NAME
 from embedq_worker import transport
-from embedq_worker.admission import MAX_MESSAGE_BYTES, objection
+from embedq_worker.admission import MAX_LEVELS, MAX_MESSAGE_BYTES, objection
 
 BATCH = {"v": 1, "job": "job", "i": 0, "texts": b"packed"}
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -133,6 +133,37 @@ def test_work_for_other_tasks_is_refused(payload: object) -> None:
 def test_header_that_celery_would_act_on_is_refused(header: dict[str, Any]) -> None:
     """Each header is one that embedq writes, or the message is refused."""
     assert objection(message(**header))
+
+
+def nested(levels: int) -> list[Any]:
+    """Return a list in a list, and so on."""
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("levels", [9, 100, 750, 900])
+def test_message_of_many_levels_is_refused(levels: int) -> None:
+    """It can be read as JSON, but not be pickled for a child, which would end the node."""
+    assert "levels" in str(objection(message(x=nested(levels))))
+
+
+def test_message_of_few_levels_passes() -> None:
+    """Headers of others may hold a little more than ours."""
+    assert objection(message(x=nested(MAX_LEVELS - 2))) is None
+
+
+@pytest.mark.parametrize("key", ["delivery_tag", "routing_key", "exchange", "correlation_id", "id"])
+def test_name_that_redis_cannot_take_is_refused(key: str) -> None:
+    """JSON can hold half a character, and a node would end over it when it writes it down."""
+    raw = json.loads(message())
+    places = (raw["properties"], raw["properties"]["delivery_info"], raw["headers"])
+    place = next((place for place in places if key in place), raw["properties"])
+
+    place[key] = "\ud800"
+
+    assert objection(json.dumps(raw).encode()) is not None
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
