@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from embedq.contract import Device
-from embedq.errors import EmbedqError
+from embedq.errors import EmbedqError, SettingsError
 from embedq_worker import watchdog
 from embedq_worker.doubts import Failures, Pace
 from embedq_worker.errors import EngineError, Reason
@@ -144,7 +144,13 @@ class Child:
 
     def _say(self, state: NodeState) -> None:
         self.state = state
-        self._file.write(state)
+        try:
+            self._file.write(state)
+        except (OSError, SettingsError) as error:
+            # A full disk must not fail a batch: Celery would acknowledge it, and it would be gone.
+            log.warning(
+                "state_not_written node=%s reason=%s", self._settings.name, type(error).__name__
+            )
 
 
 def describe(error: BaseException, otherwise: Reason) -> tuple[str, str]:

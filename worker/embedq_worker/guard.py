@@ -80,11 +80,12 @@ class Guard:
         """Take note of everything, and decide.
 
         Args:
-            child: what the child says of itself; None before the first has spoken.
+            child: what the child says of itself; None before the first has spoken, and where its
+                file was cleared away: then what it said last holds.
             now: Unix time in seconds.
             now_s: seconds on a clock that never goes back.
         """
-        self._child = child
+        child = self._child = child or self._child
         self._served = self._served or (child is not None and child.state is State.HEALTHY)
         self._deaths.note(child, now_s, ended=self._ended)
         if child is not None and child.pid == self.replaces:

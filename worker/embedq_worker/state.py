@@ -82,7 +82,12 @@ class StateFile:
         self._path = private_dir(runtime_dir) / f"{node}.state"
 
     def write(self, state: NodeState) -> None:
-        """Replace the file."""
+        """Replace the file, in a folder made anew where one was cleared away.
+
+        Raises:
+            OSError, SettingsError: it cannot be written.
+        """
+        private_dir(self._path.parent)
         temporary = self._path.with_suffix(f".{os.getpid()}")
         temporary.write_bytes(msgpack.packb(asdict(state)))
         temporary.replace(self._path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from embedq_worker.child import Child
+from embedq_worker.errors import DeviceLost, Reason
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.state import NodeState, State, StateFile
 
@@ -23,3 +26,43 @@ def test_child_knows_whether_the_one_before_it_came_up(
     child = Child(settings)
 
     assert child.follows_early_death == (before is State.STARTING)
+
+
+def taken(run: Path) -> None:
+    """Clear the folder away, as systemd does with /run/user/1000 when its user logs out."""
+    shutil.rmtree(run)
+
+
+def full(run: Path) -> None:
+    """Leave no room for a file; as root, who may write anywhere, a file is in its place."""
+    shutil.rmtree(run)
+    run.write_bytes(b"")
+
+
+@pytest.mark.parametrize("befalls", [taken, full])
+def test_child_that_cannot_tell_of_a_lost_device_stops_serving_all_the_same(
+    befalls: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """What it raised would end the task, and Celery would acknowledge a batch that nobody has."""
+    settings = WorkerSettings.load(name="one", runtime_dir=tmp_path / "run")
+    child = Child(settings)
+    befalls(settings.runtime_dir)
+
+    with child.calling_engine():
+        code, _ = child.doubts(DeviceLost("Gone.", Reason.DEVICE_LOST))
+
+    assert code == Reason.DEVICE_LOST
+    assert child.serving is None
+    assert child.state.state is State.DEGRADED
+
+
+def test_child_tells_again_once_it_can(tmp_path: Path) -> None:
+    """A folder that was cleared away is made anew, as private as before."""
+    settings = WorkerSettings.load(name="one", runtime_dir=tmp_path / "run")
+    child = Child(settings)
+    shutil.rmtree(settings.runtime_dir)
+
+    child.idles("No reason.")
+
+    assert StateFile(settings.runtime_dir, "one").read() == child.state
+    assert settings.runtime_dir.stat().st_mode & 0o777 == 0o700

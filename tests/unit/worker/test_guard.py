@@ -206,3 +206,13 @@ def test_order_during_a_probe_ends_the_probe() -> None:
     story.guard.hold("Hands off.", story.now)
 
     assert story.probe.stopped
+
+
+def test_node_whose_state_file_is_cleared_away_goes_on() -> None:
+    """What its child said last holds until it says something else."""
+    story = Story()
+    story.is_healthy()
+
+    story.guard.look(None, story.now, story.now)
+
+    assert story.guard.wanted() == NPU_QUEUES
