@@ -133,6 +133,22 @@ def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path
     assert len(node.lines("batch_done")) == 1
 
 
+def test_sigterm_ends_a_node_whose_device_never_opens(redis: RedisProcess, short_dir: Path) -> None:
+    """It holds nothing yet, so nobody waits for a compiler that takes minutes or hangs."""
+    script = short_dir / "faults"
+    script.write_text("init=hang\n")
+    node = NodeProcess(redis, short_dir, "slow", EMBEDQ_STUB_FAULTS=os.fspath(script))
+    try:
+        wait_for(lambda: node.child_pid() and node.lines("ready."), "the child to start")
+        wait_for(script.with_name("faults.struck").exists, "its device to hang")
+
+        node.process.terminate()
+
+        assert node.process.wait(DEADLINE_S) == 0
+    finally:
+        node.stop()
+
+
 def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
     """kill -9 of the supervisor ends node and child, for nobody would restart them."""
     with stub_node(redis, short_dir, "orphans") as node:

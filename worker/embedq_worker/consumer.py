@@ -21,7 +21,7 @@ from embedq_worker.guard import Guard
 from embedq_worker.hearing import HearOperator
 from embedq_worker.leases import RenewLeases
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import StateFile
+from embedq_worker.state import State, StateFile
 from embedq_worker.telling import TellFleet
 from embedq_worker.ticking import Ticking
 from embedq_worker.vitals import ShowPulse, beating
@@ -55,6 +55,14 @@ class ServeQueues(Ticking):
         c.pool.did_start_ok = lambda: True
         self.tick(c)
         super().start(c)
+
+    def stop(self, c: Any) -> None:
+        """Stop looking; at the end of the node a child that is not ready yet need not get ready."""
+        super().stop(c)
+        child = self._file.read()
+        ends = worker_state.should_stop is not None or worker_state.should_terminate is not None
+        if ends and child is not None and child.state is State.STARTING:
+            self._end_child(c, child.pid)
 
     def shutdown(self, c: Any) -> None:
         """Leave no probe behind."""
