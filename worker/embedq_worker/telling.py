@@ -39,7 +39,7 @@ class TellFleet(Ticking):
         settings: WorkerSettings = c.app.conf.embedq
         self._settings = settings
         self._told: NodeState | None = None
-        self._told_at = 0.0
+        self._told_at_s = 0.0
         self._redis = open_redis(
             settings.results_url,
             connect_timeout_s=HEARTBEAT_TIMEOUT_S,
@@ -56,16 +56,17 @@ class TellFleet(Ticking):
     def tick(self, c: Any) -> None:
         """Tell what is new, or what has not been told for long."""
         guard: Guard = c.app.conf.embedq_guard
-        now = time.time()
+        # A clock that is set back by an hour must not silence the node for one.
+        now_s = time.monotonic()
         state = guard.shown()
         unchanged = self._told is not None and _same(self._told, state)
-        if unchanged and now - self._told_at < self._settings.heartbeat_s:
+        if unchanged and now_s - self._told_at_s < self._settings.heartbeat_s:
             return
-        self._told, self._told_at = state, now
+        self._told, self._told_at_s = state, now_s
         heartbeat = fleet.Heartbeat(
             node=self._settings.name,
             state=str(state.state),
-            at=now,
+            at=time.time(),
             since=state.since,
             pid=os.getpid(),
             reason=state.reason,
