@@ -15,7 +15,7 @@ import redis
 from kombu import compression, transport
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedq.contract import Queue
 from embedq_worker.admission import objection
@@ -25,6 +25,9 @@ log = logging.getLogger("embedq.worker")
 #: The lists of Redis that carry batches; kombu adds a suffix for each priority but the first.
 _BATCHES: Final = frozenset(str(queue).encode() for queue in Queue)
 _PRIORITY: Final = b"\x06\x16"
+#: What Redis says to whoever waits for a message when it becomes a replica, and when it cannot
+#: write to its disk.
+_NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
 
 
 class _CheckedClient(redis.Redis):
@@ -32,7 +35,12 @@ class _CheckedClient(redis.Redis):
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         """Parse a reply; a refused pop looks like one that timed out."""
-        reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
+        try:
+            reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
+        except ResponseError as error:
+            if str(error).startswith(_NO_WRITES):
+                raise ReadOnlyError(str(error)) from error
+            raise
         if command_name != "BRPOP" or not reply:
             return reply
         queue, raw = reply
@@ -86,8 +94,13 @@ class Transport(kombu_redis.Transport):
     """The Redis transport of a node."""
 
     Channel = Channel
-    # A full Redis is waited for like one that is gone; otherwise Celery ends the node.
-    connection_errors = (*kombu_redis.Transport.connection_errors, OutOfMemoryError)
+    # A full Redis, or one that takes no writes, is waited for like one that is gone; otherwise
+    # Celery ends the node, and a fail-over of ten seconds is a crash loop (measured 2026-11-28).
+    connection_errors = (
+        *kombu_redis.Transport.connection_errors,
+        OutOfMemoryError,
+        ReadOnlyError,
+    )
 
 
 def _refuse(_: bytes) -> NoReturn:
