@@ -39,6 +39,9 @@ def waits_for(error: Exception) -> str | None:
     # A full Redis refuses the commands of a pipeline one by one, with the reason in the text only.
     if isinstance(error, exceptions.ResponseError) and "maxmemory" in str(error):
         return "Redis is full (maxmemory)"
+    # redis-py has no class for it.
+    if isinstance(error, exceptions.ResponseError) and str(error).startswith("MISCONF"):
+        return "Redis cannot write to its disk"
     return None
 
 

@@ -32,6 +32,7 @@ class Flaky:
         (exceptions.OutOfMemoryError("full"), "Redis is full (maxmemory)"),
         (exceptions.ResponseError("OOM ... 'maxmemory'"), "Redis is full (maxmemory)"),
         (exceptions.ReadOnlyError("replica"), "Redis is read-only (a replica, or failing over)"),
+        (exceptions.ResponseError("MISCONF Errors writing"), "Redis cannot write to its disk"),
         (exceptions.AuthenticationError("password"), None),
         (exceptions.ResponseError("WRONGTYPE"), None),
     ],
