@@ -15,7 +15,7 @@ import numpy as np
 
 from embedq.message import EmbedBatch
 from embedq_worker.answer import Vectors
-from embedq_worker.errors import EngineError, InferFailed, Reason
+from embedq_worker.errors import EngineError, InferFailed, ModelError, Reason
 from embedq_worker.selftest import MIN_COSINES
 from embedq_worker.serving import Proven
 
@@ -77,7 +77,7 @@ class Shadow:
             if self._reference is None:
                 self._reference = self._open_reference()
             vectors, _ = self._reference.embedder.embed(alone)
-        except EngineError as error:
+        except (EngineError, ModelError) as error:
             # The shadow's own trouble is no sign against the device.
             log.error("shadow_off reason=%s", error)
             self._every = 0

@@ -11,7 +11,7 @@ from embedq.testing import STUB_DIM, stub_vectors
 from embedq_worker import selftest
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import STUB_IDENTITY, StubEngine, StubTokenizer
-from embedq_worker.errors import CompileFailed, EngineError, Reason
+from embedq_worker.errors import CompileFailed, EngineError, ModelError, Reason
 from embedq_worker.serving import Proven
 from embedq_worker.shadow import Shadow
 
@@ -77,10 +77,15 @@ def test_batch_without_a_vector_is_left_alone() -> None:
     Shadow(1, reference).check(BATCH, np.full((3, STUB_DIM), np.nan, np.float32))
 
 
-def test_shadow_that_does_not_open_is_no_sign_against_the_device() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [CompileFailed("No.", Reason.COMPILE_REFUSED), ModelError("The file is gone.")],
+    ids=["engine", "model"],
+)
+def test_shadow_that_does_not_open_is_no_sign_against_the_device(error: Exception) -> None:
     """The job goes on without it; the log says so."""
 
     def refuse() -> Proven:
-        raise CompileFailed("No.", Reason.COMPILE_REFUSED)
+        raise error
 
     Shadow(1, refuse).check(BATCH, stub_vectors(TEXTS))
