@@ -45,9 +45,11 @@ class Canary:
         """
         if not np.isfinite(found).all():
             raise InferFailed("The canary's vector is not finite.", Reason.NOT_FINITE)
-        lengths = float(np.linalg.norm(found) * np.linalg.norm(self.vector))
-        cosine = float(found @ self.vector) / max(lengths, 1e-12)
-        if cosine < MIN_COSINE:
+        with np.errstate(over="ignore", invalid="ignore"):
+            lengths = float(np.linalg.norm(found) * np.linalg.norm(self.vector))
+            cosine = float(found @ self.vector) / max(lengths, 1e-12)
+        # Asked so that NaN fails, as of numbers too large to be multiplied.
+        if not cosine >= MIN_COSINE:
             raise InferFailed(
                 f"The canary's vector has cosine {cosine:.5f} to the reference; the floor is "
                 f"{MIN_COSINE}. The device computes wrong vectors.",
