@@ -108,6 +108,9 @@ def _embed_together(
 
     It is noted like a text, behind the last one, so that a process which does not survive it is
     the last to try.
+
+    Raises:
+        DeviceFault: an NPU failed.
     """
     together = len(batch.texts)
     good = [offset for offset in range(together) if offset not in batch.refused]
@@ -116,6 +119,8 @@ def _embed_together(
     notes.start(together)
     try:
         return embed(batch, False)
+    except DeviceFault:  # what it gave for each text alone is not to be trusted either
+        raise
     except Exception:  # each text alone has its vector: no reason to fail the batch
         return None
     finally:

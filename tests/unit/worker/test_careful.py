@@ -14,11 +14,17 @@ from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq.vectors import Vectors
-from embedq_worker.careful import MAX_POINTS, OUTSIDE_POINTS, OWN_POINTS, embed_carefully
+from embedq_worker.careful import (
+    MAX_POINTS,
+    OUTSIDE_POINTS,
+    OWN_POINTS,
+    DeviceFault,
+    embed_carefully,
+)
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines import open_engine
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
-from embedq_worker.errors import EngineError
+from embedq_worker.errors import EngineError, InferFailed, Reason
 from embedq_worker.tokenization import Tokenizer
 
 TEXTS = ["first", "second", "third"]
@@ -139,6 +145,19 @@ def test_texts_that_only_fail_together_have_their_vectors() -> None:
     vectors, _ = embed_carefully(BATCH, embed, Notebook())
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
+
+
+def test_device_that_fails_all_together_is_not_trusted_with_each_alone() -> None:
+    """The node must hear of it and hand the batch on: a wrong canary speaks of every vector."""
+    sound = engine(lambda text: False)
+
+    def embed(batch: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
+        if len(batch.texts) > 1:
+            raise DeviceFault(InferFailed("Wrong.", Reason.WRONG_CANARY))
+        return sound(batch, on_cpu)
+
+    with pytest.raises(DeviceFault):
+        embed_carefully(BATCH, embed, Notebook())
 
 
 @pytest.mark.model
