@@ -47,6 +47,29 @@ def objection(raw: bytes) -> str | None:
     return _envelope(message, properties) or _headers(headers) or _body(body)
 
 
+def broadcast_objection(raw: bytes) -> str | None:
+    """Say why bytes that were published to all nodes are not remote control, or None if they are.
+
+    Kombu looks for these parts in the event loop of each node.
+    """
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError):
+        return "it is not JSON"
+    if not isinstance(message, dict) or _is_deeper(message, MAX_LEVELS):
+        return "it is not a map of few levels"
+    body, properties = message.get("body"), message.get("properties")
+    if not isinstance(body, str) or not isinstance(properties, dict):
+        return "body or properties are missing"
+    if not _is_name(properties.get("delivery_tag")) or properties.get("body_encoding") != "base64":
+        return "it has no delivery tag, or its body is not base64"
+    try:
+        json.loads(binascii.a2b_base64(body, strict_mode=True))
+    except (ValueError, binascii.Error, RecursionError):
+        return "its body is not JSON in base64"
+    return None
+
+
 def _envelope(message: Mapping[str, Any], properties: Mapping[str, Any]) -> str | None:
     delivery = properties.get("delivery_info")
     if not isinstance(delivery, dict) or not _is_name(properties.get("delivery_tag")):

@@ -18,7 +18,7 @@ from kombu.utils.json import dumps
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedq.contract import Queue
-from embedq_worker.admission import objection
+from embedq_worker.admission import broadcast_objection, objection
 
 log = logging.getLogger("embedq.worker")
 
@@ -85,6 +85,15 @@ class Channel(kombu_redis.Channel):
         with self.conn_or_acquire() as client:
             key = self._q_for_pri(queue, priority)  # type: ignore[attr-defined] # not in types
             return client.rpush(key, dumps(message))
+
+    def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
+        heard: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[misc] # not in types
+        if bytes(heard["type"]).endswith(b"message") and heard["data"]:
+            reason = broadcast_objection(heard["data"])
+            if reason is not None:
+                log.error("broadcast_refused bytes=%d reason=%s", len(heard["data"]), reason)
+                heard["data"] = None  # as kombu has it for nothing
+        return heard
 
     def _get_client(self) -> Any:
         return _CheckedClient

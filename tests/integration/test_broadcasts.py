@@ -1,0 +1,43 @@
+"""What is published to all nodes at once, and none of them may end over."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+from tests.servers import RedisProcess, stub_node, wait_for
+
+
+def message(body: str) -> str:
+    """Return a broadcast with a body of one's own."""
+    info = {"exchange": "celery.pidbox", "routing_key": ""}
+    properties = {"body_encoding": "base64", "delivery_tag": "tag", "delivery_info": info}
+    encoded = base64.b64encode(body.encode()).decode()
+    return json.dumps(
+        {
+            "body": encoded,
+            "content-type": "application/json",
+            "content-encoding": "utf-8",
+            "headers": {},
+            "properties": properties,
+        }
+    )
+
+
+def test_no_broadcast_ends_a_node(redis: RedisProcess, short_dir: Path) -> None:
+    """Each is refused with a line; a node reads them in the loop that serves everything else."""
+    deep = "[" * 2000 + "]" * 2000
+    bad = ["[]", "7", "{}", deep, "no JSON", message(deep), message("no JSON")]
+    with stub_node(redis, short_dir, "hearer") as node, redis.open(0) as broker:
+        before = node.pids()
+
+        for raw in bad:
+            broker.publish("/0.celery.pidbox", raw)
+
+        wait_for(
+            lambda: len(node.lines("broadcast_refused")) == len(bad) or node.lines("node_died"),
+            "the node to refuse them",
+        )
+        assert node.pids() == before
+        assert not node.lines("node_died")
