@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from embedq.contract import Device, Queue
 from embedq_worker.doubts import Deaths
@@ -61,6 +62,7 @@ class Guard:
         self._ended = 0
         self._was_proven = self._served = False
         self._held = False
+        self._ends_because = ""
         self._child: NodeState | None = None
         self._began = time.time()
         self._health = Health()
@@ -107,6 +109,16 @@ class Guard:
             return NodeState(State.STARTING, self._began, 0)
         leaves = self._child.pid in (self.replaces, self._ended)
         return standing(self._child, self._health, leaves=leaves, held=self._held)
+
+    def last_words(self) -> NodeState | None:
+        """Return how a node that gives up is; None for one that leaves in good order or returns."""
+        if not self.ends_with or self.ends_with == FAILURE:
+            return None
+        last = replace(
+            self.shown(), device="", engine="", precision="", card=None, may_return=False
+        )
+        code = last.code if self.ends_with == ENGINE else Reason.CRASH_LOOP
+        return last.now(State.FAILED, self._ends_because, code)
 
     def replaced(self, pid: int) -> None:
         """Take note that a child was ended because this guard said so."""
@@ -268,4 +280,4 @@ class Guard:
     def _end(self, code: int, reason: str) -> None:
         if not self.ends_with:
             log.error("node_ends node=%s reason=%s", self._settings.name, reason)
-            self.ends_with = code
+            self.ends_with, self._ends_because = code, reason

@@ -29,7 +29,7 @@ HEARTBEAT_TIMEOUT_S = 1.0
 class TellFleet(Ticking):
     """Write the node's heartbeat: every few seconds, and at once when its state changes.
 
-    After the end the last one fades by itself, as after a crash.
+    A node that gives up says so with its last one, which fades by itself, as after a crash.
     """
 
     every_s = LOOK_EVERY_S
@@ -48,8 +48,12 @@ class TellFleet(Ticking):
 
     def shutdown(self, c: Any) -> None:
         """Take leave, so that nobody waits for a node that went in good order."""
+        last = c.app.conf.embedq_guard.last_words()
         try:
-            fleet.leave(self._redis, self._settings.name)
+            if last is not None:
+                fleet.beat(self._redis, self._heartbeat(last))
+            else:
+                fleet.leave(self._redis, self._settings.name)
         except RedisError:
             log.info("leave_not_told node=%s", self._settings.name)
 
@@ -63,7 +67,13 @@ class TellFleet(Ticking):
         if unchanged and now_s - self._told_at_s < self._settings.heartbeat_s:
             return
         self._told, self._told_at_s = state, now_s
-        heartbeat = fleet.Heartbeat(
+        try:
+            fleet.beat(self._redis, self._heartbeat(state))
+        except RedisError as error:
+            log.warning("heartbeat_not_told reason=%s", type(error).__name__)
+
+    def _heartbeat(self, state: NodeState) -> fleet.Heartbeat:
+        return fleet.Heartbeat(
             node=self._settings.name,
             state=str(state.state),
             at=time.time(),
@@ -81,10 +91,6 @@ class TellFleet(Ticking):
             may_return=state.may_return,
             totals=tally.together(self._settings.runtime_dir, self._settings.name),
         )
-        try:
-            fleet.beat(self._redis, heartbeat)
-        except RedisError as error:
-            log.warning("heartbeat_not_told reason=%s", type(error).__name__)
 
 
 def _same(one: NodeState, other: NodeState) -> bool:
