@@ -40,7 +40,8 @@ def open_redis(
     except ValueError as error:
         raise SettingsError(
             f"{mask_password(url)} is not a Redis URL ({error}). "
-            "Use redis://host:port/db, rediss://..., or unix:///path?db=0."
+            "Use redis://host:port/db, rediss://host:port/db or "
+            "redis+socket:///path?virtual_host=db."
         ) from None
 
 

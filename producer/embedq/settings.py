@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -21,6 +21,9 @@ PREFIX = "EMBEDQ_"
 #: Where Docker and Kubernetes put secrets: a file there, named like a variable in lower case, sets
 #: what the variable does not, and shows in no `docker inspect`.
 SECRETS_DIR = Path("/run/secrets")
+#: How URLs begin that Celery opens, and one more that only redis-py does.
+_SCHEMES = ("redis://", "rediss://", "redis+socket://")
+_UNIX = "unix://"
 #: The default of EMBEDQ_MODEL on both sides.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 #: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
@@ -176,6 +179,21 @@ class RedisSettings(Room):
         description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
     )
 
+    @field_validator("broker_url", "results_url")
+    @classmethod
+    def _is_of_redis(cls, url: str, info: ValidationInfo) -> str:
+        # Celery takes a word for the host of a RabbitMQ, tries that for ever, and has no unix://.
+        if url.startswith(_SCHEMES) or (info.field_name == "results_url" and url.startswith(_UNIX)):
+            return url
+        raise ValueError(
+            "redis://host:port/db, rediss://host:port/db or redis+socket:///path?virtual_host=db"
+        )
+
+    @property
+    def addresses(self) -> str:
+        """Both Redis, without passwords, for messages about either."""
+        return f"{mask_password(self.broker_url)} or {mask_password(self.results_url)}"
+
 
 class ProducerSettings(RedisSettings):
     """What the SDK and the `embedq` command can be told."""
@@ -279,6 +297,8 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
         return str(details["ctx"]["error"])
     name = PREFIX + field.upper()
     given = mask_password(str(details["input"]))
+    if name.endswith("_URL") and not given.startswith((*_SCHEMES, _UNIX)):
+        given = f"***@{given.rpartition('@')[2]}" if "@" in given else given
     if details["type"] == "extra_forbidden":
         return f"{field}: no such setting.{nearest(field, list(cls.model_fields))}"
     context = details.get("ctx", {})
@@ -289,15 +309,24 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
     limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
     # Our own validators say what is allowed in capitals that are meant; pydantic adds a prefix.
     own = str(context["error"]) if isinstance(context.get("error"), ValueError) else ""
-    reason = ", ".join(limits) or own or details["msg"].lower()
+    kind = _KINDS.get(details["type"], "")
+    reason = ", ".join(limits) or own or kind or details["msg"].lower()
     info = cls.model_fields.get(field)
     extra = info.json_schema_extra if info else None
     measure = f" {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""
+    measure = " of" + measure if kind and measure else "" if own else measure
     return f"{name}: expected {reason}{measure}, got {given}."
 
 
 #: What pydantic says of a computed default once another field is wrong.
 _UNTRIED = "default_factory_not_called"
+#: What a value must be that is of another type.
+_KINDS = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 

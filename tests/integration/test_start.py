@@ -29,7 +29,7 @@ from tests.servers import (
 from embedq import Client
 from embedq.contract import Queue
 from embedq.errors import StrictUnavailable
-from embedq.fleet import Heartbeat
+from embedq.fleet import Heartbeat, fetch_alive
 from embedq.testing import stub_vectors
 from embedq_worker import exits
 
@@ -176,6 +176,67 @@ def test_start_that_cannot_work_ends_with_its_code(
     assert run.returncode == code
     assert words in run.stderr
     assert "node_died" not in run.stderr
+
+
+def test_second_node_of_a_name_is_refused(redis: RedisProcess, short_dir: Path) -> None:
+    """It would take the first one's child for its own, and end the node over its own mistakes."""
+    with stub_node(redis, short_dir, "twin") as node:
+        before = node.pids()
+        run = worker(
+            "start",
+            EMBEDQ_NAME="twin",
+            EMBEDQ_DEVICE="stub",
+            EMBEDQ_BROKER_URL=redis.broker_url(),
+            EMBEDQ_RESULTS_URL=redis.results_url(),
+            EMBEDQ_RUNTIME_DIR=os.fspath(node.runtime_dir),
+        )
+
+        assert run.returncode == exits.SETTINGS
+        assert "A node twin runs on this machine already" in run.stderr
+        assert "--name NAME" in run.stderr
+        assert node.pids() == before
+
+
+@pytest.mark.parametrize("which", ["BROKER", "RESULTS"])
+def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
+    """Trying again would end the same way; the message names the variable, not the password."""
+    redis = RedisProcess(short_dir, password="right")
+    urls = {"BROKER": redis.broker_url(), "RESULTS": redis.results_url()}
+    urls[which] = urls[which].replace("right", "wr0ng")
+    settings = {f"EMBEDQ_{name}_URL": url for name, url in urls.items()}
+    try:
+        run = worker(
+            "start",
+            EMBEDQ_DEVICE="stub",
+            EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"),
+            **settings,
+        )
+    finally:
+        redis.stop()
+
+    assert run.returncode == exits.SETTINGS
+    assert f"EMBEDQ_{which}_URL: Redis at" in run.stderr
+    assert "refused the password" in run.stderr
+    assert "wr0ng" not in run.stderr
+
+
+@pytest.mark.parametrize(("fault", "code"), [("raise", exits.ENGINE), ("exit", exits.CRASH_LOOP)])
+def test_node_that_gives_up_says_so(
+    fault: str, code: int, redis: RedisProcess, short_dir: Path
+) -> None:
+    """Its last heartbeat is what EmbedqNodeFailed fires on; nobody takes it for one that serves."""
+    script = short_dir / "faults"
+    script.write_text(f"init={fault}\n")
+    node = NodeProcess(redis, short_dir, "lost", EMBEDQ_STUB_FAULTS=os.fspath(script))
+    try:
+        assert node.process.wait(DEADLINE_S) == code
+        with redis.open() as results:
+            [last] = fetch_alive(results)
+    finally:
+        node.stop()
+
+    assert (last.node, last.state, last.device, last.card) == ("lost", "failed", "", None)
+    assert last.reason
 
 
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")

@@ -18,6 +18,9 @@ from embedq_worker.model_cli import quantize, trace_binding, tune, warm
 from embedq_worker.operator_cli import degrade, pause, recover, resume
 from embedq_worker.settings import WorkerSettings
 
+#: What the extra `cpu` brings and every node imports.
+_OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
+
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -84,5 +87,15 @@ def run(arguments: list[str]) -> NoReturn:
     if os.name == "nt":
         click.echo("embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True)
         sys.exit(exits.SETTINGS)
-    cli(arguments, prog_name="embedq-worker")
+    try:
+        cli(arguments, prog_name="embedq-worker")
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_CPU_EXTRA:
+            raise
+        click.echo(
+            f"embedq-worker: This needs {error.name}, which this Python does not have. "
+            "Install it: pip install 'embedq[cpu]'.",
+            err=True,
+        )
+        sys.exit(exits.SETTINGS)
     sys.exit(exits.OK)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from contextlib import ExitStack
 
 from embedq.contract import Device
 from embedq.errors import SettingsError
+from embedq.settings import mask_password
 from embedq_worker import exits, logs, supervisor
 from embedq_worker.choices import DeviceChoice, Standin
+from embedq_worker.file_lock import locked
 from embedq_worker.machine import discover
 from embedq_worker.placement import Placement, place
 from embedq_worker.settings import WorkerSettings
@@ -19,6 +22,10 @@ log = logging.getLogger("embedq.worker")
 
 #: Seconds that a killed predecessor may take to give its device back.
 PREDECESSOR_S = 10.0
+#: The same for a first start, whose predecessor was killed a moment ago.
+FIRST_START_S = 1.0
+#: Seconds that a Redis may take to answer before the node starts without having heard it.
+KNOCK_S = 1.0
 #: Why a node that the supervisor gave up on starts without its NPU.
 _CRASHED = f"The node died {supervisor.CRASHES} times in {supervisor.WINDOW_S:.0f} s."
 
@@ -36,6 +43,25 @@ def start(settings: WorkerSettings, *, attempt: int = 0, npu_off: bool = False) 
     """
     logs.set_up(str(settings.log_level))
     state_file = StateFile(settings.runtime_dir, settings.name)
+    with ExitStack() as held:
+        _take_name(settings, held, PREDECESSOR_S if attempt else FIRST_START_S)
+        return _run(settings, state_file, attempt=attempt, npu_off=npu_off)
+
+
+def _take_name(settings: WorkerSettings, held: ExitStack, wait_s: float) -> None:
+    """Keep others of this name off the node's files: it would take their child for its own."""
+    path = settings.runtime_dir / f"{settings.name}.lock"
+    try:
+        held.enter_context(locked(path, wait_s))
+    except TimeoutError:
+        raise SettingsError(
+            f"A node {settings.name} runs on this machine already (lock: {path}). "
+            "Stop that one, or give this one a name of its own: --name NAME."
+        ) from None
+
+
+def _run(settings: WorkerSettings, state_file: StateFile, *, attempt: int, npu_off: bool) -> int:
+    """Choose the device, find the model, and be Celery's parent until the node ends."""
     if settings.cache_dir.exists():
         private_dir(settings.cache_dir)
     placement = place(
@@ -106,8 +132,34 @@ def share_cores(cores: int, part: str, *, npu_visible: bool) -> int:
     return max(1, cores - to_npu) if npu_visible else cores
 
 
+def _knock(settings: WorkerSettings) -> None:
+    """Refuse a URL that is none, and a password that is wrong; one that is away may come.
+
+    Raises:
+        SettingsError: trying again would end the same way.
+    """
+    # Not needed to refuse a start for another reason.
+    from redis.exceptions import AuthenticationError, RedisError
+
+    from embedq.redis_client import open_redis
+
+    for variable in ("broker_url", "results_url"):
+        url = getattr(settings, variable)
+        with open_redis(url, connect_timeout_s=KNOCK_S, timeout_s=KNOCK_S) as redis:
+            try:
+                redis.ping()
+            except AuthenticationError:
+                raise SettingsError(
+                    f"EMBEDQ_{variable.upper()}: Redis at {mask_password(url)} refused the "
+                    "password or user. Check the URL."
+                ) from None
+            except RedisError:
+                continue
+
+
 def _run_celery(settings: WorkerSettings, placement: Placement) -> int:
     """Run the Celery worker that `celery --app embedq_worker.app worker ...` would run."""
+    _knock(settings)
     from embedq_worker.app import app  # Celery, not needed to refuse a start
 
     app.conf.embedq_placement = placement

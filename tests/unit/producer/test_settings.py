@@ -53,9 +53,13 @@ def test_typo_in_a_name_names_the_nearest(
     [
         ("ACCURACY", "exakt", "EMBEDQ_ACCURACY: .*exact.*, got exakt. Did you mean exact?"),
         ("RESULTS_TTL_S", "1", "EMBEDQ_RESULTS_TTL_S: expected at least 60 s, got 1."),
-        ("WINDOW", "many", "EMBEDQ_WINDOW: .*got many"),
+        ("WINDOW", "many", "EMBEDQ_WINDOW: expected a whole number of batches, got many."),
         ("BATCH_TEXTS", "9999", "EMBEDQ_BATCH_TEXTS: expected at most 4096 texts, got 9999."),
-        ("NODE_WAIT_S", "soon", "EMBEDQ_NODE_WAIT_S: .*got soon"),
+        ("NODE_WAIT_S", "soon", "EMBEDQ_NODE_WAIT_S: expected a number of s, got soon."),
+        ("BROKER_URL", "", "EMBEDQ_BROKER_URL: expected redis://host:port/db, .*, got ."),
+        ("BROKER_URL", "localhost:6379", "EMBEDQ_BROKER_URL: expected .*, got localhost:6379."),
+        ("BROKER_URL", "unix:///a?db=0", r"virtual_host=db, got unix:///a\?db=0."),
+        ("RESULTS_URL", "redis:/u:secret@h/0", r"EMBEDQ_RESULTS_URL: expected .*, got \*\*\*@h/0."),
     ],
 )
 def test_wrong_value_names_variable_limit_and_value(
