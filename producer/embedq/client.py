@@ -25,7 +25,7 @@ from embedq.lookout import Lookout
 from embedq.patience import OnWait, patiently
 from embedq.publisher import Publisher
 from embedq.redis_client import open_redis
-from embedq.settings import ProducerSettings
+from embedq.settings import ProducerSettings, mask_password
 from embedq.stream import AnyDocument, Stream
 from embedq.strictness import StrictWatch
 from embedq.vectors import Vectors
@@ -277,7 +277,8 @@ class Client:
             QueueUnavailable: Redis cannot be reached.
         """
         drop = Ledger(self.redis, job).drop
-        patiently(drop, patience_s=JOB_PATIENCE_S, on_wait=self._on_wait)
+        where = mask_password(self.settings.results_url)
+        patiently(drop, patience_s=JOB_PATIENCE_S, on_wait=self._on_wait, where=where)
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
         """Cut texts into the batches that this client would publish."""
@@ -335,6 +336,7 @@ class Client:
             redis=self.redis,
             broker=Broker(self._broker),
             publisher=self._publisher,
+            where=self.settings.addresses,
             patience_s=JOB_PATIENCE_S,
             visibility_timeout_s=self.settings.visibility_timeout_s,
             on_wait=self._on_wait,

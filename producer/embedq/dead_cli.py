@@ -51,8 +51,8 @@ def show(name: str) -> None:
         letter = letters.fetch(_results(), name)
     if letter is None:
         _unknown([name])
-    else:
-        click.echo(letter.text)
+        sys.exit(EXIT_INPUT)
+    click.echo(letter.text)
 
 
 @dead.command()
@@ -71,12 +71,12 @@ def requeue(names: tuple[str, ...], output: Path | None) -> None:
         from embedq.errors import TextsFailed
         from embedq.resume import writing
 
-        failed = 0
+        failed, unknown = 0, []
         with Client(on_wait=lambda message: click.echo(f"embedq: {message}", err=True)) as client:
             for name in names:
                 letter = letters.fetch(client.redis, name)
                 if letter is None:
-                    _unknown([name])
+                    unknown.append(name)
                     continue
                 try:
                     vector = client.encode(letter.text, prompt=letter.prompt)
@@ -89,7 +89,9 @@ def requeue(names: tuple[str, ...], output: Path | None) -> None:
                         out.write(json.dumps({"id": name, "vector": vector.tolist()}) + "\n")
                 letters.drop(client.redis, [name])
                 click.echo(f"{name}  embedded")
-    sys.exit(EXIT_FAILED if failed else 0)
+    if unknown:
+        _unknown(unknown)
+    sys.exit(EXIT_INPUT if unknown else EXIT_FAILED if failed else 0)
 
 
 @dead.command()
@@ -101,11 +103,16 @@ def drop(names: tuple[str, ...], everything: bool) -> None:
         from embedq import dead as letters
 
         results = _results()
-        chosen = [letter.id for letter in letters.fetch_all(results)] if everything else list(names)
+        known = [letter.id for letter in letters.fetch_all(results)]
+        chosen = known if everything else list(names)
         if not chosen and not everything:
             raise click.UsageError("Name the ids to drop, or --all.")
+        unknown = sorted(set(chosen) - set(known))
         count = letters.drop(results, chosen)
     click.echo(f"{count:,} dropped")
+    if unknown:
+        _unknown(unknown)
+        sys.exit(EXIT_INPUT)
 
 
 def _results() -> Redis:
@@ -121,4 +128,3 @@ def _results() -> Redis:
 
 def _unknown(names: list[str]) -> None:
     click.echo(f"embedq: no text set aside under {', '.join(names)}. See: embedq dead ls", err=True)
-    sys.exit(EXIT_INPUT)

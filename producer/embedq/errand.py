@@ -10,7 +10,6 @@ from embedq.errors import QueueUnavailable
 from embedq.job_state import JobState
 from embedq.ledger import Ledger
 from embedq.link import Link
-from embedq.patience import patiently
 from embedq.tracing import JobTrace
 
 #: Seconds that a job which is left in its middle waits for a Redis that went away.
@@ -77,7 +76,7 @@ class Errand:
         self.trace.end()
         patience_s = self.link.patience_s if self.state.is_done() else CLOSE_PATIENCE_S
         try:
-            patiently(self.ledger.drop, patience_s=patience_s, on_wait=self.link.on_wait)
+            self.link.patiently(self.ledger.drop, patience_s)
         except QueueUnavailable as error:
             # The caller has its vectors, or a better reason to leave than this one.
             self.link.on_wait(f"What is left of job {self.id} will expire: {error}")

@@ -18,7 +18,13 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=PORT, show_default=True, help="Port to listen on; 0 for any.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=PORT,
+    show_default=True,
+    help="Port to listen on; 0 for any.",
+)
 def exporter(host: str, port: int) -> None:
     """Answer Prometheus on /metrics, and health checks on /healthz."""
     with errors_as_sentences():

@@ -50,7 +50,7 @@ def patiently(
     *,
     patience_s: float,
     on_wait: OnWait,
-    where: str = "Redis",
+    where: str,
     advice: str = "",
 ) -> T:
     """Run an action on Redis, and again while it is worth waiting.
@@ -59,7 +59,7 @@ def patiently(
         action: must be safe to repeat.
         patience_s: seconds to keep trying; 0 tries once.
         on_wait: told what is waited for.
-        where: name of this Redis in messages, without its password.
+        where: address of this Redis for messages, without its password.
         advice: what a person may do while it waits, for the end of what they are told.
 
     Raises:
@@ -85,6 +85,11 @@ def patiently(
 def _sentence(error: Exception, reason: str | None, where: str, waited: float) -> str:
     if isinstance(error, exceptions.AuthenticationError):
         return f"Redis at {where} refused the password or user. Check the URL."
+    if isinstance(error, exceptions.NoPermissionError):
+        return (
+            f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
+            "producer embeds, ops looks and gives orders (ops/README.md)."
+        )
     if reason is None:
         return f"Redis at {where} refused a command ({type(error).__name__})."
     after = f" after {waited:.0f} s" if waited >= 1 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from embedq.status import FleetStatus
+
+T = TypeVar("T")
 
 #: Seconds between two looks with --watch.
 WATCH_EVERY_S = 1.0
@@ -29,7 +31,12 @@ def status(watch: bool, as_json: bool) -> None:
     with errors_as_sentences():
         from rich.console import Console
         from rich.live import Live
+        from rich.text import Text
 
+        from embedq.errors import QueueUnavailable, SettingsError
+
+        if watch and as_json:
+            raise SettingsError("--watch and --json exclude each other. Drop one of the two.")
         look = _looker()
         if as_json:
             click.echo(json.dumps(look().as_dict()))
@@ -40,7 +47,10 @@ def status(watch: bool, as_json: bool) -> None:
                 try:
                     while True:
                         time.sleep(WATCH_EVERY_S)
-                        live.update(render(look()))
+                        try:
+                            live.update(render(look()))
+                        except QueueUnavailable as error:  # Redis starts again: so does this
+                            live.update(Text(str(error), style="red"))
                 except KeyboardInterrupt:
                     return
 
@@ -56,12 +66,13 @@ def _looker() -> Callable[[], FleetStatus]:
     broker, results = open_redis(settings.broker_url), open_redis(settings.results_url)
 
     def look() -> FleetStatus:
-        return patiently(
-            lambda: fetch_status(broker, results),
-            patience_s=0,
-            on_wait=lambda _: None,
-            where=mask_password(settings.results_url),
-        )
+        def once(action: Callable[[], T], where: str) -> T:
+            return patiently(action, patience_s=0, on_wait=lambda _: None, where=where)
+
+        # First each alone, so that an error names the one that is away.
+        once(broker.ping, mask_password(settings.broker_url))
+        once(results.ping, mask_password(settings.results_url))
+        return once(lambda: fetch_status(broker, results), settings.addresses)
 
     return look
 
@@ -94,7 +105,9 @@ def render(found: FleetStatus) -> Group:
         batches = f"{job.committed:,} of {job.published:,} sent"
         jobs.add_row(job.id, texts, batches, f"{job.waiting:,}", age(job.age_s), job.label)
     memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
-    head = "paused by an operator\n" if found.paused else ""
+    head = ""
+    if found.paused:
+        head = f"paused {age(found.at - found.paused.at)} ago: {found.paused.reason}\n"
     missing = "no node is alive\n" if not found.nodes else ""
     return Group(
         Text(head + missing, style="red", end=""),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.operations.servers import OPS, ROOT
+from tests.operations.servers import OPS, ROOT, make_secrets
 
 from embedq.settings import ProducerSettings
 from embedq_worker.settings import WorkerSettings
@@ -152,3 +153,18 @@ def test_memory_of_redis_leaves_room_beside_its_limit() -> None:
         megabytes = int(default[0]) * (1024 if default[1] == "gb" else 1)
 
         assert int(limit) * 1024 >= 2 * megabytes
+
+
+def test_a_new_password_keeps_the_addresses(tmp_path: Path) -> None:
+    """Who replaces a password need not say again where the Redis are."""
+    places = {"REDIS_BROKER": "10.0.0.1:7000/2", "REDIS_RESULTS": "10.0.0.2:7001/3"}
+    made = make_secrets(tmp_path, **places)
+    before = (made / "ops_broker_url").read_text()
+    (made / "ops_password").unlink()
+
+    make_secrets(tmp_path)
+
+    after = (made / "ops_broker_url").read_text()
+    assert before != after
+    assert after.strip().endswith("@10.0.0.1:7000/2")
+    assert (made / "worker_results_url").read_text().strip().endswith("@10.0.0.2:7001/3")

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from embedq.errors import EmbedqError, SettingsError
+from embedq.errors import EmbedqError, InputError, SettingsError
 from embedq_worker import exits
 from embedq_worker.choices import DeviceChoice
 from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
@@ -17,6 +17,7 @@ from embedq_worker.settings import WorkerSettings
 
 _CODES: dict[type[EmbedqError], int] = {
     SettingsError: exits.SETTINGS,
+    InputError: exits.SETTINGS,
     ModelError: exits.MODEL,
     NpuUnproven: exits.NPU_UNPROVEN,
     DeviceError: exits.DEVICE,

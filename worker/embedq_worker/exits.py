@@ -21,7 +21,8 @@ FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNPROVEN))
 
 EPILOG = """\b
 Exit codes:
-  0 done    2 wrong setting or option    3 model missing or damaged
+  0 done    1 Redis took no order, or no node lives    2 wrong setting, option or file
+  3 model missing or damaged
   4 engine failed    5 a check is red    6 no NPU, no permission, or it is taken
   7 NPU not proven (strict)    8 died again and again    130, 131, 143 ended by a signal
 """

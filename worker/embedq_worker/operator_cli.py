@@ -75,7 +75,7 @@ def resume() -> None:
 @contextmanager
 def _results() -> Iterator[Redis]:
     """Open the results Redis of the settings; end the command with a sentence if it fails."""
-    from redis.exceptions import RedisError
+    from redis.exceptions import NoPermissionError, RedisError
 
     from embedq.redis_client import open_redis
     from embedq.settings import mask_password
@@ -86,6 +86,12 @@ def _results() -> Iterator[Redis]:
         with open_redis(settings.results_url) as redis:
             try:
                 yield redis
+            except NoPermissionError as error:
+                where = mask_password(settings.results_url)
+                raise QueueUnavailable(
+                    f"Redis at {where} does not take orders from its user. Set EMBEDQ_RESULTS_URL "
+                    "to the one of the user ops (ops/README.md)."
+                ) from error
             except RedisError as error:
                 where = mask_password(settings.results_url)
                 raise QueueUnavailable(

@@ -34,6 +34,7 @@ class Flaky:
         (exceptions.ReadOnlyError("replica"), "Redis is read-only (a replica, or failing over)"),
         (exceptions.ResponseError("MISCONF Errors writing"), "Redis cannot write to its disk"),
         (exceptions.AuthenticationError("password"), None),
+        (exceptions.NoPermissionError("user"), None),
         (exceptions.ResponseError("WRONGTYPE"), None),
     ],
 )
@@ -69,7 +70,7 @@ def test_without_patience_an_action_is_tried_once() -> None:
     flaky = Flaky(*[exceptions.ConnectionError("refused")] * 3)
 
     with pytest.raises(QueueUnavailable):
-        patiently(flaky, patience_s=0, on_wait=pytest.fail)
+        patiently(flaky, patience_s=0, on_wait=pytest.fail, where="")
 
     assert len(flaky.errors) == 2
 
@@ -77,10 +78,26 @@ def test_without_patience_an_action_is_tried_once() -> None:
 def test_what_cannot_pass_is_not_waited_for() -> None:
     """A refused password ends at once, and says so."""
     with pytest.raises(QueueUnavailable, match="refused the password"):
-        patiently(Flaky(exceptions.AuthenticationError("x")), patience_s=60, on_wait=lambda _: None)
+        patiently(
+            Flaky(exceptions.AuthenticationError("x")),
+            patience_s=60,
+            on_wait=lambda _: None,
+            where="",
+        )
 
 
 def test_other_errors_pass_through() -> None:
     """An error that is not of Redis is not ours to wait for."""
     with pytest.raises(KeyError):
-        patiently(Flaky(KeyError("bug")), patience_s=60, on_wait=lambda _: None)
+        patiently(Flaky(KeyError("bug")), patience_s=60, on_wait=lambda _: None, where="")
+
+
+def test_user_who_may_not_is_told_who_may() -> None:
+    """Each user of Redis can do its own work only, so the way out is another user's URLs."""
+    with pytest.raises(QueueUnavailable, match="redis://host does not allow this to its user"):
+        patiently(
+            Flaky(exceptions.NoPermissionError("no permissions")),
+            patience_s=60,
+            on_wait=lambda _: None,
+            where="redis://host",
+        )
