@@ -20,6 +20,8 @@ from embedq.vectors import DESCRIPTIONS, ITEM_BYTES, Vectors
 
 #: Rows converted at a time.
 CHUNK_ROWS: Final = 4_096
+#: Bytes of what the longest name of a file beside an output has more than the output's.
+LONGEST_SUFFIX: Final = len(".update.npy.vectors.partial")
 
 
 def format_of(output: Path) -> str:
@@ -63,15 +65,23 @@ def require_writable(output: Path) -> None:
     """Check before any work that the output can be written.
 
     Raises:
-        InputError: it is a folder, its folder is missing or read-only, or its format is unknown.
+        InputError: it is a folder, its folder is missing or read-only, its name is too long, or its
+            format is unknown.
     """
     kind = format_of(output)
-    if output.is_dir():
-        raise InputError(f"{output}: is a folder. Name a file in it, such as {output}/vectors.npy")
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder. Create it: mkdir -p {output.parent}")
     if not os.access(output.parent, os.W_OK):
         raise InputError(f"{output.parent}: this folder cannot be written to.")
+    size = len(os.fsencode(output.name))
+    most = os.pathconf(output.parent, "PC_NAME_MAX") - LONGEST_SUFFIX
+    if size > most:
+        raise InputError(
+            f"{output}: its name has {size:,} bytes; the limit is {most:,}, for files beside it "
+            "have longer ones. Choose a shorter name."
+        )
+    if output.is_dir():
+        raise InputError(f"{output}: is a folder. Name a file in it, such as {output}/vectors.npy")
     if kind == "parquet":
         _pyarrow()
 

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 from embedq.batching import Slice
 from embedq.contract import VectorSpec
-from embedq.errors import InputError
+from embedq.errors import ContractError, InputError
 from embedq.files import Document
 from embedq.finished import Embedded
 from embedq.job import Job
@@ -191,11 +191,16 @@ class Stream:
 
 
 def _document(position: int, document: AnyDocument) -> Document:
-    if isinstance(document, Document):
-        return document
     if isinstance(document, tuple):
-        return Document(*document)
-    return Document(position, document)
+        document = Document(*document)
+    elif not isinstance(document, Document):
+        document = Document(position, document)
+    if not isinstance(document.id, str | int):
+        kind = type(document.id).__name__
+        raise ContractError(
+            f"Document {position:,} has an id of type {kind}; ids are str or int. Use str(id)."
+        )
+    return document
 
 
 def _digest(document: Document) -> bytes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from tests.bulk import SMALL, Work, wait_until_forgotten
 from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
 
 from embedq import Client
-from embedq.errors import InputError, ResultTimeout
+from embedq.errors import ContractError, InputError, ResultTimeout
 from embedq.files import Document
 from embedq.stream import AnyDocument
 from embedq.testing import stub_vectors
@@ -213,6 +215,14 @@ def test_failed_texts_come_with_their_reason(small: Client) -> None:
     assert (good.outcome.status, good.outcome.code) == ("ok", "")
     assert (bad.outcome.status, bad.outcome.code) == ("failed", "nul_character")
     assert np.isnan(bad.vector).all()
+
+
+def test_id_that_json_does_not_know_is_refused(small: Client) -> None:
+    """An id must survive a checkpoint; the message has the next step."""
+    documents: list[Any] = [("good", "text"), (uuid.uuid4(), "text")]
+
+    with pytest.raises(ContractError, match=r"Document 1 has an id of type UUID; .* Use str\(id\)"):
+        list(small.stream(documents))
 
 
 def test_committed_documents_are_not_embedded_again(

@@ -90,6 +90,8 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
         ("out", r"unknown ending \(none\)"),
         ("folder.npy", "is a folder. Name a file in it"),
         ("missing/out.npy", "no such folder. Create it: mkdir -p"),
+        (f"{'x' * 240}.npy", "its name has 244 bytes; the limit is 228"),
+        (f"{'x' * 300}.npy", "its name has 304 bytes; the limit is 228"),
     ],
 )
 def test_output_that_cannot_be_written_is_told_before_any_work(
