@@ -65,7 +65,8 @@ def read_traits(folder: Path) -> Traits:
             if kind not in _KNOWN_MODULES:
                 raise ModelError(
                     f"{folder}/modules.json asks for a {kind} module, which embedq does not run. "
-                    "Export the whole model as model.onnx with the output sentence_embedding."
+                    "Export the whole model as model.onnx with the output sentence_embedding, into "
+                    "a folder without modules.json."
                 )
         normalize = "Normalize" in kinds
         if "Pooling" in kinds:
