@@ -158,6 +158,24 @@ def test_operator_takes_an_npu_out_and_back(npu: Npu, redis: RedisProcess, short
 
 
 @pytest.mark.redis
+def test_held_node_leaves_its_npu_alone_at_a_start(
+    npu: Npu, redis: RedisProcess, short_dir: Path
+) -> None:
+    """An NPU that hangs when it is opened is why it was taken out: the node serves on its CPU."""
+    operate(redis, "degrade", "npu0", "--reason", "a new driver")
+    npu.wait_state("degraded", device="cpu")
+    npu.stop()
+
+    again = Npu(redis, short_dir, "npu0")
+    again.faults.replace("init=hang")
+    try:
+        assert again.wait_state("degraded", device="cpu").code == "operator"
+        assert not (short_dir / "npu0.faults.struck").exists()
+    finally:
+        again.stop()
+
+
+@pytest.mark.redis
 def test_paused_fleet_takes_nothing_until_it_is_resumed(npu: Npu, redis: RedisProcess) -> None:
     """Batches wait in their queue; `embedq status` says who paused and why."""
     before = len(npu.lines("Canceling queue embed.npu"))

@@ -61,7 +61,7 @@ class Guard:
         self._probe: Probe | None = None
         self._ended = 0
         self._was_proven = self._served = False
-        self._held = False
+        self._held = self._strays = False
         self._ends_because = ""
         self._child: NodeState | None = None
         self._began = time.time()
@@ -90,7 +90,9 @@ class Guard:
         child = self._child = child or self._child
         self._served = self._served or (child is not None and child.state is State.HEALTHY)
         self._deaths.note(child, now_s, ended=self._ended)
-        if child is not None and child.pid == self.replaces:
+        if child is not None and self._strays:
+            self._strays, self.kills = False, child.pid  # it was sent to the NPU before the order
+        elif child is not None and child.pid == self.replaces:
             if self._hangs(child, now_s):
                 self.kills = child.pid
         elif child is not None and child.pid != self._ended:
@@ -180,6 +182,8 @@ class Guard:
                 self._end(CRASH_LOOP, "its child died again and again before it was ready")
             elif self._has_npu and child.state is State.HEALTHY:
                 self.replaces = child.pid  # it opened the NPU before that was given up
+        elif self._held and child.state is not State.DEGRADED:
+            self._degrade(OPERATOR, self._health.reason, now)  # it said too late where it is
         elif self._deaths.is_loop:
             deaths, window_s = self._settings.crash_loop_deaths, self._settings.crash_loop_window_s
             if self._settings.strict and not self._was_proven:
@@ -242,6 +246,7 @@ class Guard:
         if self._on_npu:
             self._deaths.forget()  # the next children run elsewhere
             self.placement = Placement(Device.CPU, Device.NPU, reason)
+            self._strays = self._child is None
             if self._child is not None and self._child.state is State.STARTING:
                 # A batch may wait for it to be ready, which it may never be.
                 self.kills = self._child.pid

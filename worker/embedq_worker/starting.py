@@ -157,12 +157,37 @@ def _knock(settings: WorkerSettings) -> None:
                 continue
 
 
+def _heed(settings: WorkerSettings, placement: Placement) -> Placement:
+    """Keep off an NPU that an operator has taken away; a Redis that is away is asked again later.
+
+    Its first child is forked before the step that hears operators, and would open the NPU.
+    """
+    # Not needed to refuse a start for another reason.
+    from redis.exceptions import RedisError
+
+    from embedq.orders import Wanted, fetch_orders
+    from embedq.redis_client import open_redis
+
+    if placement.home is not Device.NPU:
+        return placement
+    try:
+        with open_redis(
+            settings.results_url, connect_timeout_s=KNOCK_S, timeout_s=KNOCK_S
+        ) as redis:
+            order, _ = fetch_orders(redis, settings.name)
+    except RedisError:
+        return placement
+    if order is None or order.wanted is not Wanted.DEGRADED:
+        return placement
+    return Placement(Device.CPU, Device.NPU, order.reason)
+
+
 def _run_celery(settings: WorkerSettings, placement: Placement) -> int:
     """Run the Celery worker that `celery --app embedq_worker.app worker ...` would run."""
     _knock(settings)
     from embedq_worker.app import app  # Celery, not needed to refuse a start
 
-    app.conf.embedq_placement = placement
+    app.conf.embedq_placement = _heed(settings, placement)
     worker = app.Worker(
         hostname=f"{settings.name}@{socket.gethostname()}",
         loglevel=str(settings.log_level).upper(),

@@ -41,10 +41,10 @@ class ScriptedProbe(Probe):
 class Story:
     """One node, told second by second."""
 
-    def __init__(self, **settings: object) -> None:
+    def __init__(self, placement: Placement | None = ON_NPU, **settings: object) -> None:
         values = {"name": "npu0", "device": "npu", "probe_first_s": 30, **settings}
         self.probe = ScriptedProbe()
-        self.guard = Guard(WorkerSettings(**values), ON_NPU, lambda *_: self.probe)  # type: ignore[arg-type]
+        self.guard = Guard(WorkerSettings(**values), placement, lambda *_: self.probe)  # type: ignore[arg-type]
         self.now = 1000.0
         self.child = NodeState(State.STARTING, self.now, 1, home="npu")
 
@@ -179,6 +179,31 @@ def test_operator_is_obeyed_until_the_order_is_undone() -> None:
     story.goes_on()
 
     assert (held, story.guard.health.state) == (State.DEGRADED, State.PROBING)
+
+
+def test_order_before_the_first_word_of_a_child_ends_that_child() -> None:
+    """It was sent to the NPU, where it may hang for ever."""
+    story = Story()
+
+    story.guard.hold("Hands off.", story.now)
+    story.goes_on()
+    story.is_replaced(State.DEGRADED, "cpu")
+
+    assert story.guard.wanted() == CPU_QUEUES
+    assert story.guard.health.code == Reason.OPERATOR
+
+
+def test_order_holds_a_child_that_finds_its_npu_by_itself() -> None:
+    """As after a probe of a node that began without its NPU: where it is, it says late."""
+    story = Story(None)
+    story.goes_on(home="")
+
+    story.guard.hold("Hands off.", story.now)
+    story.goes_on(home="npu")
+    story.is_replaced(State.DEGRADED, "cpu")
+
+    assert story.guard.wanted() == CPU_QUEUES
+    assert story.guard.health.code == Reason.OPERATOR
 
 
 def test_held_node_without_an_npu_takes_nothing() -> None:
