@@ -229,7 +229,7 @@ class Guard:
 
     def _degrade(self, code: str, reason: str, now: float) -> None:
         before = self._health
-        self._health = before.degraded(code, reason, now, self._rules)
+        self._health = before.degraded(code, reason, now, self._rules, proven=self._was_proven)
         if self._health == before:
             return
         log.error(

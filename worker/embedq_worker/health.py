@@ -76,16 +76,21 @@ class Health:
     count: int = 0
     probe_at: float = math.inf
 
-    def degraded(self, code: str, reason: str, now: float, rules: Rules) -> Health:
+    def degraded(
+        self, code: str, reason: str, now: float, rules: Rules, *, proven: bool = False
+    ) -> Health:
         """Return the health of an NPU that has just done something wrong.
 
-        One that is away already keeps its first reason, unless an operator takes it away.
+        One that is away already keeps its first reason, unless an operator takes it away. One that
+        was proven before may come back whatever it says: a driver that starts anew shows none.
         """
         if self.state in AWAY and code != OPERATOR:
             return self
         settled = self.state is State.HEALTHY and now - self.since >= rules.settle_s
         count = 1 if settled else self.count + 1
-        return Health(State.DEGRADED, code, reason, now, count, _next(code, count, now, rules))
+        never = code == OPERATOR or (code in STRUCTURAL and not proven)
+        probe_at = math.inf if never else now + rules.pause_s(count)
+        return Health(State.DEGRADED, code, reason, now, count, probe_at)
 
     def probing(self) -> Health:
         """Return the health of an NPU that is being tried."""
@@ -123,13 +128,6 @@ class Health:
     def may_return(self) -> bool:
         """Whether the NPU comes back without a person, or is in place."""
         return self.state is not State.DEGRADED or not math.isinf(self.probe_at)
-
-
-def _next(code: str, count: int, now: float, rules: Rules) -> float:
-    """Return when an NPU is tried again."""
-    if code in STRUCTURAL or code == OPERATOR:
-        return math.inf
-    return now + rules.pause_s(count)
 
 
 def queues_for(node: NodeState, *, helps: bool = True, paused: bool = False) -> tuple[Queue, ...]:

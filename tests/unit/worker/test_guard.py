@@ -166,6 +166,22 @@ def test_npu_that_does_not_open(strict: bool, code: int) -> None:
     assert story.guard.distrusts_npu is not strict
 
 
+def test_npu_that_vanishes_after_it_was_proven_is_tried_again() -> None:
+    """A driver that starts anew shows none for a while, as when a child takes up its NPU again."""
+    story = Story()
+    story.is_healthy()
+    story.degrades()
+    story.probe.finding = Finding(True)
+    story.goes_on(31)
+    story.goes_on()
+    story.is_replaced(State.STARTING, "")
+
+    story.goes_on(state=State.FAILED, code="no_device", reason="OpenVINO shows no NPU.")
+
+    assert story.guard.health.probe_at == story.now + 60
+    assert story.guard.shown().may_return
+
+
 def test_operator_is_obeyed_until_the_order_is_undone() -> None:
     """No probe meanwhile, and one at once afterwards."""
     story = Story()
