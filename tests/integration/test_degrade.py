@@ -16,6 +16,7 @@ from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wa
 from embedq import Client
 from embedq.fleet import Heartbeat
 from embedq.testing import stub_vectors
+from embedq_worker import exits
 from embedq_worker.engines.script import FaultScript
 
 #: Shorter than in production, by public settings, so that a test need not wait for half a minute.
@@ -118,6 +119,19 @@ def test_npu_that_does_not_open_is_left_alone(
         assert degraded.code == code
         assert degraded.may_return == (code != "compile_refused")
         embed(redis)
+    finally:
+        node.stop()
+
+
+@pytest.mark.redis
+def test_strict_node_ends_when_its_npu_hangs_at_the_start(
+    redis: RedisProcess, short_dir: Path
+) -> None:
+    """It is not proven, whatever keeps it from that: the code says so."""
+    node = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_BUDGET_S="2")
+    node.faults.replace("init=hang")
+    try:
+        assert node.process.wait(DEADLINE_S) == exits.NPU_UNPROVEN
     finally:
         node.stop()
 

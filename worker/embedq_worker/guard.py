@@ -223,9 +223,11 @@ class Guard:
         budget_s = self._settings.init_budget_s
         if not 0 <= now - child.since > budget_s:
             return
-        self._degrade(
-            Reason.INIT_DEADLINE, f"Opening the device took longer than {budget_s:g} s.", now
-        )
+        reason = f"Opening the device took longer than {budget_s:g} s."
+        if self._settings.strict and not self._was_proven:
+            self._end(ENGINE, reason)
+        else:
+            self._degrade(Reason.INIT_DEADLINE, reason, now)
 
     def _degrade(self, code: str, reason: str, now: float) -> None:
         before = self._health

@@ -132,16 +132,18 @@ def test_hanging_engine_ends_its_child_at_once() -> None:
     assert story.guard.distrusts_npu
 
 
-def test_child_that_never_comes_up_is_given_up() -> None:
-    """A compiler that hangs in the child itself costs the init budget, once."""
-    story = Story(init_budget_s=100)
+@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exits.ENGINE)])
+def test_child_that_never_comes_up_is_given_up(strict: bool, code: int) -> None:
+    """A compiler that hangs in the child itself costs the init budget, once; strict nodes end."""
+    story = Story(init_budget_s=100, strict=strict)
 
     story.goes_on(99)
     assert story.guard.kills == 0
     story.goes_on(2)
 
-    assert story.guard.kills == 1
-    assert story.guard.health.code == Reason.INIT_DEADLINE
+    assert story.guard.ends_with == code
+    assert story.guard.kills == (0 if strict else 1)
+    assert story.guard.health.code == ("" if strict else Reason.INIT_DEADLINE)
 
 
 def test_loop_of_deaths_ends_in_a_degraded_node() -> None:
