@@ -22,6 +22,12 @@ LOST = (
         ("result: ZE_RESULT_ERROR_UNKNOWN, code 0x7ffffffe", DeviceLost, Reason.DEVICE_UNKNOWN),
         ("result: ZE_RESULT_NOT_READY, code 0x1", DeviceLost, Reason.DEVICE_UNKNOWN),
         (
+            "L0 pfnAppendGraphExecute result: ZE_RESULT_ERROR_UNINITIALIZED, code 0x78000001 - "
+            "driver is not initialized . ",
+            DeviceLost,
+            Reason.DEVICE_UNKNOWN,
+        ),
+        (
             "L0 zeMemAllocHost result: ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY, code 0x70000003",
             InferFailed,
             Reason.OUT_OF_MEMORY,
@@ -75,6 +81,12 @@ def test_message_keeps_the_cause_and_drops_the_places() -> None:
             "7.0.0",
             Reason.DRIVER_MISMATCH,
             "of one release",
+        ),
+        (
+            "L0 pfnCreate2 result: ZE_RESULT_ERROR_UNINITIALIZED, code 0x78000001 - driver is not "
+            "initialized . ",
+            Reason.DEVICE_UNKNOWN,
+            "not initialized",
         ),
         ("to_shape was called on a dynamic shape", Reason.COMPILE_REFUSED, "dynamic shape"),
     ],

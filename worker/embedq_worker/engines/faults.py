@@ -13,13 +13,15 @@ from typing import Final
 from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, InferFailed, Reason
 
 #: Level Zero's results by name. UNKNOWN and NOT_READY are in the class of DEVICE_LOST: the driver
-#: says them for a context that a reset has killed.
+#: says them for a context that a reset has killed. So is UNINITIALIZED, which it says as well for
+#: one that is full (linux-npu-driver issue 149).
 RESULTS: Final[Mapping[str, Reason]] = {
     "DEVICE_LOST": Reason.DEVICE_LOST,
     "DEVICE_REQUIRES_RESET": Reason.DEVICE_LOST,
     "DEVICE_IN_LOW_POWER_STATE": Reason.DEVICE_LOST,
     "UNKNOWN": Reason.DEVICE_UNKNOWN,
     "NOT_READY": Reason.DEVICE_UNKNOWN,
+    "UNINITIALIZED": Reason.DEVICE_UNKNOWN,
     "OUT_OF_HOST_MEMORY": Reason.OUT_OF_MEMORY,
     "OUT_OF_DEVICE_MEMORY": Reason.OUT_OF_MEMORY,
     "INVALID_NATIVE_BINARY": Reason.BLOB_REFUSED,
@@ -32,6 +34,7 @@ CODES: Final[Mapping[int, str]] = {
     0x70000003: "OUT_OF_DEVICE_MEMORY",
     0x70000006: "DEVICE_REQUIRES_RESET",
     0x70000007: "DEVICE_IN_LOW_POWER_STATE",
+    0x78000001: "UNINITIALIZED",
     0x78000002: "UNSUPPORTED_VERSION",
     0x7800000F: "INVALID_NATIVE_BINARY",
     0x7FFFFFFE: "UNKNOWN",
