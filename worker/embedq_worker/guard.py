@@ -59,7 +59,8 @@ class Guard:
         )
         self._deaths = Deaths(settings.crash_loop_deaths, settings.crash_loop_window_s)
         self._probe: Probe | None = None
-        self._ended = 0
+        self._ended = self._starting = 0
+        self._starting_since_s = 0.0
         self._was_proven = self._served = False
         self._held = self._strays = False
         self._ends_because = ""
@@ -194,7 +195,7 @@ class Guard:
         elif child.state is State.DEGRADED and child.code:
             self._degrade(child.code, child.reason, now)
         elif child.state is State.STARTING:
-            self._watch_start(child, now)
+            self._watch_start(child, now, now_s)
         elif self._hangs(child, now_s):
             self._degrade(
                 Reason.DEADLINE,
@@ -219,9 +220,12 @@ class Guard:
             # Where it has worked before, a fresh start may mend it; if not, that one is the last.
             self._end(FAILURE if self._served else ENGINE, child.reason)
 
-    def _watch_start(self, child: NodeState, now: float) -> None:
+    def _watch_start(self, child: NodeState, now: float, now_s: float) -> None:
         budget_s = self._settings.init_budget_s
-        if not 0 <= now - child.since > budget_s:
+        if child.pid != self._starting:
+            # Not by the time of day, which jumps when a clock is set and when a laptop wakes up.
+            self._starting, self._starting_since_s = child.pid, now_s
+        if now_s - self._starting_since_s <= budget_s:
             return
         reason = f"Opening the device took longer than {budget_s:g} s."
         if self._settings.strict and not self._was_proven:

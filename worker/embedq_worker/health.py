@@ -101,9 +101,8 @@ class Health:
         count = self.count + 1
         # Whatever it says now, it has been an NPU that could be trusted: it may come back.
         at = now + rules.pause_s(count)
-        return replace(
-            self, state=State.DEGRADED, code=code, reason=reason, count=count, probe_at=at
-        )
+        since = min(self.since, now)  # or a clock that was set back has it probed without a pause
+        return Health(State.DEGRADED, code, reason, since, count, at)
 
     def returning(self) -> Health:
         """Return the health of an NPU that passed its probe; a child opens it next."""

@@ -137,6 +137,7 @@ def test_child_that_never_comes_up_is_given_up(strict: bool, code: int) -> None:
     """A compiler that hangs in the child itself costs the init budget, once; strict nodes end."""
     story = Story(init_budget_s=100, strict=strict)
 
+    story.goes_on(0)
     story.goes_on(99)
     assert story.guard.kills == 0
     story.goes_on(2)
@@ -144,6 +145,19 @@ def test_child_that_never_comes_up_is_given_up(strict: bool, code: int) -> None:
     assert story.guard.ends_with == code
     assert story.guard.kills == (0 if strict else 1)
     assert story.guard.health.code == ("" if strict else Reason.INIT_DEADLINE)
+
+
+@pytest.mark.parametrize("jump", [86_400, -86_400])
+def test_time_of_day_that_jumps_ends_no_start(jump: float) -> None:
+    """A laptop that slept, or a clock that was set, is no compiler that hangs."""
+    story = Story(init_budget_s=100)
+    story.goes_on()
+
+    story.guard.look(story.child, story.now + jump, story.now + 99)
+    assert story.guard.kills == 0
+
+    story.guard.look(story.child, story.now + jump, story.now + 101)
+    assert story.guard.kills == story.child.pid
 
 
 def test_loop_of_deaths_ends_in_a_degraded_node() -> None:

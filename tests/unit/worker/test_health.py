@@ -164,3 +164,13 @@ def test_clock_set_back_does_not_delay_a_probe() -> None:
     health = healthy(5e9).degraded(Reason.SLOW, "", 5e9, RULES)
 
     assert health.probe_due(1e9)
+
+
+def test_clock_set_back_does_not_take_the_pause_from_probes() -> None:
+    """One that fails rests as long as at any other time."""
+    health = healthy(5e9).degraded(Reason.SLOW, "", 5e9, RULES)
+
+    failed = health.probing().probe_failed("selftest_failed", "Still wrong.", 1e9, RULES)
+
+    assert not failed.probe_due(1e9 + 59)
+    assert failed.probe_due(1e9 + 60)
