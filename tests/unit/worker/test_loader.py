@@ -14,6 +14,7 @@ from embedq_worker import blobs, graph
 from embedq_worker.blobs import Bytes
 from embedq_worker.compiling import Job, compile_in_child
 from embedq_worker.engines import loader as loading
+from embedq_worker.engines.faults import compile_failed
 from embedq_worker.engines.loader import Loader, shapes_of
 from embedq_worker.engines.openvino import Runtime
 from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
@@ -72,6 +73,25 @@ def test_blob_that_the_plugin_refuses_is_compiled_again(model: Model, tmp_path: 
     opened.store.store(opened._key(SHAPES), garbage)
 
     opened.load(SHAPES, 10.0).create_request()
+    loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
+
+    assert compiler.asked == 1
+
+
+@pytest.mark.parametrize("result", ["DEVICE_LOST", "OUT_OF_DEVICE_MEMORY"])
+def test_device_that_is_gone_costs_no_blob(
+    result: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing about what it was to import, and could not compile anything else."""
+    compiler = Compiler(model)
+    loader(model, tmp_path, compiler).load(SHAPES, 10.0)
+
+    def gone(*_: object) -> None:
+        raise compile_failed(f"L0 pfnCreate2 result: ZE_RESULT_ERROR_{result}", "Importing")
+
+    with monkeypatch.context() as patched, pytest.raises(CompileFailed, match=result):
+        patched.setattr(Runtime, "import_blob", gone)
+        loader(model, tmp_path, compiler).load(SHAPES, 10.0)
     loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
 
     assert compiler.asked == 1

@@ -6,17 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from embedq_worker.blobs import GRAPH_VERSION, BlobKey, BlobStore, Bytes
 from embedq_worker.compiling import Job
 from embedq_worker.engines import openvino
 from embedq_worker.engines.openvino import Compiled, Runtime
-from embedq_worker.errors import CompileFailed
+from embedq_worker.errors import CompileFailed, Reason
 from embedq_worker.models import Model
 from embedq_worker.packing import RowForm
 
 log = logging.getLogger("embedq.worker")
 
+#: Reasons of a refusal that tell nothing about the blob: the next process may import it.
+NOT_THE_BLOB: Final = frozenset({Reason.DEVICE_LOST, Reason.OUT_OF_MEMORY})
 #: Compiles a job within so many seconds.
 Compile = Callable[[Job, float], Bytes]
 
@@ -80,6 +83,8 @@ class Loader:
         try:
             return self._runtime.import_blob(blob, self._properties)
         except CompileFailed as error:
+            if error.reason in NOT_THE_BLOB:
+                raise
             log.warning("blob_refused folder=%s reason=%s", key.folder, error)
             self.store.discard(key)
             return None
