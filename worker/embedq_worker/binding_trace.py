@@ -19,6 +19,7 @@ import numpy as np
 from embedq.contract import Device
 from embedq.errors import SettingsError
 from embedq_worker.errors import EngineError
+from embedq_worker.orphans import die_with_parent
 from embedq_worker.packing import RowForm, TokenBatch, build_rows
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tokens import RaggedTokens
@@ -134,6 +135,7 @@ def main() -> None:
     from embedq_worker.opening import Opener
     from embedq_worker.placed_serving import find_model
 
+    die_with_parent()  # which holds the lock of the NPU
     settings = WorkerSettings.load()
     logs.set_up(str(settings.log_level))
     model = find_model(settings)

@@ -99,7 +99,8 @@ def compile_in_child(job: Job, deadline_s: float, command: Sequence[str] = COMMA
             pass_fds=(file.fileno(),),
             start_new_session=True,
         )
-        message = json.dumps({**asdict(job), "blob_fd": file.fileno()}).encode()
+        told = {**asdict(job), "blob_fd": file.fileno(), "parent": os.getpid()}
+        message = json.dumps(told).encode()
         try:
             out, errors = child.communicate(message, timeout=deadline_s)
         except subprocess.TimeoutExpired:
@@ -181,8 +182,11 @@ def main() -> None:
     # OpenVINO logs to stdout, where the answer belongs.
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    message = json.load(sys.stdin)
+    if os.getppid() != message["parent"]:  # it died before the first line
+        return
     try:
-        answer = _compile(json.load(sys.stdin))
+        answer = _compile(message)
     except ModelError as error:
         answer = {"kind": "model", "message": str(error)}
     except EmbedqError as error:

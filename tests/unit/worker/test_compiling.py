@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tests.model_fixtures import tiny_model
+from tests.servers import wait_for
 
 from embedq_worker.compiling import Job, compile_in_child
 from embedq_worker.engines.target import CPU, Target
@@ -95,3 +102,40 @@ def test_missing_program_is_not_ours_to_hide(model: Model, tmp_path: Path) -> No
     """Where there is no Python to run, the system's own error comes out."""
     with pytest.raises(FileNotFoundError):
         compile_in_child(job_of(model), 1, [str(tmp_path / "python")])
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process runs; a zombie that nobody reaps here does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+ORPHANING = """
+import json, os, signal, subprocess, sys
+from embedq_worker.compiling import COMMAND
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+child = subprocess.Popen(COMMAND, start_new_session=True, **pipes)
+child.stdin.write(json.dumps({**json.loads(sys.argv[1]), "parent": os.getpid()}).encode())
+child.stdin.close()
+print(child.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_compiler_whose_parent_died_before_it_looked_does_not_begin(tmp_path: Path) -> None:
+    """Nobody holds the device's lock for it any more, and no deadline ends it."""
+    os.mkfifo(tmp_path / "config.json")  # whoever opens it waits for ever
+    job = Job(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), {}, {}, {})
+    message = json.dumps({**asdict(job), "blob_fd": 1})
+
+    command = [sys.executable, "-c", ORPHANING, message]
+    done = subprocess.run(command, capture_output=True, timeout=30, check=False)
+
+    pid = int(done.stdout)
+    try:
+        wait_for(lambda: not alive(pid), "the compiler to end", 15)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
