@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ Bytes = npt.NDArray[np.uint8]
 GRAPH_VERSION: Final = 1
 #: Names inside a blob's folder.
 BLOB, META = "model.blob", "meta.json"
+#: How the name of a folder begins that is being written; seconds after which its writer is gone.
+_BEGUN: Final = "new-"
+ABANDONED_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,8 @@ class BlobStore:
         target = self.folder / key.folder
         fresh = None
         try:
-            fresh = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder))
+            self._sweep()
+            fresh = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=self.folder))
             blob.tofile(fresh / BLOB)
             meta = {
                 **key.fields(),
@@ -127,6 +132,12 @@ class BlobStore:
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
         return True
+
+    def _sweep(self) -> None:
+        """Remove what processes left that were killed while they wrote."""
+        for left in self.folder.glob(f"{_BEGUN}*"):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
 
     def discard(self, key: BlobKey) -> None:
         """Remove a compiled model; a missing one is fine."""

@@ -36,6 +36,7 @@ class HearOperator(Ticking):
         settings: WorkerSettings = c.app.conf.embedq
         self._node = settings.name
         self._last: Order | None = None
+        self._began = time.time()
         self._rests_until = 0.0
         self._redis = open_redis(
             settings.results_url, connect_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S
@@ -66,5 +67,5 @@ class HearOperator(Ticking):
         self._last = order
         if order is not None and order.wanted is Wanted.DEGRADED:
             guard.hold(order.reason, time.time())
-        else:
+        elif order is None or order.at >= self._began:  # an older one was for a fault of before
             guard.release(time.time())

@@ -70,6 +70,19 @@ def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: BlobStore) -> 
     assert store.load(updated) is not None
 
 
+def test_half_written_blob_of_a_killed_process_goes_in_the_end(store: BlobStore) -> None:
+    """Each is as large as a model; one that somebody writes just now is left alone."""
+    abandoned, begun = store.folder / "new-a", store.folder / "new-b"
+    for folder in (abandoned, begun):
+        folder.mkdir()
+        (folder / BLOB).write_bytes(CONTENT.tobytes())
+    os.utime(abandoned, (1e9, 1e9))
+
+    store.store(KEY, CONTENT)
+
+    assert {path.name for path in store.folder.iterdir()} == {KEY.folder, "new-b"}
+
+
 def truncate(folder: Path) -> None:
     """Cut the blob short."""
     os.truncate(folder / BLOB, 100)

@@ -1,0 +1,53 @@
+"""Which orders of an operator a node obeys when it hears them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fakeredis import FakeRedis
+
+from embedq.orders import Wanted, give
+from embedq_worker import hearing
+from embedq_worker.settings import WorkerSettings
+
+
+class Obedient:
+    """A guard that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.told: list[str] = []
+
+    def hold(self, reason: str, _: float) -> None:
+        """Note that the NPU is to be left alone."""
+        self.told.append(f"hold {reason}")
+
+    def release(self, _: float) -> None:
+        """Note that it may be tried."""
+        self.told.append("release")
+
+
+def test_order_to_recover_ends_no_pause_of_a_later_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was given for a fault of then; the one that is given now is for the fault of now."""
+    redis, guard = FakeRedis(), Obedient()
+    monkeypatch.setattr(hearing, "open_redis", lambda *_, **__: redis)
+    settings = WorkerSettings.load(name="npu0", device="stub", runtime_dir=tmp_path)
+    node = SimpleNamespace(
+        app=SimpleNamespace(conf=SimpleNamespace(embedq=settings, embedq_guard=guard))
+    )
+    give(redis, "npu0", Wanted.HEALTHY, "mended")
+    step = hearing.HearOperator(node)
+
+    step.tick(node)
+    before = list(guard.told)
+    give(redis, "npu0", Wanted.HEALTHY, "mended again")
+    step.tick(node)
+    give(redis, "npu0", Wanted.DEGRADED, "a new driver")
+    step.tick(node)
+
+    assert before == []
+    assert guard.told == ["release", "hold a new driver"]
