@@ -277,6 +277,14 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
             yield client
 
 
+def _was_saved_since(output: Path, began: float) -> bool:
+    """Say whether a run has written the manifest of an output since a Unix time."""
+    from embedq.resume import manifest_path
+
+    path = manifest_path(output)
+    return path.exists() and path.stat().st_mtime >= began
+
+
 @contextmanager
 def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     """End cleanly on Ctrl-C and SIGTERM, and say how to go on."""
@@ -284,11 +292,14 @@ def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
+    began = time.time()
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        command = "the same command without --restart" if restart else "the same command"
+        # Before a restart has thrown the old rows away, going on would keep them.
+        begun = restart and _was_saved_since(output, began)
+        command = "the same command without --restart" if begun else "the same command"
         click.echo(
             f"embedq: interrupted. What is in {output} so far is kept; {command} goes on.",
             err=True,

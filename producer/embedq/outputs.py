@@ -50,6 +50,16 @@ def files_of(output: Path) -> list[Path]:
     return [output, sidecar_path(output)] if format_of(output) == "npy" else [output]
 
 
+def delta_path(output: Path) -> Path:
+    """Return where an update of an output keeps what it embeds anew."""
+    return output.with_name(output.name + ".update.npy")
+
+
+def own_files(output: Path) -> list[Path]:
+    """Return the files of an output, and those that a killed update of it leaves."""
+    return [*files_of(output), *files_of(delta_path(output))]
+
+
 def require_apart(output: Path, inputs: Sequence[str]) -> None:
     """Check that no file of the output is one of the inputs.
 

@@ -46,7 +46,7 @@ class Request:
         Raises:
             InputError: as expand.
         """
-        return expand(self.inputs, outputs.files_of(self.output))
+        return expand(self.inputs, outputs.own_files(self.output))
 
     def documents(self, progress: Progress) -> Iterator[Document]:
         """Read the inputs."""

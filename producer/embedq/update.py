@@ -119,7 +119,7 @@ class UpdateRun:
         self, fresh: Manifest, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> Summary:
         """Embed what is new or changed, going on from a killed update if it fits."""
-        request = replace(self._request, output=self._delta_path())
+        request = replace(self._request, output=outputs.delta_path(self._request.output))
 
         def documents(progress: Progress) -> Iterator[Document]:
             return self._to_embed(progress, index, plan, spec)
@@ -153,7 +153,7 @@ class UpdateRun:
 
     def _forget_delta(self, fresh: Manifest) -> None:
         """Delete the delta, in an order in which a kill leaves one that is begun anew."""
-        delta = self._delta_path()
+        delta = outputs.delta_path(self._request.output)
         Manifest(fresh.settings, fresh.inputs, fresh.engine).save(manifest_path(delta))
         SpoolFiles(delta).remove()
         for path in (delta, outputs.sidecar_path(delta), manifest_path(delta)):
@@ -191,10 +191,10 @@ class UpdateRun:
         delta: Summary,
         spec: VectorSpec,
     ) -> Summary:
-        output, delta_path = self._request.output, self._delta_path()
+        output = self._request.output
         spool = Spool(output, manifest)
         try:
-            _merge_rows(spool, manifest, old, plan, delta_path, spec.dim)
+            _merge_rows(spool, manifest, old, plan, outputs.delta_path(output), spec.dim)
             manifest.vectors_bytes, manifest.items_bytes = spool.sync()
         finally:
             spool.close()
@@ -215,10 +215,6 @@ class UpdateRun:
                 "removed": self._counts.removed,
             },
         )
-
-    def _delta_path(self) -> Path:
-        output = self._request.output
-        return output.with_name(output.name + ".update.npy")
 
 
 @contextmanager

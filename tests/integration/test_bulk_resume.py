@@ -463,6 +463,25 @@ def test_interrupted_command_says_how_to_go_on(
     assert np.array_equal(vectors(output), expected(documents(2_000)))
 
 
+def test_restart_that_is_interrupted_before_it_begins_says_how_to_go_on(
+    small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """The old output is whole still: without --restart it would be called complete."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    child = start(
+        shared_redis, "embed", source, "-o", output, "--restart", EMBEDQ_MODEL="not/there"
+    )
+    assert child.stderr is not None
+    told = child.stderr.readline()  # it waits for a node with that model
+
+    child.send_signal(signal.SIGINT)
+    code, _, stderr = finish(child)
+
+    assert code == 130, told
+    assert "is kept; the same command goes on." in stderr
+
+
 def test_interrupted_restart_says_how_to_go_on(
     slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:

@@ -434,6 +434,28 @@ def test_killed_update_that_only_removes_is_survived(small: Client, tmp_path: Pa
     assert step > 20
 
 
+def test_killed_update_of_a_glob_is_survived(small: Client, tmp_path: Path) -> None:
+    """What a killed update leaves beside the output is no input of the next one."""
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    write_jsonl(finished / "a.jsonl", documents(40)[:20])
+    embed(small, [os.fspath(finished / "*.jsonl")], finished / "out.npy")
+
+    for step in range(1, 1000):
+        folder = shutil.copytree(finished, tmp_path / str(step))
+        write_jsonl(folder / "b.jsonl", documents(40)[20:])
+        inputs = [os.fspath(folder / "*.jsonl")]
+        with killed_at_step(step):
+            try:
+                embed(small, inputs, folder / "out.npy", update=True)
+                break
+            except Killed:
+                pass
+        assert embed(small, inputs, folder / "out.npy", update=True).total == 40, step
+
+    assert step > 20
+
+
 def piped(text: str) -> Iterator[list[str]]:
     """Yield the name of a pipe that holds a text, as `<(command)` gives one; always the same."""
     source, sink = os.pipe()

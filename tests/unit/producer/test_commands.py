@@ -68,3 +68,13 @@ def test_pause_is_shown_with_its_reason() -> None:
     head = status_cli.render(found).renderables[0]
 
     assert "paused 10 min 0 s ago: upgrade" in str(head)
+
+
+def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) -> None:
+    """Only what is named is touched: there may be a thousand texts of a megabyte each."""
+    letters.hset(dead.DEAD_KEY, "damaged", b"x")
+
+    run = CliRunner().invoke(dead_cli.dead, ["drop", "job:0:1"])
+
+    assert run.exit_code == 0, run.output
+    assert not letters.hexists(dead.DEAD_KEY, "job:0:1")
