@@ -33,7 +33,7 @@ def waits_for(error: Exception) -> str | None:
     if isinstance(error, exceptions.OutOfMemoryError):
         return "Redis is full (maxmemory)"
     if isinstance(error, exceptions.ReadOnlyError):
-        return "Redis is read-only (a replica, or failing over)"
+        return "Redis takes no writes (a replica, failing over, or its disk)"
     if isinstance(error, _GONE):
         return "Redis cannot be reached"
     # A full Redis refuses the commands of a pipeline one by one, with the reason in the text only.

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.servers import RedisProcess, stub_node, wait_for
 
 
-def message(body: str) -> str:
+def message(body: str, headers: object = None) -> str:
     """Return a broadcast with a body of one's own."""
     info = {"exchange": "celery.pidbox", "routing_key": ""}
     properties = {"body_encoding": "base64", "delivery_tag": "tag", "delivery_info": info}
@@ -19,7 +19,7 @@ def message(body: str) -> str:
             "body": encoded,
             "content-type": "application/json",
             "content-encoding": "utf-8",
-            "headers": {},
+            "headers": {} if headers is None else headers,
             "properties": properties,
         }
     )
@@ -29,6 +29,7 @@ def test_no_broadcast_ends_a_node(redis: RedisProcess, short_dir: Path) -> None:
     """Each is refused with a line; a node reads them in the loop that serves everything else."""
     deep = "[" * 2000 + "]" * 2000
     bad = ["[]", "7", "{}", deep, "no JSON", message(deep), message("no JSON")]
+    bad += [message("{}", headers) for headers in ([1], "text", 7)]
     with stub_node(redis, short_dir, "hearer") as node, redis.open(0) as broker:
         before = node.pids()
 

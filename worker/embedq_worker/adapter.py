@@ -55,23 +55,17 @@ def adapt_onnx(path: Path, pooling: str, normalize: bool) -> Graph:
     return Graph(proto, {})
 
 
-def adapted_dim(path: Path) -> int:
-    """Read how many components the vectors of an encoder have; its weights stay on the disk.
+def describe_onnx(path: Path) -> tuple[int, list[Path]]:
+    """Read what an encoder says of itself; weights beside it stay on the disk.
+
+    Returns:
+        The components of its vectors, and the files in which it keeps weights beside itself.
 
     Raises:
-        ModelError: the file is damaged, or nothing says it.
+        ModelError: the file is damaged, does not say the first, or names a file elsewhere.
     """
-    proto = _load(path, with_weights=False)
-    return _dim(_output(proto, path), path)
-
-
-def data_files(path: Path) -> list[Path]:
-    """Name the files in which an encoder keeps its weights beside itself.
-
-    Raises:
-        ModelError: the file is damaged, or names a file elsewhere.
-    """
-    proto = _load(path, with_weights=False)
+    proto = _load(path, with_weights=False)  # once: it may be 2 GB
+    dim = _dim(_output(proto, path), path)
     # What onnx itself goes through when it loads them.
     tensors = external_data_helper._get_all_tensors(proto)
     outside = filter(external_data_helper.uses_external_data, tensors)
@@ -79,7 +73,7 @@ def data_files(path: Path) -> list[Path]:
     for place in map(Path, places):
         if place.is_absolute() or ".." in place.parts:
             raise ModelError(f"{path} keeps weights in {place}, which is not beside it.")
-    return [path.parent / place for place in sorted(places)]
+    return dim, [path.parent / place for place in sorted(places)]
 
 
 def _load(path: Path, *, with_weights: bool) -> onnx.ModelProto:

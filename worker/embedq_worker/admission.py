@@ -58,9 +58,9 @@ def broadcast_objection(raw: bytes) -> str | None:
         return "it is not JSON"
     if not isinstance(message, dict) or _is_deeper(message, MAX_LEVELS):
         return "it is not a map of few levels"
-    body, properties = message.get("body"), message.get("properties")
-    if not isinstance(body, str) or not isinstance(properties, dict):
-        return "body or properties are missing"
+    body, headers, properties = (message.get(key) for key in ("body", "headers", "properties"))
+    if not (isinstance(body, str) and isinstance(headers, dict) and isinstance(properties, dict)):
+        return "body, headers or properties are missing"
     if not _is_name(properties.get("delivery_tag")) or properties.get("body_encoding") != "base64":
         return "it has no delivery tag, or its body is not base64"
     try:

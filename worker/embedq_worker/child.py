@@ -24,6 +24,8 @@ from embedq_worker.state import NodeState, State, StateFile
 
 log = logging.getLogger("embedq.worker")
 
+#: Seconds after which a child that could not tell how it is tries again.
+TELL_AGAIN_S = 1.0
 #: Seconds that the parent has to end a child whose engine hangs, before the child ends itself.
 PARENT_FIRST_S = 5.0
 
@@ -48,6 +50,7 @@ class Child:
         #: Whether the child before this one died before it was ready.
         self.follows_early_death = before is not None and before.state is State.STARTING
         self.state = NodeState(State.STARTING, time.time(), os.getpid())
+        self._told = False
         self._say(self.state)
 
     @property
@@ -137,15 +140,22 @@ class Child:
         finally:
             self._say(replace(self.state, busy_since=0.0, pace_s=self._pace.known_s))
 
+    def tell_until_heard(self) -> None:
+        """Tell again until it is written: nothing else would, and the parent consumes nothing."""
+        while not self._told:
+            time.sleep(TELL_AGAIN_S)
+            self._say(self.state)
+
     def close(self) -> None:
         """Give the devices back."""
         if self._serving is not None:
             self._serving.close()
 
     def _say(self, state: NodeState) -> None:
-        self.state = state
+        self.state, self._told = state, False
         try:
             self._file.write(state)
+            self._told = True
         except (OSError, SettingsError) as error:
             # A full disk must not fail a batch: Celery would acknowledge it, and it would be gone.
             log.warning(

@@ -69,6 +69,7 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         if placement.degraded and (settings.strict or not settings.degraded_cpu):
             log.warning("degraded node=%s device=none reason=%s", settings.name, placement.reason)
             _child.idles(placement.reason)
+            _child.tell_until_heard()
             return
         _claim = claim_device(settings, placement)
         opened = open_placed(settings, placement)
@@ -76,10 +77,12 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         reason = str(error) if isinstance(error, EmbedqError) else type(error).__name__
         log.exception("init_failed node=%s reason=%s", settings.name, reason)
         _child.failed(error)
+        _child.tell_until_heard()
         return
     if placement.degraded:
         log.warning("degraded node=%s device=cpu reason=%s", settings.name, placement.reason)
     _child.serves(opened, placement)
+    _child.tell_until_heard()
     engine = opened.engine
     log.info(
         "serving node=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",

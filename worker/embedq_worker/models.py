@@ -160,7 +160,8 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
             f"A JSON file in {folder} holds what it should not ({type(error).__name__}: {error}). "
             "Fetch the model again."
         ) from error
-    files = [*_weight_files(weights), folder / "tokenizer.json"]
+    dim, beside = (config["hidden_size"], []) if config else _describe_onnx(weights)
+    files = [weights, *beside, folder / "tokenizer.json"]
     sums = [digests.of(path) for path in files]
     return Model(
         folder=folder,
@@ -169,7 +170,7 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
         kind=kind,
         weights=weights,
         config=config,
-        dim=config["hidden_size"] if config else _onnx_dim(weights),
+        dim=dim,
         pooling=traits.pooling,
         normalize=traits.normalize,
         max_length=traits.max_length,
@@ -190,21 +191,11 @@ def _identity(sums: list[str], kind: Kind, config: Mapping[str, Any], traits: Tr
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _weight_files(weights: Path) -> list[Path]:
-    """Add the files in which a large ONNX model keeps its tensors."""
-    if weights.suffix != ".onnx":
-        return [weights]
-    # Imported here: as in _onnx_dim.
-    from embedq_worker.adapter import data_files
-
-    return [weights, *data_files(weights)]
-
-
-def _onnx_dim(weights: Path) -> int:
+def _describe_onnx(weights: Path) -> tuple[int, list[Path]]:
     # Imported here: onnx costs a start 0.1 s, and a BERT's size is in its config.json.
-    from embedq_worker.adapter import adapted_dim
+    from embedq_worker.adapter import describe_onnx
 
-    return adapted_dim(weights)
+    return describe_onnx(weights)
 
 
 def _check_pinned(folder: Path, digests: Digests) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -45,7 +44,8 @@ SOURCE_ONLY = frozenset(PREFIX + name for name in ("TEST_MODEL", "TEST_NPU", "VE
 def default_lock_dir() -> Path:
     """Return a folder that every user of this machine sees, for they share its devices."""
     system = Path("/run/lock")
-    return system if system.is_dir() else Path(tempfile.gettempdir())
+    # Not TMPDIR: a local run, and pam_tmpdir, give each process or user one of its own.
+    return system if system.is_dir() else Path("/tmp")
 
 
 def default_name(data: dict[str, Any]) -> str:

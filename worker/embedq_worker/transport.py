@@ -15,7 +15,8 @@ import redis
 from kombu import compression, transport
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+from redis._parsers.base import BaseParser
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 from embedq.contract import Queue
 from embedq_worker.admission import broadcast_objection, objection
@@ -26,7 +27,7 @@ log = logging.getLogger("embedq.worker")
 _BATCHES: Final = frozenset(str(queue).encode() for queue in Queue)
 _PRIORITY: Final = b"\x06\x16"
 #: What Redis says to whoever waits for a message when it becomes a replica, and when it cannot
-#: write to its disk.
+#: write to its disk: then even to the ping with which a client looks whether it is there.
 _NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
 
 
@@ -35,12 +36,7 @@ class _CheckedClient(redis.Redis):
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
         """Parse a reply; a refused pop looks like one that timed out."""
-        try:
-            reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
-        except ResponseError as error:
-            if str(error).startswith(_NO_WRITES):
-                raise ReadOnlyError(str(error)) from error
-            raise
+        reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
         if command_name != "BRPOP" or not reply:
             return reply
         queue, raw = reply
@@ -123,6 +119,8 @@ def install() -> None:
     """
     for scheme in ("redis", "rediss"):
         transport.TRANSPORT_ALIASES[scheme] = "embedq_worker.transport:Transport"
+    # Not where commands are sent: a node that takes no batch only listens, and pings (measured).
+    BaseParser.EXCEPTION_CLASSES.update(dict.fromkeys(_NO_WRITES, ReadOnlyError))
     # Kombu would inflate them without any limit.
     for content_type in compression.encoders():
         compression.register(_refuse, _refuse, content_type)

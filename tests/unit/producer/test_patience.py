@@ -31,7 +31,10 @@ class Flaky:
         (exceptions.BusyLoadingError("loading"), "Redis cannot be reached"),
         (exceptions.OutOfMemoryError("full"), "Redis is full (maxmemory)"),
         (exceptions.ResponseError("OOM ... 'maxmemory'"), "Redis is full (maxmemory)"),
-        (exceptions.ReadOnlyError("replica"), "Redis is read-only (a replica, or failing over)"),
+        (
+            exceptions.ReadOnlyError("replica"),
+            "Redis takes no writes (a replica, failing over, or its disk)",
+        ),
         (exceptions.ResponseError("MISCONF Errors writing"), "Redis cannot write to its disk"),
         (exceptions.AuthenticationError("password"), None),
         (exceptions.NoPermissionError("user"), None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_child_that_cannot_tell_of_a_lost_device_stops_serving_all_the_same(
     assert code == Reason.DEVICE_LOST
     assert child.serving is None
     assert child.state.state is State.DEGRADED
+
+
+def test_child_is_ready_once_its_parent_can_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not written in the moment it is ready would never be: no batch comes before that."""
+    settings = WorkerSettings.load(name="one", runtime_dir=tmp_path / "run")
+    child = Child(settings)
+    full(settings.runtime_dir)
+    child.idles("No reason.")
+    monkeypatch.setattr(time, "sleep", lambda _: settings.runtime_dir.unlink())
+
+    child.tell_until_heard()
+
+    assert StateFile(settings.runtime_dir, "one").read() == child.state
 
 
 def test_child_tells_again_once_it_can(tmp_path: Path) -> None:

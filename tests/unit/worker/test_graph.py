@@ -25,7 +25,7 @@ from tests.model_fixtures import (
 )
 
 from embedq.contract import Precision
-from embedq_worker.adapter import adapt_onnx, adapted_dim
+from embedq_worker.adapter import adapt_onnx, describe_onnx
 from embedq_worker.digests import Digests
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, ModelError
@@ -348,8 +348,8 @@ def test_open_size_of_a_foreign_model_comes_from_its_config(tmp_path: Path) -> N
     proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "hidden"
     onnx.save(proto, path)
     with pytest.raises(ModelError, match="does not say how many components"):
-        adapted_dim(path)
+        describe_onnx(path)
 
     write_json(tmp_path / "config.json", {"hidden_size": 8})
 
-    assert adapted_dim(path) == 8
+    assert describe_onnx(path) == (8, [])

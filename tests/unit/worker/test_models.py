@@ -235,6 +235,23 @@ def test_identity_follows_what_shapes_vectors(
     assert models.load_model(tmp_path, "tiny", Digests(tmp_path / "other")).identity != before
 
 
+def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have 2 GB, and every start describes it twice: in the node and in its child."""
+    write_foreign(tmp_path)
+    loads: list[Path] = []
+    load = onnx.load
+
+    def counted(path: Path, **options: Any) -> onnx.ModelProto:
+        loads.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(onnx, "load", counted)
+
+    load_model(tmp_path, "m", Digests(tmp_path / "cache"))
+
+    assert len(loads) == 1
+
+
 @pytest.mark.parametrize("place", ["model.onnx_data", "weights.bin"])
 def test_identity_follows_weights_beside_a_foreign_model(tmp_path: Path, place: str) -> None:
     """Whatever the file is called in which the model keeps them."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from embedq.errors import SettingsError
-from embedq_worker.settings import WorkerSettings
+from embedq_worker.settings import WorkerSettings, default_lock_dir
 
 
 def test_defaults_need_no_environment() -> None:
@@ -50,3 +53,11 @@ def test_mistake_names_variable_and_remedy(
 def test_cores_can_be_limited() -> None:
     """A setting wins over what the machine has."""
     assert WorkerSettings.load(threads=3).cores() == 3
+
+
+def test_all_processes_of_a_machine_lock_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local run has a TMPDIR of its own; two of them must not take one NPU."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/embedq-1-private")
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+
+    assert default_lock_dir() == Path("/tmp")
