@@ -108,7 +108,9 @@ class Job:
         try:
             while (batch := self._next(timeout_s)) is not None:
                 yield batch
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # Ctrl-C, too: the rest is cancelled
             self._state.broken_by = error
             raise
         finally:
@@ -184,5 +186,9 @@ class Job:
             else:
                 self._errand.keep_alive()
                 self._link.on_idle()
-        self._pump.publish_up_to_window()
+        try:
+            self._pump.publish_up_to_window()
+        except BaseException:  # Ctrl-C, too
+            self._state.take_back(finished)  # whoever waits again gets it
+            raise
         return finished

@@ -78,7 +78,7 @@ class JobState:
     closed: bool = False
     kept_alive: float = field(default_factory=time.monotonic)
     exhausted: bool = False
-    broken_by: Exception | None = None
+    broken_by: BaseException | None = None
 
     def count_ahead(self) -> int:
         """Return how many batches the window holds."""
@@ -95,12 +95,15 @@ class JobState:
         index = self.first + self.yielded if self.ordered else next(iter(self.ready))
         if index not in self.ready:
             return None
-        finished = self.ready.pop(index)
-        self.yielded += 1
-        self.texts += len(finished.slice)
-        self.failed += finished.outcomes.count_failed()
-        self.truncated += finished.outcomes.count_flag(TRUNCATED)
+        finished = self.ready[index]
+        self._count(finished, 1)
+        del self.ready[index]
         return finished
+
+    def take_back(self, finished: FinishedBatch) -> None:
+        """Undo the last hand-out: it did not reach the caller."""
+        self.ready[finished.slice.index] = finished
+        self._count(finished, -1)
 
     def progress(self) -> JobProgress:
         """Return how far the job is."""
@@ -111,3 +114,12 @@ class JobState:
             truncated=self.truncated,
             finished=self.closed,
         )
+
+    def _count(self, finished: FinishedBatch, sign: int) -> None:
+        failed = finished.outcomes.count_failed()
+        truncated = finished.outcomes.count_flag(TRUNCATED)
+        # All of it after what takes time: Ctrl-C comes before it, or as good as never.
+        self.texts += sign * len(finished.slice)
+        self.failed += sign * failed
+        self.truncated += sign * truncated
+        self.yielded += sign

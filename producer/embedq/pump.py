@@ -70,15 +70,22 @@ class Pump:
         Raises:
             QueueUnavailable: Redis stayed away.
         """
+        self._send(self._note(piece, recomputes))
+
+    def _note(self, piece: Slice, recomputes: int = 0) -> EmbedBatch:
+        """Note that a batch is out before it is: whoever waits again finds it to be missing."""
         errand = self._errand
         batch = EmbedBatch(errand.id, piece.index, piece.texts, errand.spec, piece.refused)
         waiting = Outstanding(piece, Sent(batch.task_id, time.time()), recomputes)
-        # Before it is sent: if that fails and the caller waits again, it is found to be missing.
         errand.state.outstanding[piece.index] = waiting
+        return batch
+
+    def _send(self, batch: EmbedBatch) -> None:
+        errand = self._errand
         errand.link.patiently(
             lambda: errand.link.publisher.publish(batch, errand.queue, errand.trace)
         )
-        waiting.sent = Sent(batch.task_id, time.time())
+        errand.state.outstanding[batch.index].sent = Sent(batch.task_id, time.time())
 
     def _tell(self, *, at_once: bool) -> None:
         """Note how far the job is where operators look."""
@@ -93,25 +100,13 @@ class Pump:
             )
         )
 
-    def _pull(self) -> Slice | None:
-        """Take the next batch of the caller, or None after the last."""
+    def _pull(self) -> EmbedBatch | None:
+        """Take the next batch of the caller and count it, or None after the last."""
+        state = self._errand.state
         try:
-            return next(self._slices, None)
-        except Exception as error:
-            # A generator that has raised seems to be at its end to whoever asks again.
-            self._errand.state.broken_by = error
-            raise
-
-    def _fill_window(self) -> None:
-        state, patiently = self._errand.state, self._errand.link.patiently
-        while not state.exhausted:
-            ahead = state.count_ahead()
-            if ahead >= self._window() or not patiently(self._gate.may_publish):
-                return
-            piece = self._pull()
+            piece = next(self._slices, None)
             if piece is None:
-                state.exhausted = True
-                return
+                return None
             if piece.index >= MAX_BATCHES:
                 raise BatchTooLarge(
                     f"The job has more than {MAX_BATCHES:,} batches. Split the input into jobs."
@@ -120,4 +115,20 @@ class Pump:
                 state.first = piece.index
             state.published += 1
             state.sent_texts += len(piece)
-            self.publish(piece)
+            return self._note(piece)
+        except BaseException as error:  # Ctrl-C, too
+            # A generator that has raised seems to be at its end to whoever asks again.
+            state.broken_by = error
+            raise
+
+    def _fill_window(self) -> None:
+        state, patiently = self._errand.state, self._errand.link.patiently
+        while not state.exhausted:
+            ahead = state.count_ahead()
+            if ahead >= self._window() or not patiently(self._gate.may_publish):
+                return
+            batch = self._pull()
+            if batch is None:
+                state.exhausted = True
+                return
+            self._send(batch)

@@ -108,7 +108,7 @@ class Stream:
             result = next(self._results)
         except StopIteration:
             raise
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             self._results = self._job.results()  # who asks again is told that it has ended
             raise
         if self._ordered:

@@ -213,3 +213,51 @@ def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
 
     with pytest.raises(ResultExpired, match=r"with 0 texts handed out: Redis stayed away\."):
         read()
+
+
+def test_batch_in_hand_when_redis_goes_away_is_not_lost(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next batch cannot be published while one is handed out: both come with the next wait."""
+    texts = [f"text {i}" for i in range(400)]
+    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
+    job = client.job(slices, client.spec())
+    job.start()
+    first_behind, publish = job.progress().published, Publisher.publish
+
+    def stay_away(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
+        if batch.index == first_behind:
+            raise QueueUnavailable("Redis stayed away.")
+        publish(publisher, batch, *others)
+
+    with monkeypatch.context() as away:
+        away.setattr(Publisher, "publish", stay_away)
+        with pytest.raises(QueueUnavailable):
+            job.wait()
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    job.wait(timeout_s=20)
+
+    assert np.array_equal([e.vector for e in job.results()], stub_vectors(texts))
+
+
+@pytest.mark.parametrize("how", ["wait", "results", "stream"])
+def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> None:
+    """Ctrl-C while the caller's texts are pulled ends the job as an error does, not as its end."""
+
+    def texts() -> Iterator[str]:
+        yield from (f"text {i}" for i in range(700))
+        raise KeyboardInterrupt
+
+    job = client.job(client.split(texts(), client.spec()), client.spec())
+    stream = client.stream(texts())
+
+    def read() -> object:
+        if how == "wait":
+            return job.wait(timeout_s=20)
+        return list(job.results() if how == "results" else stream)
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
+    with pytest.raises(ResultExpired, match=r"has ended, .*: KeyboardInterrupt\. Submit"):
+        read()
