@@ -67,6 +67,7 @@ class Ledger:
         self._commit = client.register_script(scripts.COMMIT)
         self._cancel = client.register_script(scripts.CANCEL)
         self._forget = client.register_script(scripts.FORGET)
+        self._revive = client.register_script(scripts.REVIVE)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
         """Create the job, or find it again; repeating it changes nothing."""
@@ -130,6 +131,10 @@ class Ledger:
     def is_committed(self, index: int) -> bool:
         """Tell whether a batch has been committed."""
         return bool(self._redis.getbit(self._bits, index))
+
+    def is_coming(self, index: int) -> bool:
+        """Tell whether a commit of a batch is there to be read; if not, it may be committed anew."""
+        return bool(self._revive(keys=[self._bits, self._commits], args=[index]))
 
     def read_commits(self, *, count: int, block_ms: int) -> list[Commit]:
         """Return the first commits that were not taken, waiting up to block_ms for one.

@@ -58,7 +58,7 @@ class Reconciler:
             waiting.sent = replace(waiting.sent, missed=now)
         if is_lost(waiting.sent, now, patience_s=RECONCILE_EVERY_S):
             index = waiting.slice.index
-            if errand.link.patiently(lambda: errand.ledger.is_committed(index)):
+            if errand.link.patiently(lambda: errand.ledger.is_coming(index)):
                 return  # its commit is on the way to us
             errand.link.on_wait(f"Batch {index} was lost in Redis; it is published again.")
             self._pump.publish(waiting.slice, waiting.recomputes)

@@ -66,6 +66,19 @@ CANCEL: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
 """
 
+# KEYS bits commits; ARGV index. A bit without its entry, as after an eviction, would keep the batch
+# from being computed and its producer from ever hearing of it.
+REVIVE: Final = """
+if redis.call('GETBIT', KEYS[1], ARGV[1]) == 0 then return 0 end
+for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == 'i' and entry[2][i + 1] == ARGV[1] then return 1 end
+  end
+end
+redis.call('SETBIT', KEYS[1], ARGV[1], 0)
+return 0
+"""
+
 # KEYS bits commits, n values; ARGV index entry
 FORGET: Final = """
 redis.call('XDEL', KEYS[2], ARGV[2])

@@ -261,3 +261,20 @@ def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> N
         read()
     with pytest.raises(ResultExpired, match=r"has ended, .*: KeyboardInterrupt\. Submit"):
         read()
+
+
+def test_batch_whose_commit_left_redis_is_computed_again(
+    node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis that evicts the stream of commits and keeps the bits hides no batch for ever."""
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    with Client(settings=shared_redis.settings()) as client, shared_redis.open() as redis:
+        job = client.submit(["one", "two"])
+        stream = f"embedq:{{{job.id}}}:commits"
+        wait_for(lambda: redis.xlen(stream) == 1, "the commit")
+        redis.unlink(stream)
+
+        job.wait(timeout_s=20)
+
+        assert np.array_equal([e.vector for e in job.results()], stub_vectors(["one", "two"]))
