@@ -101,12 +101,21 @@ def assemble(
     parts = [decode(value, fingerprint) for value in values if value is not None]
     if parts[0].failure:
         return _failed(piece, parts[0].failure, spec)
+    row = (spec.dim, np.dtype(DESCRIPTIONS[spec.dtype]))
+    if any((part.vectors.shape[1], part.vectors.dtype) != row for part in parts):
+        raise CorruptValue("A batch came back with rows of another length or type.")
     vectors, outcomes = _join(parts)
-    if vectors.shape != (len(piece), spec.dim):
-        raise CorruptValue(
-            f"A batch came back as {vectors.shape}, expected {(len(piece), spec.dim)}."
-        )
+    if len(vectors) != len(piece):
+        raise CorruptValue(f"A batch came back with {len(vectors)} rows, expected {len(piece)}.")
+    if _has_bad_vectors(vectors, outcomes):
+        raise CorruptValue("A batch came back with vectors that are not finite.")
     return FinishedBatch(piece, vectors, outcomes)
+
+
+def _has_bad_vectors(vectors: Vectors, outcomes: OutcomeTable) -> bool:
+    """Tell whether a text that is said to be embedded has no finite vector."""
+    ok = np.array([kind[0] == Status.OK for kind in outcomes.kinds], bool)[outcomes.kind]
+    return bool((ok & ~np.isfinite(vectors).all(axis=1)).any())
 
 
 def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:

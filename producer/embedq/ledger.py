@@ -15,6 +15,7 @@ from typing import Final, cast
 from redis import Redis
 
 from embedq import scripts
+from embedq.contract import MAX_BATCH_TEXTS, MAX_BATCHES
 from embedq.staging import staged_key
 from embedq.suspects import suspects_key
 
@@ -41,7 +42,7 @@ class Commit:
 
     Attributes:
         entry: id in the stream.
-        index: the batch.
+        index: the batch; -1 for an entry that names none.
         n_values: how many values hold its vectors.
     """
 
@@ -133,7 +134,7 @@ class Ledger:
         return bool(self._redis.getbit(self._bits, index))
 
     def is_coming(self, index: int) -> bool:
-        """Tell whether a commit of a batch is there to be read; if not, it may be committed anew."""
+        """Tell whether a batch has a commit that can be read; if not, it may be committed anew."""
         return bool(self._revive(keys=[self._bits, self._commits], args=[index]))
 
     def read_commits(self, *, count: int, block_ms: int) -> list[Commit]:
@@ -149,7 +150,7 @@ class Ledger:
         if not answer:
             return []
         [(_, entries)] = answer
-        return [Commit(entry, int(body[b"i"]), int(body[b"v"])) for entry, body in entries]
+        return [_commit(entry, body) for entry, body in entries]
 
     def fetch_values(self, commit: Commit) -> list[bytes | None]:
         """Fetch the values of a committed batch; None stands for an expired one."""
@@ -192,9 +193,9 @@ class Ledger:
             list[tuple[bytes, dict[bytes, bytes]]], self._redis.xrange(self._commits, "-", "+")
         )
         pipe = self._redis.pipeline(transaction=False)
-        for _, body in entries:
-            for part in range(int(body[b"v"])):
-                pipe.unlink(self._value_key(int(body[b"i"]), part))
+        for entry, body in entries:
+            if keys := self._value_keys(_commit(entry, body)):
+                pipe.unlink(*keys)
         ahead = cast(set[bytes], self._redis.smembers(self._staged))
         pipe.unlink(*ahead, self._bits, self._commits, self._tries, self._suspects, self._staged)
         pipe.zrem(JOBS_KEY, self._job)
@@ -205,3 +206,17 @@ class Ledger:
 
     def _value_key(self, index: int, part: int) -> str:
         return f"{self._value_prefix}{index}:{part}"
+
+
+def _commit(entry: bytes, body: dict[bytes, bytes]) -> Commit:
+    """Read an entry; one that no node wrote is of no batch, or of one without values."""
+    index = _number(body.get(b"i"), MAX_BATCHES - 1)
+    n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS)  # each holds a row or more
+    return Commit(entry, -1 if index is None else index, n_values or 0)
+
+
+def _number(raw: bytes | None, most: int) -> int | None:
+    """Return a count of Redis, or None if it is none or too large."""
+    if raw is None or len(raw) > len(str(most)) or not raw.isdigit() or int(raw) > most:
+        return None
+    return int(raw)

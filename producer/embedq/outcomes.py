@@ -14,6 +14,8 @@ from embedq.contract import Outcome, Status
 from embedq.errors import CorruptValue
 
 TRUNCATED, CACHED, REROUTED = 1, 2, 4
+#: Most kinds of outcomes in a batch: each is a number of one byte.
+MAX_KINDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +119,17 @@ class OutcomeTable:
 
     @classmethod
     def concatenate(cls, tables: Sequence[OutcomeTable]) -> OutcomeTable:
-        """Join tables end to end."""
+        """Join tables end to end.
+
+        Raises:
+            CorruptValue: together they have more kinds than a node ever gives.
+        """
         kinds: dict[tuple[str, str, str, str], int] = {}
         renumbered = []
         for table in tables:
             numbers = [kinds.setdefault(kind, len(kinds)) for kind in table.kinds]
+            if len(kinds) > MAX_KINDS:
+                raise CorruptValue(f"The outcomes of a batch are of {len(kinds)} kinds or more.")
             renumbered.append(np.array(numbers, np.uint8)[table.kind])
         return cls(
             list(kinds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -208,3 +209,34 @@ def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) 
         Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
 
     assert waits_for(caught.value) == "Redis is full (maxmemory)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"x": "1"}, {"i": "a", "v": "b"}, {"i": "-1", "v": "1"}, {"i": "9" * 30, "v": "1"}],
+    ids=repr,
+)
+def test_entry_of_no_batch_is_taken_and_forgotten(
+    fields: dict[Any, Any], ledger: Ledger, results: Redis
+) -> None:
+    """An entry that no node wrote stops nobody from reading those behind it."""
+    results.xadd("embedq:{job}:commits", fields, id="1-1")
+    ledger.commit(3, [b"value"])
+
+    forged, real = ledger.read_commits(count=10, block_ms=1)
+    ledger.take([forged])
+
+    assert (forged.index, real.index) == (-1, 3)
+    assert ledger.read_commits(count=10, block_ms=1) == [real]
+
+
+@pytest.mark.parametrize("n_values", ["999999999999", "-4", "4097", "many"])
+def test_values_beyond_the_contract_are_none(n_values: str, ledger: Ledger, results: Redis) -> None:
+    """A forged count of values costs no memory, neither in reading nor in dropping the job."""
+    results.xadd("embedq:{job}:commits", {"i": 3, "v": n_values})
+
+    [commit] = ledger.read_commits(count=10, block_ms=1)
+    ledger.drop()
+
+    assert ledger.fetch_values(commit) == []
+    assert not results.exists("embedq:{job}:commits")
