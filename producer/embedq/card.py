@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 import msgpack
 
 from embedq.errors import MalformedMessage
+from embedq.records import checked
+
+#: Most components of a vector.
+MAX_DIM: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,21 @@ class ModelCard:
         Raises:
             MalformedMessage: the bytes are not a card of this version.
         """
-        known = {f.name for f in fields(cls)}
         try:
-            body = msgpack.unpackb(raw)
-            return cls(**{key: value for key, value in body.items() if key in known})
+            return cls.from_body(msgpack.unpackb(raw))
         except Exception as error:
             raise MalformedMessage(f"A model card of {len(raw):,} bytes is unreadable.") from error
+
+    @classmethod
+    def from_body(cls, body: Mapping[str, Any]) -> ModelCard:
+        """Take a card from an unpacked message; fields of a newer version are ignored.
+
+        Raises:
+            TypeError, AttributeError: it is none.
+        """
+        card = cls(**checked(cls, body))
+        if not all(isinstance(word, str) for prompt in card.prompts.items() for word in prompt):
+            raise TypeError("A prompt is no text.")
+        if not 0 < card.dim <= MAX_DIM or card.max_length < 1:
+            raise TypeError(f"A vector of {card.dim:,} components, {card.max_length:,} tokens.")
+        return card

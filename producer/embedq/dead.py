@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Final, cast
 
 import msgpack
 from redis import Redis
 
 from embedq.errors import MalformedMessage
+from embedq.records import checked
 
 #: Hash of all dead letters by id.
 DEAD_KEY: Final = "embedq:dead"
@@ -57,8 +58,9 @@ def add(redis: Redis, letter: DeadLetter) -> None:
 
 def fetch_all(redis: Redis) -> list[DeadLetter]:
     """Return all letters, newest first."""
-    raws = cast(dict[bytes, bytes], redis.hgetall(DEAD_KEY)).values()
-    return sorted(map(_from_message, raws), key=lambda letter: -letter.at)
+    raws = cast(dict[bytes, bytes], redis.hgetall(DEAD_KEY))
+    letters = [_readable(key.decode(errors="replace"), raw) for key, raw in raws.items()]
+    return sorted(letters, key=lambda letter: -letter.at)
 
 
 def fetch(redis: Redis, name: str) -> DeadLetter | None:
@@ -80,10 +82,16 @@ def new(
     return DeadLetter(name, code, reason, node, time.time(), prompt, text)
 
 
-def _from_message(raw: bytes) -> DeadLetter:
-    known = {f.name for f in fields(DeadLetter)}
+def _readable(name: str, raw: bytes) -> DeadLetter:
+    """Read a letter; of one that cannot be read, its name is enough to drop it."""
     try:
-        body = msgpack.unpackb(raw)
-        return DeadLetter(**{key: value for key, value in body.items() if key in known})
+        return replace(_from_message(raw), id=name)
+    except MalformedMessage as error:
+        return DeadLetter(name, error.code, str(error), "", 0.0)
+
+
+def _from_message(raw: bytes) -> DeadLetter:
+    try:
+        return DeadLetter(**checked(DeadLetter, msgpack.unpackb(raw)))
     except Exception as error:
         raise MalformedMessage(f"A dead letter of {len(raw):,} bytes is unreadable.") from error

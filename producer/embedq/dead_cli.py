@@ -27,6 +27,7 @@ def list_(as_json: bool) -> None:
     """List the texts that were set aside, newest first, without their text."""
     with errors_as_sentences():
         from embedq import dead as letters
+        from embedq.records import plain
 
         found = letters.fetch_all(_results())
     if as_json:
@@ -38,7 +39,7 @@ def list_(as_json: bool) -> None:
         return
     for letter in found:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at))
-        click.echo(f"{letter.id}  {when}  {letter.node}  {letter.code}  {letter.reason}")
+        click.echo(f"{plain(letter.id)}  {when}  {letter.node}  {letter.code}  {letter.reason}")
 
 
 @dead.command()

@@ -34,7 +34,7 @@ class RunDisplay:
         self._bar = Bar(
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=self._console,
             transient=True,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Final, cast
 
 import msgpack
@@ -15,6 +15,7 @@ from redis import Redis
 
 from embedq.card import ModelCard
 from embedq.errors import MalformedMessage, NoNode
+from embedq.records import checked
 
 #: Sorted set of node names, scored by their last heartbeat.
 NODES_KEY: Final = "embedq:nodes"
@@ -73,11 +74,13 @@ class Heartbeat:
         Raises:
             MalformedMessage: the bytes are not a heartbeat.
         """
-        known = {f.name for f in fields(cls)}
         try:
-            body = {key: value for key, value in msgpack.unpackb(raw).items() if key in known}
+            body = checked(cls, msgpack.unpackb(raw))
             card = body.pop("card", None)
-            return cls(**body, card=ModelCard(**card) if card else None)
+            totals = body.pop("totals", {})
+            if not all(isinstance(total, int | float) for total in totals.values()):
+                raise TypeError("A total is no number.")
+            return cls(**body, totals=totals, card=ModelCard.from_body(card) if card else None)
         except Exception as error:
             raise MalformedMessage(f"A heartbeat of {len(raw):,} bytes is unreadable.") from error
 
@@ -102,7 +105,7 @@ def leave(redis: Redis, node: str) -> None:
 def fetch_known(redis: Redis) -> list[str]:
     """Return the names of the nodes that were alive within the last day."""
     names = cast(list[bytes], redis.zrangebyscore(NODES_KEY, time.time() - FORGET_S, "+inf"))
-    return [name.decode() for name in names]
+    return [name.decode(errors="replace") for name in names]
 
 
 def fetch_alive(redis: Redis) -> list[Heartbeat]:
@@ -114,11 +117,11 @@ def fetch_alive(redis: Redis) -> list[Heartbeat]:
     return read_beats(raws)
 
 
-def read_beats(raws: Iterable[bytes | None]) -> list[Heartbeat]:
+def read_beats(raws: Iterable[object]) -> list[Heartbeat]:
     """Return the heartbeats that can be read, by name; None stands for one that faded."""
     alive = []
     for raw in raws:
-        if raw is not None:
+        if isinstance(raw, bytes):  # and not the error of a key that holds something else
             try:
                 alive.append(Heartbeat.from_message(raw))
             except MalformedMessage:

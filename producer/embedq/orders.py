@@ -9,6 +9,8 @@ from typing import Final, NamedTuple
 import msgpack
 from redis import Redis
 
+from embedq.records import plain
+
 #: Hash: node -> its last order.
 ORDERS_KEY: Final = "embedq:orders"
 #: Exists while an operator has paused the fleet; holds why and since when.
@@ -78,7 +80,7 @@ def read_pause(raw: bytes | None) -> Pause | None:
         return None
     try:
         reason, at = msgpack.unpackb(raw)
-        return Pause(str(reason), float(at))
+        return Pause(plain(str(reason)), float(at))
     except (ValueError, TypeError, msgpack.UnpackException):
         return Pause("", 0.0)  # somebody set the key by hand: paused is paused
 
@@ -88,6 +90,6 @@ def _order(raw: bytes | None) -> Order | None:
         return None
     try:
         wanted, reason, at = msgpack.unpackb(raw)
-        return Order(Wanted(wanted), str(reason), float(at))
+        return Order(Wanted(wanted), plain(str(reason)), float(at))
     except (ValueError, TypeError, msgpack.UnpackException):
         return None

@@ -9,6 +9,8 @@ from typing import Any, Final
 from redis import Redis
 from redis.client import Pipeline
 
+from embedq.records import LARGEST, plain
+
 # KEYS meta; ARGV name value... A job that is gone stays gone: a key written now would have no end.
 _TELL: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
@@ -57,19 +59,30 @@ def ask(pipe: Pipeline, job: str) -> None:
 def read(answers: Iterator[Any]) -> Progress | None:
     """Take the answers about a job from those of a pipeline; None if the job is gone."""
     told, committed, untaken = next(answers), next(answers), next(answers)
+    if any(isinstance(answer, Exception) for answer in (told, committed, untaken)):
+        return None  # its keys hold something else
     label, created, published, texts, planned = told
     if label is None:
         return None
     return Progress(
-        label=label.decode(),
-        created=float(created or 0),
+        label=plain(label.decode(errors="replace")),
+        created=_number(created),
         # Of a producer of another version we know only what its nodes have committed.
-        published=max(int(published or 0), int(committed)),
+        published=max(int(_number(published)), int(committed)),
         committed=int(committed),
         untaken=int(untaken),
-        texts=int(texts or 0),
-        planned=None if planned is None else int(planned),
+        texts=int(_number(texts)),
+        planned=None if planned is None else int(_number(planned)),
     )
+
+
+def _number(told: bytes | None) -> float:
+    """Return a number of the hash; 0 for none, and for what is none."""
+    try:
+        number = float(told or 0)
+    except ValueError:
+        return 0.0
+    return number if abs(number) <= LARGEST else 0.0
 
 
 def _key(job: str, name: str) -> str:

@@ -22,6 +22,7 @@ from embedq.dead import DEAD_KEY
 from embedq.fleet import FORGET_S, NODES_KEY, Heartbeat, node_key, read_beats
 from embedq.ledger import JOBS_KEY
 from embedq.orders import PAUSED_KEY, Pause, read_pause
+from embedq.records import plain
 
 #: Most jobs that are looked at, newest first; abandoned ones linger here until the next one opens.
 MOST_JOBS: Final = 1_000
@@ -102,7 +103,8 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
     names = [str(queue) for queue in Queue]
     *lengths, in_hand, leases, ages, carrying = _ask_broker(broker, names)
     beats, known, paused, dead, holding = _ask_results(results, now)
-    alive, jobs = _ask_details(results, [name.decode() for name, _ in beats], known, now)
+    seen = {name.decode(errors="replace"): at for name, at in beats}
+    alive, jobs = _ask_details(results, list(seen), known, now)
     living = {node.node for node in alive}
     memory = {"broker": Load.from_info(carrying), "results": Load.from_info(holding)}
     # A Redis that refuses scripts tells no ages.
@@ -116,7 +118,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
         jobs=jobs,
         redis={name: round(load.ratio, 4) for name, load in memory.items()},
         paused=read_pause(paused),
-        silent={name.decode(): at for name, at in beats if name.decode() not in living},
+        silent={plain(name): at for name, at in seen.items() if plain(name) not in living},
         oldest_ready_s=dict(zip(names, ages, strict=False)),
         oldest_in_hand_s=ages[-1],
         memory=memory,
@@ -155,13 +157,14 @@ def _ask_details(
     for name in names:
         pipe.get(node_key(name))
     for job, _ in known:
-        progress.ask(pipe, job.decode())
-    answers = iter(pipe.execute())
+        progress.ask(pipe, job.decode(errors="replace"))
+    answers = iter(_but_types(pipe.execute(raise_on_error=False)))
     alive = read_beats([next(answers) for _ in names])
     jobs, faded = [], []
     for job, began in known:
         if (found := progress.read(answers)) is not None:
-            jobs.append(_job(job.decode(), found, round(now - began, 1)))
+            name = plain(job.decode(errors="replace"))
+            jobs.append(_job(name, found, round(now - began, 1)))
         else:
             faded.append(job)
     if faded:  # abandoned jobs
@@ -187,6 +190,14 @@ def _checked(answers: list[Any], *, optional: int) -> list[Any]:
     """Raise what Redis refused, but for the last questions, which some refuse to some users."""
     for answer in answers[:-optional]:
         if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _but_types(answers: list[Any]) -> list[Any]:
+    """Raise what Redis refused, but for keys that hold something else than ours do."""
+    for answer in answers:
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
             raise answer
     return answers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from math import isfinite
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -86,13 +87,14 @@ def render(found: FleetStatus) -> Group:
     nodes = Table("node", "state", "device", "engine", "precision", "since", "reason", box=None)
     for node in found.nodes:
         state = Text(node.state, style=_COLOURS.get(node.state, ""))
+        computes = map(Text, (node.device, node.engine, node.precision))
         since = f"{age(found.at - node.since)} ago"
-        nodes.add_row(
-            node.node, state, node.device, node.engine, node.precision, since, node.reason
-        )
+        nodes.add_row(Text(node.node), state, *computes, since, Text(node.reason))
     for name, at in sorted(found.silent.items()):
         state = Text("silent", style="red")
-        nodes.add_row(name, state, "", "", "", f"{age(found.at - at)} ago", "It took no leave.")
+        nodes.add_row(
+            Text(name), state, "", "", "", f"{age(found.at - at)} ago", "It took no leave."
+        )
     queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
         queues.add_row(queue, f"{waiting:,}", age(found.oldest_ready_s.get(queue, 0)))
@@ -103,7 +105,8 @@ def render(found: FleetStatus) -> Group:
         if job.planned_texts:
             texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
         batches = f"{job.committed:,} of {job.published:,} sent"
-        jobs.add_row(job.id, texts, batches, f"{job.waiting:,}", age(job.age_s), job.label)
+        label = Text(job.label)  # brackets in it are no markup
+        jobs.add_row(Text(job.id), texts, batches, f"{job.waiting:,}", age(job.age_s), label)
     memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
     head = ""
     if found.paused:
@@ -121,7 +124,8 @@ def render(found: FleetStatus) -> Group:
 
 def age(seconds: float) -> str:
     """Return a duration in its two largest units."""
-    minutes, rest = divmod(max(0, int(seconds)), 60)
+    known = seconds if isfinite(seconds) else 0
+    minutes, rest = divmod(max(0, int(known)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     for big, small, names in (

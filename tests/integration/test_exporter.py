@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -24,6 +25,7 @@ from embedq.contract import Queue
 from embedq.exporter import serve
 from embedq.exporter_cli import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from embedq.fleet import NODES_KEY
+from embedq.ledger import JOBS_KEY, Ledger
 from embedq.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
 from embedq.orders import PAUSED_KEY
 from embedq.redis_client import open_redis
@@ -248,3 +250,26 @@ def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
     assert re.search(r"node-000 +degraded .* 30 s ago +Its NPU is gone\.", shown)
     assert re.search(r"node-001 +silent", shown)
     assert re.search(r"job0000 +30 of 60 \(50%\) +3 of 4 sent", shown)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"label": b"\xff"},
+        {"label": "x", "created": "yesterday"},
+        {"label": "x", "published": "many"},
+        {"label": "x", "planned": "nan", "texts": "1e400"},
+    ],
+    ids=repr,
+)
+def test_forged_job_hides_no_other(
+    fields: dict[Any, Any], results: Redis, broker: Redis, ledger: Ledger
+) -> None:
+    """A job with senseless fields, or under a name that is no text, is shown as far as it goes."""
+    results.hset("embedq:{forged}:meta", mapping=fields)
+    results.set("embedq:{wrong}:meta", "not a hash")
+    results.zadd(JOBS_KEY, {"forged": 1, "wrong": 2, b"\xff": 3})
+
+    found = fetch_status(broker, results)
+
+    assert {job.id for job in found.jobs} == {"job", "forged"}

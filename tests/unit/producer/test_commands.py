@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
+
+import msgpack
 import pytest
 from click.testing import CliRunner
 from fakeredis import FakeRedis
+from rich.console import Console
 
 from embedq import dead, dead_cli, status_cli
 from embedq.exits import EXIT_INPUT, EXIT_SETTINGS
 from embedq.exporter_cli import exporter
+from embedq.fleet import Heartbeat
 from embedq.orders import Pause
-from embedq.status import FleetStatus
+from embedq.status import FleetStatus, JobStatus
 
 
 @pytest.fixture
@@ -78,3 +83,37 @@ def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) ->
 
     assert run.exit_code == 0, run.output
     assert not letters.hexists(dead.DEAD_KEY, "job:0:1")
+
+
+def test_brackets_are_no_markup() -> None:
+    """Names, reasons and outputs are shown as they are; `[/dev/accel]` ended the command."""
+    now = 1000.0
+    node = Heartbeat("n[a]", "degraded", now, now, 1, reason="cannot open [/dev/accel/accel0]")
+    job = JobStatus("j[b]", "out[v2].npy", 0, 0, 1.0)
+    found = FleetStatus(now, [node], {}, 0, 0.0, [job], {}, None, silent={"s[/c]": now})
+    shown = io.StringIO()
+
+    Console(width=200, file=shown).print(status_cli.render(found))
+
+    for words in ("n[a]", "[/dev/accel/accel0]", "j[b]", "out[v2].npy", "s[/c]"):
+        assert words in shown.getvalue()
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), float("nan")])
+def test_age_of_a_forged_time_is_none(seconds: float) -> None:
+    """A score of inf in Redis is no reason to end `embedq status`."""
+    assert status_cli.age(seconds) == "0 s"
+
+
+def test_unreadable_letter_hides_no_other_and_can_be_dropped(letters: FakeRedis) -> None:
+    """One that is damaged, or of another version, stands in the list under its name."""
+    letters.hset(dead.DEAD_KEY, "broken", b"junk")
+    letters.hset(dead.DEAD_KEY, "forged", msgpack.packb({"id": "x", "at": "never"}))
+
+    listed = CliRunner().invoke(dead_cli.dead, ["ls"])
+    dropped = CliRunner().invoke(dead_cli.dead, ["drop", "--all"])
+
+    assert (listed.exit_code, dropped.exit_code) == (0, 0)
+    assert "broken" in listed.output
+    assert "forged" in listed.output
+    assert not letters.exists(dead.DEAD_KEY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import msgpack
 import pytest
@@ -31,6 +31,55 @@ def test_garbage_is_no_heartbeat(raw: bytes) -> None:
     """What cannot be read is refused by its size."""
     with pytest.raises(MalformedMessage):
         Heartbeat.from_message(raw)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"node": 5},
+        {"state": ["healthy"]},
+        {"device": b"cpu"},
+        {"since": "yesterday"},
+        {"since": float("nan")},
+        {"at": float("inf")},
+        {"totals": [1]},
+        {"totals": {"batches": "many"}},
+        {"card": {**asdict(CARD), "label": 5}},
+        {"card": {**asdict(CARD), "dim": 10**12}},
+        {"card": {**asdict(CARD), "dim": -1}},
+        {"card": {**asdict(CARD), "prompts": {"query": 5}}},
+    ],
+    ids=repr,
+)
+def test_heartbeat_with_a_field_of_another_type_is_none(change: dict[str, object]) -> None:
+    """Whoever shows, sorts or counts heartbeats need not ask what is in them."""
+    with pytest.raises(MalformedMessage):
+        Heartbeat.from_message(msgpack.packb({**asdict(NODE), **change}))
+
+
+def test_words_of_a_node_move_no_cursor_and_end_no_line() -> None:
+    """What a node says of itself is shown on terminals and in logs, whoever wrote it."""
+    words = "\x1b]0;owned\x07 one\r\nfake=line" + "x" * 9_999
+
+    reason = Heartbeat.from_message(replace(NODE, reason=words).to_message()).reason
+
+    assert reason.startswith(" ]0;owned  one fake=line")
+    assert len(reason) <= 2_000
+
+
+def test_card_of_a_newer_node_is_read() -> None:
+    """A newer node whose card knows more is alive for an older producer."""
+    newer = msgpack.packb({**asdict(NODE), "card": {**asdict(CARD), "mood": "good"}})
+
+    assert Heartbeat.from_message(newer) == NODE
+
+
+def test_name_that_is_no_text_hides_no_node(results: Redis) -> None:
+    """Anything may stand in the set of names."""
+    results.zadd(NODES_KEY, {b"\xff\xfe": time.time()})
+    beat(results, NODE)
+
+    assert [heartbeat.node for heartbeat in fetch_alive(results)] == ["node"]
 
 
 def test_alive_is_who_beat_lately(results: Redis) -> None:
