@@ -9,6 +9,7 @@ import os
 import pickle
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -27,7 +28,7 @@ from tests.forging import (
     with_payload,
     without_header,
 )
-from tests.servers import NodeProcess, RedisProcess, wait_for
+from tests.servers import NodeProcess, RedisProcess, stub_node, wait_for
 
 from embedq import Client
 from embedq.testing import stub_vectors
@@ -215,3 +216,20 @@ def test_other_encodings_of_a_good_message_are_equal(
     client.encode(["after"], accuracy="exact", timeout_s=20)
 
     assert len(node.lines("message_refused")) == before + 1
+
+
+@pytest.mark.parametrize("key", ["embed.cpu.int8", "embed.cpu\x06\x163"])
+def test_queue_that_is_no_list_is_dropped(key: str, redis: RedisProcess, short_dir: Path) -> None:
+    """A producer may write a set where an empty queue was; it ended every node of the fleet."""
+    with stub_node(redis, short_dir) as node, Client(settings=redis.settings()) as client:
+        parent, _ = node.pids()
+        with redis.open(0) as broker:
+            broker.sadd(key, MARKER)
+            wait_for(lambda: not broker.exists(key), "the set to be dropped")
+
+        vectors = client.encode(["one"], accuracy="exact", timeout_s=20)
+
+        assert np.array_equal(vectors, stub_vectors(["one"]))
+        assert node.pids()[0] == parent
+        assert node.lines("queue_refused")
+        assert MARKER not in node.log()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from queue import Empty
 from typing import Any, Final, NoReturn
 
 import redis
@@ -29,6 +30,8 @@ _PRIORITY: Final = b"\x06\x16"
 #: What Redis says to whoever waits for a message when it becomes a replica, and when it cannot
 #: write to its disk: then even to the ping with which a client looks whether it is there.
 _NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
+#: What Redis says of a key that holds something else than a list: Celery ends the node over it.
+_WRONG_TYPE: Final = "WRONGTYPE"
 
 
 class _CheckedClient(redis.Redis):
@@ -72,6 +75,28 @@ class Channel(kombu_redis.Channel):
 
     QoS = QoS
 
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[misc] # not in types
+        except ResponseError as error:
+            if not str(error).startswith(_WRONG_TYPE):
+                raise
+            for queue in self.active_queues:
+                self._size(queue)
+            raise Empty from None
+
+    def _size(self, queue: str) -> int:
+        """Count the messages of a queue; what is no list at its key is dropped."""
+        try:
+            return int(super()._size(queue))
+        except ResponseError as error:
+            if _WRONG_TYPE not in str(error):
+                raise
+        with self.conn_or_acquire() as client:
+            for priority in self.priority_steps:
+                _drop_unless_list(client, self._q_for_pri(queue, priority))  # type: ignore[attr-defined] # not in types
+        return 0
+
     def _put(self, queue: str, message: Any, **kwargs: Any) -> Any:
         # What a node publishes has waited its turn already: a batch that lost its child, or is
         # handed on. At the tail it would wait for the whole backlog once more.
@@ -93,6 +118,16 @@ class Channel(kombu_redis.Channel):
 
     def _get_client(self) -> Any:
         return _CheckedClient
+
+
+def _drop_unless_list(client: Any, key: str) -> None:
+    try:
+        client.llen(key)
+    except ResponseError as error:
+        if not str(error).startswith(_WRONG_TYPE):
+            raise
+        log.error("queue_refused queue=%s reason=it is no list", key)
+        client.delete(key)
 
 
 class Transport(kombu_redis.Transport):
