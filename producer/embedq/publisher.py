@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 from celery import Celery
 from kombu import Queue as KombuQueue
 from kombu.exceptions import OperationalError
+from kombu.pools import ProducerPool
 from redis import exceptions
 
 from embedq.contract import TASK_NAME, Queue
 from embedq.message import EmbedBatch, message_headers
 from embedq.tracing import JobTrace
+
+#: Most connections of a publisher: one, but for a caller with threads.
+MAX_CONNECTIONS: Final = 10
 
 
 class Publisher:
@@ -38,6 +42,9 @@ class Publisher:
                 "client_name": "embedq",
             },
         )
+        # Connections of our own: kombu's live in the process, whoever is closed.
+        self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
+        self._producers = ProducerPool(self._connections, limit=MAX_CONNECTIONS)
 
     def publish(self, batch: EmbedBatch, queue: Queue, trace: JobTrace | None = None) -> None:
         """Publish one batch; publishing it twice is harmless, the ledger takes the first.
@@ -60,8 +67,11 @@ class Publisher:
         }
         try:
             trace = trace or JobTrace(batch.job)
-            with trace.publishing(options["headers"], index=batch.index, texts=len(batch.texts)):
-                self._app.send_task(TASK_NAME, args=(body,), **options)
+            with (
+                trace.publishing(options["headers"], index=batch.index, texts=len(batch.texts)),
+                self._producers.acquire(block=True) as producer,
+            ):
+                self._app.send_task(TASK_NAME, args=(body,), producer=producer, **options)
         except OperationalError as error:
             cause = error.__cause__ or error.__context__
             if isinstance(cause, exceptions.RedisError):
@@ -69,5 +79,8 @@ class Publisher:
             raise exceptions.ConnectionError(type(error).__name__) from error
 
     def close(self) -> None:
-        """Close the connections to the broker."""
+        """Close the connections to the broker; publishing again opens others."""
+        pools: tuple[Any, ...] = (self._producers, self._connections)
+        for pool in pools:
+            pool.force_close_all(close_pool=False)
         self._app.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -278,3 +280,25 @@ def test_batch_whose_commit_left_redis_is_computed_again(
         job.wait(timeout_s=20)
 
         assert np.array_equal([e.vector for e in job.results()], stub_vectors(["one", "two"]))
+
+
+def test_closed_client_leaves_no_descriptor(
+    node: NodeProcess, shared_redis: RedisProcess, short_dir: Path
+) -> None:
+    """A program that opens a client for each of many Redis keeps none of their connections."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    for number in range(3):  # an address of its own for each, as local fleets have
+        socket = short_dir / f"{number}.sock"
+        socket.symlink_to(shared_redis.socket)
+        urls = {
+            "broker_url": f"redis+socket://{socket}?virtual_host=0",
+            "results_url": f"unix://{socket}?db=1",
+        }
+        with Client(settings=shared_redis.settings(**urls)) as client:
+            client.encode(["text"])
+    gc.collect()
+
+    assert (
+        len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    )  # what a first client opens for good
