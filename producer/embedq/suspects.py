@@ -72,11 +72,14 @@ class Suspects:
         kinds = {"@": notes.started, "?": notes.missed}
         raws = cast(dict[bytes, bytes], self._redis.hgetall(self._key))
         for key, value in raws.items():
-            name = key.decode().removeprefix(str(index))
-            if name[0] == ":":
-                notes.charges[int(name[1:])] = int(value)
-            elif name[0] in kinds:
-                kinds[name[0]][name[1:]] = int(value)
+            name = key.decode(errors="replace").removeprefix(str(index))
+            kind, rest = name[:1], name[1:]
+            if not value.isdigit():
+                continue  # nobody of ours wrote it
+            if kind == ":" and rest.isdecimal():
+                notes.charges[int(rest)] = int(value)
+            elif kind in kinds:
+                kinds[kind][rest] = int(value)
         return notes
 
     def _write(self, verb: str, name: str, value: int) -> None:

@@ -240,3 +240,13 @@ def test_values_beyond_the_contract_are_none(n_values: str, ledger: Ledger, resu
 
     assert ledger.fetch_values(commit) == []
     assert not results.exists("embedq:{job}:commits")
+
+
+def test_notes_that_are_none_are_passed_over(ledger: Ledger, results: Redis) -> None:
+    """Whatever else stands among the notes of a job, its batches are still tried."""
+    suspects = Suspects(results, "job")
+    suspects.charge(0, 4, 2)
+    others = {"0": 1, "0:x": 1, "0:5": "y", b"\xff": 1, "": 1, "0@p": "z"}
+    results.hset("embedq:{job}:suspects", mapping=others)  # type: ignore[arg-type] # bytes as well
+
+    assert suspects.fetch(0) == Notes(charges={4: 2})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.forging import MARKER, SPEC, batch_of, push, queued
-from tests.servers import NodeProcess, RedisProcess, wait_for
+from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
 from embedq.contract import MAX_BATCH_TEXTS, SCHEMA
@@ -15,6 +16,7 @@ from embedq.errors import BatchFailed
 from embedq.ledger import Ledger
 from embedq.message import EmbedBatch
 from embedq.testing import stub_vectors
+from embedq_worker.backend import HAND_BACK_PAUSE_S
 
 SPECIFICATION = list(SPEC)
 
@@ -88,3 +90,22 @@ def test_index_beyond_the_job_is_ignored_by_its_producer(
     assert np.array_equal(vectors, stub_vectors(["a", "b"]))
     with shared_redis.open() as redis:
         assert [key for key in redis.scan_iter("embedq:{*")] == []
+
+
+def test_batch_that_redis_refuses_is_asked_for_now_and_then(
+    node: NodeProcess, client: Client, shared_redis: RedisProcess
+) -> None:
+    """A ledger that is no hash, or a right that was taken away, costs neither a core nor a disk."""
+    with shared_redis.open() as redis:
+        redis.set("embedq:{broken}:meta", "not a hash")
+        before = len(node.lines("batch_handed_back"))
+        push(shared_redis, queued(shared_redis, batch_of(["x"], job="broken")))
+
+        wait_for(lambda: len(node.lines("batch_handed_back")) > before, "the first refusal")
+        began = time.monotonic()
+        wait_for(lambda: len(node.lines("batch_handed_back")) > before + 2, "the third")
+        took_s = time.monotonic() - began
+        redis.delete("embedq:{broken}:meta")
+
+    assert took_s > HAND_BACK_PAUSE_S
+    wait_until_acknowledged(shared_redis)

@@ -19,7 +19,7 @@ from embedq.vectors import Vectors
 from embedq_worker import rerouting
 from embedq_worker.answer import Sink, Stats
 from embedq_worker.app import app
-from embedq_worker.backend import LedgerBackend
+from embedq_worker.backend import HAND_BACK_PAUSE_S, LedgerBackend
 from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
 from embedq_worker.errors import EngineError, NotQuantised
@@ -28,10 +28,6 @@ from embedq_worker.lifecycle import child
 from embedq_worker.serving import Proven, Serving
 
 log = logging.getLogger("embedq.worker")
-
-#: Seconds that a child which may not or cannot serve holds a batch before it goes back to its
-#: queue: a broken engine asked for the same batch 46 times a second (measured 2026-11-28).
-HAND_BACK_PAUSE_S = 1.0
 
 
 @app.task(
