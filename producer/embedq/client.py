@@ -238,7 +238,11 @@ class Client:
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         planned = len(texts) if isinstance(texts, Sized) else None
         job = self.job(self.split(texts, spec), spec, strict=strict, planned=planned)
-        job.start()
+        try:
+            job.start()
+        except BaseException:
+            job.cancel()  # who gets no handle cannot
+            raise
         return job
 
     def stream(

@@ -34,7 +34,7 @@ class Collector:
         if left_s is not None:  # to Redis, 0 means for ever
             block_ms = max(1, min(block_ms, int(1e3 * left_s)))
         ledger = self._errand.ledger
-        return self._errand.link.patiently(
+        return self._errand.patiently(
             lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
         )
 
@@ -53,7 +53,7 @@ class Collector:
         errand, state = self._errand, self._errand.state
         waiting = state.outstanding.get(commit.index)
         if waiting is not None:
-            values = errand.link.patiently(lambda: errand.ledger.fetch_values(commit))
+            values = errand.patiently(lambda: errand.ledger.fetch_values(commit))
             try:
                 finished = assemble(waiting.slice, values, errand.spec, errand.fingerprint)
             except CorruptValue as error:
@@ -61,7 +61,7 @@ class Collector:
                 return
             state.ready[commit.index] = finished
             del state.outstanding[commit.index]
-        errand.link.patiently(lambda: errand.ledger.take([commit]))
+        errand.patiently(lambda: errand.ledger.take([commit]))
 
     def _recompute(self, commit: Commit, waiting: Outstanding, error: CorruptValue) -> None:
         errand = self._errand
@@ -73,5 +73,5 @@ class Collector:
             ) from error
         errand.link.on_wait(f"Batch {commit.index} is computed again: {error}")
         errand.open()  # in case Redis forgot the whole job
-        errand.link.patiently(lambda: errand.ledger.forget(commit))
+        errand.patiently(lambda: errand.ledger.forget(commit))
         self._pump.publish(waiting.slice, waiting.recomputes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from embedq.batching import Slice
 from embedq.collector import Collector
 from embedq.contract import Queue, VectorSpec
-from embedq.errand import Errand
+from embedq.errand import CLOSE_PATIENCE_S, Errand
 from embedq.errors import ResultExpired, ResultTimeout
 from embedq.finished import Embedded, FinishedBatch
 from embedq.job_state import JobProgress, JobState
@@ -149,10 +150,11 @@ class Job:
         return self.progress()
 
     def cancel(self) -> None:
-        """Stop the job: what is queued is dropped by the nodes, what is stored is deleted."""
-        if self._state.open and not self._state.closed:
-            self._link.patiently(self._errand.ledger.cancel)
-        self._errand.close()
+        """Stop the job: what is queued is dropped by the nodes, what is stored is deleted.
+
+        A Redis that is away is waited for a moment only: what is left of the job expires there.
+        """
+        self._errand.close(CLOSE_PATIENCE_S)
 
     def _next(self, silence_s: float | None) -> FinishedBatch | None:
         """Return the next batch, or None when there is no more."""
@@ -166,8 +168,9 @@ class Job:
             ) from broken_by
         if self._state.closed:
             return None
-        self.start()
         heard = time.monotonic()
+        self._state.until = math.inf if silence_s is None else heard + silence_s
+        self.start()
         while (finished := self._state.hand_out()) is None:
             self._pump.publish_up_to_window()
             if self._state.is_done():
@@ -178,6 +181,7 @@ class Job:
             if commits:
                 self._collector.collect(commits)
                 heard = time.monotonic()
+                self._state.until = math.inf if silence_s is None else heard + silence_s
             elif silence_s is not None and time.monotonic() - heard >= silence_s:
                 raise ResultTimeout(
                     f"No batch of job {self.id} arrived for {silence_s:.1f} s; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class JobState:
         texts, failed, truncated: texts handed out, and how many of them are these.
         open, closed: the job has begun, has ended.
         kept_alive: time.monotonic() of the last sign of life.
+        until: time.monotonic() until which the caller waits.
         exhausted: there are no more batches to publish.
         broken_by: what ended the job before its time.
     """
@@ -77,6 +79,7 @@ class JobState:
     open: bool = False
     closed: bool = False
     kept_alive: float = field(default_factory=time.monotonic)
+    until: float = math.inf
     exhausted: bool = False
     broken_by: BaseException | None = None
 

@@ -50,7 +50,7 @@ class Pump:
             QueueFull: ask again later.
             QueueUnavailable: Redis stayed away.
         """
-        self._errand.link.patiently(self._gate.require_room)
+        self._errand.patiently(self._gate.require_room)
 
     def publish_up_to_window(self) -> None:
         """Publish as many batches as may be out, and note how far the job is.
@@ -82,9 +82,7 @@ class Pump:
 
     def _send(self, batch: EmbedBatch) -> None:
         errand = self._errand
-        errand.link.patiently(
-            lambda: errand.link.publisher.publish(batch, errand.queue, errand.trace)
-        )
+        errand.patiently(lambda: errand.link.publisher.publish(batch, errand.queue, errand.trace))
         errand.state.outstanding[batch.index].sent = Sent(batch.task_id, time.time())
 
     def _tell(self, *, at_once: bool) -> None:
@@ -94,7 +92,7 @@ class Pump:
             return
         state.told = now
         planned = state.sent_texts if state.exhausted else self._planned
-        errand.link.patiently(
+        errand.patiently(
             lambda: progress.tell(
                 errand.link.redis, errand.id, published=state.published, planned=planned
             )
@@ -122,7 +120,7 @@ class Pump:
             raise
 
     def _fill_window(self) -> None:
-        state, patiently = self._errand.state, self._errand.link.patiently
+        state, patiently = self._errand.state, self._errand.patiently
         while not state.exhausted:
             ahead = state.count_ahead()
             if ahead >= self._window() or not patiently(self._gate.may_publish):

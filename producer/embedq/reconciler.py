@@ -32,7 +32,7 @@ class Reconciler:
             return
         self._looked = time.monotonic()
         link, state = self._errand.link, self._errand.state
-        if not link.patiently(self._errand.ledger.exists):
+        if not self._errand.patiently(self._errand.ledger.exists):
             self._begin_again()
             return
         now = time.time()
@@ -44,7 +44,7 @@ class Reconciler:
         if not old:
             return
         ids = [waiting.sent.task_id for waiting in old]
-        view = link.patiently(lambda: link.broker.look(ids, link.redis))
+        view = self._errand.patiently(lambda: link.broker.look(ids, link.redis))
         for waiting in old:
             self._judge(waiting, view, now)
 
@@ -58,7 +58,7 @@ class Reconciler:
             waiting.sent = replace(waiting.sent, missed=now)
         if is_lost(waiting.sent, now, patience_s=RECONCILE_EVERY_S):
             index = waiting.slice.index
-            if errand.link.patiently(lambda: errand.ledger.is_coming(index)):
+            if errand.patiently(lambda: errand.ledger.is_coming(index)):
                 return  # its commit is on the way to us
             errand.link.on_wait(f"Batch {index} was lost in Redis; it is published again.")
             self._pump.publish(waiting.slice, waiting.recomputes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,10 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.bulk import SMALL, Work, wait_until_forgotten
-from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+from tests.servers import (
+    DEADLINE_S,
+    NodeProcess,
+    RedisProcess,
+    environment,
+    stub_node,
+    wait_for,
+)
 
 from embedq import Client
-from embedq.errors import ContractError, InputError, ResultTimeout
+from embedq.errors import ContractError, InputError, QueueUnavailable, ResultTimeout
 from embedq.files import Document
 from embedq.stream import AnyDocument
 from embedq.testing import stub_vectors
@@ -342,3 +350,30 @@ def test_checkpoint_needs_order(small: Client, tmp_path: Path) -> None:
         small.stream(texts(5), ordered=False, checkpoint=tmp_path / "sink.json")
     with pytest.raises(InputError, match="checkpoint='PATH'"):
         small.stream(texts(5)).commit()
+
+
+def test_wait_and_cancel_end_without_redis(redis: RedisProcess, short_dir: Path) -> None:
+    """Who waits for a second is not kept for the hour that a job waits for its Redis."""
+    with stub_node(redis, short_dir), Client(settings=redis.settings(**SMALL)) as client:
+        job = client.submit(texts(5_000))
+        redis.stop()
+        began = time.monotonic()
+
+        with pytest.raises(QueueUnavailable):
+            job.wait(timeout_s=0.5)
+        job.cancel()
+
+        assert time.monotonic() - began < DEADLINE_S
+
+
+def test_submit_that_fails_leaves_nothing(small: Client, shared_redis: RedisProcess) -> None:
+    """Without a handle nobody could cancel what was published before the texts raised."""
+
+    def failing() -> Iterator[str]:
+        yield from texts(2 * BATCH)
+        raise OSError("The database went away.")
+
+    with pytest.raises(OSError, match="went away"):
+        small.submit(failing())
+
+    wait_until_forgotten(shared_redis)
