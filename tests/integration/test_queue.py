@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from redis import Redis
 from tests.servers import NodeProcess, RedisProcess, wait_for
 
 from embedq import Client
@@ -302,3 +303,23 @@ def test_closed_client_leaves_no_descriptor(
     assert (
         len(list(Path("/proc/self/fd").iterdir())) <= before + 2
     )  # what a first client opens for good
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_interrupted_command_leaves_its_answer_to_no_other(
+    pipelined: bool, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After Ctrl-C the answer that is still to come is not taken for that of the next command."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with shared_redis.open() as redis:
+        redis.set("key", "value", ex=60)
+        asked = redis.pipeline(transaction=False) if pipelined else redis
+        with monkeypatch.context() as early, pytest.raises(KeyboardInterrupt):
+            early.setattr(Redis, "parse_response", interrupt)
+            asked.xread({"none": "0-0"}, block=500)
+            asked.execute()  # type: ignore[union-attr] # of a pipeline
+
+        assert redis.get("key") == b"value"
