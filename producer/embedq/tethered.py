@@ -53,6 +53,7 @@ class Tethered:
         """End the command and everything that it started; a second call does nothing."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+        self._process.terminate()  # a fork of this process may hold stdin open as well
         try:
             self._process.wait(self._grace_s + TETHER_MARGIN_S)
         except subprocess.TimeoutExpired:

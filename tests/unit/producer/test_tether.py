@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import embedq.tethered
+from embedq.tethered import TETHER_MARGIN_S, Tethered
 
 TETHER = Path(embedq.tethered.__file__).with_name("tether.py")
 #: Seconds after which a process that should be gone counts as left behind.
@@ -130,3 +131,21 @@ def test_it_imports_little() -> None:
     imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert "select" in imported
     assert not imported & {"re", "typing", "subprocess", "threading", "pathlib", "logging"}
+
+
+def test_end_waits_for_no_fork_of_its_owner(tmp_path: Path) -> None:
+    """A fork of the owner keeps the other end of stdin open; the command ends all the same."""
+    process = Tethered(["sleep", "1000"], tmp_path / "log", grace_s=0)
+    reader, writer = os.pipe()
+    fork = os.fork()
+    if fork == 0:
+        os.read(reader, 1)
+        os._exit(0)
+
+    began = time.monotonic()
+    process.end()
+    took_s = time.monotonic() - began
+    os.write(writer, b"x")
+    os.waitpid(fork, 0)
+
+    assert took_s < TETHER_MARGIN_S
