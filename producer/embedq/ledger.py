@@ -28,7 +28,6 @@ class Verdict(StrEnum):
 
     GO = "go"
     GONE = "gone"
-    CANCELLED = "cancelled"
     COMMITTED = "committed"
 
 
@@ -66,7 +65,6 @@ class Ledger:
         self._begin = client.register_script(scripts.BEGIN)
         self._forgive = client.register_script(scripts.FORGIVE)
         self._commit = client.register_script(scripts.COMMIT)
-        self._cancel = client.register_script(scripts.CANCEL)
         self._forget = client.register_script(scripts.FORGET)
         self._revive = client.register_script(scripts.REVIVE)
 
@@ -180,10 +178,6 @@ class Ledger:
         for key in (self._meta, self._bits, self._commits):
             pipe.expire(key, ttl_s)
         pipe.execute()
-
-    def cancel(self) -> None:
-        """Tell every worker to drop what is still queued of this job."""
-        self._cancel(keys=[self._meta])
 
     def drop(self) -> None:
         """Delete everything of the job; batches still queued find it gone and are dropped."""

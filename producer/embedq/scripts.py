@@ -10,7 +10,6 @@ from typing import Final
 # KEYS meta bits tries; ARGV index
 BEGIN: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {'gone', 0} end
-if redis.call('HEXISTS', KEYS[1], 'cancelled') == 1 then return {'cancelled', 0} end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return {'committed', 0} end
 local tries = redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
 redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
@@ -59,11 +58,6 @@ FORGIVE: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
 return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
-"""
-
-# KEYS meta. A job that is gone stays gone: a key written now would live for ever.
-CANCEL: Final = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], 'cancelled', '1') end
 """
 
 # KEYS bits commits; ARGV index. A bit without its entry, as after an eviction, would keep the batch

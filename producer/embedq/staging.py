@@ -37,20 +37,19 @@ class Staging:
         """Write one value ahead.
 
         Returns:
-            False if nobody wants it any more: the job is gone or cancelled, or the batch committed.
+            False if nobody wants it any more: the job is gone, or the batch committed.
         """
         key = f"{self._prefix}s:{self._index}:{self._execution}:{part}"
         pipe = self._redis.pipeline()
         pipe.exists(self._prefix + "meta")
-        pipe.hexists(self._prefix + "meta", "cancelled")
         pipe.getbit(self._prefix + "bits", self._index)
         # Named in the same step, so that whoever drops the job after this one finds it.
         pipe.sadd(self._registry, key)
         pipe.expire(self._registry, STAGED_TTL_S)
         pipe.set(key, value, ex=STAGED_TTL_S)
-        exists, cancelled, committed, *_ = pipe.execute()
+        exists, committed, *_ = pipe.execute()
         self.keys[part] = key
-        if exists and not cancelled and not committed:
+        if exists and not committed:
             return True
         self.discard()
         return False

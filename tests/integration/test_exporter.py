@@ -268,7 +268,8 @@ def test_forged_job_hides_no_other(
     """A job with senseless fields, or under a name that is no text, is shown as far as it goes."""
     results.hset("embedq:{forged}:meta", mapping=fields)
     results.set("embedq:{wrong}:meta", "not a hash")
-    results.zadd(JOBS_KEY, {"forged": 1, "wrong": 2, b"\xff": 3})
+    names: dict[Any, float] = {"forged": 1, "wrong": 2, b"\xff": 3}
+    results.zadd(JOBS_KEY, names)
 
     found = fetch_status(broker, results)
 

@@ -86,7 +86,6 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
     ledger.commit(0, [b"value"])
     ledger.commit(2, [b"other"])
     Suspects(results, "job").start(1, 5, "node:7")
-    ledger.cancel()
     ledger.forget(ledger.read_commits(count=1, block_ms=1)[0])
 
     lives = {key: results.ttl(key) for key in keys_of_job(results)}
@@ -125,7 +124,7 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
     assert keys_of_job(results) == set()
 
 
-@pytest.mark.parametrize("action", ["cancel", "forget", "keep_alive", "drop"])
+@pytest.mark.parametrize("action", ["forget", "keep_alive", "drop"])
 def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
     """What a producer does to a job that has expired brings no key back."""
     arguments: dict[str, list[object]] = {"forget": [Commit(b"0-1", 0, 1)], "keep_alive": [60]}
@@ -145,13 +144,6 @@ def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
     ledger.drop()
 
     assert keys_of_job(results) == set()
-
-
-def test_cancelled_job_wants_nothing_more(ledger: Ledger) -> None:
-    """After a cancel every batch is told so before it is computed."""
-    ledger.cancel()
-
-    assert ledger.begin(0) == (Verdict.CANCELLED, 0)
 
 
 def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:

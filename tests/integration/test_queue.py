@@ -320,6 +320,6 @@ def test_interrupted_command_leaves_its_answer_to_no_other(
         with monkeypatch.context() as early, pytest.raises(KeyboardInterrupt):
             early.setattr(Redis, "parse_response", interrupt)
             asked.xread({"none": "0-0"}, block=500)
-            asked.execute()  # type: ignore[union-attr] # of a pipeline
+            asked.execute()
 
         assert redis.get("key") == b"value"

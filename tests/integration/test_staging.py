@@ -94,16 +94,14 @@ def test_drop_deletes_what_is_staged(ledger: Ledger, results: Redis) -> None:
     assert keys_of_job(results) == set()
 
 
-@pytest.mark.parametrize("end", ["cancel", "drop", "commit"])
+@pytest.mark.parametrize("end", ["drop", "commit"])
 def test_values_that_nobody_wants_are_not_kept(end: str, ledger: Ledger, results: Redis) -> None:
     """A worker that stages for a job that has ended is told, and nothing of it stays."""
     staging = staged(results)
     if end == "commit":
         ledger.commit(0, [b"x"])
-    elif end == "drop":
-        ledger.drop()
     else:
-        ledger.cancel()
+        ledger.drop()
 
     wanted = staging.write(2, b"late")
 

@@ -17,7 +17,7 @@ from kombu import compression, transport
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
 from redis._parsers.base import BaseParser
-from redis.exceptions import OutOfMemoryError, ReadOnlyError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedq.contract import Queue
 from embedq_worker.admission import broadcast_objection, objection
