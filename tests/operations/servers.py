@@ -26,6 +26,10 @@ def make_secrets(folder: Path, **variables: str) -> Path:
     return target
 
 
+class PortTaken(Exception):
+    """A server ended at once; another process has its port by now."""
+
+
 class Fleet:
     """Broker and results as ops/redis configures them, and a superuser for looking on."""
 
@@ -48,8 +52,8 @@ class Fleet:
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
             )
         try:
-            for name in SERVERS:
-                self._wait(name)
+            for name, process in zip(SERVERS, self._processes, strict=True):
+                self._wait(name, process)
         except BaseException:
             self.stop()
             raise
@@ -75,9 +79,11 @@ class Fleet:
                 judge.acl_log_reset()
         return found
 
-    def _wait(self, name: str) -> None:
+    def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
         with self.judge(name) as judge:
-            wait_for(lambda: _answers(judge), f"{name} to answer")
+            wait_for(lambda: process.poll() or _answers(judge), f"{name} to answer")
+        if process.poll() is not None:
+            raise PortTaken(f"{name} ended with {process.poll()}")
 
     def stop(self) -> None:
         """End both."""

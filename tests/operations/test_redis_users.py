@@ -10,10 +10,11 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.operations.servers import OPS, SERVERS, USERS, Fleet, make_secrets
+from tests.operations.servers import OPS, SERVERS, USERS, Fleet, PortTaken, make_secrets
 from tests.servers import environment, wait_for
 
 from embedq import Client
@@ -35,9 +36,12 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Run both Redis."""
-    ports = dict(zip(SERVERS, free_ports(2), strict=True))
-    servers = Fleet(tmp_path_factory.mktemp("fleet"), ports)
+    """Run both Redis, on other ports if somebody takes one between our look and their start."""
+    for _ in range(5):
+        ports = dict(zip(SERVERS, free_ports(2), strict=True))
+        with suppress(PortTaken):
+            servers = Fleet(tmp_path_factory.mktemp("fleet"), ports)
+            break
     yield servers
     servers.stop()
 
