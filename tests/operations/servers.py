@@ -8,6 +8,7 @@ from pathlib import Path
 
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
+from redis.exceptions import TimeoutError as NoAnswer
 from tests.programs import program
 from tests.servers import wait_for
 
@@ -95,5 +96,5 @@ class Fleet:
 def _answers(client: Redis) -> bool:
     try:
         return bool(client.ping())
-    except NotThere:
+    except (NotThere, NoAnswer):
         return False
