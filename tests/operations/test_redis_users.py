@@ -42,6 +42,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         with suppress(PortTaken):
             servers = Fleet(tmp_path_factory.mktemp("fleet"), ports)
             break
+    else:
+        pytest.fail("Redis ended five times at once; is it 7.0 or newer?")
     yield servers
     servers.stop()
 
