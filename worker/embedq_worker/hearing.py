@@ -36,6 +36,7 @@ class HearOperator(Ticking):
         settings: WorkerSettings = c.app.conf.embedq
         self._node = settings.name
         self._last: Order | None = None
+        self._has_heard = False
         self._began = time.time()
         self._rests_until = 0.0
         self._redis = open_redis(
@@ -62,10 +63,13 @@ class HearOperator(Ticking):
         if guard.paused != paused:
             log.warning("%s node=%s", "paused" if paused else "resumed", self._node)
             guard.paused = paused
+        first, self._has_heard = not self._has_heard, True
         if order == self._last:
             return
         self._last = order
         if order is not None and order.wanted is Wanted.DEGRADED:
             guard.hold(order.reason, time.time())
-        elif order is None or order.at >= self._began:  # an older one was for a fault of before
+        # What stood there before the node began was for a fault of before. Later ones count,
+        # whatever their time: the operator's clock may be behind.
+        elif not first or order is None or order.at >= self._began:
             guard.release(time.time())

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgpack
 import pytest
 from fakeredis import FakeRedis
 
-from embedq.orders import Wanted, give
+from embedq.orders import ORDERS_KEY, Wanted, give
 from embedq_worker import hearing
 from embedq_worker.settings import WorkerSettings
 
@@ -44,7 +45,8 @@ def test_order_to_recover_ends_no_pause_of_a_later_node(
 
     step.tick(node)
     before = list(guard.told)
-    give(redis, "npu0", Wanted.HEALTHY, "mended again")
+    behind = msgpack.packb([str(Wanted.HEALTHY), "mended again", 1e9])
+    redis.hset(ORDERS_KEY, "npu0", behind)  # from a machine whose clock is years behind
     step.tick(node)
     give(redis, "npu0", Wanted.DEGRADED, "a new driver")
     step.tick(node)
