@@ -6,8 +6,6 @@ import logging
 import time
 from typing import Any
 
-from celery.exceptions import Reject
-
 from embedq import tracing
 from embedq.contract import TASK_NAME, Accuracy, VectorSpec
 from embedq.errors import ContractError
@@ -19,7 +17,7 @@ from embedq.vectors import Vectors
 from embedq_worker import rerouting
 from embedq_worker.answer import Sink, Stats
 from embedq_worker.app import app
-from embedq_worker.backend import HAND_BACK_PAUSE_S, LedgerBackend
+from embedq_worker.backend import LedgerBackend, handed_back
 from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
 from embedq_worker.errors import EngineError, NotQuantised
@@ -81,8 +79,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         if upload is not None:
             upload.discard()
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
-        time.sleep(HAND_BACK_PAUSE_S)
-        raise Reject(reason, requeue=True) from None
+        raise handed_back(reason) from None
 
     embed_s = time.monotonic() - began
     with tracing.span("embedq.commit", index=index):
@@ -132,8 +129,7 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
     if isinstance(body, dict) and rerouting.may_reroute(queue, body):
         rerouting.hand_over(task, body, child().state.code, "The node has stopped serving.")
     log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
-    time.sleep(HAND_BACK_PAUSE_S)
-    raise Reject("not serving", requeue=True)
+    raise handed_back("not serving")
 
 
 def _proven_for(node: Serving, spec: VectorSpec) -> Proven:
