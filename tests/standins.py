@@ -28,7 +28,6 @@ import pytest
 from embedq.contract import Device, VectorSpec
 from embedq.message import EmbedBatch
 from embedq_worker import models
-from embedq_worker.answer import Stats
 from embedq_worker.choices import DeviceChoice, Standin
 from embedq_worker.digests import Digests
 from embedq_worker.engines.target import TARGETS, Target
@@ -37,6 +36,7 @@ from embedq_worker.opening import Opener
 from embedq_worker.packing import TokenBatch
 from embedq_worker.serving import Proven
 from embedq_worker.settings import WorkerSettings
+from embedq_worker.totals import EngineStats
 
 T = TypeVar("T")
 Vectors = npt.NDArray[np.float32]
@@ -162,10 +162,10 @@ def infer_there(batch: TokenBatch) -> Vectors:
     return proven.engine.infer(batch)
 
 
-def embed_there(texts: list[str]) -> tuple[Vectors, Stats, dict[str, int]]:
+def embed_there(texts: list[str]) -> tuple[Vectors, EngineStats, dict[str, int]]:
     """Embed texts through the embedder, canary and all; with what it cost, and the counters."""
     proven: Proven = _opened["proven"]
-    stats = Stats()
+    stats = EngineStats()
     vectors, _ = proven.embedder.embed(batch_of(texts, _opened["model"]), stats)
     return vectors, stats, asdict(proven.engine.counters())  # type: ignore[attr-defined]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,32 +14,9 @@ from embedq_worker.engines.base import Engine
 from embedq_worker.errors import InferFailed, Reason
 from embedq_worker.packing import Indices, TokenBatch
 from embedq_worker.tokens import RaggedTokens
+from embedq_worker.totals import EngineStats
 
 Vectors = npt.NDArray[np.float32]
-
-
-@dataclass(slots=True)
-class Stats:
-    """What a batch cost; handed to several calls, it adds up.
-
-    Attributes:
-        inferences: token batches computed.
-        tokens: tokens of the texts, special tokens included.
-        computed_tokens: the same with padding and canary, B times T of every token batch.
-        infer_s: seconds of all inferences added up; several at once count several times.
-        busy_s: seconds in which the engine had at least one inference under way.
-    """
-
-    inferences: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
-    infer_s: float = 0.0
-    busy_s: float = 0.0
-
-    @property
-    def pack_fill_ratio(self) -> float:
-        """Return the share of what was computed that was text; 1 if nothing was."""
-        return self.tokens / self.computed_tokens if self.computed_tokens else 1.0
 
 
 class Sink(Protocol):
@@ -54,7 +30,7 @@ class Answer:
     """Collects what becomes of a batch; rows of different texts may be filled from any thread."""
 
     def __init__(
-        self, batch: EmbedBatch, engine: Engine, stats: Stats, sink: Sink | None = None
+        self, batch: EmbedBatch, engine: Engine, stats: EngineStats, sink: Sink | None = None
     ) -> None:
         n = len(batch.texts)
         self._sink = sink

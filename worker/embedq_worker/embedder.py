@@ -16,7 +16,7 @@ import numpy as np
 from embedq.contract import Device
 from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
-from embedq_worker.answer import Answer, Sink, Stats, Vectors
+from embedq_worker.answer import Answer, Sink, Vectors
 from embedq_worker.canary import Canary
 from embedq_worker.engines.base import Engine
 from embedq_worker.packing import (
@@ -38,7 +38,7 @@ from embedq_worker.planning import (
     seat_last,
 )
 from embedq_worker.tokens import AnyTokenizer, RaggedTokens
-from embedq_worker.totals import Meter
+from embedq_worker.totals import EngineStats, Meter
 
 #: Token batches built ahead for each caller of the engine: none of them waits for one, and building
 #: does not fight them for the interpreter while they have plenty.
@@ -91,13 +91,13 @@ class Embedder:
         self._tokenizing = ThreadPoolExecutor(1, "embedq-tokenize")
 
     def embed(
-        self, batch: EmbedBatch, stats: Stats | None = None, sink: Sink | None = None
+        self, batch: EmbedBatch, stats: EngineStats | None = None, sink: Sink | None = None
     ) -> tuple[Vectors, OutcomeTable]:
         """Embed a batch.
 
         Args:
             batch: the texts.
-            stats: what the batch cost is added here.
+            stats: what this call computed is added here; calls at the same time have their own.
             sink: told of rows as they become final; none of them counts unless this returns.
 
         Returns:
@@ -107,8 +107,8 @@ class Embedder:
             InferFailed, DeviceLost: the engine cannot be trusted.
             EngineError: the tokenizer failed.
         """
-        stats = stats or Stats()
-        before = self.meter.totals()
+        stats = stats or EngineStats()
+        own = Meter()  # the engine's meter counts the other callers as well
         answer = Answer(batch, self.engine, stats, sink)
         plan = self._plan_rows if self.form.is_static else self._plan_groups
         inferences: deque[Future[Indices]] = deque()
@@ -116,16 +116,16 @@ class Embedder:
         try:
             for work in plan(batch, answer):
                 answer.charge(work.batch)
-                inferences.append(self._inferring.submit(self._infer, work, answer.vectors))
+                inferences.append(self._inferring.submit(self._infer, work, answer.vectors, own))
                 while inferences and (inferences[0].done() or len(inferences) > most):
                     answer.settle(inferences.popleft().result())
             while inferences:
                 answer.settle(inferences.popleft().result())
         finally:
             _abandon(inferences)
-            after = self.meter.totals()
-            stats.infer_s += after.infer_s - before.infer_s
-            stats.busy_s += after.busy_s - before.busy_s
+            measured = own.totals()
+            stats.infer_s += measured.infer_s
+            stats.busy_s += measured.busy_s
         return answer.finish()
 
     def close(self) -> None:
@@ -199,10 +199,10 @@ class Embedder:
                 yield _Work(row, rows)
             rows, tokens = rows[window.kept], tokens.take(window.kept)
 
-    def _infer(self, work: _Work, vectors: Vectors) -> Indices:
+    def _infer(self, work: _Work, vectors: Vectors, own: Meter) -> Indices:
         """Infer one token batch, ask the canary, put each vector in its row; return these rows."""
         batch, rows = work
-        with self.meter.inferring():
+        with self.meter.inferring(), own.inferring():
             found = self.engine.infer(batch)  # [B, S, D]
         if self.canary:
             for row, seat in np.argwhere(batch.members == len(rows)):

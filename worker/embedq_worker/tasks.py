@@ -15,7 +15,7 @@ from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
 from embedq.vectors import Vectors
 from embedq_worker import rerouting
-from embedq_worker.answer import Sink, Stats
+from embedq_worker.answer import Sink
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend, handed_back
 from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
@@ -24,6 +24,7 @@ from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.health import may_answer
 from embedq_worker.lifecycle import child
 from embedq_worker.serving import Proven, Serving
+from embedq_worker.totals import EngineStats
 
 log = logging.getLogger("embedq.worker")
 
@@ -53,7 +54,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     if verdict is not Verdict.GO:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
         return {"skipped": str(verdict)}
-    stats, upload = Stats(), None
+    stats, upload = EngineStats(), None
     try:
         batch = _accept(body, node)
         proven = _proven_for(node, batch.spec)
@@ -151,7 +152,7 @@ def _embed(
     batch: EmbedBatch,
     node: Serving,
     proven: Proven,
-    stats: Stats,
+    stats: EngineStats,
     notes: Notes | None,
     sink: Sink | None,
 ) -> tuple[Vectors, OutcomeTable]:
@@ -172,7 +173,7 @@ def _embed(
 
 
 def _ask(
-    proven: Proven, node: Serving, batch: EmbedBatch, stats: Stats, sink: Sink | None = None
+    proven: Proven, node: Serving, batch: EmbedBatch, stats: EngineStats, sink: Sink | None = None
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
     on_npu = child().on_npu and proven.engine is node.engine

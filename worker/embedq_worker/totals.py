@@ -1,4 +1,4 @@
-"""What a process has computed, in numbers that only rise, and how busy its engine was with it."""
+"""What was computed, for one batch or since an engine was opened, and how busy the engine was."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(slots=True)
-class Totals:
-    """What was computed since some beginning; as counters, all but the ratios only rise.
+class EngineStats:
+    """What was computed, of one call or since an engine was opened.
 
     Attributes:
-        batches: tasks answered with vectors.
-        texts: texts in them.
+        batches: tasks answered with vectors; not counted for one call.
+        texts: texts in them; the same.
         tokens: tokens of the texts, special tokens included.
         computed_tokens: the same with padding and canary, B times T of every token batch.
         inferences: token batches computed.
         infer_s: seconds of all inferences added up; several at once count several times.
-        busy_s: seconds with at least one inference under way.
-        wall_s: seconds since the beginning.
+        busy_s: seconds with at least one of these inferences under way.
+        wall_s: seconds since the engine was opened; 0 for one call.
     """
 
     batches: int = 0
@@ -45,7 +45,7 @@ class Totals:
 
 
 class Meter:
-    """Watches one engine; any thread may call it."""
+    """Measures the inferences of an engine, or of one call of it; any thread may call it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -53,7 +53,7 @@ class Meter:
         self._under_way = 0
         self._busy_since = 0.0
         self._began = clock()
-        self._totals = Totals()
+        self._totals = EngineStats()
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Meter:
             totals.computed_tokens += computed_tokens
             totals.inferences += inferences
 
-    def totals(self) -> Totals:
+    def totals(self) -> EngineStats:
         """Return a copy of the numbers, the inferences under way included in ``busy_s``."""
         now = self._clock()
         with self._lock:

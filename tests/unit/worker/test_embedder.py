@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from embedq.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
 from embedq.message import EmbedBatch
 from embedq.testing import stub_vectors
-from embedq_worker.answer import Stats
 from embedq_worker.canary import TEXT, Canary
 from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
@@ -22,6 +22,7 @@ from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
 from embedq_worker.packing import RowForm, TokenBatch
 from embedq_worker.planning import Pace
 from embedq_worker.tokens import RaggedTokens
+from embedq_worker.totals import EngineStats
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 OK = Outcome(device=Device.STUB, precision=Precision.F32)
@@ -305,7 +306,7 @@ def test_wrong_canary_refuses_the_batch(spoilt: float, reason: Reason) -> None:
 def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
     """Tokens of the texts against all that was computed; several calls add up."""
     packed = static_embedder(RowForm.packed(100))
-    stats = Stats()
+    stats = EngineStats()
 
     packed.embed(batch_of(["word " * 48] * 3), stats)
     packed.close()
@@ -316,9 +317,55 @@ def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
     assert (stats.tokens, stats.inferences) == (250, 4)
 
 
+class PairedStub(StubEngine):
+    """A stub whose inferences begin in pairs, and of which the long one ends last."""
+
+    concurrency = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = threading.Barrier(2)
+        self._short_ended = threading.Event()
+        self.widths: list[int] = []
+
+    def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
+        self._begun.wait(10)
+        self.widths.append(batch.input_ids.shape[1])
+        if batch.input_ids.shape[1] > 10:
+            assert self._short_ended.wait(10)
+        return super().infer(batch)
+
+    def end_short(self) -> None:
+        """Let the long inference end."""
+        self._short_ended.set()
+
+
+def test_stats_of_concurrent_callers_are_their_own() -> None:
+    """Each caller is charged for its own inferences, not for those of the other."""
+    engine = PairedStub()
+    embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=Pace(10, 1, 10, 10))
+    short, long = EngineStats(), EngineStats()
+
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(embedder.embed, batch_of(["word " * 20]), long)
+        embedder.embed(batch_of(["a"]), short)
+        engine_s = embedder.meter.totals().busy_s
+        engine.end_short()
+        second.result()
+    embedder.close()
+
+    total = embedder.meter.totals()
+    assert len(engine.widths) == 2
+    assert (short.inferences, long.inferences) == (1, 1)
+    assert 0 < short.infer_s <= engine_s < total.busy_s
+    assert short.infer_s == short.busy_s
+    assert long.infer_s == long.busy_s
+    assert short.infer_s + long.infer_s <= total.infer_s + 1e-6
+
+
 def test_stats_of_nothing_are_full() -> None:
     """A batch without inferences wasted nothing."""
-    assert Stats().pack_fill_ratio == 1.0
+    assert EngineStats().pack_fill_ratio == 1.0
 
 
 def test_static_grouping_depends_on_the_batch_alone() -> None:

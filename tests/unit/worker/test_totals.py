@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from embedq_worker.totals import Meter, Totals
+from embedq_worker.totals import EngineStats, Meter
 
 
 class Clock:
@@ -77,5 +77,5 @@ def test_batches_add_up_and_a_copy_stays() -> None:
 
 
 def test_nothing_measured_is_no_division() -> None:
-    """Totals of no time and no tokens have ratios too."""
-    assert (Totals().device_busy_ratio, Totals().pack_fill_ratio) == (0.0, 1.0)
+    """Stats of no time and no tokens have ratios too."""
+    assert (EngineStats().device_busy_ratio, EngineStats().pack_fill_ratio) == (0.0, 1.0)
