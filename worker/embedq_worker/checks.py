@@ -82,13 +82,14 @@ def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
         serving.close()
         if claim is not None:
             claim.release()
-        shown = f"{serving.engine.name} on {serving.engine.device}, {serving.engine.precision}"
+        used = serving.standard.engine
+        shown = f"{used.name} on {used.device}, {used.precision}"
         return f"{shown}. {placement.reason}", Level.OK, ""
 
     yield _check("engine", engine)
     for serving in opened:
         yield from _runtime(settings, serving)
-        report = serving.report
+        report = serving.standard.report
         figures = (
             f"{report.reason} Largest deviation {report.max_deviation:.1e}, "
             f"smallest cosine {report.min_cosine:.6f}, {report.inversions} inversions"
@@ -108,9 +109,10 @@ def _int8(settings: WorkerSettings, model: Model) -> Finding:
 
 def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
     """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
-    details = {**serving.engine.details, "chosen": serving.why}
-    if serving.layout is not None:
-        details["layout"] = serving.layout.describe()
+    standard = serving.standard
+    details = {**standard.engine.details, "chosen": standard.why}
+    if standard.layout is not None:
+        details["layout"] = standard.layout.describe()
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)

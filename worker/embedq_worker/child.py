@@ -69,7 +69,7 @@ class Child:
 
     def serves(self, serving: Serving, placement: Placement) -> None:
         """Say that the engine is open and proven."""
-        engine = serving.engine
+        engine = serving.standard.engine
         self._serving = serving
         self._on_npu = placement.home is Device.NPU and not placement.degraded
         state = replace(

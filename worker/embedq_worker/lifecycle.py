@@ -83,7 +83,7 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         log.warning("degraded node=%s device=cpu reason=%s", settings.name, placement.reason)
     _child.serves(opened, placement)
     _child.tell_until_heard()
-    engine = opened.engine
+    engine = opened.standard.engine
     log.info(
         "serving node=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",
         settings.name,

@@ -33,7 +33,7 @@ def warm(as_json: bool, **options: str | None) -> None:
         opened = placed_serving.open_placed(settings, placement)
     except EmbedqError as error:
         fail(error)
-    engine = opened.engine
+    engine = opened.standard.engine
     shown = {
         "model": opened.card.label,
         "engine": engine.name,

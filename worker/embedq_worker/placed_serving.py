@@ -97,15 +97,15 @@ def open_placed(
     """
     placed = settings.model_copy(update={"device": DeviceChoice(str(placement.device))})
     opened = open_serving(placed, model or find_model(settings))
-    if opened.engine.device is not placement.device:
+    engine = opened.standard.engine
+    if engine.device is not placement.device:
         opened.close()
         raise EngineError(
-            f"The engine {opened.engine.name} runs on {opened.engine.device}, not on "
-            f"{placement.device}."
+            f"The engine {engine.name} runs on {engine.device}, not on {placement.device}."
         )
     if placement.npu is not None:
         try:
-            verify_opened(placement.npu, opened.engine.details.get("device_pci_info", ""))
+            verify_opened(placement.npu, engine.details.get("device_pci_info", ""))
         except DeviceError:
             opened.close()
             raise

@@ -60,7 +60,12 @@ class Shadow(Protocol):
 
 
 class Serving:
-    """The engines of a process; the one for class ``standard`` is what the node announces."""
+    """The engines of a process, one for each accuracy class.
+
+    Attributes:
+        card: of the model.
+        standard: serves class ``standard``; its engine is what the node announces.
+    """
 
     def __init__(
         self,
@@ -80,38 +85,13 @@ class Serving:
             shadow: checks what ``standard`` computes; None where nothing is more trusted.
         """
         self.card = card
-        self._standard = standard
+        self.standard = standard
         self._exact = standard if standard.is_exact() else None
         self._open_exact = open_exact
         self._open_int8 = open_int8
         self._int8: Proven | NotQuantised | None = None
         self._opening = threading.Lock()
         self._shadow = shadow
-
-    @property
-    def engine(self) -> Engine:
-        """The engine for class ``standard``."""
-        return self._standard.engine
-
-    @property
-    def embedder(self) -> Embedder:
-        """The embedder for class ``standard``."""
-        return self._standard.embedder
-
-    @property
-    def report(self) -> Report:
-        """The self-test of the engine for class ``standard``."""
-        return self._standard.report
-
-    @property
-    def layout(self) -> Layout | None:
-        """How the engine for class ``standard`` uses the cores."""
-        return self._standard.layout
-
-    @property
-    def why(self) -> str:
-        """How the engine for class ``standard`` came to be chosen."""
-        return self._standard.why
 
     def proven_for(self, accuracy: Accuracy) -> Proven:
         """Return what serves an accuracy class, opened now if it was not.
@@ -121,7 +101,7 @@ class Serving:
             EngineError: it does not open, or fails its self-test.
         """
         if accuracy is Accuracy.STANDARD:
-            return self._standard
+            return self.standard
         with self._opening:
             if accuracy is Accuracy.INT8:
                 return self._proven_int8()
@@ -131,7 +111,7 @@ class Serving:
 
     def totals(self) -> dict[str, float]:
         """Return what all engines have computed, as names and numbers."""
-        opened = (self._standard, self._exact, self._int8)
+        opened = (self.standard, self._exact, self._int8)
         engines = {id(proven): proven for proven in opened if isinstance(proven, Proven)}
         summed: Counter[str] = Counter()
         for proven in engines.values():
@@ -163,8 +143,8 @@ class Serving:
         """Give the devices back."""
         if self._shadow is not None:
             self._shadow.close()
-        if isinstance(self._int8, Proven) and self._int8 is not self._standard:
+        if isinstance(self._int8, Proven) and self._int8 is not self.standard:
             self._int8.close()
-        if self._exact is not None and self._exact is not self._standard:
+        if self._exact is not None and self._exact is not self.standard:
             self._exact.close()
-        self._standard.close()
+        self.standard.close()

@@ -125,7 +125,7 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
     """Return what to embed with, or give the batch away: it did nothing wrong."""
     queue = (task.request.delivery_info or {}).get("routing_key", "")
     node = child().serving
-    if node is not None and may_answer(queue, node.engine.device):
+    if node is not None and may_answer(queue, node.standard.engine.device):
         return node
     if isinstance(body, dict) and rerouting.may_reroute(queue, body):
         rerouting.hand_over(task, body, child().state.code, "The node has stopped serving.")
@@ -176,7 +176,7 @@ def _ask(
     proven: Proven, node: Serving, batch: EmbedBatch, stats: EngineStats, sink: Sink | None = None
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
-    on_npu = child().on_npu and proven.engine is node.engine
+    on_npu = child().on_npu and proven.engine is node.standard.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
         with child().calling_engine(), tracing.span("embedq.engine", texts=len(batch.texts)):

@@ -28,6 +28,11 @@ class Opened:
     name: str = "openvino"
 
     @property
+    def standard(self) -> Opened:
+        """What serves class ``standard``, which is the same object."""
+        return self
+
+    @property
     def engine(self) -> Opened:
         """The engine, which is the same object."""
         return self

@@ -48,8 +48,11 @@ def test_f32_engine_serves_both_classes(model: Model, tmp_path: Path) -> None:
     exact = node.proven_for(Accuracy.EXACT)
     node.close()
 
-    assert exact.engine is node.engine
-    assert (node.engine.name, node.engine.precision) == ("onnxruntime", Precision.F32)
+    assert exact.engine is node.standard.engine
+    assert (node.standard.engine.name, node.standard.engine.precision) == (
+        "onnxruntime",
+        Precision.F32,
+    )
 
 
 def test_bf16_engine_is_joined_by_an_exact_one(model: Model, tmp_path: Path) -> None:
@@ -66,7 +69,7 @@ def test_bf16_engine_is_joined_by_an_exact_one(model: Model, tmp_path: Path) -> 
     assert exact.engine.precision is Precision.F32
     assert exact.report.min_cosine >= 0.99999
     assert node.proven_for(Accuracy.EXACT) is exact
-    assert node.engine.precision is Precision.BF16
+    assert node.standard.engine.precision is Precision.BF16
     node.close()
 
 
