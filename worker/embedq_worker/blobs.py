@@ -27,6 +27,7 @@ import numpy.typing as npt
 from embedq_worker.digests import Digests
 from embedq_worker.errors import CompileFailed, Reason
 from embedq_worker.file_lock import locked
+from embedq_worker.private_files import folder_error
 
 log = logging.getLogger("embedq.worker")
 
@@ -184,16 +185,8 @@ def _digest(fields: Mapping[str, str]) -> str:
 
 
 def _make_private(folder: Path) -> str:
-    """Make a folder of our own, 0700, and say what is wrong with it; empty if nothing is."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            return f"{folder} is not a folder of this user"
-        if found.st_mode & 0o022:
-            return f"{folder} may be written by others; run: chmod 700 {folder}"
-        if not os.access(folder, os.W_OK | os.X_OK):
-            return f"{folder} cannot be written"
-    except OSError as error:
-        return f"{folder}: {error.strerror}"
-    return ""
+    """Make a folder of our own, and say what is wrong with it; empty if nothing is."""
+    error = folder_error(folder)
+    if not error and not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} cannot be written"
+    return error

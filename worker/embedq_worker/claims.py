@@ -6,20 +6,17 @@ dead process is simply free.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from embedq.errors import SettingsError
 from embedq_worker.errors import DeviceBusy
+from embedq_worker.file_lock import wait_for_lock
 
-#: Seconds between two tries while a dying process still holds a device.
-RETRY_EVERY_S: Final = 0.05
 _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,17 +60,12 @@ def claim(pci: str, lock_dir: Path, *, node: str = "", wait_s: float = 0.0) -> C
     """
     path = _shared_dir(lock_dir) / f"embedq-npu-{pci.replace(':', '-')}.lock"
     descriptor = _open(path)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise DeviceBusy(_busy(pci, holder, path), holder) from None
-            time.sleep(RETRY_EVERY_S)
+    try:
+        wait_for_lock(descriptor, wait_s)
+    except TimeoutError:
+        holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise DeviceBusy(_busy(pci, holder, path), holder) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {node}\n".encode(), 0)
     return Claim(path, descriptor)

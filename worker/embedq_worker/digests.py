@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import stat
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 from embedq_worker.errors import ModelError
+from embedq_worker.private_files import read_private, replace_private
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +53,7 @@ class Digests:
     def _remember(self, known: dict[str, Any]) -> None:
         """Replace the memory; a cache that cannot be written costs time, nothing else."""
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # mkstemp gives 0600, and the rename keeps a reader from seeing half of it.
-            handle, name = tempfile.mkstemp(dir=self._path.parent, prefix=FILE_NAME)
-            with os.fdopen(handle, "w") as file:
-                json.dump(known, file)
-            Path(name).replace(self._path)
+            replace_private(self._path, json.dumps(known).encode())
         except OSError as error:
             log.debug("digest_not_kept path=%s reason=%s", self._path, error.strerror)
 
@@ -68,16 +61,7 @@ class Digests:
 def _read(path: Path) -> dict[str, Any]:
     """Read the memory, or nothing if it is missing, damaged or writable by others."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        known = json.loads(read_private(path, MAX_BYTES) or b"{}")
+    except ValueError:
         return {}
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(handle)
-        others = stat.S_IWGRP | stat.S_IWOTH
-        if status.st_uid != os.geteuid() or status.st_mode & others:
-            return {}
-        try:
-            known = json.loads(file.read(MAX_BYTES))
-        except ValueError:
-            return {}
     return known if isinstance(known, dict) else {}

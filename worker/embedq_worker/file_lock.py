@@ -34,23 +34,29 @@ def locked(path: Path, deadline_s: float) -> Iterator[None]:
         yield
         return
     try:
-        _wait(descriptor, deadline_s)
+        try:
+            wait_for_lock(descriptor, deadline_s)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)
 
 
-def _wait(descriptor: int, deadline_s: float) -> None:
+def wait_for_lock(descriptor: int, deadline_s: float) -> None:
+    """Lock an open file for this process alone.
+
+    Raises:
+        TimeoutError: another process held it for all this time.
+        OSError: the file system has no locks.
+    """
     deadline = time.monotonic() + deadline_s
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise TimeoutError(f"locked for {deadline_s:.0f} s") from None
             time.sleep(POLL_S)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return

@@ -6,10 +6,11 @@ Standard library only: a health check runs every few seconds, and must not cost 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from embedq_worker.private_files import replace_private
 
 SUFFIX: Final = ".pulse"
 #: Seconds beyond its own deadline after which an engine counts as stuck: the deadline should have
@@ -82,9 +83,7 @@ def write(folder: Path, pulse: Pulse) -> None:
         OSError: it cannot be written.
     """
     path = folder / (pulse.node + SUFFIX)
-    temporary = path.with_suffix(f"{SUFFIX}.{os.getpid()}")
-    temporary.write_text(json.dumps(pulse._asdict()), encoding="utf-8")
-    temporary.replace(path)
+    replace_private(path, json.dumps(pulse._asdict()).encode())
 
 
 def read_all(folder: Path, node: str = "") -> Iterator[Pulse]:

@@ -6,8 +6,6 @@ file that is replaced atomically in a private folder.
 
 from __future__ import annotations
 
-import os
-import stat
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
@@ -17,6 +15,7 @@ import msgpack
 
 from embedq.card import ModelCard
 from embedq.errors import SettingsError
+from embedq_worker.private_files import folder_error, replace_private
 
 
 class State(StrEnum):
@@ -88,9 +87,7 @@ class StateFile:
             OSError, SettingsError: it cannot be written.
         """
         private_dir(self._path.parent)
-        temporary = self._path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgpack.packb(asdict(state)))
-        temporary.replace(self._path)
+        replace_private(self._path, msgpack.packb(asdict(state)))
 
     def read(self) -> NodeState | None:
         """Return what the file says, or None if there is none to be read."""
@@ -115,13 +112,6 @@ def private_dir(path: Path) -> Path:
     Raises:
         SettingsError: it is a link, belongs to someone else, is open to others, or cannot be made.
     """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot be used as a folder ({error.strerror}).") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise SettingsError(f"{path}: is not a folder of this user. Remove it or name another.")
-    if found.st_mode & 0o022:
-        raise SettingsError(f"{path}: others may write to it. Run: chmod 700 {path}")
+    if error := folder_error(path):
+        raise SettingsError(error)
     return path

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from embedq_worker.private_files import replace_private
+
 SUFFIX: Final = ".tally"
 
 
@@ -53,10 +55,8 @@ class Tally:
             "pid": os.getpid(),
             "totals": {**self._totals, **self.counts()},
         }
-        temporary = self._path.with_suffix(f"{SUFFIX}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(body), encoding="utf-8")
-            temporary.replace(self._path)
+            replace_private(self._path, json.dumps(body).encode())
         except OSError:
             return  # a full disk must not fail a batch
 
