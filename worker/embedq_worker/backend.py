@@ -7,7 +7,6 @@ is in the ledger, and the ledger takes the first commit only.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,6 @@ from celery.exceptions import Reject
 from redis import Redis
 from redis.exceptions import RedisError
 
-from embedq import dead
-from embedq.contract import Code
 from embedq.errors import QueueUnavailable
 from embedq.ledger import Ledger, StagedGone, Verdict
 from embedq.message import EmbedBatch
@@ -28,9 +25,7 @@ from embedq.patience import patiently
 from embedq.redis_client import open_redis
 from embedq.settings import mask_password
 from embedq.staging import Staging
-from embedq.suspects import Suspects
 from embedq.vectors import Vectors, encode_failure
-from embedq_worker.careful import OUTSIDE_POINTS, OWN_POINTS
 from embedq_worker.settings import WorkerSettings
 from embedq_worker.tally import TALLY
 from embedq_worker.uploading import Upload
@@ -127,15 +122,6 @@ class LedgerBackend(BaseBackend):
         value = encode_failure(code, detail)
         return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
 
-    def notes(self, batch: EmbedBatch, died: str | None) -> LedgerNotes:
-        """Return where careful mode notes what it tries of a batch.
-
-        Args:
-            batch: what is tried.
-            died: the process that ended itself over it, if one did.
-        """
-        return LedgerNotes(self, batch, died)
-
     def store_result(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the task has committed already."""
 
@@ -166,68 +152,3 @@ class LedgerBackend(BaseBackend):
         except QueueUnavailable as error:
             log.error("batch_handed_back reason=%s", error)
             raise handed_back(str(error)) from error
-
-
-class LedgerNotes:
-    """The notes of careful mode, in the ledger; see embedq_worker.careful.Notes."""
-
-    def __init__(self, backend: LedgerBackend, batch: EmbedBatch, died: str | None) -> None:
-        self._backend = backend
-        self._batch = batch
-        self._died = died
-        self._process = process_name(backend.settings.name, os.getpid())
-        self._suspects = Suspects(backend.redis, batch.job)
-
-    def charges(self) -> dict[int, int]:
-        """Charge the texts that processes did not survive, and return offset -> points."""
-        index, suspects, waiting = self._batch.index, self._suspects, self._backend.waiting
-        found = waiting(lambda: suspects.fetch(index))
-        for process, offset in {**found.missed, **found.started}.items():
-            if process == self._died:
-                self._add(found.charges, offset, OWN_POINTS)
-                waiting(lambda o=offset, p=process: suspects.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
-            elif process in found.started:
-                self._add(found.charges, offset, OUTSIDE_POINTS)
-                waiting(lambda o=offset, p=process: suspects.miss(index, o, p))  # type: ignore[misc] # as above
-        return found.charges
-
-    def start(self, offset: int) -> None:
-        """Note that a text is tried."""
-        index, process = self._batch.index, self._process
-        self._backend.waiting(lambda: self._suspects.start(index, offset, process))
-
-    def end(self, offset: int, *, cleared: bool) -> None:
-        """Note that the process survived a text; a cleared one has its vector."""
-        end, index, process = self._suspects.end, self._batch.index, self._process
-        self._backend.waiting(lambda: end(index, offset, process, cleared=cleared))
-
-    def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
-        self.charge(offset, points)
-        charges[offset] = charges.get(offset, 0) + points
-
-    def charge(self, offset: int, points: int) -> None:
-        """Charge a text with a failure."""
-        index = self._batch.index
-        self._backend.waiting(lambda: self._suspects.charge(index, offset, points))
-
-    def set_aside(self, offset: int, reason: str) -> None:
-        """Keep a text among the dead letters."""
-        batch = self._batch
-        TALLY.set_aside += 1
-        log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
-        letter = dead.new(
-            batch.job,
-            batch.index,
-            offset,
-            code=Code.SET_ASIDE,
-            reason=reason,
-            node=self._backend.settings.name,
-            prompt=batch.spec.prompt,
-            text=batch.texts[offset],
-        )
-        self._backend.waiting(lambda: dead.add(self._backend.redis, letter))
-
-
-def process_name(node: str, pid: object) -> str:
-    """Name a process of the fleet."""
-    return f"{node}:{pid}"

@@ -11,17 +11,28 @@ bit, and a batch that was merely unlucky must give the bytes of any other run.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from embedq import dead
 from embedq.contract import Code, Outcome, Status
 from embedq.message import EmbedBatch
 from embedq.outcomes import OutcomeTable
+from embedq.suspects import Suspects
 from embedq.vectors import Vectors
 from embedq_worker.errors import EngineError
+from embedq_worker.rerouting import process_name
+from embedq_worker.tally import TALLY
+
+if TYPE_CHECKING:
+    from embedq_worker.backend import LedgerBackend
+
+log = logging.getLogger("embedq.worker")
 
 #: The delivery of a batch at which it runs in careful mode.
 CAREFUL_AT = 3
@@ -66,6 +77,66 @@ class Notes(Protocol):
 
     def set_aside(self, offset: int, reason: str) -> None:
         """Keep a text for a person to look at."""
+
+
+class LedgerNotes:
+    """The notes of careful mode, in the ledger; see Notes."""
+
+    def __init__(self, backend: LedgerBackend, batch: EmbedBatch, died: str | None) -> None:
+        self._backend = backend
+        self._batch = batch
+        self._died = died
+        self._process = process_name(backend.settings.name, os.getpid())
+        self._suspects = Suspects(backend.redis, batch.job)
+
+    def charges(self) -> dict[int, int]:
+        """Charge the texts that processes did not survive, and return offset -> points."""
+        index, suspects, waiting = self._batch.index, self._suspects, self._backend.waiting
+        found = waiting(lambda: suspects.fetch(index))
+        for process, offset in {**found.missed, **found.started}.items():
+            if process == self._died:
+                self._add(found.charges, offset, OWN_POINTS)
+                waiting(lambda o=offset, p=process: suspects.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
+            elif process in found.started:
+                self._add(found.charges, offset, OUTSIDE_POINTS)
+                waiting(lambda o=offset, p=process: suspects.miss(index, o, p))  # type: ignore[misc] # as above
+        return found.charges
+
+    def start(self, offset: int) -> None:
+        """Note that a text is tried."""
+        index, process = self._batch.index, self._process
+        self._backend.waiting(lambda: self._suspects.start(index, offset, process))
+
+    def end(self, offset: int, *, cleared: bool) -> None:
+        """Note that the process survived a text; a cleared one has its vector."""
+        end, index, process = self._suspects.end, self._batch.index, self._process
+        self._backend.waiting(lambda: end(index, offset, process, cleared=cleared))
+
+    def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
+        self.charge(offset, points)
+        charges[offset] = charges.get(offset, 0) + points
+
+    def charge(self, offset: int, points: int) -> None:
+        """Charge a text with a failure."""
+        index = self._batch.index
+        self._backend.waiting(lambda: self._suspects.charge(index, offset, points))
+
+    def set_aside(self, offset: int, reason: str) -> None:
+        """Keep a text among the dead letters."""
+        batch = self._batch
+        TALLY.set_aside += 1
+        log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
+        letter = dead.new(
+            batch.job,
+            batch.index,
+            offset,
+            code=Code.SET_ASIDE,
+            reason=reason,
+            node=self._backend.settings.name,
+            prompt=batch.spec.prompt,
+            text=batch.texts[offset],
+        )
+        self._backend.waiting(lambda: dead.add(self._backend.redis, letter))
 
 
 def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vectors, OutcomeTable]:

@@ -16,7 +16,6 @@ from embedq.contract import PUBLISHED_HEADER
 from embedq.header import Header
 from embedq.message import message_headers
 from embedq_worker import rerouting
-from embedq_worker.backend import process_name
 from embedq_worker.guard import Guard
 
 log = logging.getLogger("embedq.worker")
@@ -53,7 +52,7 @@ class BatchRequest(Request):
         # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
         if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
             node = request.app.conf.embedq.name
-            headers[DIED_HEADER] = process_name(node, request.worker_pid)
+            headers[DIED_HEADER] = rerouting.process_name(node, request.worker_pid)
         super().on_failure(exc_info, *args, **options)
 
     def _rerouted(self) -> bool:

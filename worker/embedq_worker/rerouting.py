@@ -22,6 +22,11 @@ log = logging.getLogger("embedq.worker")
 KEPT: Final = (PUBLISHED_HEADER, "traceparent", "tracestate")
 
 
+def process_name(node: str, pid: object) -> str:
+    """Name a process of the fleet."""
+    return f"{node}:{pid}"
+
+
 def may_reroute(queue: str, body: Mapping[str, Any]) -> bool:
     """Tell whether a batch of this queue may be handed to the CPU."""
     return queue == Queue.NPU and not body.get("rerouted")

@@ -18,7 +18,7 @@ from embedq_worker import rerouting
 from embedq_worker.answer import Sink
 from embedq_worker.app import app
 from embedq_worker.backend import LedgerBackend, handed_back
-from embedq_worker.careful import CAREFUL_AT, DeviceFault, Notes, embed_carefully
+from embedq_worker.careful import CAREFUL_AT, DeviceFault, LedgerNotes, Notes, embed_carefully
 from embedq_worker.delivery import DIED_HEADER, BatchTask
 from embedq_worker.errors import EngineError, NotQuantised
 from embedq_worker.health import may_answer
@@ -60,7 +60,8 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         proven = _proven_for(node, batch.spec)
         notes = None
         if tries >= CAREFUL_AT:
-            notes = backend.notes(batch, getattr(self.request, DIED_HEADER, None))
+            died = getattr(self.request, DIED_HEADER, None)
+            notes = LedgerNotes(backend, batch, died)
         else:
             upload = backend.upload(batch)
         vectors, outcomes = _embed(batch, node, proven, stats, notes, upload)
