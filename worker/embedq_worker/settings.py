@@ -31,7 +31,6 @@ from embedq_worker.choices import (
     StubDevice,
     contradictions,
 )
-from embedq_worker.machine import discover
 from embedq_worker.runtime_dir import default_runtime_dir
 
 __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
@@ -49,10 +48,8 @@ def default_lock_dir() -> Path:
 
 
 def default_name(data: dict[str, Any]) -> str:
-    """Name a node by host and by what it is for, which a restart does not change."""
+    """Name a node by its host and its device setting, which a restart does not change."""
     device = data.get("device", DeviceChoice.AUTO)
-    if device is DeviceChoice.AUTO:
-        device = DeviceChoice.NPU if discover().visible else DeviceChoice.CPU
     return f"{socket.gethostname().partition('.')[0]}-{device}"
 
 

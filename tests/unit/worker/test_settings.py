@@ -61,3 +61,15 @@ def test_all_processes_of_a_machine_lock_in_one_folder(monkeypatch: pytest.Monke
     monkeypatch.setattr(Path, "is_dir", lambda _: False)
 
     assert default_lock_dir() == Path("/tmp")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "npu"])
+def test_default_name_is_host_and_device_setting(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name depends on no device that is found, so it stays when a driver is missing."""
+    monkeypatch.setattr("socket.gethostname", lambda: "rack7.example.org")
+    monkeypatch.setenv("EMBEDQ_DEVICE", device)
+    monkeypatch.delenv("EMBEDQ_NAME", raising=False)
+
+    assert WorkerSettings.load().name == f"rack7-{device}"
