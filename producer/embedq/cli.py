@@ -186,7 +186,7 @@ def embed(
                 result = run(client, request, display, BEGAN).run()
     lines = [json.dumps(result.as_dict())] if as_json else result.lines()
     click.echo("\n".join(lines))
-    failed = isinstance(result, Summary) and (result.failed or result.cancelled)
+    failed = isinstance(result, Summary) and result.failed
     sys.exit(EXIT_FAILED if failed else EXIT_OK)
 
 

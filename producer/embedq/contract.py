@@ -83,7 +83,6 @@ class Status(StrEnum):
 
     OK = "ok"
     FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 class Code(StrEnum):
@@ -96,7 +95,6 @@ class Code(StrEnum):
     NOT_A_STRING = "not_a_string"
     TOO_MANY_TOKENS = "too_many_tokens"
     SET_ASIDE = "set_aside"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +102,8 @@ class Outcome:
     """What became of one text.
 
     Attributes:
-        status: ok, failed or cancelled.
+        status: ok or failed.
         truncated: tokens were dropped to fit the model.
-        cached: the vector came from a cache, not from an engine.
         rerouted: the batch was handed from an NPU to the CPU queue.
         n_tokens: tokens embedded, special tokens included.
         n_tokens_dropped: tokens that did not fit.
@@ -117,7 +114,6 @@ class Outcome:
 
     status: Status = Status.OK
     truncated: bool = False
-    cached: bool = False
     rerouted: bool = False
     n_tokens: int = 0
     n_tokens_dropped: int = 0

@@ -16,7 +16,7 @@ from embedq.contract import Status, VectorSpec
 from embedq.errors import InputError
 from embedq.files import Document
 from embedq.finished import FinishedBatch
-from embedq.outcomes import CACHED, REROUTED, TRUNCATED, OutcomeTable
+from embedq.outcomes import REROUTED, TRUNCATED, OutcomeTable
 from embedq.pieces import Piece, pieces
 from embedq.report import Display, Progress, Summary
 from embedq.request import Request
@@ -24,7 +24,7 @@ from embedq.resume import InputChanged, Manifest, Spool, SpoolFiles, claimed, ma
 
 #: A checkpoint is due after this many seconds, or this share of the window of batches.
 CHECKPOINT_EVERY_S, CHECKPOINT_SHARE = 5.0, 0.25
-_FLAGS = (("truncated", TRUNCATED), ("cached", CACHED), ("rerouted", REROUTED))
+_FLAGS = (("truncated", TRUNCATED), ("rerouted", REROUTED))
 
 
 class EmbedRun:
@@ -202,9 +202,7 @@ class EmbedRun:
             total=manifest.rows,
             ok=manifest.counts["ok"],
             failed=manifest.counts["failed"],
-            cancelled=manifest.counts["cancelled"],
             truncated=manifest.counts["truncated"],
-            cached=manifest.counts["cached"],
             rerouted=manifest.counts["rerouted"],
             seconds=round(now - self._began, 3),
             startup_seconds=round((started or now) - self._began, 3),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from embedq.contract import Outcome, Status
 from embedq.errors import CorruptValue
 
-TRUNCATED, CACHED, REROUTED = 1, 2, 4
+TRUNCATED, REROUTED = 1, 2
 #: Most kinds of outcomes in a batch: each is a number of one byte.
 MAX_KINDS = 256
 
@@ -25,7 +25,7 @@ class OutcomeTable:
     Attributes:
         kinds: the distinct (status, device, precision, code) of the batch, at most 256.
         kind: uint8 [n], index into kinds.
-        flags: uint8 [n], sum of TRUNCATED, CACHED and REROUTED.
+        flags: uint8 [n], sum of TRUNCATED and REROUTED.
         n_tokens: uint32 [n], tokens embedded, special tokens included.
         n_dropped: uint32 [n], tokens that did not fit.
     """
@@ -44,9 +44,7 @@ class OutcomeTable:
             kinds.setdefault((str(o.status), o.device, o.precision, o.code), len(kinds))
             for o in outcomes
         ]
-        flags = [
-            TRUNCATED * o.truncated + CACHED * o.cached + REROUTED * o.rerouted for o in outcomes
-        ]
+        flags = [TRUNCATED * o.truncated + REROUTED * o.rerouted for o in outcomes]
         return cls(
             list(kinds),
             np.array(kind, np.uint8),
@@ -64,7 +62,6 @@ class OutcomeTable:
         return Outcome(
             status=Status(status),
             truncated=bool(flags & TRUNCATED),
-            cached=bool(flags & CACHED),
             rerouted=bool(flags & REROUTED),
             n_tokens=int(self.n_tokens[row]),
             n_tokens_dropped=int(self.n_dropped[row]),
@@ -85,7 +82,6 @@ class OutcomeTable:
             yield {
                 "status": status,
                 "truncated": bool(flags & TRUNCATED),
-                "cached": bool(flags & CACHED),
                 "rerouted": bool(flags & REROUTED),
                 "n_tokens": n_tokens,
                 "n_tokens_dropped": n_dropped,
@@ -104,7 +100,7 @@ class OutcomeTable:
         return zip(self.kinds, counts.tolist(), strict=True)
 
     def count_flag(self, flag: int) -> int:
-        """Count the texts that carry TRUNCATED, CACHED or REROUTED."""
+        """Count the texts that carry TRUNCATED or REROUTED."""
         return int(np.count_nonzero(self.flags & flag))
 
     def rows(self, start: int, stop: int) -> OutcomeTable:

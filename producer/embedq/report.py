@@ -35,7 +35,7 @@ class Summary:
 
     Attributes:
         total: rows of the output.
-        ok, failed, cancelled, truncated, cached, rerouted: how many of them.
+        ok, failed, truncated, rerouted: how many of them.
         seconds: of the whole command.
         startup_seconds: until the first batch was published.
         docs_per_second: texts embedded in this run, from first publish to last row written.
@@ -49,9 +49,7 @@ class Summary:
     total: int
     ok: int
     failed: int
-    cancelled: int
     truncated: int
-    cached: int
     rerouted: int
     seconds: float
     startup_seconds: float
@@ -74,7 +72,7 @@ class Summary:
         parts = [f"{self.total:,} texts in {self.seconds:.1f} s"]
         if self.docs_per_second:
             parts.append(f"{self.docs_per_second:,.0f} docs/s")
-        for name in ("failed", "cancelled", "truncated", "rerouted", "cached", "resumed"):
+        for name in ("failed", "truncated", "rerouted", "resumed"):
             if count := getattr(self, name):
                 parts.append(f"{count:,} {name}")
         parts += [f"{count:,} {name}" for name, count in (self.updated or {}).items()]

@@ -27,7 +27,7 @@ MANIFEST_VERSION: Final = 1
 #: Bytes of an npy header; room for any shape, and the data behind it is aligned to 64.
 NPY_HEADER_BYTES: Final = 128
 #: What a run did to the texts so far; the keys of Manifest.counts.
-COUNTS: Final = ("ok", "failed", "cancelled", "truncated", "cached", "rerouted")
+COUNTS: Final = ("ok", "failed", "truncated", "rerouted")
 
 #: What may change under an output: the model is known by its identity, wherever it lies, and a line
 #: that is now skipped shows in the digest if it was a document before.

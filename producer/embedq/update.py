@@ -284,7 +284,7 @@ def _renumbered(line: bytes, number: int, manifest: Manifest) -> str:
     manifest.rows += 1
     manifest.tokens += item["n_tokens"]
     manifest.counts[item["status"]] += 1
-    for name in ("truncated", "cached", "rerouted"):
+    for name in ("truncated", "rerouted"):
         manifest.counts[name] += bool(item[name])
     return json.dumps(item) + "\n"
 

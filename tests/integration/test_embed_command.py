@@ -15,12 +15,12 @@ from embedq.testing import STUB_DIM, stub_vectors
 
 #: What `--json` promises.
 SUMMARY = {
-    *("total", "ok", "failed", "cancelled", "truncated", "cached", "rerouted", "seconds"),
+    *("total", "ok", "failed", "truncated", "rerouted", "seconds"),
     *("startup_seconds", "docs_per_second", "devices", "resumed", "skipped_lines", "outputs"),
 }
 #: What each line of the sidecar promises.
 ITEM = {
-    *("row", "id", "status", "truncated", "cached", "rerouted", "n_tokens", "n_tokens_dropped"),
+    *("row", "id", "status", "truncated", "rerouted", "n_tokens", "n_tokens_dropped"),
     *("device", "precision", "code", "text_hash"),
 }
 

@@ -14,7 +14,6 @@ outcomes = st.builds(
     Outcome,
     status=st.sampled_from(Status),
     truncated=st.booleans(),
-    cached=st.booleans(),
     rerouted=st.booleans(),
     n_tokens=st.integers(0, 2**32 - 1),
     n_tokens_dropped=st.integers(0, 2**32 - 1),
