@@ -1,6 +1,6 @@
 """The value that holds vectors in Redis: a 32-byte header, raw little-endian rows, their outcomes.
 
-One batch is stored as a few values, each sized to fill what the allocator hands out.
+One batch is stored as values of at most 256 KiB, each with as many rows as fit.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ _BATCH_FAILED: Final = 1
 
 #: Bytes of one value at most: large enough to be few, small enough to fetch a piece at a time.
 MAX_VALUE_BYTES: Final = 256 * 1024
-#: Bytes that Redis puts around a string of this size in the same allocation (sds header and NUL).
-_SDS_BYTES: Final = 10
-#: Share of an allocation that may stay empty before a value is cut shorter instead.
-_MAX_SLACK: Final = 0.02
-#: Bytes below which cutting costs more in keys than it saves in slack.
-_MIN_CUT_BYTES: Final = 16 * 1024
+#: Bytes of the outcome of one row.
+_OUTCOME_BYTES: Final = 10
+#: Bytes reserved in a value for the distinct kinds of its outcomes.
+_KINDS_BYTES: Final = 74
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,38 +110,15 @@ def decode(value: bytes, fingerprint: bytes) -> Value:
 
 
 def split_rows(n: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Iterator[tuple[int, int]]:
-    """Cut n rows into values that leave almost nothing of their allocations empty.
-
-    Redis stores a string in the next size class of jemalloc, four per doubling, so a value just
-    above one wastes up to a fifth. Each piece is as large as fits; a remainder that would waste
-    more than two in a hundred is cut to fill the class below.
+    """Cut n rows into values of at most MAX_VALUE_BYTES, each with as many rows as fit.
 
     Yields:
         (start, stop) of each value.
     """
-    per_row = ITEM_BYTES[dtype] * dim + 10
-    fixed = _HEADER.size + _SDS_BYTES + 64
-    most = max(1, (MAX_VALUE_BYTES - fixed) // per_row)
-    start = 0
-    while start < n:
-        rows = min(n - start, most)
-        while rows > 1:
-            size = fixed + rows * per_row
-            upper, lower = _size_classes(size)
-            if upper - size <= _MAX_SLACK * upper or lower < _MIN_CUT_BYTES:
-                break
-            rows = (lower - fixed) // per_row
-        yield start, start + rows
-        start += rows
-
-
-def _size_classes(size: int) -> tuple[int, int]:
-    """Return the smallest jemalloc class that holds size, and the one below it."""
-    spacing = max(16, 1 << max(0, (size - 1).bit_length() - 3))
-    upper = -(-size // spacing) * spacing
-    below = upper - 1
-    spacing = max(16, 1 << max(0, (below - 1).bit_length() - 3))
-    return upper, below // spacing * spacing
+    per_row = ITEM_BYTES[dtype] * dim + _OUTCOME_BYTES
+    most = max(1, (MAX_VALUE_BYTES - _HEADER.size - _KINDS_BYTES) // per_row)
+    for start in range(0, n, most):
+        yield start, min(start + most, n)
 
 
 def _assemble(
