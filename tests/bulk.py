@@ -18,12 +18,11 @@ import pytest
 from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wait_for
 
 from embedq import Client
-from embedq.embedding import EmbedRun
-from embedq.outputs import sidecar_path
-from embedq.report import Progress, Summary
-from embedq.request import Request
-from embedq.resume import Manifest, manifest_path
-from embedq.update import UpdateRun
+from embedq.bulk.checkpoint import Manifest, manifest_path
+from embedq.bulk.request import Progress, Request, Summary
+from embedq.bulk.run import EmbedRun
+from embedq.bulk.update import UpdateRun
+from embedq.bulk.writers import sidecar_path
 
 #: Small batches and a small window, so that a few hundred texts are many batches.
 SMALL = {"batch_texts": 32, "window": 8}

@@ -15,7 +15,7 @@ from tests.command import Command
 from tests.servers import JOB_TTL_S, NodeProcess, RedisProcess, forget_all, stub_node
 
 from embedq import Client
-from embedq.ledger import Ledger
+from embedq.store.ledger import Ledger
 
 #: Variables that tests themselves read.
 OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV", "EMBEDQ_WHEEL_DIR")

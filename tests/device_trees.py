@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from embedq_worker.machine import Roots
+from embedq_worker.device.discovery import Roots
 
 #: PCI device ids by the architecture that OpenVINO gives them.
 IDS = {"3720": 0x7D1D, "4000": 0x643E, "5010": 0xB03E}

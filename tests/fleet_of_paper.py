@@ -7,12 +7,12 @@ import time
 
 from redis import Redis
 
-from embedq import progress
-from embedq.broker import UNACKED_INDEX_KEY, UNACKED_KEY
-from embedq.card import ModelCard
-from embedq.contract import Queue
-from embedq.fleet import Heartbeat, beat
-from embedq.ledger import Ledger
+from embedq.observability import status
+from embedq.protocol.contract import Queue
+from embedq.protocol.worker import Heartbeat, ModelCard
+from embedq.store.fleet import beat
+from embedq.store.ledger import Ledger
+from embedq.store.queues import UNACKED_INDEX_KEY, UNACKED_KEY
 
 CARD = ModelCard("org/model@abc123", "ab" * 32, 384, 256)
 
@@ -33,7 +33,7 @@ def add_jobs(results: Redis, count: int, *, batches: int = 3, planned: int | Non
         ledger.open(fingerprint=b"x", ttl_s=600, label="secret/name.npy")
         for index in range(batches):
             ledger.commit(index, [b"vectors"], n_texts=10)
-        progress.tell(results, f"job{number:04}", published=batches + 1, planned=planned)
+        status.tell(results, f"job{number:04}", published=batches + 1, planned=planned)
 
 
 def message(published: float, size: int = 100) -> str:

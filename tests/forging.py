@@ -10,10 +10,10 @@ from typing import Any
 import msgpack
 from tests.servers import RedisProcess
 
-from embedq.contract import Queue, VectorSpec
-from embedq.ledger import Ledger
-from embedq.message import EmbedBatch
-from embedq.publisher import Publisher
+from embedq.jobs.publisher import Publisher
+from embedq.protocol.contract import Queue, VectorSpec
+from embedq.protocol.message import EmbedBatch
+from embedq.store.ledger import Ledger
 from embedq.testing import STUB_DIM
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 

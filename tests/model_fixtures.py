@@ -28,9 +28,9 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
-from embedq_worker.models import DEFAULT_MODEL, Model, load_model, resolve
+from embedq_worker.files import Digests
+from embedq_worker.model.resolve import DEFAULT_MODEL, Model, load_model, resolve
 
 Array = npt.NDArray[np.float32]
 

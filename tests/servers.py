@@ -18,11 +18,12 @@ from redis.exceptions import ConnectionError as NotThere
 from redis.exceptions import RedisError
 from tests.programs import program
 
-from embedq import fleet
-from embedq.contract import Queue
-from embedq.redis_client import open_redis
+from embedq.protocol import worker
+from embedq.protocol.contract import Queue
 from embedq.settings import ProducerSettings
-from embedq_worker.state import StateFile
+from embedq.store import fleet
+from embedq.store.connection import open_redis
+from embedq_worker.main_process.status import StateFile
 
 T = TypeVar("T")
 #: Seconds that any one thing of a test may take on a busy machine.
@@ -128,7 +129,7 @@ class NodeProcess:
                 start_new_session=True,
             )
 
-    def heartbeat(self) -> fleet.Heartbeat | None:
+    def heartbeat(self) -> worker.Heartbeat | None:
         """Return what this node last said of itself."""
         alive = fleet.fetch_alive(self._redis)
         return next((heartbeat for heartbeat in alive if heartbeat.node == self.name), None)

@@ -25,18 +25,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq.contract import Device, VectorSpec
-from embedq.message import EmbedBatch
-from embedq_worker import models
-from embedq_worker.choices import DeviceChoice, Standin
-from embedq_worker.digests import Digests
-from embedq_worker.engines.target import TARGETS, Target
-from embedq_worker.models import Model
-from embedq_worker.opening import Opener
-from embedq_worker.packing import TokenBatch
-from embedq_worker.serving import Proven
-from embedq_worker.settings import WorkerSettings
-from embedq_worker.totals import EngineStats
+from embedq.protocol.contract import Device, VectorSpec
+from embedq.protocol.message import EmbedBatch
+from embedq_worker.engines.base import TokenBatch
+from embedq_worker.engines.openvino_runtime import TARGETS, Target
+from embedq_worker.files import Digests
+from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.serving import Proven
+from embedq_worker.inference.stats import EngineStats
+from embedq_worker.model import resolve
+from embedq_worker.model.resolve import Model
+from embedq_worker.settings import DeviceChoice, Standin, WorkerSettings
 
 T = TypeVar("T")
 Vectors = npt.NDArray[np.float32]
@@ -136,11 +135,11 @@ def open_there(
     target: Target, folder: Path, cache: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Open and prove a stand-in as a node does, and say what it is."""
-    import embedq_worker.engines.target as targets
+    import embedq_worker.engines.openvino_runtime as targets
 
     # The shim has no name among the settings: it goes in the alias' place.
     targets.TARGETS = {**TARGETS, "alias": target}  # type: ignore[misc]
-    model = models.load_model(folder, "model", Digests(cache))
+    model = resolve.load_model(folder, "model", Digests(cache))
     began = time.monotonic()
     proven = Opener(settings_there(cache, **settings), model).open_npu()
     _opened.update(proven=proven, model=model)
@@ -202,8 +201,8 @@ def open_faulty_there(
 
     An operator in Python cannot be exported, so the model is compiled here and not in a child.
     """
-    from embedq_worker.engines.loader import Loader
-    from embedq_worker.graph import build_graph
+    from embedq_worker.engines.compiler import Loader
+    from embedq_worker.model.bert import build_graph
 
     def load(self: Any, shapes: Mapping[str, list[int]], deadline_s: float) -> Any:
         graph = build_graph(self._model)

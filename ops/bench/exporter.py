@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
 from tests.servers import RedisProcess
 
-from embedq.contract import Queue
-from embedq.exporter import serve
+from embedq.observability.exporter import serve
+from embedq.protocol.contract import Queue
 
 #: Bytes of a message of 256 docstrings as kombu keeps it.
 MESSAGE_BYTES = 60_000

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedq import Client
-from embedq.contract import Precision
 from embedq.errors import EmbedqError
-from embedq.local import LocalFleet
+from embedq.local.fleet import LocalFleet
+from embedq.protocol.contract import Precision
 from embedq.settings import DEFAULT_MODEL, ProducerSettings, cache_home
-from embedq_worker import models
 from embedq_worker.errors import EngineError
+from embedq_worker.model import resolve
 
 #: What decides how fast a CPU multiplies, the best first, as Linux names it.
 INSTRUCTIONS: Final = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx_vnni", "avx2")
@@ -108,11 +108,11 @@ def by_precision(
     return rows, notes
 
 
-def find_model() -> models.Model:
+def find_model() -> resolve.Model:
     """Return the model that the environment names, as a node would; end if there is none."""
     wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
     try:
-        return models.resolve(
+        return resolve.resolve(
             os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
             None,
             cache_dir=cache_home(),

@@ -19,8 +19,9 @@ from pathlib import Path
 from corpus import sized
 from harness import Table, client_of, find_model, in_turn, options, parsed, ratio, report
 
-from embedq import Client, fleet
-from embedq.local import LocalFleet
+from embedq import Client
+from embedq.local.fleet import LocalFleet
+from embedq.store import fleet
 
 #: Tokens of a text, about.
 TOKENS = 64

@@ -17,7 +17,7 @@ import tokenizers
 from corpus import sized
 from harness import Table, find_model, in_turn, options, parsed, ratio, report, stub_client
 
-from embedq_worker.tokenization import Tokenizer
+from embedq_worker.inference.tokenizer import Tokenizer
 
 #: Of the library alone.
 FLOOR = 0.75

@@ -29,10 +29,10 @@ import numpy as np
 from corpus import CORPORA, docstrings
 from harness import Table, client_of, find_model, in_turn, options, parsed, ratio, report
 
-from embedq.contract import Accuracy
-from embedq.local import LocalFleet
+from embedq.local.fleet import LocalFleet
+from embedq.protocol.contract import Accuracy
 from embedq.settings import cache_home
-from embedq_worker.quantised import QuantisedStore
+from embedq_worker.engines.model_cache import QuantisedStore
 
 #: What a peer runs: reads texts once, then a line a round; answers seconds and saves vectors.
 _PEER = """

@@ -17,15 +17,15 @@ import numpy as np
 from corpus import CORPORA
 from harness import Table, by_precision, client_of, find_model, options, parsed, report
 
-from embedq.contract import Precision, VectorSpec
-from embedq.local import LocalFleet
-from embedq.message import EmbedBatch
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines import open_engine
+from embedq.local.fleet import LocalFleet
+from embedq.protocol.contract import Precision, VectorSpec
+from embedq.protocol.message import EmbedBatch
 from embedq_worker.engines.base import available_cores
-from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
-from embedq_worker.models import Model
-from embedq_worker.tokenization import Tokenizer
+from embedq_worker.engines.factory import open_engine
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET
+from embedq_worker.inference.tokenizer import Tokenizer
+from embedq_worker.model.resolve import Model
 
 FLOOR = 0.97
 

@@ -26,8 +26,8 @@ from typing import Any
 
 from corpus import docstrings
 
-from embedq.outputs import sidecar_path
-from embedq.resume import Manifest, manifest_path
+from embedq.bulk.checkpoint import Manifest, manifest_path
+from embedq.bulk.writers import sidecar_path
 
 #: What must agree of an item; the rest is its row, its hash and where it was computed.
 AGREE = ("id", "status", "code", "truncated", "n_tokens", "n_tokens_dropped")

@@ -22,15 +22,14 @@ import openvino
 from corpus import CORPORA
 from harness import Table, by_precision, find_model, in_turn, options, parsed, ratio, report
 
-from embedq.contract import Precision
-from embedq_worker.embedder import build_groups
-from embedq_worker.engines import open_engine
-from embedq_worker.engines.base import Engine, available_cores
-from embedq_worker.graph import fits_table
-from embedq_worker.layouts import DEFAULT_TOKEN_BUDGET
-from embedq_worker.models import Model
-from embedq_worker.packing import TokenBatch
-from embedq_worker.tokenization import Tokenizer
+from embedq.protocol.contract import Precision
+from embedq_worker.engines.base import Engine, TokenBatch, available_cores
+from embedq_worker.engines.factory import open_engine
+from embedq_worker.inference.embedder import build_groups
+from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET
+from embedq_worker.inference.tokenizer import Tokenizer
+from embedq_worker.model.bert import fits_table
+from embedq_worker.model.resolve import Model
 
 FLOOR = 0.75
 #: Rows, inner and columns of the products: those of the model at its best, and larger ones.

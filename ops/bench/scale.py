@@ -28,9 +28,9 @@ from typing import cast
 
 from harness import Table, options, parsed, report
 
-from embedq.local import LocalFleet
-from embedq.redis_client import open_redis
-from embedq.resume import manifest_path
+from embedq.bulk.checkpoint import manifest_path
+from embedq.local.fleet import LocalFleet
+from embedq.store.connection import open_redis
 
 #: How much more the end of a long run may take than its beginning, or than a short run.
 TOLERANCE = 1.05

@@ -19,10 +19,9 @@ from typing import Final
 from harness import Table, find_model, options, parsed, report
 
 from embedq import Client
-from embedq.redis_server import RedisServer, choose
-from embedq.rundir import RunFolder
+from embedq.local.fleet import RunFolder, Tethered
+from embedq.local.redis_server import RedisServer, choose
 from embedq.settings import ProducerSettings
-from embedq.tethered import Tethered
 
 #: Seconds from the command to serving, on two cores with a warm cache.
 TARGET_S: Final = 4.0
@@ -113,7 +112,9 @@ def supervisor() -> dict[str, float]:
     # Not getrusage: a child begins with the peak of the process that forked it.
     script = "{}; print(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
     bare, bare_kb = _python(script.format("pass"))
-    with_it, kb = _python(script.format("import embedq_worker.__main__, embedq_worker.supervisor"))
+    with_it, kb = _python(
+        script.format("import embedq_worker.__main__, embedq_worker.main_process.supervisor")
+    )
     return {
         "import_ms": round(1e3 * (with_it - bare), 1),
         "memory_mb": round(kb / 1e3, 1),

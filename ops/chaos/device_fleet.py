@@ -18,11 +18,11 @@ from ops.chaos.fleet import environment
 from ops.chaos.servers import RedisServer
 from redis.exceptions import RedisError
 
-from embedq import fleet
-from embedq.orders import Wanted, give
-from embedq_worker.doubts import LEARN_FROM
-from embedq_worker.engines.script import FaultScript
-from embedq_worker.state import StateFile
+from embedq.store import fleet
+from embedq.store.fleet import Wanted, give
+from embedq_worker.engines.stub import FaultScript
+from embedq_worker.main_process.device_health import LEARN_FROM
+from embedq_worker.main_process.status import StateFile
 
 #: Public settings that shorten what takes minutes in production; the report prints them.
 SETTINGS: Final = {

@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 
 from embedq import Client
-from embedq.contract import Status
 from embedq.errors import EmbedqError
-from embedq.finished import Embedded
+from embedq.jobs.batches import Embedded
+from embedq.protocol.contract import Status
 from embedq.settings import ProducerSettings
 from embedq.testing import stub_vectors
 

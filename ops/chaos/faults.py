@@ -16,7 +16,7 @@ from ops.chaos.servers import RedisServer
 from ops.chaos.watch import Watch
 from redis.exceptions import RedisError
 
-from embedq.contract import Queue
+from embedq.protocol.contract import Queue
 
 #: Seconds for which a Redis is full.
 FULL_S: Final = 2.0

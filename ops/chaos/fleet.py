@@ -16,7 +16,7 @@ from typing import Final
 
 from ops.chaos.servers import RedisServer
 
-from embedq_worker.state import StateFile
+from embedq_worker.main_process.status import StateFile
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: Settings of a run that are shorter than the defaults, so that an hour holds many recoveries.
@@ -72,7 +72,14 @@ class Node:
         self._start()
 
     def _start(self) -> None:
-        words = [sys.executable, "-m", "celery", "--app", "embedq_worker.app", "worker"]
+        words = [
+            sys.executable,
+            "-m",
+            "celery",
+            "--app",
+            "embedq_worker.main_process.app",
+            "worker",
+        ]
         words += ["--hostname", f"{self.name}@chaos", "--without-gossip", "--without-mingle"]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(

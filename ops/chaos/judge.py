@@ -13,9 +13,9 @@ from ops.chaos.fleet import Fleet
 from ops.chaos.producers import Task
 from ops.chaos.watch import Key, Watch
 
-from embedq.contract import Queue
-from embedq.ledger import JOBS_KEY
-from embedq.outputs import sidecar_path
+from embedq.bulk.writers import sidecar_path
+from embedq.protocol.contract import Queue
+from embedq.store.ledger import JOBS_KEY
 from embedq.testing import stub_vectors
 
 Array = npt.NDArray[np.float32]

@@ -19,9 +19,9 @@ from typing import Any, Final
 
 from ops.chaos.fleet import SHORTENED, environment
 
-from embedq.batching import split
-from embedq.exits import EXIT_FAILED, EXIT_OK
-from embedq.resume import manifest_path
+from embedq.bulk.checkpoint import manifest_path
+from embedq.cli.console import EXIT_FAILED, EXIT_OK
+from embedq.jobs.batches import split
 
 #: Texts of a batch.
 BATCH_TEXTS: Final = 16

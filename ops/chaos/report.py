@@ -15,7 +15,7 @@ from ops.chaos import judge
 from ops.chaos.fleet import SHORTENED
 from ops.chaos.servers import MAXMEMORY
 
-from embedq.backpressure import PAUSE_RATIO
+from embedq.jobs.sender import PAUSE_RATIO
 
 if TYPE_CHECKING:
     from ops.chaos.campaign import Run

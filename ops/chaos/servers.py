@@ -12,7 +12,7 @@ from typing import Final
 from redis import Redis
 from redis.exceptions import RedisError
 
-from embedq.redis_client import open_redis
+from embedq.store.connection import open_redis
 
 #: Memory of each Redis, in bytes.
 MAXMEMORY: Final = 32 * 2**20

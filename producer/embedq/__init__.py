@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedq.client import Client
-    from embedq.contract import Accuracy, OnLong, Outcome
     from embedq.errors import EmbedqError, TextsFailed
+    from embedq.protocol.contract import Accuracy, OnLong, Outcome
 
 __version__ = "0.1.0"
 __all__ = ["Accuracy", "Client", "EmbedqError", "OnLong", "Outcome", "TextsFailed"]
 
 _HOME = {
-    "Accuracy": "embedq.contract",
+    "Accuracy": "embedq.protocol.contract",
     "Client": "embedq.client",
     "EmbedqError": "embedq.errors",
-    "OnLong": "embedq.contract",
-    "Outcome": "embedq.contract",
+    "OnLong": "embedq.protocol.contract",
+    "Outcome": "embedq.protocol.contract",
     "TextsFailed": "embedq.errors",
 }
 

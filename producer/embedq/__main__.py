@@ -1,5 +1,5 @@
 """`python -m embedq` is `embedq`."""
 
-from embedq.cli import main
+from embedq.cli.main import main
 
 main()

@@ -8,29 +8,26 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self
 
-from embedq import tracing
-from embedq.asking import build_spec, choose_queue
-from embedq.backpressure import window
-from embedq.batching import Slice, batch_tokens, split
-from embedq.broker import Broker
-from embedq.card import ModelCard
-from embedq.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
+from embedq.discovery import Lookout, StrictWatch, build_spec, choose_queue
 from embedq.errors import BatchFailed, ContractError, TextsFailed
-from embedq.finished import Rows
-from embedq.fleet import fetch_alive
-from embedq.job import Job
-from embedq.ledger import Ledger
-from embedq.link import Link
-from embedq.lookout import Lookout
-from embedq.patience import OnWait, patiently
-from embedq.publisher import Publisher
-from embedq.redis_client import open_redis
+from embedq.jobs.batches import Rows, Slice, batch_tokens, split
+from embedq.jobs.job import Job
+from embedq.jobs.publisher import Publisher
+from embedq.jobs.sender import window
+from embedq.jobs.state import Link
+from embedq.jobs.stream import AnyDocument, Stream
+from embedq.observability import tracing
+from embedq.protocol.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
+from embedq.protocol.values import Vectors
+from embedq.protocol.worker import ModelCard
 from embedq.settings import ProducerSettings, mask_password
-from embedq.stream import AnyDocument, Stream
-from embedq.strictness import StrictWatch
-from embedq.vectors import Vectors
+from embedq.store.connection import OnWait, open_redis, patiently
+from embedq.store.fleet import fetch_alive
+from embedq.store.ledger import Ledger
+from embedq.store.queues import Broker
 
 log = logging.getLogger("embedq")
+
 
 #: Seconds that a job waits for a Redis that went away in its middle.
 JOB_PATIENCE_S = 3_600.0

@@ -23,11 +23,17 @@
 
 Each class carries ``code``, the same word in the wire result, the log event and the metric label.
 A message says what happened, the value, the limit and the next step.
+
+The nearest right word for a wrong one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import errno
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -178,3 +184,23 @@ class TextsFailed(ResultError):
         )
         self.failures = dict(failures)
         self.vectors = vectors
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean X?`` for the most similar known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what can go wrong while writing into a sentence with the next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{path}: the disk is full. What was written is kept; free some space and run the "
+                "same command again to go on."
+            ) from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -12,20 +12,29 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from embedq.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
-from embedq.errors import SettingsError
-from embedq.hints import nearest
+from embedq.errors import SettingsError, nearest
+from embedq.protocol.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 
 #: Put before the name of every setting.
 PREFIX = "EMBEDQ_"
+
+
 #: Where Docker and Kubernetes put secrets: a file there, named like a variable in lower case, sets
 #: what the variable does not, and shows in no `docker inspect`.
 SECRETS_DIR = Path("/run/secrets")
+
+
 #: How URLs begin that Celery opens, and one more that only redis-py does.
 _SCHEMES = ("redis://", "rediss://", "redis+socket://")
+
+
 _UNIX = "unix://"
+
+
 #: The default of EMBEDQ_MODEL on both sides.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+
+
 #: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
 #: must still be told from a stranger. A test compares the list with the classes.
 OTHER_ROOMS = frozenset(
@@ -320,6 +329,8 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
 
 #: What pydantic says of a computed default once another field is wrong.
 _UNTRIED = "default_factory_not_called"
+
+
 #: What a value must be that is of another type.
 _KINDS = {
     "int_parsing": "a whole number",
@@ -327,6 +338,8 @@ _KINDS = {
     "float_parsing": "a number",
     "bool_parsing": "true or false",
 }
+
+
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 

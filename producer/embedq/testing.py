@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 #: Components of a stub vector unless asked otherwise: those of all-MiniLM-L6-v2.
 STUB_DIM: Final = 384
+
+
 #: Bits of the hash that choose a vector.
 HASH_BITS: Final = 64
 

@@ -13,7 +13,7 @@ import pytest
 from ops.chaos.judge import Findings, expected_stub, judge
 from ops.chaos.producers import Task
 
-from embedq.outputs import sidecar_path
+from embedq.bulk.writers import sidecar_path
 from embedq.testing import stub_vectors
 
 #: Row of the one poisoned text.

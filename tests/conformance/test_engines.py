@@ -14,19 +14,18 @@ import pytest
 from tests.model_fixtures import WORDS, real_model, tiny_model
 from tests.standins import Process, RemoteEngine, target_of
 
-from embedq.contract import Device, Precision, VectorSpec
-from embedq.message import EmbedBatch
-from embedq_worker import selftest
-from embedq_worker.answer import Vectors
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines import ENGINES, Engine, open_engine
+from embedq.protocol.contract import Device, Precision, VectorSpec
+from embedq.protocol.message import EmbedBatch
+from embedq_worker.engines.base import AnyTokenizer, Engine, RowForm, TokenBatch
+from embedq_worker.engines.factory import ENGINES, open_engine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, InferFailed, ModelError
-from embedq_worker.models import Model
-from embedq_worker.packing import RowForm, TokenBatch, build_padded, build_rows
-from embedq_worker.planning import Pace, plan_rows
-from embedq_worker.tokenization import Tokenizer
-from embedq_worker.tokens import AnyTokenizer
+from embedq_worker.inference import selftest
+from embedq_worker.inference.embedder import Embedder, Vectors
+from embedq_worker.inference.packing import build_padded, build_rows
+from embedq_worker.inference.planning import Pace, plan_rows
+from embedq_worker.inference.tokenizer import Tokenizer
+from embedq_worker.model.resolve import Model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
 
@@ -305,7 +304,7 @@ def test_bf16_is_refused_where_it_would_be_emulated(
 ) -> None:
     """OpenVINO takes the hint on every CPU with AVX-512; what the CPU can do it says elsewhere."""
     pytest.importorskip("openvino")
-    from embedq_worker.engines.openvino import Runtime
+    from embedq_worker.engines.openvino_runtime import Runtime
 
     told = Runtime.get
     monkeypatch.setattr(Runtime, "get", lambda self, name: told(self, name).replace("BF16", ""))

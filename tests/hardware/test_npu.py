@@ -10,7 +10,7 @@ import pytest
 from tests.model_fixtures import real_model
 from tests.standins import Process, embed_from_threads, embed_there, open_there, process
 
-from embedq_worker.engines.target import TARGETS
+from embedq_worker.engines.openvino_runtime import TARGETS
 
 pytestmark = [
     pytest.mark.npu,

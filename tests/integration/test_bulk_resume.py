@@ -36,10 +36,11 @@ from tests.bulk import (
 )
 from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node, wait_for
 
-from embedq import Client, outputs
+from embedq import Client
+from embedq.bulk import writers
+from embedq.bulk.checkpoint import InputChanged, Manifest, manifest_path
+from embedq.bulk.writers import sidecar_path
 from embedq.errors import InputError
-from embedq.outputs import sidecar_path
-from embedq.resume import InputChanged, Manifest, manifest_path
 from embedq.testing import stub_vectors
 
 #: Texts a second of the slow node, and texts of a long run: more than a second of work.
@@ -192,7 +193,7 @@ def test_changed_setting_is_refused_by_name(
 
 
 def _fields(name: str) -> Any:
-    from embedq.files import Fields
+    from embedq.bulk.readers import Fields
 
     return Fields(id=name)
 
@@ -346,7 +347,7 @@ def test_truncated_spool_is_refused(
 def embedded(client: Client, source: Path, output: Path) -> None:
     """Leave an output as a run does that is killed when every row is in the spools."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "finish", _killed)
+        patch.setattr(writers, "finish", _killed)
         with pytest.raises(Killed):
             embed(client, source, output)
     assert safe_rows(output) == 200

@@ -35,10 +35,10 @@ from tests.command import Command, one_line
 from tests.servers import NodeProcess, RedisProcess, stub_node
 
 from embedq import Client
+from embedq.bulk.checkpoint import InputChanged, Manifest, manifest_path
+from embedq.bulk.readers import Fields
+from embedq.bulk.writers import sidecar_path
 from embedq.errors import InputError
-from embedq.files import Fields
-from embedq.outputs import sidecar_path
-from embedq.resume import InputChanged, Manifest, manifest_path
 from embedq.testing import stub_vectors
 
 #: Descriptor of the pipe that is an input; bash begins with it, too.

@@ -12,9 +12,9 @@ from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, stub_node, wait
 
 from embedq import Client
 from embedq.testing import stub_vectors
-from embedq_worker import exits
-from embedq_worker.engines.script import FaultScript
-from embedq_worker.supervisor import CRASHES
+from embedq_worker import exit_codes
+from embedq_worker.engines.stub import FaultScript
+from embedq_worker.main_process.supervisor import CRASHES
 
 TEXTS = [f"text {i}" for i in range(50)]
 
@@ -84,8 +84,8 @@ def test_replacement_child_may_fail_once(
 @pytest.mark.parametrize(
     ("fault", "code", "starts"),
     [
-        ("init=segfault", exits.CRASH_LOOP, CRASHES),
-        ("init=raise", exits.ENGINE, 2),
+        ("init=segfault", exit_codes.CRASH_LOOP, CRASHES),
+        ("init=raise", exit_codes.ENGINE, 2),
     ],
 )
 def test_child_that_never_comes_up_again_ends_the_node(

@@ -21,10 +21,10 @@ from tests.servers import (
 )
 
 from embedq import Client
-from embedq.batching import Slice
 from embedq.errors import TextsFailed
+from embedq.jobs.batches import Slice
+from embedq.protocol.values import Vectors
 from embedq.testing import stub_vectors
-from embedq.vectors import Vectors
 
 #: The shortest visibility timeout there is, so that a dead node is missed soon.
 LEASE = {"EMBEDQ_VISIBILITY_TIMEOUT_S": "4"}

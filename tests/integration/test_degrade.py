@@ -14,10 +14,10 @@ import pytest
 from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wait_for
 
 from embedq import Client
-from embedq.fleet import Heartbeat
+from embedq.protocol.worker import Heartbeat
 from embedq.testing import stub_vectors
-from embedq_worker import exits
-from embedq_worker.engines.script import FaultScript
+from embedq_worker import exit_codes
+from embedq_worker.engines.stub import FaultScript
 
 #: Shorter than in production, by public settings, so that a test need not wait for half a minute.
 QUICK = {
@@ -131,7 +131,7 @@ def test_strict_node_ends_when_its_npu_hangs_at_the_start(
     node = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_BUDGET_S="2")
     node.faults.replace("init=hang")
     try:
-        assert node.process.wait(DEADLINE_S) == exits.NPU_UNPROVEN
+        assert node.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
     finally:
         node.stop()
 
@@ -200,7 +200,7 @@ def test_paused_fleet_takes_nothing_until_it_is_resumed(npu: Npu, redis: RedisPr
         job = client.submit(TEXTS)
         urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
         shown = subprocess.run(
-            [sys.executable, "-c", "from embedq.cli import main; main()", "status", "--json"],
+            [sys.executable, "-c", "from embedq.cli.main import main; main()", "status", "--json"],
             env=environment(**urls),
             capture_output=True,
             timeout=DEADLINE_S,

@@ -11,11 +11,10 @@ from tests.model_fixtures import WORDS, tiny_model
 from tests.servers import RedisProcess, stub_node, wait_for
 
 from embedq import Client
-from embedq.contract import Device, Outcome, Precision
-from embedq_worker.answer import Vectors
-from embedq_worker.engines.openvino import Runtime
-from embedq_worker.engines.target import CPU
-from embedq_worker.models import Model
+from embedq.protocol.contract import Device, Outcome, Precision
+from embedq_worker.engines.openvino_runtime import CPU, Runtime
+from embedq_worker.inference.embedder import Vectors
+from embedq_worker.model.resolve import Model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
 

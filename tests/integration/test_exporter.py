@@ -21,16 +21,14 @@ from rich.console import Console
 from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
 from tests.servers import RedisProcess
 
-from embedq.contract import Queue
-from embedq.exporter import serve
-from embedq.exporter_cli import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-from embedq.fleet import NODES_KEY
-from embedq.ledger import JOBS_KEY, Ledger
-from embedq.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
-from embedq.orders import PAUSED_KEY
-from embedq.redis_client import open_redis
-from embedq.status import fetch_status
-from embedq.status_cli import render
+from embedq.cli.operations import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, render
+from embedq.observability.exporter import serve
+from embedq.observability.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
+from embedq.observability.status import fetch_status
+from embedq.protocol.contract import Queue
+from embedq.store.connection import open_redis
+from embedq.store.fleet import NODES_KEY, PAUSED_KEY
+from embedq.store.ledger import JOBS_KEY, Ledger
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -9,7 +9,8 @@ import numpy as np
 from redis import Redis
 from tests.servers import RedisProcess, stub_node, wait_for
 
-from embedq import Client, orders
+from embedq import Client
+from embedq.store import fleet
 from embedq.testing import stub_vectors
 
 
@@ -42,7 +43,7 @@ def test_paused_node_waits_for_a_redis_that_cannot_write(short_dir: Path) -> Non
         with stub_node(redis, short_dir, "patient") as node, redis.open(0) as broker:
             before = node.child_pid()
             with redis.open() as results:
-                orders.pause(results, "A test.")
+                fleet.pause(results, "A test.")
             wait_for(lambda: node.lines("Canceling queue embed.npu"), "the node to pause")
             broker.config_set("save", "3600 1")
             disk.rmdir()

@@ -25,8 +25,9 @@ from tests.bulk import (
 from tests.servers import NodeProcess, RedisProcess
 
 from embedq import Client
+from embedq.bulk.readers import BadLine, Fields, Reading, read
 from embedq.errors import InputError
-from embedq.files import BadLine, Document, Fields, Reading, read
+from embedq.jobs.batches import Document
 from embedq.testing import stub_vectors
 
 #: Texts that formats are known to spoil.

@@ -15,8 +15,8 @@ import pytest
 from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
 
 from embedq import Client
-from embedq.fleet import Heartbeat
-from embedq_worker import pulse
+from embedq.protocol.worker import Heartbeat
+from embedq_worker.main_process import liveness
 
 
 def check(node: NodeProcess, *options: str) -> tuple[int, str]:
@@ -30,11 +30,13 @@ def check(node: NodeProcess, *options: str) -> tuple[int, str]:
     return done.returncode, done.stdout.strip()
 
 
-def wait_beat(node: NodeProcess, what: str, right: Callable[[pulse.Pulse], bool]) -> pulse.Pulse:
+def wait_beat(
+    node: NodeProcess, what: str, right: Callable[[liveness.Pulse], bool]
+) -> liveness.Pulse:
     """Wait for a pulse of a kind."""
 
-    def look() -> pulse.Pulse | None:
-        found = next(pulse.read_all(node.runtime_dir, node.name), None)
+    def look() -> liveness.Pulse | None:
+        found = next(liveness.read_all(node.runtime_dir, node.name), None)
         return found if found and right(found) else None
 
     return wait_for(look, what)
@@ -49,7 +51,7 @@ def test_node_that_hangs_is_stale_and_one_without_broker_lives(
 ) -> None:
     """A stopped parent is stale within the age asked for; without Redis it beats, not ready."""
     with stub_node(redis, short_dir) as node:
-        serving = wait_beat(node, "a pulse of a node that serves", pulse.Pulse.may_serve)
+        serving = wait_beat(node, "a pulse of a node that serves", liveness.Pulse.may_serve)
         well = check(node)
         os.kill(serving.pid, signal.SIGSTOP)
         hung = wait_for(lambda: _if_unwell(check(node, "--max-age-s", "3")), "a stale pulse")

@@ -13,9 +13,9 @@ from tests.model_fixtures import docstrings
 from tests.servers import RedisProcess, stub_node
 
 from embedq import Client
-from embedq.contract import Precision
-from embedq_worker.models import DEFAULT_MODEL
-from embedq_worker.quantize_run import Wanted, run
+from embedq.protocol.contract import Precision
+from embedq_worker.cli.quantize import Wanted, run
+from embedq_worker.model.resolve import DEFAULT_MODEL
 from embedq_worker.settings import WorkerSettings
 
 

@@ -10,9 +10,9 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from tests.servers import JOB_TTL_S, RedisProcess
 
-from embedq.ledger import JOBS_KEY, Commit, Ledger, Verdict
-from embedq.patience import waits_for
-from embedq.suspects import Notes, Suspects
+from embedq.store.connection import waits_for
+from embedq.store.dead_letters import Notes, Suspects
+from embedq.store.ledger import JOBS_KEY, Commit, Ledger, Verdict
 
 
 def keys_of_job(results: Redis) -> set[bytes]:

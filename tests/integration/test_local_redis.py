@@ -18,8 +18,8 @@ import redis
 from kombu import Connection
 
 from embedq.errors import LocalStartFailed
-from embedq.local import LocalFleet
-from embedq.redis_server import bundled_program, choose
+from embedq.local.fleet import LocalFleet
+from embedq.local.redis_server import bundled_program, choose
 
 #: Seconds after which what should have happened counts as not happening.
 DEADLINE_S = 20.0
@@ -35,7 +35,7 @@ NODE = [sys.executable, "-c", FAMILY]
 #: A command that holds a fleet until it is told to stop.
 OWNER = f"""
 import sys
-from embedq.local import LocalFleet
+from embedq.local.fleet import LocalFleet
 with LocalFleet(node_command={NODE!r}, warn=print) as fleet:
     print(fleet.log_path, flush=True)
     sys.stdin.read()

@@ -12,8 +12,8 @@ from tests.model_fixtures import docstrings
 from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
-from embedq.batching import Slice
-from embedq.pump import Pump
+from embedq.jobs.batches import Slice
+from embedq.jobs.sender import Pump
 from embedq.testing import STUB_DIM, stub_vectors
 
 #: Bytes of one vector.

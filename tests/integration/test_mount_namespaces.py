@@ -17,8 +17,8 @@ import pytest
 from tests.device_trees import DeviceTree
 from tests.servers import DEADLINE_S, environment
 
-from embedq_worker import exits
-from embedq_worker.devices import no_plugin
+from embedq_worker import exit_codes
+from embedq_worker.device.discovery import no_plugin
 
 pytestmark = pytest.mark.skipif(bool(no_plugin()), reason="no NPU can work on this platform")
 
@@ -39,8 +39,8 @@ exec "$@"
 #: Claims the NPU as a node does, says so, and holds it until its stdin ends.
 HOLD = """
 import sys
-from embedq_worker.claims import claim
-from embedq_worker.placement import place
+from embedq_worker.device.placement import claim
+from embedq_worker.device.placement import place
 from embedq_worker.settings import WorkerSettings
 settings = WorkerSettings.load()
 held = claim(place(settings).npu.pci, settings.lock_dir, node=settings.name)
@@ -114,7 +114,7 @@ def test_two_npus_outside_of_containers_are_refused(tree: DeviceTree, tmp_path: 
 
     assert [(npu["pci"], npu["problem"]) for npu in shown["npus"]] == [(FIRST, ""), (SECOND, "")]
     assert (shown["device"], "one container per node" in shown["reason"]) == ("cpu", True)
-    assert refused.returncode == second.returncode == exits.DEVICE
+    assert refused.returncode == second.returncode == exit_codes.DEVICE
     assert "private mount namespace" in refused.stderr
     assert "/dev/accel/accel1 is not the first" in second.stderr
 
@@ -139,7 +139,7 @@ def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path
         (FIRST, "not visible here"),
     ]
     assert (free["device"], free["reason"]) == ("npu", f"Found accel1 NPU 4000 at {SECOND}.")
-    assert late.returncode == exits.DEVICE
+    assert late.returncode == exit_codes.DEVICE
     assert f"process {holder.pid} on " in late.stderr and "(node holder)" in late.stderr
     assert taken["npus"][0]["problem"].startswith(f"held by {beside.pid} ")
     assert sorted(path.name for path in locks.iterdir()) == [

@@ -32,11 +32,11 @@ from tests.standins import (
     target_of,
 )
 
-from embedq_worker import exits
-from embedq_worker.digests import Digests
-from embedq_worker.engines.target import TARGETS
+from embedq_worker import exit_codes
+from embedq_worker.engines.openvino_runtime import TARGETS
 from embedq_worker.errors import DeviceLost, InferFailed, Reason
-from embedq_worker.models import Model, load_model
+from embedq_worker.files import Digests
+from embedq_worker.model.resolve import Model, load_model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
 ALIAS = TARGETS["alias"]
@@ -203,7 +203,7 @@ def test_lost_device_is_not_asked_again(
 
 
 def run_cli(
-    model: Model, cache: Path, *arguments: str, code: int = exits.OK, **settings: str
+    model: Model, cache: Path, *arguments: str, code: int = exit_codes.OK, **settings: str
 ) -> dict[str, Any]:
     """Run embedq-worker on a stand-in and return the one JSON object on its stdout."""
     own = {
@@ -236,7 +236,7 @@ def test_trace_binding_counts_in_a_child(model: Model, cache: Path) -> None:
 def test_shared_binding_shows_in_the_trace(model: Model, cache: Path) -> None:
     """The binding for experiments binds four tensors an inference; the trace says so and is red."""
     asked = ("trace-binding", "--inferences", "5")
-    found = run_cli(model, cache, *asked, code=exits.CHECK, EMBEDQ_NPU_BINDING="shared")
+    found = run_cli(model, cache, *asked, code=exit_codes.CHECK, EMBEDQ_NPU_BINDING="shared")
 
     assert found["pinned"] is False
     assert (found["counters"]["inferences"], found["counters"]["binds"]) == (5, 20)

@@ -16,8 +16,8 @@ from tests.forging import MARKER, batch_of, push, queued, with_body
 from tests.servers import NodeProcess, RedisProcess, leaving_node, wait_for
 
 from embedq import Client
-from embedq.contract import Queue
 from embedq.errors import TextsFailed
+from embedq.protocol.contract import Queue
 
 #: Short enough that zstd leaves it as it is: what quotes the message quotes the text.
 TEXTS = [f"{MARKER} {i}" for i in range(3)]

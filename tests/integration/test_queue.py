@@ -13,11 +13,11 @@ from redis import Redis
 from tests.servers import NodeProcess, RedisProcess, wait_for
 
 from embedq import Client
-from embedq.batching import Slice
-from embedq.contract import MAX_TEXT_BYTES
 from embedq.errors import ContractError, QueueUnavailable, ResultExpired, TextsFailed
-from embedq.message import EmbedBatch
-from embedq.publisher import Publisher
+from embedq.jobs.batches import Slice
+from embedq.jobs.publisher import Publisher
+from embedq.protocol.contract import MAX_TEXT_BYTES
+from embedq.protocol.message import EmbedBatch
 from embedq.testing import STUB_DIM, stub_vectors
 
 TEXTS = ["plain", "", "emoji 🦀🎉", "שלום עולם", "مرحبا", "a" * 50_000, "日本語"]
@@ -142,8 +142,8 @@ def test_batch_that_was_not_published_is_not_forgotten(
         away.setattr(Publisher, "publish", stay_away)
         with pytest.raises(QueueUnavailable):
             job.wait()
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     job.wait(timeout_s=20)
 
     vectors = [embedded.vector for embedded in job.results()]
@@ -154,7 +154,7 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
     node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Entries of a stream are numbered by the clock of Redis; an empty one may be behind."""
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     texts = [f"text {i}" for i in range(20)]
     slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
     with Client(settings=shared_redis.settings(window=1)) as client, shared_redis.open() as redis:
@@ -237,8 +237,8 @@ def test_batch_in_hand_when_redis_goes_away_is_not_lost(
         away.setattr(Publisher, "publish", stay_away)
         with pytest.raises(QueueUnavailable):
             job.wait()
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     job.wait(timeout_s=20)
 
     assert np.array_equal([e.vector for e in job.results()], stub_vectors(texts))
@@ -270,8 +270,8 @@ def test_batch_whose_commit_left_redis_is_computed_again(
     node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Redis that evicts the stream of commits and keeps the bits hides no batch for ever."""
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_AFTER_S", 0.1)
-    monkeypatch.setattr("embedq.reconciler.RECONCILE_EVERY_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
+    monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     with Client(settings=shared_redis.settings()) as client, shared_redis.open() as redis:
         job = client.submit(["one", "two"])
         stream = f"embedq:{{{job.id}}}:commits"

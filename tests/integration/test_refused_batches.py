@@ -11,12 +11,12 @@ from tests.forging import MARKER, SPEC, batch_of, push, queued
 from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
-from embedq.contract import MAX_BATCH_TEXTS, SCHEMA
 from embedq.errors import BatchFailed
-from embedq.ledger import Ledger
-from embedq.message import EmbedBatch
+from embedq.protocol.contract import MAX_BATCH_TEXTS, SCHEMA
+from embedq.protocol.message import EmbedBatch
+from embedq.store.ledger import Ledger
 from embedq.testing import stub_vectors
-from embedq_worker.backend import HAND_BACK_PAUSE_S
+from embedq_worker.pool_process.commit import HAND_BACK_PAUSE_S
 
 SPECIFICATION = list(SPEC)
 

@@ -24,11 +24,11 @@ from tests.bulk import (
 from tests.servers import NodeProcess, RedisProcess
 
 from embedq import Client
+from embedq.bulk.checkpoint import Manifest, manifest_path
+from embedq.bulk.estimate import SAMPLE, estimate
+from embedq.bulk.request import Request
+from embedq.bulk.search import load_manifest, nearest_rows
 from embedq.errors import InputError
-from embedq.estimate import SAMPLE, estimate
-from embedq.request import Request
-from embedq.resume import Manifest, manifest_path
-from embedq.search import load_manifest, nearest_rows
 from embedq.testing import stub_vectors
 
 
@@ -98,7 +98,7 @@ def test_search_reads_more_than_one_chunk(
     query = stub_vectors(["a question"])[0]
     whole = nearest_rows(output, query, 20)
 
-    monkeypatch.setattr("embedq.search.CHUNK_ROWS", 7)
+    monkeypatch.setattr("embedq.bulk.search.CHUNK_ROWS", 7)
 
     pieces = nearest_rows(output, query, 20)
     assert [hit.id for hit in pieces] == [hit.id for hit in whole]
@@ -169,7 +169,7 @@ def test_search_refuses_a_senseless_number(top: str, tmp_path: Path) -> None:
     """-k must be one or more; the option is named."""
     from click.testing import CliRunner
 
-    from embedq.cli import cli
+    from embedq.cli.main import cli
 
     result = CliRunner().invoke(cli, ["search", str(tmp_path / "a.npy"), "q", "-k", top])
 

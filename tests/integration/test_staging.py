@@ -9,15 +9,14 @@ import pytest
 from redis import Redis
 from tests.servers import JOB_TTL_S, RedisProcess
 
-from embedq.contract import VectorSpec
-from embedq.ledger import Ledger, StagedGone
-from embedq.message import EmbedBatch
-from embedq.staging import STAGED_TTL_S, Staging
+from embedq.protocol.contract import VectorSpec
+from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import decode, split_rows
+from embedq.store.ledger import STAGED_TTL_S, Ledger, StagedGone, Staging
 from embedq.testing import stub_vectors
-from embedq.vectors import decode, split_rows
-from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
-from embedq_worker.uploading import Upload
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.pool_process.commit import Upload
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 

@@ -27,11 +27,12 @@ from tests.servers import (
 )
 
 from embedq import Client
-from embedq.contract import Queue
 from embedq.errors import StrictUnavailable
-from embedq.fleet import Heartbeat, fetch_alive
+from embedq.protocol.contract import Queue
+from embedq.protocol.worker import Heartbeat
+from embedq.store.fleet import fetch_alive
 from embedq.testing import stub_vectors
-from embedq_worker import exits
+from embedq_worker import exit_codes
 
 #: A stub that takes the queues of an NPU.
 AS_NPU = {"EMBEDQ_STUB_DEVICE": "npu"}
@@ -112,7 +113,7 @@ def test_crash_loop_keeps_the_node_off(redis: RedisProcess, short_dir: Path) -> 
             os.kill(int(pid), signal.SIGKILL)
             wait_for(lambda pid=pid: not alive(int(pid)), "its end")  # type: ignore[misc] # bound
 
-        assert node.process.wait(DEADLINE_S) == exits.CRASH_LOOP
+        assert node.process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
     finally:
         node.stop()
     assert len(node.lines("node_crash_loop", "deaths=5")) == 1
@@ -162,9 +163,9 @@ def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) 
 @pytest.mark.parametrize(
     ("settings", "code", "words"),
     [
-        ({"EMBEDQ_DEVICE": "nup"}, exits.SETTINGS, "Did you mean npu?"),
-        ({"EMBEDQ_STRICT": "1", "EMBEDQ_DEVICE": "cpu"}, exits.SETTINGS, "exclude each other"),
-        ({"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": "/nowhere"}, exits.MODEL, "/nowhere"),
+        ({"EMBEDQ_DEVICE": "nup"}, exit_codes.SETTINGS, "Did you mean npu?"),
+        ({"EMBEDQ_STRICT": "1", "EMBEDQ_DEVICE": "cpu"}, exit_codes.SETTINGS, "exclude each other"),
+        ({"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": "/nowhere"}, exit_codes.MODEL, "/nowhere"),
     ],
 )
 def test_start_that_cannot_work_ends_with_its_code(
@@ -191,7 +192,7 @@ def test_second_node_of_a_name_is_refused(redis: RedisProcess, short_dir: Path) 
             EMBEDQ_RUNTIME_DIR=os.fspath(node.runtime_dir),
         )
 
-        assert run.returncode == exits.SETTINGS
+        assert run.returncode == exit_codes.SETTINGS
         assert "A node twin runs on this machine already" in run.stderr
         assert "--name NAME" in run.stderr
         assert node.pids() == before
@@ -214,13 +215,15 @@ def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
     finally:
         redis.stop()
 
-    assert run.returncode == exits.SETTINGS
+    assert run.returncode == exit_codes.SETTINGS
     assert f"EMBEDQ_{which}_URL: Redis at" in run.stderr
     assert "refused the password" in run.stderr
     assert "wr0ng" not in run.stderr
 
 
-@pytest.mark.parametrize(("fault", "code"), [("raise", exits.ENGINE), ("exit", exits.CRASH_LOOP)])
+@pytest.mark.parametrize(
+    ("fault", "code"), [("raise", exit_codes.ENGINE), ("exit", exit_codes.CRASH_LOOP)]
+)
 def test_node_that_gives_up_says_so(
     fault: str, code: int, redis: RedisProcess, short_dir: Path
 ) -> None:
@@ -247,7 +250,7 @@ def test_start_without_the_npu_that_was_asked_for(
     """Who asks for an NPU gets one or a code."""
     run = worker("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
 
-    assert run.returncode == exits.DEVICE
+    assert run.returncode == exit_codes.DEVICE
     assert "NPU" in run.stderr
 
 
@@ -256,7 +259,7 @@ def test_all_is_refused_with_options_that_mean_one_node(option: str, short_dir: 
     """Two nodes side by side are neither strict nor on one device."""
     run = worker("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
 
-    assert run.returncode == exits.SETTINGS
+    assert run.returncode == exit_codes.SETTINGS
     assert re.search("--all and EMBEDQ_(STRICT|DEVICE=cpu) exclude each other", run.stderr)
 
 
@@ -264,8 +267,10 @@ def test_help_names_every_exit_code() -> None:
     """The epilog is where an operator looks them up."""
     run = worker("start", "--help")
 
-    codes = {value for name, value in vars(exits).items() if name.isupper() and name != "EPILOG"}
-    numbers = {code for code in codes if isinstance(code, int)} - {exits.FAILURE}
+    codes = {
+        value for name, value in vars(exit_codes).items() if name.isupper() and name != "EPILOG"
+    }
+    numbers = {code for code in codes if isinstance(code, int)} - {exit_codes.FAILURE}
     assert run.returncode == 0
     assert all(f"{code} " in run.stdout for code in numbers)
 
@@ -344,7 +349,7 @@ def test_every_red_line_of_check_has_a_next_step(
     run = worker("check", "--json", **{**urls, **folders, **settings})
 
     found = json.loads(run.stdout)
-    assert (run.returncode, found["ok"]) == (exits.CHECK, False)
+    assert (run.returncode, found["ok"]) == (exit_codes.CHECK, False)
     [line] = [line for line in found["checks"] if line["level"] == "red"]
     assert line["name"] == red
     assert line["detail"] and line["mend"]
@@ -399,7 +404,7 @@ def test_npu_that_cannot_be_proven(
     node = NodeProcess(redis, short_dir, "unproven", **hanging, **tiny_settings)
     try:
         if strict == "1":
-            assert node.process.wait(DEADLINE_S) == exits.NPU_UNPROVEN
+            assert node.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
             assert "EMBEDQ_STRICT keeps this node off the CPU" in node.log()
             return
         degraded = wait_for(

@@ -24,8 +24,8 @@ from tests.servers import (
 
 from embedq import Client
 from embedq.errors import ContractError, InputError, QueueUnavailable, ResultTimeout
-from embedq.files import Document
-from embedq.stream import AnyDocument
+from embedq.jobs.batches import Document
+from embedq.jobs.stream import AnyDocument
 from embedq.testing import stub_vectors
 
 #: Texts of one batch and of a full window of a small client.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
 
-from embedq_worker.engines.script import FaultScript
+from embedq_worker.engines.stub import FaultScript
 
 TRACED = {
     "EMBEDQ_TRACES": "1",
@@ -115,7 +115,7 @@ def test_nothing_of_opentelemetry_is_loaded_without_the_setting() -> None:
     """Neither a client nor the app of a node traces or touches Celery."""
     # Its metrics may be there: redis-py loads them where they are installed.
     program = """
-import embedq, embedq_worker.app, sys
+import embedq, embedq_worker.main_process.app, sys
 OURS = ('opentelemetry.sdk.trace', 'opentelemetry.instrumentation')
 embedq.Client(broker_url='redis://127.0.0.1:1/0')
 print([name for name in sys.modules if name.startswith(OURS)])

@@ -12,8 +12,8 @@ import yaml
 from tests.operations.servers import OPS
 from tests.programs import program
 
-from embedq.contract import Queue
-from embedq.metrics import METRICS, STATES, Kind
+from embedq.observability.metrics import METRICS, STATES, Kind
+from embedq.protocol.contract import Queue
 
 PROMETHEUS = OPS / "prometheus"
 TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))

@@ -10,7 +10,7 @@ import yaml
 from tests.operations.servers import OPS
 from tests.operations.test_alerts import known_series, series_of
 
-from embedq.contract import Queue
+from embedq.protocol.contract import Queue
 from embedq_worker.settings import WorkerSettings
 
 KUSTOMIZATION = yaml.safe_load((OPS / "kustomization.yaml").read_text())

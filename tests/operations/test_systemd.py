@@ -11,7 +11,7 @@ import pytest
 from tests.operations.servers import OPS
 
 from embedq.settings import ProducerSettings
-from embedq_worker import exits
+from embedq_worker import exit_codes
 from embedq_worker.settings import WorkerSettings
 
 UNIT = OPS / "systemd" / "embedq-worker.service"
@@ -50,7 +50,11 @@ def test_ending_fits_a_batch_and_giving_up_is_not_undone() -> None:
 
     assert values("KillMode") == ["mixed"]
     assert values("TimeoutStopSec") == ["90"]
-    assert {int(code) for code in codes.split()} == {exits.SETTINGS, exits.MODEL, exits.DEVICE}
+    assert {int(code) for code in codes.split()} == {
+        exit_codes.SETTINGS,
+        exit_codes.MODEL,
+        exit_codes.DEVICE,
+    }
 
 
 def test_it_runs_with_the_device_and_little_else() -> None:

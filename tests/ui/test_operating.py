@@ -36,7 +36,7 @@ from tests.ui.watchers import (
 )
 
 from embedq import Client
-from embedq.job import Job
+from embedq.jobs.job import Job
 
 #: Seconds after which everybody must know: two scrapes or evaluations of 5 s, and some air.
 ALL_KNOW_S = 15.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedq import metrics
+from embedq.observability import metrics
 from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, Room
 from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
 
@@ -16,7 +16,7 @@ ROOMS: dict[str, type[Room]] = {
     "embedq.settings.ProducerSettings": ProducerSettings,
     "embedq_worker.settings.WorkerSettings": WorkerSettings,
 }
-METRICS_MARKER = "<!-- metrics: embedq.metrics -->\n"
+METRICS_MARKER = "<!-- metrics: embedq.observability.metrics -->\n"
 
 
 def table(room: type[Room]) -> str:

@@ -10,13 +10,16 @@ def main() -> None:
     """Run a command; `start` runs under a supervisor."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["health"]:
-        from embedq_worker.health_check import main as check  # neither click nor pydantic
+        from embedq_worker.main_process.liveness import main as check  # neither click nor pydantic
 
         sys.exit(check(arguments[1:]))
     asks_for_help = {"-h", "--help"} & set(arguments)
     if arguments[:1] != ["start"] or asks_for_help or os.name == "nt":
         _run(arguments)  # never returns
-    from embedq_worker.supervisor import Node, supervise  # wants signals that Windows lacks
+    from embedq_worker.main_process.supervisor import (
+        Node,
+        supervise,  # wants signals that Windows lacks
+    )
 
     def run(more: list[str]) -> None:
         _run([*arguments, *more])
@@ -26,7 +29,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    from embedq_worker.cli import run  # pydantic, click: not in the supervisor
+    from embedq_worker.cli.main import run  # pydantic, click: not in the supervisor
 
     run(arguments)
 

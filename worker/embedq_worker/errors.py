@@ -143,3 +143,12 @@ class DeviceLost(EngineError):
     """The device is gone, hung or in an unknown state; only a new process can use it."""
 
     code = "device_lost"
+
+
+def describe(error: BaseException, otherwise: Reason) -> tuple[str, str]:
+    """Return the code and a sentence of an error; one that is not ours may quote a text."""
+    if isinstance(error, EngineError):
+        return str(error.reason), str(error)
+    if isinstance(error, EmbedqError):
+        return error.code, str(error)
+    return str(otherwise), type(error).__name__

@@ -5,15 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.batching import (
-    CPU_BATCH_TOKENS,
-    DEVICE_BATCH_TOKENS,
-    RAMP,
-    batch_tokens,
-    split,
-)
-from embedq.contract import MAX_BATCH_BYTES, MAX_TEXT_BYTES, VectorSpec
-from embedq.message import EmbedBatch
+from embedq.jobs.batches import CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS, RAMP, batch_tokens, split
+from embedq.protocol.contract import MAX_BATCH_BYTES, MAX_TEXT_BYTES, VectorSpec
+from embedq.protocol.message import EmbedBatch
 
 SPEC = VectorSpec("ab" * 32, 384, 256)
 LIMITS = {"max_texts": 8, "max_tokens": 200, "max_length": 64}

@@ -10,42 +10,45 @@ from click.testing import CliRunner
 from fakeredis import FakeRedis
 from rich.console import Console
 
-from embedq import dead, dead_cli, status_cli
-from embedq.exits import EXIT_INPUT, EXIT_SETTINGS
-from embedq.exporter_cli import exporter
-from embedq.fleet import Heartbeat
-from embedq.orders import Pause
-from embedq.status import FleetStatus, JobStatus
+from embedq.cli import operations
+from embedq.cli.console import EXIT_INPUT, EXIT_SETTINGS
+from embedq.cli.operations import exporter
+from embedq.observability.status import FleetStatus, JobStatus
+from embedq.protocol.worker import Heartbeat
+from embedq.store import dead_letters
+from embedq.store.fleet import Pause
 
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> FakeRedis:
     """A Redis with one text set aside, which is what the commands open."""
     redis = FakeRedis()
-    letter = dead.new("job", 0, 1, code="poison", reason="", node="n", prompt="", text="a text")
-    dead.add(redis, letter)
-    monkeypatch.setattr(dead_cli, "_results", lambda: redis)
+    letter = dead_letters.new(
+        "job", 0, 1, code="poison", reason="", node="n", prompt="", text="a text"
+    )
+    dead_letters.add(redis, letter)
+    monkeypatch.setattr(operations, "_results", lambda: redis)
     return redis
 
 
 def test_dropping_what_is_not_there_drops_the_rest(letters: FakeRedis) -> None:
     """A typo among many ids is named, and stops none of the others."""
-    run = CliRunner().invoke(dead_cli.dead, ["drop", "nope", "job:0:1"])
+    run = CliRunner().invoke(operations.dead, ["drop", "nope", "job:0:1"])
 
     assert run.exit_code == EXIT_INPUT
     assert "1 dropped" in run.output
     assert "no text set aside under nope" in run.output
-    assert not dead.fetch_all(letters)
+    assert not dead_letters.fetch_all(letters)
 
 
 @pytest.mark.parametrize("command", ["show", "drop"])
 def test_unknown_id_is_an_error(command: str, letters: FakeRedis) -> None:
     """Nobody takes a typo for something that is done."""
-    run = CliRunner().invoke(dead_cli.dead, [command, "nope"])
+    run = CliRunner().invoke(operations.dead, [command, "nope"])
 
     assert run.exit_code == EXIT_INPUT
     assert "no text set aside under nope" in run.output
-    assert len(dead.fetch_all(letters)) == 1
+    assert len(dead_letters.fetch_all(letters)) == 1
 
 
 @pytest.mark.parametrize("port", ["-1", "65536"])
@@ -59,7 +62,7 @@ def test_port_that_is_none_is_refused(port: str) -> None:
 
 def test_watch_and_json_exclude_each_other() -> None:
     """One of them would be ignored."""
-    run = CliRunner().invoke(status_cli.status, ["--watch", "--json"])
+    run = CliRunner().invoke(operations.status, ["--watch", "--json"])
 
     assert run.exit_code == EXIT_SETTINGS
     assert "exclude each other" in run.output
@@ -70,19 +73,19 @@ def test_pause_is_shown_with_its_reason() -> None:
     paused = Pause("upgrade", 400.0)
     found = FleetStatus(1000.0, [], {}, 0, 0.0, [], {}, paused)
 
-    head = status_cli.render(found).renderables[0]
+    head = operations.render(found).renderables[0]
 
     assert "paused 10 min 0 s ago: upgrade" in str(head)
 
 
 def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) -> None:
     """Only what is named is touched: there may be a thousand texts of a megabyte each."""
-    letters.hset(dead.DEAD_KEY, "damaged", b"x")
+    letters.hset(dead_letters.DEAD_KEY, "damaged", b"x")
 
-    run = CliRunner().invoke(dead_cli.dead, ["drop", "job:0:1"])
+    run = CliRunner().invoke(operations.dead, ["drop", "job:0:1"])
 
     assert run.exit_code == 0, run.output
-    assert not letters.hexists(dead.DEAD_KEY, "job:0:1")
+    assert not letters.hexists(dead_letters.DEAD_KEY, "job:0:1")
 
 
 def test_brackets_are_no_markup() -> None:
@@ -93,7 +96,7 @@ def test_brackets_are_no_markup() -> None:
     found = FleetStatus(now, [node], {}, 0, 0.0, [job], {}, None, silent={"s[/c]": now})
     shown = io.StringIO()
 
-    Console(width=200, file=shown).print(status_cli.render(found))
+    Console(width=200, file=shown).print(operations.render(found))
 
     for words in ("n[a]", "[/dev/accel/accel0]", "j[b]", "out[v2].npy", "s[/c]"):
         assert words in shown.getvalue()
@@ -102,18 +105,18 @@ def test_brackets_are_no_markup() -> None:
 @pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), float("nan")])
 def test_age_of_a_forged_time_is_none(seconds: float) -> None:
     """A score of inf in Redis is no reason to end `embedq status`."""
-    assert status_cli.age(seconds) == "0 s"
+    assert operations.age(seconds) == "0 s"
 
 
 def test_unreadable_letter_hides_no_other_and_can_be_dropped(letters: FakeRedis) -> None:
     """One that is damaged, or of another version, stands in the list under its name."""
-    letters.hset(dead.DEAD_KEY, "broken", b"junk")
-    letters.hset(dead.DEAD_KEY, "forged", msgpack.packb({"id": "x", "at": "never"}))
+    letters.hset(dead_letters.DEAD_KEY, "broken", b"junk")
+    letters.hset(dead_letters.DEAD_KEY, "forged", msgpack.packb({"id": "x", "at": "never"}))
 
-    listed = CliRunner().invoke(dead_cli.dead, ["ls"])
-    dropped = CliRunner().invoke(dead_cli.dead, ["drop", "--all"])
+    listed = CliRunner().invoke(operations.dead, ["ls"])
+    dropped = CliRunner().invoke(operations.dead, ["drop", "--all"])
 
     assert (listed.exit_code, dropped.exit_code) == (0, 0)
     assert "broken" in listed.output
     assert "forged" in listed.output
-    assert not letters.exists(dead.DEAD_KEY)
+    assert not letters.exists(dead_letters.DEAD_KEY)

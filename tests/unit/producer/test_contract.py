@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.card import ModelCard
-from embedq.contract import MAX_BATCH_TEXTS, MAX_TEXT_BYTES, Accuracy, OnLong, VectorSpec, refusal
 from embedq.errors import BatchTooLarge, MalformedMessage
-from embedq.header import Header
-from embedq.message import EmbedBatch, message_headers
+from embedq.protocol.contract import (
+    MAX_BATCH_TEXTS,
+    MAX_TEXT_BYTES,
+    Accuracy,
+    OnLong,
+    VectorSpec,
+    refusal,
+)
+from embedq.protocol.message import EmbedBatch, Header, message_headers
+from embedq.protocol.worker import ModelCard
 
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "שלום", "مرحبا", "日本語", "a" * 50_000, "line\nbreak"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from embedq.batching import guess_tokens
-from embedq.estimate import SAMPLE, Estimate, sample_of
-from embedq.request import Request
+from embedq.bulk.estimate import SAMPLE, Estimate, sample_of
+from embedq.bulk.request import Request
+from embedq.jobs.batches import guess_tokens
 
 ESTIMATE = Estimate(
     texts=1_234_567,

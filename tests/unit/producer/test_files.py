@@ -13,17 +13,10 @@ from typing import Any
 
 import pytest
 
-from embedq import files
+from embedq.bulk import readers
+from embedq.bulk.readers import MAX_LINE_BYTES, Fields, Reading, expand, format_of, read
 from embedq.errors import InputError
-from embedq.files import (
-    MAX_LINE_BYTES,
-    Document,
-    Fields,
-    Reading,
-    expand,
-    format_of,
-    read,
-)
+from embedq.jobs.batches import Document
 
 FIELDS = Fields()
 
@@ -152,7 +145,7 @@ def test_csv_line_beyond_every_limit_is_not_read_into_memory(
 ) -> None:
     """A csv without line ends is no reason to run out of memory; the next row is read as such."""
     source, reading = Long(quote=quote), Reading()
-    monkeypatch.setattr(files, "_open", lambda _: io.BufferedReader(source))
+    monkeypatch.setattr(readers, "_open", lambda _: io.BufferedReader(source))
     tracemalloc.start()
     try:
         found = read(["-"], fields=FIELDS, format="csv", skip_bad_lines=True, reading=reading)

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from embedq.batching import Slice
-from embedq.contract import Dtype, Outcome, Status, VectorSpec
 from embedq.errors import CorruptValue
-from embedq.finished import Rows, assemble
-from embedq.outcomes import OutcomeTable
-from embedq.vectors import Vectors, encode, encode_failure
+from embedq.jobs.batches import Rows, Slice, assemble
+from embedq.protocol.contract import Dtype, Outcome, Status, VectorSpec
+from embedq.protocol.values import OutcomeTable, Vectors, encode, encode_failure
 
 SPEC = VectorSpec("ab" * 32, 3, 256, dtype=Dtype.FLOAT16)
 

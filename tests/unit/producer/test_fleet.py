@@ -9,9 +9,9 @@ import msgpack
 import pytest
 from redis import Redis
 
-from embedq.card import ModelCard
 from embedq.errors import MalformedMessage, NoNode
-from embedq.fleet import NODES_KEY, Heartbeat, beat, fetch_alive, find_card, leave
+from embedq.protocol.worker import Heartbeat, ModelCard
+from embedq.store.fleet import NODES_KEY, beat, fetch_alive, find_card, leave
 
 CARD = ModelCard("org/model@abc123", "ab" * 32, 384, 256)
 NODE = Heartbeat("node", "healthy", at=time.time(), since=time.time(), pid=1, card=CARD)

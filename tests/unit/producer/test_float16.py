@@ -10,11 +10,10 @@ import pytest
 from tests.servers import RedisProcess
 
 from embedq import Client
-from embedq.contract import Dtype, Outcome, VectorSpec
 from embedq.errors import SettingsError
-from embedq.outcomes import OutcomeTable
+from embedq.protocol.contract import Dtype, Outcome, VectorSpec
+from embedq.protocol.values import OutcomeTable, decode, encode, split_rows
 from embedq.testing import stub_vectors
-from embedq.vectors import decode, encode, split_rows
 
 TEXTS = [f"text {i}" for i in range(300)]
 
@@ -62,10 +61,10 @@ def test_outputs_hold_the_rounded_values(
     tmp_path: Path, client: Client, shared_redis: RedisProcess, ending: str
 ) -> None:
     """npy as float16; the others as the same numbers. An update keeps and adds such rows."""
-    from embedq.display import RunDisplay
-    from embedq.embedding import EmbedRun
-    from embedq.request import Request
-    from embedq.update import UpdateRun
+    from embedq.bulk.request import Request
+    from embedq.bulk.run import EmbedRun
+    from embedq.bulk.update import UpdateRun
+    from embedq.cli.console import RunDisplay
 
     source, output = tmp_path / "in.txt", tmp_path / f"out.{ending}"
     request = Request(inputs=(str(source),), output=output)

@@ -11,9 +11,15 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.contract import MAX_BATCH_TEXTS, MAX_RAW_BYTES, MAX_TEXT_BYTES, SCHEMA, VectorSpec
 from embedq.errors import BatchTooLarge, ContractError, MalformedMessage, UnknownSchema
-from embedq.message import EmbedBatch
+from embedq.protocol.contract import (
+    MAX_BATCH_TEXTS,
+    MAX_RAW_BYTES,
+    MAX_TEXT_BYTES,
+    SCHEMA,
+    VectorSpec,
+)
+from embedq.protocol.message import EmbedBatch
 
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "a" * 50_000]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from embedq.errors import LocalStartFailed
-from embedq.local import LocalFleet
-from embedq.redis_server import bundled_program, choose
+from embedq.local.fleet import LocalFleet
+from embedq.local.redis_server import bundled_program, choose
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the worker's requirements the error is one pip command."""
-    monkeypatch.setattr("embedq.local.NODE_REQUIREMENTS", ("nowhere_to_be_found", "os"))
+    monkeypatch.setattr("embedq.local.fleet.NODE_REQUIREMENTS", ("nowhere_to_be_found", "os"))
 
     with pytest.raises(LocalStartFailed, match=r"needs nowhere_to_be_found.*embedq\[cpu\]"):
         LocalFleet(warn=print).start()

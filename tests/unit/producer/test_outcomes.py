@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.contract import Code, Device, Outcome, Precision, Status
 from embedq.errors import CorruptValue
-from embedq.outcomes import OutcomeTable
+from embedq.protocol.contract import Code, Device, Outcome, Precision, Status
+from embedq.protocol.values import OutcomeTable
 
 outcomes = st.builds(
     Outcome,

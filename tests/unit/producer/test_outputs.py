@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedq import outputs
+from embedq.bulk import writers
+from embedq.bulk.checkpoint import Manifest, Spool
+from embedq.bulk.writers import finish, format_of, require_writable, sidecar_path
 from embedq.errors import InputError
-from embedq.outputs import finish, format_of, require_writable, sidecar_path
-from embedq.resume import Manifest, Spool
-from embedq.vectors import Vectors
+from embedq.protocol.values import Vectors
 
 VECTORS = np.array([[1, 0, 0], [0, 0.5, 0.25], [np.nan] * 3], np.float32)
 ITEMS = [
@@ -65,7 +65,7 @@ def test_npy_can_be_mapped(tmp_path: Path) -> None:
 
 def test_jsonl_has_vectors_in_its_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line is an item with its vector; a failed one has none, so that no NaN is in JSON."""
-    monkeypatch.setattr(outputs, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(writers, "CHUNK_ROWS", 2)
     output = tmp_path / "out.jsonl"
 
     finish(output, spooled(output), 3, 3)

@@ -8,7 +8,7 @@ import pytest
 from redis import exceptions
 
 from embedq.errors import QueueUnavailable
-from embedq.patience import patiently, waits_for
+from embedq.store.connection import patiently, waits_for
 
 
 class Flaky:

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.batching import Slice, split
-from embedq.contract import MAX_TEXT_BYTES, refusal
-from embedq.files import Document
-from embedq.pieces import HASH_CHARACTERS, Piece, pieces, text_hash
+from embedq.bulk.run import HASH_CHARACTERS, Piece, pieces, text_hash
+from embedq.jobs.batches import Document, Slice, split
+from embedq.protocol.contract import MAX_TEXT_BYTES, refusal
 
 TEXTS = st.one_of(st.text(), st.none(), st.integers(), st.just("a\0b"), st.just("\ud800"))
 DOCUMENTS = st.lists(st.builds(Document, st.one_of(st.text(), st.integers()), TEXTS), max_size=60)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from embedq import Client
-from embedq.card import ModelCard
-from embedq.contract import Accuracy, VectorSpec
+from embedq.discovery import QuantisedWatch
 from embedq.errors import NotQuantised, SettingsError
-from embedq.fleet import Heartbeat
-from embedq.quantised import QuantisedWatch
+from embedq.protocol.contract import Accuracy, VectorSpec
+from embedq.protocol.worker import Heartbeat, ModelCard
 from embedq.testing import stub_vectors
 
 CARD = ModelCard("m", "ab" * 32, 8, 16)

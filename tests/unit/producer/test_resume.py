@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedq.errors import InputError
-from embedq.resume import (
+from embedq.bulk.checkpoint import (
     MANIFEST_VERSION,
     Manifest,
     Spool,
     claimed,
     manifest_path,
     npy_header,
-    writing,
 )
+from embedq.errors import InputError, writing
 
 MANIFEST = Manifest(
     settings={"model": "ab", "prompt": ""}, inputs={"files": ["a.txt"]}, rows=5, batches=2

@@ -12,9 +12,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.files import Document
-from embedq.pieces import text_hash
-from embedq.row_index import TO_EMBED, RowIndex
+from embedq.bulk.run import text_hash
+from embedq.bulk.update import TO_EMBED, RowIndex
+from embedq.jobs.batches import Document
 
 ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz")), max_size=12)
 

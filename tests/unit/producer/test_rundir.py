@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from embedq.errors import LocalStartFailed
-from embedq.rundir import MAX_SOCKET_PATH_BYTES, RESERVED_BYTES, RunFolder
+from embedq.local.fleet import MAX_SOCKET_PATH_BYTES, RESERVED_BYTES, RunFolder
 
 #: Makes a folder, says where, and is killed before it can remove it.
 KILLED_OWNER = """
 import os, signal
-from embedq.rundir import RunFolder
+from embedq.local.fleet import RunFolder
 print(RunFolder.create().path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

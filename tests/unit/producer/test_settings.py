@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embedq.contract import Accuracy
 from embedq.errors import SettingsError
+from embedq.protocol.contract import Accuracy
 from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, mask_password
 from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
 
@@ -132,7 +132,7 @@ def test_no_password_in_any_representation() -> None:
 
 def test_password_in_a_wrong_url_is_not_quoted() -> None:
     """A URL that is refused is quoted without its password."""
-    from embedq.redis_client import open_redis
+    from embedq.store.connection import open_redis
 
     with pytest.raises(SettingsError) as caught:
         open_redis("redsi://me:secret@host/0")

@@ -8,10 +8,10 @@ import pytest
 from redis.exceptions import ConnectionError as Gone
 
 from embedq import Client
+from embedq.discovery import StrictWatch, may_serve_strict
 from embedq.errors import NoNode, SettingsError, StrictUnavailable
-from embedq.fleet import Heartbeat
+from embedq.protocol.worker import Heartbeat
 from embedq.settings import ProducerSettings
-from embedq.strictness import StrictWatch, may_serve_strict
 
 
 def node(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import embedq.tethered
-from embedq.tethered import TETHER_MARGIN_S, Tethered
+import embedq.local.fleet
+from embedq.local.fleet import TETHER_MARGIN_S, Tethered
 
-TETHER = Path(embedq.tethered.__file__).with_name("tether.py")
+TETHER = Path(embedq.local.fleet.__file__).with_name("process_guard.py")
 #: Seconds after which a process that should be gone counts as left behind.
 DEADLINE_S = 20.0
 

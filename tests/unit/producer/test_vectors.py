@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.contract import Code, Outcome, Status
 from embedq.errors import CorruptValue
-from embedq.outcomes import OutcomeTable
-from embedq.vectors import (
+from embedq.protocol.contract import Code, Outcome, Status
+from embedq.protocol.values import (
     MAX_VALUE_BYTES,
+    OutcomeTable,
     Vectors,
     decode,
     encode,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from embedq_worker.binding_trace import BEGIN, END, LINES, Trace, count
-from embedq_worker.checks_device import PLUGIN
+from embedq_worker.cli.check_npu import PLUGIN
+from embedq_worker.cli.trace_binding import BEGIN, END, LINES, Trace, count
 from embedq_worker.errors import EngineError
 
 #: Our counters when nothing moved.

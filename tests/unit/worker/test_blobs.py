@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedq_worker.blobs import BLOB, META, BlobKey, BlobStore
+from embedq_worker.engines.model_cache import BLOB, META, BlobKey, BlobStore
 from embedq_worker.errors import CompileFailed, Reason
 
 MODEL = "ab" * 32

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from embedq.testing import stub_vectors
-from embedq_worker.canary import TEXT, Canary
 from embedq_worker.engines.stub import StubTokenizer
 from embedq_worker.errors import InferFailed, Reason
+from embedq_worker.inference.embedder import CANARY_TEXT, Canary
 
 
 @pytest.mark.parametrize("length", [1e30, 3e38])
 def test_vector_too_large_to_be_compared_is_wrong(length: float) -> None:
     """Its product with the reference is no number that could be above a floor."""
-    vector = stub_vectors([TEXT])[0]
-    canary = Canary(StubTokenizer().tokenize([TEXT]), vector)
+    vector = stub_vectors([CANARY_TEXT])[0]
+    canary = Canary(StubTokenizer().tokenize([CANARY_TEXT]), vector)
 
     with pytest.raises(InferFailed) as found:
         canary.check(np.sign(vector) * np.float32(length))

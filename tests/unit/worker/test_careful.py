@@ -9,23 +9,22 @@ import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, real_model
 
-from embedq.contract import Code, Device, Outcome, Precision, Status, VectorSpec
-from embedq.message import EmbedBatch
-from embedq.outcomes import OutcomeTable
+from embedq.protocol.contract import Code, Device, Outcome, Precision, Status, VectorSpec
+from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import OutcomeTable, Vectors
 from embedq.testing import STUB_DIM, stub_vectors
-from embedq.vectors import Vectors
-from embedq_worker.careful import (
+from embedq_worker.engines.factory import open_engine
+from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
+from embedq_worker.errors import EngineError, InferFailed, Reason
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.tokenizer import Tokenizer
+from embedq_worker.pool_process.isolation import (
     MAX_POINTS,
     OUTSIDE_POINTS,
     OWN_POINTS,
     DeviceFault,
     embed_carefully,
 )
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines import open_engine
-from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
-from embedq_worker.errors import EngineError, InferFailed, Reason
-from embedq_worker.tokenization import Tokenizer
 
 TEXTS = ["first", "second", "third"]
 BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})

@@ -9,17 +9,9 @@ from pathlib import Path
 import pytest
 from tests.device_trees import DeviceTree
 
-from embedq_worker import checks_device
-from embedq_worker.checks_device import (
-    DRIVER,
-    LOADER,
-    OLD_DRIVER,
-    Line,
-    driver_age,
-    lines,
-    survey,
-)
-from embedq_worker.claims import claim
+from embedq_worker.cli import check_npu
+from embedq_worker.cli.check_npu import DRIVER, LOADER, OLD_DRIVER, Line, driver_age, lines, survey
+from embedq_worker.device.placement import claim
 from embedq_worker.settings import WorkerSettings
 
 PCI = "0000:00:0b.0"
@@ -136,7 +128,7 @@ def test_missing_plugin_is_named(
 ) -> None:
     """An openvino from elsewhere may come without the plugin."""
     tree.add(0)
-    monkeypatch.setattr(checks_device, "PLUGIN", "libnothing.so")
+    monkeypatch.setattr(check_npu, "PLUGIN", "libnothing.so")
     assert "missing" in look(tree, tmp_path, ())["npu plugin"].detail
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from embedq_worker.child import Child
+from embedq.protocol.worker import State
 from embedq_worker.errors import DeviceLost, Reason
+from embedq_worker.main_process.status import NodeState, StateFile
+from embedq_worker.pool_process.process import Child
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import NodeState, State, StateFile
 
 
 @pytest.mark.parametrize("before", [None, *State])

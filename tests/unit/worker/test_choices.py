@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from embedq.errors import SettingsError
+from embedq_worker.files import private_dir
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import private_dir
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from embedq.errors import SettingsError
-from embedq_worker.claims import claim, holder
+from embedq_worker.device.placement import claim, holder
 from embedq_worker.errors import DeviceBusy
 
 PCI = "0000:00:0b.0"
 HOLD = """
 import sys
 from pathlib import Path
-from embedq_worker.claims import claim
+from embedq_worker.device.placement import claim
 held = claim(sys.argv[1], Path(sys.argv[2]), node="first")
 print("held", flush=True)
 sys.stdin.read()

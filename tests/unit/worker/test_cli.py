@@ -6,7 +6,8 @@ from typing import NoReturn
 
 import pytest
 
-from embedq_worker import cli, exits
+from embedq_worker import exit_codes
+from embedq_worker.cli import main
 
 
 def test_missing_extra_is_named(
@@ -17,12 +18,12 @@ def test_missing_extra_is_named(
     def check(*_: object, **__: object) -> NoReturn:
         raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
 
-    monkeypatch.setattr(cli, "cli", check)
+    monkeypatch.setattr(main, "cli", check)
 
     with pytest.raises(SystemExit) as ended:
-        cli.run(["check"])
+        main.run(["check"])
 
-    assert ended.value.code == exits.SETTINGS
+    assert ended.value.code == exit_codes.SETTINGS
     assert "pip install 'embedq[cpu]'" in capsys.readouterr().err
 
 
@@ -32,7 +33,7 @@ def test_a_module_that_is_ours_to_have_is_a_bug(monkeypatch: pytest.MonkeyPatch)
     def check(*_: object, **__: object) -> NoReturn:
         raise ModuleNotFoundError("No module named 'embedq_worker.gone'", name="embedq_worker.gone")
 
-    monkeypatch.setattr(cli, "cli", check)
+    monkeypatch.setattr(main, "cli", check)
 
     with pytest.raises(ModuleNotFoundError):
-        cli.run(["check"])
+        main.run(["check"])

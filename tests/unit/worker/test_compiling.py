@@ -16,10 +16,10 @@ import pytest
 from tests.model_fixtures import tiny_model
 from tests.servers import wait_for
 
-from embedq_worker.compiling import Job, compile_in_child
-from embedq_worker.engines.target import CPU, Target
+from embedq_worker.engines.compiler import Job, compile_in_child
+from embedq_worker.engines.openvino_runtime import CPU, Target
 from embedq_worker.errors import CompileFailed, ModelError, Reason
-from embedq_worker.models import Model
+from embedq_worker.model.resolve import Model
 
 PREAMBLE = "import json, os, signal, sys, time; job = json.load(sys.stdin); "
 
@@ -114,7 +114,7 @@ def alive(pid: int) -> bool:
 
 ORPHANING = """
 import json, os, signal, subprocess, sys
-from embedq_worker.compiling import COMMAND
+from embedq_worker.engines.compiler import COMMAND
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
 child = subprocess.Popen(COMMAND, start_new_session=True, **pipes)
 child.stdin.write(json.dumps({**json.loads(sys.argv[1]), "parent": os.getpid()}).encode())

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 from tests.device_trees import IDS, DeviceTree
 
-from embedq_worker import devices
-from embedq_worker.devices import choose, no_plugin, verify_opened
+from embedq_worker.device import discovery
+from embedq_worker.device.discovery import (
+    Machine,
+    Npu,
+    Roots,
+    choose,
+    discover,
+    no_plugin,
+    pci_address,
+    verify_opened,
+)
 from embedq_worker.errors import DeviceForbidden, NoDevice, SeveralDevices, WrongDevice
-from embedq_worker.machine import Machine, Npu, Roots, discover, pci_address
 
 FIRST, SECOND = "0000:00:0b.0", "0001:03:1f.7"
 
@@ -143,7 +151,7 @@ def test_device_that_does_not_open_says_the_mend(
     monkeypatch.setattr(os, "open", refuse)  # root may open everything
 
     with pytest.raises(error, match=mend):
-        devices.require_access(found)
+        discovery.require_access(found)
 
 
 def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
@@ -153,7 +161,7 @@ def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
     node.unlink()
 
     with pytest.raises(NoDevice, match="No such file"):
-        devices.require_access(found)
+        discovery.require_access(found)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
+from embedq_worker.files import Digests
 
 
 def test_digest_is_remembered_until_the_file_changes(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from embedq_worker.doubts import LEARN_FROM, Deaths, Failures, Pace
+from embedq.protocol.worker import State
 from embedq_worker.errors import Reason
-from embedq_worker.state import NodeState, State
+from embedq_worker.main_process.device_health import LEARN_FROM, Deaths, Failures, Pace
+from embedq_worker.main_process.status import NodeState
 
 
 @pytest.mark.parametrize("reason", [Reason.DEVICE_LOST, Reason.NOT_FINITE, Reason.WRONG_SHADOW])

@@ -12,17 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedq.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
-from embedq.message import EmbedBatch
+from embedq.protocol.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
+from embedq.protocol.message import EmbedBatch
 from embedq.testing import stub_vectors
-from embedq_worker.canary import TEXT, Canary
-from embedq_worker.embedder import Embedder
+from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
 from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
-from embedq_worker.packing import RowForm, TokenBatch
-from embedq_worker.planning import Pace
-from embedq_worker.tokens import RaggedTokens
-from embedq_worker.totals import EngineStats
+from embedq_worker.inference.embedder import CANARY_TEXT, Canary, Embedder
+from embedq_worker.inference.planning import Pace
+from embedq_worker.inference.stats import EngineStats
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 OK = Outcome(device=Device.STUB, precision=Precision.F32)
@@ -228,7 +226,9 @@ FORMS = (RowForm.packed(256), RowForm.packed(300), RowForm.buckets(256))
 def static_embedder(form: RowForm, engine: StubEngine | None = None) -> Embedder:
     """Make an embedder that gives its engine static rows, with a canary in each batch."""
     embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=form)
-    embedder.canary = Canary(StubTokenizer().tokenize([TEXT]), stub_vectors([TEXT])[0])
+    embedder.canary = Canary(
+        StubTokenizer().tokenize([CANARY_TEXT]), stub_vectors([CANARY_TEXT])[0]
+    )
     return embedder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedq_worker.engines.faults import compile_failed, infer_failed
+from embedq_worker.engines.openvino_errors import compile_failed, infer_failed
 from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
 
 LOST = (

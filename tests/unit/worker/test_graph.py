@@ -24,16 +24,15 @@ from tests.model_fixtures import (
     write_tiny,
 )
 
-from embedq.contract import Precision
-from embedq_worker.adapter import adapt_onnx, describe_onnx
-from embedq_worker.digests import Digests
+from embedq.protocol.contract import Precision
+from embedq_worker.engines.base import RaggedTokens, TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, ModelError
-from embedq_worker.graph import build_graph
-from embedq_worker.models import Kind, Model, load_model
-from embedq_worker.packing import TokenBatch, build_padded
-from embedq_worker.tokens import RaggedTokens
-from embedq_worker.weights import load_tensors
+from embedq_worker.files import Digests
+from embedq_worker.inference.packing import build_padded
+from embedq_worker.model.bert import build_graph, load_tensors
+from embedq_worker.model.onnx_graph import adapt_onnx, describe_onnx
+from embedq_worker.model.resolve import Kind, Model, load_model
 
 #: Largest difference of a component that two ways of computing the same may show in f32.
 TOLERANCE = 2e-5
@@ -322,7 +321,7 @@ def test_first_layer_is_looked_up_where_the_table_is_small(
 
     assert products() == 1
     bytes_of_table = 4 * TINY["vocab_size"] * 96
-    monkeypatch.setattr("embedq_worker.graph.MAX_TABLE_BYTES", bytes_of_table - 1)
+    monkeypatch.setattr("embedq_worker.model.bert.MAX_TABLE_BYTES", bytes_of_table - 1)
     assert products() == 2
 
 

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from embedq.contract import Device, Queue
-from embedq_worker import exits
+from embedq.protocol.contract import Device, Queue
+from embedq.protocol.worker import State
+from embedq_worker import exit_codes
+from embedq_worker.device.placement import Placement
 from embedq_worker.errors import Reason
-from embedq_worker.guard import Guard
-from embedq_worker.placement import Placement
-from embedq_worker.probing import Finding, Probe
+from embedq_worker.main_process.controller import Guard
+from embedq_worker.main_process.probe import Finding, Probe
+from embedq_worker.main_process.status import NodeState
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.state import NodeState, State
 
 ON_NPU = Placement(Device.NPU, Device.NPU, "There it is.")
 NPU_QUEUES = (Queue.NPU, Queue.NPU_STRICT)
@@ -132,7 +133,7 @@ def test_hanging_engine_ends_its_child_at_once() -> None:
     assert story.guard.distrusts_npu
 
 
-@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exits.ENGINE)])
+@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exit_codes.ENGINE)])
 def test_child_that_never_comes_up_is_given_up(strict: bool, code: int) -> None:
     """A compiler that hangs in the child itself costs the init budget, once; strict nodes end."""
     story = Story(init_budget_s=100, strict=strict)
@@ -171,7 +172,7 @@ def test_loop_of_deaths_ends_in_a_degraded_node() -> None:
     assert story.guard.ends_with == 0
 
 
-@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exits.ENGINE)])
+@pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exit_codes.ENGINE)])
 def test_npu_that_does_not_open(strict: bool, code: int) -> None:
     """A strict node ends; any other goes on with its CPU."""
     story = Story(strict=strict)

@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 
-from embedq.card import ModelCard
-from embedq.contract import Device, Queue
+from embedq.protocol.contract import Device, Queue
+from embedq.protocol.worker import ModelCard, State
 from embedq_worker.errors import Reason
-from embedq_worker.health import Health, Rules, may_answer, queues_for
-from embedq_worker.state import NodeState, State
+from embedq_worker.main_process.device_health import Health, Rules, may_answer, queues_for
+from embedq_worker.main_process.status import NodeState
 
 NOTHING: tuple[Queue, ...] = ()
 CPU_FIRST = (Queue.CPU, Queue.NPU)

@@ -9,8 +9,8 @@ import msgpack
 import pytest
 from fakeredis import FakeRedis
 
-from embedq.orders import ORDERS_KEY, Wanted, give
-from embedq_worker import hearing
+from embedq.store.fleet import ORDERS_KEY, Wanted, give
+from embedq_worker.main_process import bootsteps
 from embedq_worker.settings import WorkerSettings
 
 
@@ -35,13 +35,13 @@ def test_order_to_recover_ends_no_pause_of_a_later_node(
 ) -> None:
     """It was given for a fault of then; the one that is given now is for the fault of now."""
     redis, guard = FakeRedis(), Obedient()
-    monkeypatch.setattr(hearing, "open_redis", lambda *_, **__: redis)
+    monkeypatch.setattr(bootsteps, "open_redis", lambda *_, **__: redis)
     settings = WorkerSettings.load(name="npu0", device="stub", runtime_dir=tmp_path)
     node = SimpleNamespace(
         app=SimpleNamespace(conf=SimpleNamespace(embedq=settings, embedq_guard=guard))
     )
     give(redis, "npu0", Wanted.HEALTHY, "mended")
-    step = hearing.HearOperator(node)
+    step = bootsteps.HearOperator(node)
 
     step.tick(node)
     before = list(guard.told)

@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq_worker import blobs, graph
-from embedq_worker.blobs import Bytes
-from embedq_worker.compiling import Job, compile_in_child
-from embedq_worker.engines import loader as loading
-from embedq_worker.engines.faults import compile_failed
-from embedq_worker.engines.loader import Loader, shapes_of
-from embedq_worker.engines.openvino import Runtime
+from embedq_worker.engines import compiler as loading
+from embedq_worker.engines import model_cache
+from embedq_worker.engines.base import RowForm
+from embedq_worker.engines.compiler import Job, Loader, compile_in_child, shapes_of
+from embedq_worker.engines.model_cache import Bytes
+from embedq_worker.engines.openvino_errors import compile_failed
 from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
-from embedq_worker.engines.target import CPU, Target
+from embedq_worker.engines.openvino_runtime import CPU, Runtime, Target
 from embedq_worker.errors import CompileFailed, NoDevice, Reason
-from embedq_worker.models import Model
-from embedq_worker.packing import RowForm
+from embedq_worker.model import bert
+from embedq_worker.model.resolve import Model
 
 FORM = RowForm.packed(24)
 SHAPES = shapes_of(FORM, 24)
@@ -42,7 +41,7 @@ class Compiler:
 
     def __init__(self, model: Model) -> None:
         self.asked = 0
-        self._graph = graph.build_graph(model)
+        self._graph = bert.build_graph(model)
 
     def __call__(self, job: Job, deadline_s: float) -> Bytes:
         self.asked += 1
@@ -146,4 +145,4 @@ def test_missing_device_is_told(model: Model, tmp_path: Path) -> None:
 
 def test_version_of_the_graph_is_part_of_the_name() -> None:
     """The number that names blobs is the graph's own, which is not imported for its weight."""
-    assert blobs.GRAPH_VERSION == graph.GRAPH_VERSION
+    assert model_cache.GRAPH_VERSION == bert.GRAPH_VERSION

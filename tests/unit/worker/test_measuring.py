@@ -9,8 +9,8 @@ from typing import cast
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq_worker.embedder import Embedder
-from embedq_worker.measuring import ROUNDS, TEXTS, race
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.selection import ROUNDS, TEXTS, race
 
 
 class Runner:

@@ -20,19 +20,19 @@ from tests.model_fixtures import (
     write_tiny,
 )
 
-from embedq.card import ModelCard
-from embedq_worker import models
-from embedq_worker.digests import Digests
+from embedq.protocol.worker import ModelCard
 from embedq_worker.errors import ModelError
-from embedq_worker.models import Kind, load_model
-from embedq_worker.traits import read_traits
+from embedq_worker.files import Digests
+from embedq_worker.model import resolve as resolve_module
+from embedq_worker.model.config import read_traits
+from embedq_worker.model.resolve import Kind, load_model
 
 
-def resolve(name: str, tmp_path: Path, **options: Any) -> models.Model:
+def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
     """Resolve offline, with a digest cache of this test."""
     options.setdefault("offline", True)
     revision = options.pop("revision", None)
-    return models.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
+    return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
 
 
 def test_folder_is_described(tmp_path: Path) -> None:
@@ -232,7 +232,9 @@ def test_identity_follows_what_shapes_vectors(
 
     change(tmp_path)
 
-    assert models.load_model(tmp_path, "tiny", Digests(tmp_path / "other")).identity != before
+    assert (
+        resolve_module.load_model(tmp_path, "tiny", Digests(tmp_path / "other")).identity != before
+    )
 
 
 def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import sys
 #: Four threads ask for their first type at once, while Python changes threads as often as it can.
 SCRIPT = """
 import sys, threading
-from embedq_worker.engines.openvino import ov
+from embedq_worker.engines.openvino_runtime import ov
 
 sys.setswitchinterval(1e-6)
 threading.Thread(target=lambda: [sum(range(50)) for _ in range(10**6)], daemon=True).start()

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_worker.packing import RowForm, build_padded, build_rows, build_shared
-from embedq_worker.planning import plan_packed
-from embedq_worker.tokens import RaggedTokens
+from embedq_worker.engines.base import RaggedTokens, RowForm
+from embedq_worker.inference.packing import build_padded, build_rows, build_shared
+from embedq_worker.inference.planning import plan_packed
 
 
 def ragged(lengths: list[int]) -> RaggedTokens:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from embedq.contract import Device
-from embedq_worker import placed_serving
+from embedq.protocol.contract import Device
+from embedq_worker.device.discovery import Npu
+from embedq_worker.device.placement import Placement
 from embedq_worker.errors import EngineError, WrongDevice
-from embedq_worker.machine import Npu
-from embedq_worker.placement import Placement
+from embedq_worker.inference import opener
+from embedq_worker.model import resolve
 from embedq_worker.settings import WorkerSettings
 
 NPU = Npu(Path("/dev/accel/accel0"), "0000:00:0b.0", 0x643E, "intel_vpu")
@@ -44,8 +45,8 @@ class Opened:
 
 def opening(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     """Let the engine open so."""
-    monkeypatch.setattr(placed_serving, "open_serving", lambda *_: opened)
-    monkeypatch.setattr(placed_serving, "find_model", lambda _: None)
+    monkeypatch.setattr(opener, "open_serving", lambda *_: opened)
+    monkeypatch.setattr(resolve, "find_model", lambda _: None)
 
 
 def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +55,7 @@ def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     opening(monkeypatch, opened)
 
     with pytest.raises(EngineError, match="runs on cpu, not on npu"):
-        placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
+        opener.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 
 
@@ -69,7 +70,7 @@ def test_runtime_that_opened_another_npu_is_refused(
     opening(monkeypatch, opened)
 
     with pytest.raises(WrongDevice, match="this node holds accel0 NPU 4000"):
-        placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
+        opener.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 
 
@@ -78,7 +79,7 @@ def test_claimed_npu_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(Device.NPU, {"device_pci_info": "{domain: 0 bus: 0 device: 0xb function: 0}"})
     opening(monkeypatch, opened)
 
-    served: object = placed_serving.open_placed(WorkerSettings.load(), ON_NPU)
+    served: object = opener.open_placed(WorkerSettings.load(), ON_NPU)
 
     assert served is opened
     assert not opened.closed

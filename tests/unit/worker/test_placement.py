@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 from tests.device_trees import DeviceTree
 
-from embedq.contract import Device
-from embedq_worker.claims import claim
+from embedq.protocol.contract import Device
+from embedq_worker.device.placement import claim, place
 from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnproven
-from embedq_worker.placement import place
+from embedq_worker.main_process.start import share_cores
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.starting import share_cores
 
 PCI = "0000:00:0b.0"
 
@@ -28,7 +27,9 @@ def tree(tmp_path: Path) -> DeviceTree:
 def with_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let openvino be installed, whether it is or not; it is never imported here."""
     found = importlib.util.find_spec("json")
-    monkeypatch.setattr("embedq_worker.placement.importlib.util.find_spec", lambda name: found)
+    monkeypatch.setattr(
+        "embedq_worker.device.placement.importlib.util.find_spec", lambda name: found
+    )
 
 
 def settings(folder: Path, **given: object) -> WorkerSettings:
@@ -84,7 +85,9 @@ def test_missing_openvino_is_said_with_the_extra(
 ) -> None:
     """An NPU is opt-in: without its extra a machine that has one computes on its CPU."""
     tree.add(0)
-    monkeypatch.setattr("embedq_worker.placement.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "embedq_worker.device.placement.importlib.util.find_spec", lambda name: None
+    )
 
     placed = place(settings(tmp_path), roots=tree.roots, system_lacks="")
 

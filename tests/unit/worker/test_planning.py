@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.model_fixtures import docstrings, real_model
 
-from embedq_worker.packing import LANES, RowForm
-from embedq_worker.planning import (
+from embedq_worker.engines.base import LANES, RowForm
+from embedq_worker.inference.planning import (
     FAST,
     LONG_TAIL,
     MIN_BUDGET,
@@ -27,7 +27,7 @@ from embedq_worker.planning import (
     plan_window,
     seat_last,
 )
-from embedq_worker.tokenization import Tokenizer
+from embedq_worker.inference.tokenizer import Tokenizer
 
 LENGTHS = st.lists(st.integers(2, 300), max_size=200)
 ROW = RowForm.packed(256)

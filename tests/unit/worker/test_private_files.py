@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedq_worker.private_files import read_private, replace_private
+from embedq_worker.files import read_private, replace_private
 
 
 def test_replaced_file_is_private_and_alone(tmp_path: Path) -> None:

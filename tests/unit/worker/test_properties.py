@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from embedq.contract import Precision
 from embedq.errors import SettingsError
-from embedq_worker.engines.properties import npu_properties, precision_of
-from embedq_worker.engines.target import CPU, TARGETS
+from embedq.protocol.contract import Precision
+from embedq_worker.engines.openvino_npu import npu_properties, precision_of
+from embedq_worker.engines.openvino_runtime import CPU, TARGETS
 from embedq_worker.settings import WorkerSettings
 
 #: What the plugin of OpenVINO 2026.4.1 knows with a device, in part.

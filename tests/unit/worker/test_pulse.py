@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from embedq_worker import tally
-from embedq_worker.pulse import BROKER_WAIT_S, GRACE_S, Pulse, read_all, write
-from embedq_worker.tally import Tally
+from embedq_worker.main_process import status
+from embedq_worker.main_process.liveness import BROKER_WAIT_S, GRACE_S, Pulse, read_all, write
+from embedq_worker.main_process.status import Tally
 
 PULSE = Pulse("node", at=100.0, state="healthy", connected=True, engine_deadline_s=300.0)
 
@@ -70,7 +70,7 @@ def test_tally_tells_the_counts_of_a_child(tmp_path: Path) -> None:
     mine.redelivered += 2
     mine.write({"texts": 5})
 
-    told = tally.read(tmp_path, "node").totals
+    told = status.read(tmp_path, "node").totals
 
     assert (told["texts"], told["redelivered"], told["rerouted"]) == (5, 2, 0)
-    assert tally.read(tmp_path, "nobody").totals == {}
+    assert status.read(tmp_path, "nobody").totals == {}

@@ -12,19 +12,23 @@ import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, tiny_model
 
-from embedq.contract import Accuracy, Precision
 from embedq.errors import InputError
-from embedq_worker.blobs import BLOB
-from embedq_worker.calibration import MIN_TEXTS, Line, sample_texts
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines import open_engine
+from embedq.protocol.contract import Accuracy, Precision
+from embedq_worker.cli.quantize import (
+    MIN_TEXTS,
+    Line,
+    compare,
+    embed_lines,
+    quantize_graph,
+    sample_texts,
+)
+from embedq_worker.engines.factory import open_engine
+from embedq_worker.engines.model_cache import BLOB, Quality, QuantisedStore
 from embedq_worker.errors import NotQuantised
-from embedq_worker.models import Model
-from embedq_worker.opening import Opener
-from embedq_worker.placed_serving import open_serving
-from embedq_worker.quantised import Quality, QuantisedStore
-from embedq_worker.quantizing import compare, embed_lines, quantize_graph
-from embedq_worker.serving import Serving
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.opener import Opener, open_serving
+from embedq_worker.inference.serving import Serving
+from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 QUALITY = Quality(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "NNCF 3.4.0")

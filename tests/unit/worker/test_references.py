@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq_worker import references
-from embedq_worker.golden import GOLDEN
-from embedq_worker.models import Model
-from embedq_worker.references import Vectors
+from embedq_worker.inference import verifier
+from embedq_worker.inference.selftest import GOLDEN
+from embedq_worker.inference.verifier import Vectors
+from embedq_worker.model.resolve import Model
 
 
 class Maker:
@@ -42,7 +42,7 @@ def test_reference_is_made_once(model: Model, tmp_path: Path) -> None:
     """The second start reads it, beside the compiled models, from a file of mode 0600."""
     make = Maker(model)
 
-    found = [references.load_or_make(model, tmp_path, make) for _ in range(3)]
+    found = [verifier.load_or_make(model, tmp_path, make) for _ in range(3)]
 
     assert make.asked == 1
     assert all((vectors == 1).all() for vectors in found)
@@ -53,14 +53,14 @@ def test_reference_is_made_once(model: Model, tmp_path: Path) -> None:
 def test_changed_reference_is_made_again(model: Model, tmp_path: Path) -> None:
     """A flipped byte, half a file and a file that others may write are not believed."""
     make = Maker(model)
-    references.load_or_make(model, tmp_path, make)
+    verifier.load_or_make(model, tmp_path, make)
     whole = kept(tmp_path).read_bytes()
 
     for damaged in (whole[:-1] + b"x", whole[:50], b""):
         kept(tmp_path).write_bytes(damaged)
-        references.load_or_make(model, tmp_path, make)
+        verifier.load_or_make(model, tmp_path, make)
     kept(tmp_path).chmod(0o622)
-    references.load_or_make(model, tmp_path, make)
+    verifier.load_or_make(model, tmp_path, make)
 
     assert make.asked == 5
 
@@ -68,9 +68,9 @@ def test_changed_reference_is_made_again(model: Model, tmp_path: Path) -> None:
 def test_reference_of_another_model_is_not_taken(model: Model, tmp_path: Path) -> None:
     """Each identity has its own."""
     make = Maker(model)
-    references.load_or_make(model, tmp_path, make)
+    verifier.load_or_make(model, tmp_path, make)
 
-    references.load_or_make(tiny_model(tmp_path / "other", seed=9), tmp_path, make)
+    verifier.load_or_make(tiny_model(tmp_path / "other", seed=9), tmp_path, make)
 
     assert make.asked == 2
 
@@ -81,6 +81,6 @@ def test_cache_that_cannot_be_written_costs_time_only(model: Model, tmp_path: Pa
     make = Maker(model)
 
     for _ in range(2):
-        assert references.load_or_make(model, tmp_path / "cache", make).size
+        assert verifier.load_or_make(model, tmp_path / "cache", make).size
 
     assert make.asked == 2

@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq_worker.choices import Binding
-from embedq_worker.engines.pool import Pool, request_count
-from embedq_worker.engines.requests import INPUTS, Counters, Slot
+from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
+from embedq_worker.engines.infer_requests import INPUTS, Counters, Pool, Slot, request_count
 from embedq_worker.errors import DeviceLost, InferFailed, Reason
-from embedq_worker.packing import RowForm, TokenBatch, build_rows
-from embedq_worker.tokens import RaggedTokens
+from embedq_worker.inference.packing import build_rows
+from embedq_worker.settings import Binding
 
 FORM = RowForm.packed(8)
 DIM = 4

@@ -9,9 +9,9 @@ import pytest
 from celery import Celery
 from celery.exceptions import Ignore, Reject
 
-from embedq.contract import PUBLISHED_HEADER, Queue
-from embedq_worker import rerouting
-from embedq_worker.tally import TALLY
+from embedq.protocol.contract import PUBLISHED_HEADER, Queue
+from embedq_worker.main_process import rerouting
+from embedq_worker.main_process.status import TALLY
 
 PUBLISHED = 1_700_000_000.5
 BODY = {"job": "ab" * 8, "index": 3, "texts": ["one", "two"]}

@@ -11,22 +11,20 @@ import pytest
 
 from embedq.errors import EmbedqError, SettingsError
 from embedq.testing import stub_vectors
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines.script import EXIT_STATUS, FaultScript
-from embedq_worker.engines.stub import StubEngine, StubTokenizer
+from embedq_worker.engines.stub import EXIT_STATUS, FaultScript, StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, InferFailed, Reason
-from embedq_worker.golden import GOLDEN
-from embedq_worker.packing import build_padded
-from embedq_worker.selftest import run
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.packing import build_padded
+from embedq_worker.inference.selftest import GOLDEN, run
 
 TEXTS = ["one", "two", "three"]
 #: Opens a stub with the script of its first argument and infers one text.
 PROGRAM = """
 import sys
 from pathlib import Path
-from embedq_worker.engines.script import FaultScript
+from embedq_worker.engines.stub import FaultScript
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
-from embedq_worker.packing import build_padded
+from embedq_worker.inference.packing import build_padded
 engine = StubEngine(script=FaultScript(Path(sys.argv[1])))
 engine.infer(build_padded(StubTokenizer().tokenize(["text"]), [0], 0))
 """
@@ -103,7 +101,7 @@ def test_spoilt_vectors_do_not_pass_the_self_test(kind: str, script: FaultScript
 def test_slow_device_takes_its_time(script: FaultScript, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each inference is longer by the seconds of the script, and right."""
     slept: list[float] = []
-    monkeypatch.setattr("embedq_worker.engines.script.time.sleep", slept.append)
+    monkeypatch.setattr("embedq_worker.engines.stub.time.sleep", slept.append)
     script.replace("infer=slow seconds=2.5")
 
     vectors = infer(StubEngine(script=script))

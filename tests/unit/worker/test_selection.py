@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from embedq.contract import Accuracy, Precision
-from embedq_worker.choices import EngineChoice, PrecisionChoice
-from embedq_worker.selection import (
+from embedq.protocol.contract import Accuracy, Precision
+from embedq_worker.inference.selection import (
     FILE_NAME,
     Candidate,
     Memory,
@@ -20,6 +19,7 @@ from embedq_worker.selection import (
     fastest,
     machine_key,
 )
+from embedq_worker.settings import EngineChoice, PrecisionChoice
 
 BF16 = Candidate(EngineChoice.OPENVINO, Precision.BF16)
 F32 = Candidate(EngineChoice.OPENVINO, Precision.F32)

@@ -9,16 +9,15 @@ import numpy.typing as npt
 import pytest
 from tests.model_fixtures import real_model, tiny_model
 
-from embedq.contract import Accuracy, Precision
+from embedq.protocol.contract import Accuracy, Precision
 from embedq.testing import stub_vectors
-from embedq_worker import selftest
-from embedq_worker.embedder import Embedder
+from embedq_worker.engines.base import RowForm, TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
-from embedq_worker.golden import GOLDEN, PUBLISHED
-from embedq_worker.packing import RowForm, TokenBatch
-from embedq_worker.selftest import Report
-from embedq_worker.tokenization import Tokenizer
+from embedq_worker.inference import selftest
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.selftest import GOLDEN, PUBLISHED, Report
+from embedq_worker.inference.tokenizer import Tokenizer
 
 
 class Scripted(StubEngine):

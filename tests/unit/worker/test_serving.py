@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq.contract import Accuracy, Precision
 from embedq.errors import SettingsError
-from embedq_worker.answer import Vectors
-from embedq_worker.choices import DeviceChoice, EngineChoice, PrecisionChoice
+from embedq.protocol.contract import Accuracy, Precision
+from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, EngineError, Reason
-from embedq_worker.models import Model
-from embedq_worker.opening import Opener
-from embedq_worker.packing import TokenBatch
-from embedq_worker.selection import Candidate, Memory
-from embedq_worker.serving import Serving
-from embedq_worker.settings import WorkerSettings
+from embedq_worker.inference.embedder import Vectors
+from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.selection import Candidate, Memory
+from embedq_worker.inference.serving import Serving
+from embedq_worker.model.resolve import Model
+from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +134,10 @@ def test_engine_that_lies_is_not_served(
 OPEN_CPU = """
 import sys
 from pathlib import Path
-from embedq.contract import Accuracy
-from embedq_worker.digests import Digests
-from embedq_worker.models import load_model
-from embedq_worker.opening import Opener
+from embedq.protocol.contract import Accuracy
+from embedq_worker.files import Digests
+from embedq_worker.model.resolve import load_model
+from embedq_worker.inference.opener import Opener
 from embedq_worker.settings import WorkerSettings
 
 folder, cache, engine = sys.argv[1:]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedq.contract import Accuracy, Device, OnLong, VectorSpec
-from embedq.message import EmbedBatch
+from embedq.protocol.contract import Accuracy, Device, OnLong, VectorSpec
+from embedq.protocol.message import EmbedBatch
 from embedq.testing import STUB_DIM, stub_vectors
-from embedq_worker import selftest
-from embedq_worker.embedder import Embedder
 from embedq_worker.engines.stub import STUB_IDENTITY, StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, EngineError, ModelError, Reason
-from embedq_worker.serving import Proven
-from embedq_worker.shadow import Shadow
+from embedq_worker.inference import selftest
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.serving import Proven
+from embedq_worker.inference.verifier import Shadow
 
 TEXTS = ["one", "two", "three"]
 BATCH = EmbedBatch(

@@ -17,11 +17,12 @@ import pytest
 from huggingface_hub import constants
 from tests.model_fixtures import write_tiny
 
-from embedq_worker import hub, models
-from embedq_worker.digests import Digests
 from embedq_worker.errors import ModelError
-from embedq_worker.models import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
-from embedq_worker.sources import WHEEL_PACKAGE
+from embedq_worker.files import Digests
+from embedq_worker.model import resolve as resolve_module
+from embedq_worker.model import sources
+from embedq_worker.model.resolve import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
+from embedq_worker.model.sources import WHEEL_PACKAGE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -35,11 +36,11 @@ def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def resolve(name: str, tmp_path: Path, **options: Any) -> models.Model:
+def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
     """Resolve offline, with a digest cache of this test."""
     options.setdefault("offline", True)
     revision = options.pop("revision", None)
-    return models.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
+    return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
 
 
 @pytest.fixture
@@ -48,7 +49,9 @@ def pinned_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "wheels" / WHEEL_PACKAGE / "model"
     write_tiny(folder)
     digests = Digests(tmp_path / "pins")
-    monkeypatch.setattr(models, "PINNED", {name: digests.of(folder / name) for name in PINNED})
+    monkeypatch.setattr(
+        resolve_module, "PINNED", {name: digests.of(folder / name) for name in PINNED}
+    )
     return tmp_path / "wheels"
 
 
@@ -70,7 +73,7 @@ def test_installed_wheel_is_found_without_importing_it(
     folder = pinned_tiny / WHEEL_PACKAGE
     digests = Digests(tmp_path / "pins")
     pins = {name: digests.of(folder / "model" / name) for name in PINNED}
-    monkeypatch.setattr(models, "PINNED", pins)
+    monkeypatch.setattr(resolve_module, "PINNED", pins)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(str(pinned_tiny))
 
@@ -95,7 +98,7 @@ def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -
     with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the file we tested") as caught:
         resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
 
-    assert models.PINNED[name] in str(caught.value)
+    assert resolve_module.PINNED[name] in str(caught.value)
     assert Digests(tmp_path / "again").of(path) in str(caught.value)
 
 
@@ -247,7 +250,7 @@ def test_refusal_of_the_hub_is_translated(
 
 def test_silent_hub_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that accepts and never answers costs the timeout, not minutes."""
-    monkeypatch.setattr(hub, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(sources, "CONNECT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         point_hub_at(monkeypatch, server.getsockname()[1])
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from embedq.card import ModelCard
 from embedq.errors import SettingsError
-from embedq_worker.state import NodeState, State, StateFile, private_dir
+from embedq.protocol.worker import ModelCard, State
+from embedq_worker.files import private_dir
+from embedq_worker.main_process.status import NodeState, StateFile
 
 STATE = NodeState(
     State.HEALTHY, since=12.5, pid=7, device="cpu", card=ModelCard("label", "ab" * 32, 384, 256)

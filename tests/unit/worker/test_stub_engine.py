@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.contract import Device, Outcome, Precision, VectorSpec
 from embedq.errors import SettingsError
-from embedq.message import EmbedBatch
+from embedq.protocol.contract import Device, Outcome, Precision, VectorSpec
+from embedq.protocol.message import EmbedBatch
 from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
-from embedq_worker.embedder import Embedder
-from embedq_worker.engines import open_engine
-from embedq_worker.engines.script import EXIT_STATUS
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.base import RaggedTokens, TokenBatch
+from embedq_worker.engines.factory import open_engine
+from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_card
 from embedq_worker.errors import InferFailed
-from embedq_worker.packing import TokenBatch, build_padded
-from embedq_worker.tokens import RaggedTokens
+from embedq_worker.inference.embedder import Embedder
+from embedq_worker.inference.packing import build_padded
 
 SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
 
@@ -148,7 +147,7 @@ def test_fault_ends_the_process(fault: str, status: int) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "from embedq_worker.engines.stub import StubEngine, StubTokenizer\n"
-        "from embedq_worker.packing import build_padded\n"
+        "from embedq_worker.inference.packing import build_padded\n"
         f"tokens = StubTokenizer().tokenize(['embedq-fault:{fault}'])\n"
         "StubEngine().infer(build_padded(tokens, [0], 0))\n"
     )

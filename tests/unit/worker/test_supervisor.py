@@ -12,15 +12,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from embedq_worker import exits
+from embedq_worker import exit_codes
 
 #: Seconds that any one thing may take on a busy machine.
 DEADLINE_S = 20.0
 #: What each script begins with: `say` writes a line, `Node` is the supervisor's.
 PREAMBLE = """
 import os, signal, sys, time
-from embedq_worker import exits, supervisor
-from embedq_worker.supervisor import Node
+from embedq_worker import exit_codes
+from embedq_worker.main_process import supervisor
+from embedq_worker.main_process.supervisor import Node
 supervisor.FIRST_PAUSE_S = 0.001
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -68,7 +69,7 @@ def rest(process: subprocess.Popen[str]) -> list[str]:
     return process.stdout.read().splitlines()
 
 
-@pytest.mark.parametrize("code", sorted(exits.FINAL))
+@pytest.mark.parametrize("code", sorted(exit_codes.FINAL))
 def test_final_code_is_passed_on_without_a_restart(code: int) -> None:
     """A wrong setting or a missing device is not mended by trying again."""
     with supervised(f"def run(arguments): say('ran'); os._exit({code})") as process:
@@ -85,7 +86,7 @@ def run(arguments):
     os._exit(1 if arguments[1] == "1" else 0)
 """
     with supervised(body) as process:
-        assert process.wait(DEADLINE_S) == exits.OK
+        assert process.wait(DEADLINE_S) == exit_codes.OK
         assert rest(process) == ["--attempt 0", "--attempt 1", "--attempt 2"]
 
 
@@ -94,11 +95,11 @@ def test_crash_loop_ends_with_its_own_code() -> None:
     body = """
 def run(arguments):
     say(*arguments)
-    if "--npu-off" in arguments: os._exit(exits.CRASH_LOOP)
+    if "--npu-off" in arguments: os._exit(exit_codes.CRASH_LOOP)
     os.kill(os.getpid(), signal.SIGKILL)
 """
     with supervised(body) as process:
-        assert process.wait(DEADLINE_S) == exits.CRASH_LOOP
+        assert process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
         lines = rest(process)
     assert lines[:-1] == [f"--attempt {i}" for i in range(5)]
     assert lines[-1] == "--attempt 5 --npu-off"
@@ -107,7 +108,7 @@ def run(arguments):
 def test_crash_loop_without_the_npu_ends_too() -> None:
     """A node that dies on its CPU as well is kept off."""
     with supervised("def run(arguments): os.kill(os.getpid(), signal.SIGKILL)") as process:
-        assert process.wait(DEADLINE_S) == exits.CRASH_LOOP
+        assert process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
 
 
 def test_strict_node_without_a_proven_npu_is_not_started_again() -> None:
@@ -115,10 +116,10 @@ def test_strict_node_without_a_proven_npu_is_not_started_again() -> None:
     body = """
 def run(arguments):
     say(*arguments)
-    os._exit(exits.NPU_UNPROVEN)
+    os._exit(exit_codes.NPU_UNPROVEN)
 """
     with supervised(body) as process:
-        assert process.wait(DEADLINE_S) == exits.NPU_UNPROVEN
+        assert process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
         assert rest(process) == ["--attempt 0"]
 
 
@@ -251,7 +252,7 @@ def test_one_of_two_nodes_may_end_alone() -> None:
     body = """
 def run(arguments):
     part = arguments[1]
-    if part == "npu": say("npu ends"); os._exit(exits.DEVICE)
+    if part == "npu": say("npu ends"); os._exit(exit_codes.DEVICE)
     until(signal.SIGTERM, 0); say("cpu up")
     while True: signal.pause()
 """
@@ -273,7 +274,7 @@ def test_it_imports_little() -> None:
             "-X",
             "importtime",
             "-c",
-            "import embedq_worker.__main__, embedq_worker.supervisor",
+            "import embedq_worker.__main__, embedq_worker.main_process.supervisor",
         ],
         capture_output=True,
         text=True,
@@ -281,6 +282,6 @@ def test_it_imports_little() -> None:
     )
 
     imported = {entry.rpartition("|")[2].strip() for entry in run.stderr.splitlines()}
-    assert "embedq_worker.supervisor" in imported
+    assert "embedq_worker.main_process.supervisor" in imported
     heavy = {"click", "celery", "pydantic", "logging", "subprocess", "ctypes", "typing", "pathlib"}
     assert not imported & heavy

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedq import fleet
-from embedq_worker.guard import Guard
+from embedq.store import fleet
+from embedq_worker.main_process.bootsteps import TellFleet
+from embedq_worker.main_process.controller import Guard
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.telling import TellFleet
 
 
 def test_clock_that_is_set_back_does_not_silence_a_node(

@@ -16,13 +16,14 @@ from tests.model_fixtures import (
 )
 from tokenizers import Tokenizer as HfTokenizer
 
-from embedq_worker import tokenization
-from embedq_worker.digests import Digests
+from embedq_worker.engines.base import RaggedTokens
 from embedq_worker.errors import EngineError, ModelError
-from embedq_worker.models import load_model
-from embedq_worker.proving import Prover
+from embedq_worker.files import Digests
+from embedq_worker.inference import tokenizer
+from embedq_worker.inference.tokenizer import Tokenizer
+from embedq_worker.inference.verifier import Prover
+from embedq_worker.model.resolve import load_model
 from embedq_worker.settings import WorkerSettings
-from embedq_worker.tokenization import RaggedTokens, Tokenizer
 
 SETTINGS = WorkerSettings.model_validate({})
 
@@ -88,7 +89,7 @@ def test_groups_do_not_change_the_tokens(path: Path, monkeypatch: pytest.MonkeyP
     texts = [" ".join(WORDS[:n]) for n in range(len(WORDS))] * 3
     whole = Tokenizer(path, 10).tokenize(texts)
 
-    monkeypatch.setattr(tokenization, "GROUP_CHARS", 30)
+    monkeypatch.setattr(tokenizer, "GROUP_CHARS", 30)
     grouped = Tokenizer(path, 10).tokenize(texts)
 
     assert np.array_equal(whole.ids, grouped.ids)

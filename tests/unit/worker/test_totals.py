@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from embedq_worker.totals import EngineStats, Meter
+from embedq_worker.inference.stats import EngineStats, Meter
 
 
 class Clock:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from kombu import Connection, compression
 from kombu import transport as kombu_transport
 
-from embedq.contract import MAX_BATCH_BYTES, MAX_RAW_BYTES, TASK_NAME
-from embedq_worker import transport
-from embedq_worker.admission import MAX_LEVELS, MAX_MESSAGE_BYTES, objection
+from embedq.protocol.contract import MAX_BATCH_BYTES, MAX_RAW_BYTES, TASK_NAME
+from embedq_worker.main_process import transport
+from embedq_worker.main_process.transport import MAX_LEVELS, MAX_MESSAGE_BYTES, objection
 
 BATCH = {"v": 1, "job": "job", "i": 0, "texts": b"packed"}
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from tests.model_fixtures import tiny_model
 
-from embedq.contract import Accuracy
 from embedq.errors import SettingsError
-from embedq_worker.choices import DeviceChoice, EngineChoice
-from embedq_worker.models import Model
-from embedq_worker.opening import Opener
-from embedq_worker.settings import WorkerSettings
-from embedq_worker.tune_run import MIN_ROUNDS, Wanted, run
-from embedq_worker.tuning import Layout, decide, layouts, timings
+from embedq.protocol.contract import Accuracy
+from embedq_worker.cli.tune import MIN_ROUNDS, Wanted, run
+from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.selection import Layout, decide, layouts, timings
+from embedq_worker.model.resolve import Model
+from embedq_worker.settings import DeviceChoice, EngineChoice, WorkerSettings
 
 USUAL, OTHER = Layout(2, 2, 512), Layout(2, 1, 1024)
 

@@ -10,9 +10,8 @@ from tests.model_fixtures import WORDS, real_model, write_tokenizer
 from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from embedq_worker import words
-from embedq_worker.tokenization import Tokenizer
-from embedq_worker.words import Words, as_bytes
+from embedq_worker.inference import tokenizer
+from embedq_worker.inference.tokenizer import Tokenizer, Words, as_bytes
 
 #: What texts are put together from: words, all signs, special tokens, accents before and after
 #: their letters, scripts with and without spaces, blanks and controls that Python and the library
@@ -143,7 +142,7 @@ def test_word_that_looks_like_a_sign_stays_whole() -> None:
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is full all is forgotten and learnt anew; the ids are the same."""
-    monkeypatch.setattr(words, "MOST_BYTES", 10 * words.ENTRY_BYTES)
+    monkeypatch.setattr(tokenizer, "MOST_BYTES", 10 * tokenizer.ENTRY_BYTES)
     library = Library()
     known = Words(library, [])
     for _ in range(2):
@@ -155,7 +154,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_longest_texts_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text of a million characters would be a million words."""
-    monkeypatch.setattr(words, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer, "MOST_CHARACTERS", 10)
     library = Library()
 
     found = Words(library, []).encode(["to be or not", "to be"])

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from embedq.contract import Device, Precision
-from embedq_worker.engines.base import available_cores
+from embedq.protocol.contract import Device, Precision
+from embedq_worker.engines.base import RowForm, TokenBatch, available_cores
 from embedq_worker.errors import CompileFailed, InferFailed
-from embedq_worker.graph import Graph, build_graph
-from embedq_worker.models import Model
-from embedq_worker.packing import RowForm, TokenBatch
+from embedq_worker.model.bert import build_graph
+from embedq_worker.model.onnx_graph import Graph
+from embedq_worker.model.resolve import Model
 
 
 class OnnxRuntimeEngine:

@@ -1,10 +1,15 @@
-"""The NPU through OpenVINO: static rows, compiled elsewhere, in requests that never move."""
+"""OpenVINO on the NPU.
+
+Which properties a plugin is sent, and which it does not know. Pure.
+
+The NPU through OpenVINO: static rows, compiled elsewhere, in requests that never move.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -12,29 +17,82 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq.contract import Device, Precision
-from embedq_worker.choices import Binding
-from embedq_worker.compiling import compile_in_child
-from embedq_worker.driver_age import OLDEST, build_day, is_too_old
-from embedq_worker.engines import openvino
-from embedq_worker.engines.lengths import unit_lengths
-from embedq_worker.engines.loader import Compile, Loader, shapes_of
-from embedq_worker.engines.openvino import Compiled, Runtime
-from embedq_worker.engines.pool import Pool, request_count
-from embedq_worker.engines.properties import npu_properties, precision_of
-from embedq_worker.engines.requests import Counters, Slot
-from embedq_worker.engines.target import Target
+from embedq.protocol.contract import Device, Precision
+from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
+from embedq_worker.engines import openvino_runtime
+from embedq_worker.engines.base import RowForm, TokenBatch
+from embedq_worker.engines.compiler import Compile, Loader, compile_in_child, shapes_of
+from embedq_worker.engines.infer_requests import Counters, Pool, Slot, request_count
+from embedq_worker.engines.openvino_cpu import unit_lengths
+from embedq_worker.engines.openvino_runtime import Compiled, Runtime, Target
 from embedq_worker.errors import DeviceLost
-from embedq_worker.models import Model
-from embedq_worker.packing import RowForm, TokenBatch, build_rows
-from embedq_worker.tokens import RaggedTokens
+from embedq_worker.model.resolve import Model
+from embedq_worker.settings import Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What was asked of a plugin.
+
+    Attributes:
+        applied: properties that it knows and is sent.
+        ignored: properties that it does not know; sending them would fail the compile.
+    """
+
+    applied: Mapping[str, str]
+    ignored: Mapping[str, str]
+
+    def details(self) -> dict[str, str]:
+        """Describe both for log and check."""
+        parts = {"applied": self.applied, "ignored": self.ignored}
+        return {
+            name: " ".join(f"{key}={value}" for key, value in sorted(part.items()))
+            for name, part in parts.items()
+            if part
+        }
+
+
+def npu_properties(
+    supported: Collection[str], extra: Mapping[str, str], commandlist_mode: str = ""
+) -> Properties:
+    """Decide what an NPU plugin is sent.
+
+    Args:
+        supported: the properties that it knows.
+        extra: what the operator wants; wins over our defaults.
+        commandlist_mode: one of the names of OpenVINO pull request 35626, which no released plugin
+            knows; empty for none.
+    """
+    wanted = {
+        # Requests in flight instead of the quickest single answer: 4 or 8 instead of 1.
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": str(Precision.F16),
+    }
+    if commandlist_mode:
+        wanted["NPU_COMMANDLIST_MODE"] = commandlist_mode
+    wanted.update(extra)
+    return Properties(
+        {key: value for key, value in wanted.items() if key in supported},
+        {key: value for key, value in wanted.items() if key not in supported},
+    )
+
+
+def precision_of(shown: str, otherwise: Precision) -> Precision:
+    """Read the precision that a compiled model says it uses; a plugin may not say."""
+    return Precision(shown) if shown in set(Precision) else otherwise
+
 
 log = logging.getLogger("embedq.worker")
 
+
 #: Seconds that the first inference of a request may take; the kernel gives up after 60.
 WARM_DEADLINE_S: Final = 60.0
+
+
 #: Least seconds until an inference counts as hung, and how many times the slowest of the warm-up.
 MIN_DEADLINE_S, DEADLINE_FACTOR = 2.0, 20.0
+
+
 #: Models whose requests hang: their destructors would hang too, so they are kept for ever.
 _ABANDONED: list[object] = []
 
@@ -144,7 +202,7 @@ class OpenVinoNpuEngine:
         slots = [Slot(request, binding, make, model.inputs) for request in requests]
         pool = self._pools[width] = Pool(slots)
         try:
-            return pool.warm(_empty_row(self.form, width), WARM_DEADLINE_S)
+            return pool.warm(TokenBatch.one_text(width, self.form), WARM_DEADLINE_S)
         except DeviceLost:
             _ABANDONED.append((self._compiled, self._pools))
             raise
@@ -171,7 +229,7 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     details = {
         **{name.lower(): value for name, value in runtime.traits().items() if value},
         **properties.details(),
-        "openvino": openvino.VERSION,
+        "openvino": openvino_runtime.VERSION,
         "rows": f"{form.form} {'x'.join(map(str, form.widths))}",
         "blob": "compiled" if loader.compiled else "cached",
         "cache": loader.store.trouble or str(loader.store.folder),
@@ -188,11 +246,3 @@ def _form(model: Model, row_tokens: int) -> RowForm:
     if not model.packable:
         return RowForm.buckets(model.max_length)
     return RowForm.packed(max(row_tokens, model.max_length))
-
-
-def _empty_row(form: RowForm, width: int) -> TokenBatch:
-    """Build a row of one short text, to warm a request with."""
-    tokens = RaggedTokens(
-        np.zeros(width, np.int32), np.array([0, width], np.int64), np.zeros(1, np.uint32)
-    )
-    return build_rows(tokens, [[0]], 0, form)[0]

@@ -1,0 +1,1 @@
+"""`embedq embed`: files in, files out, checkpoints, update, estimate, search."""

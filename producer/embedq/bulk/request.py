@@ -1,0 +1,156 @@
+"""What `embedq embed` is asked for, its progress and its summary.
+
+What a person asked `embedq embed` to do. Light: read before Celery is imported.
+
+What a run tells: progress while it lasts, a summary at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from embedq.bulk import writers
+from embedq.bulk.readers import Fields, Reading, expand, read
+from embedq.jobs.batches import Document
+from embedq.protocol.contract import Accuracy, OnLong, VectorSpec
+
+if TYPE_CHECKING:
+    from embedq.client import Client
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command was asked to do.
+
+    Attributes:
+        inputs, output: files; inputs may hold globs and ``-``.
+        fields, format, skip_bad_lines: how the inputs are read.
+        prompt_name, prompt, on_long, accuracy: as in Client.encode.
+        restart: throw away what an earlier run left.
+        pin_engine: refuse to go on with another engine than the one that began (a local run).
+    """
+
+    inputs: tuple[str, ...]
+    output: Path
+    fields: Fields = field(default_factory=Fields)
+    format: str | None = None
+    skip_bad_lines: bool = False
+    prompt_name: str | None = None
+    prompt: str | None = None
+    on_long: OnLong | None = None
+    accuracy: Accuracy | None = None
+    restart: bool = False
+    pin_engine: bool = False
+
+    def files(self) -> list[str]:
+        """Return the inputs with their globs expanded.
+
+        Raises:
+            InputError: as expand.
+        """
+        return expand(self.inputs, writers.own_files(self.output))
+
+    def documents(self, progress: Progress) -> Iterator[Document]:
+        """Read the inputs."""
+        return read(
+            self.files(),
+            fields=self.fields,
+            format=self.format,
+            skip_bad_lines=self.skip_bad_lines,
+            reading=progress.reading,
+        )
+
+    def spec(self, client: Client) -> VectorSpec:
+        """Return what will shape the vectors."""
+        return client.spec(
+            prompt_name=self.prompt_name,
+            prompt=self.prompt,
+            on_long=self.on_long,
+            accuracy=self.accuracy,
+        )
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; shared with the display.
+
+    Attributes:
+        reading: position in the inputs.
+        texts, tokens: embedded in this run.
+        truncated, failed: in the whole output.
+        resumed: texts that an earlier run had finished.
+        started: monotonic seconds of the first publish, None before it.
+    """
+
+    reading: Reading = field(default_factory=Reading)
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    failed: int = 0
+    resumed: int = 0
+    started: float | None = None
+
+
+@dataclass(slots=True)
+class Summary:
+    """What `--json` prints.
+
+    Attributes:
+        total: rows of the output.
+        ok, failed, truncated, rerouted: how many of them.
+        seconds: of the whole command.
+        startup_seconds: until the first batch was published.
+        docs_per_second: texts embedded in this run, from first publish to last row written.
+        devices: texts embedded in this run, by device.
+        resumed: rows that an earlier run had finished.
+        skipped_lines: bad lines left out.
+        outputs: files written.
+        updated: with --update, how many documents were new, changed, kept and removed.
+    """
+
+    total: int
+    ok: int
+    failed: int
+    truncated: int
+    rerouted: int
+    seconds: float
+    startup_seconds: float
+    docs_per_second: float
+    devices: dict[str, int]
+    resumed: int
+    skipped_lines: int
+    outputs: list[str]
+    updated: dict[str, int] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary for JSON."""
+        body = asdict(self)
+        if self.updated is None:
+            del body["updated"]
+        return body
+
+    def lines(self) -> list[str]:
+        """Return the summary for a person."""
+        parts = [f"{self.total:,} texts in {self.seconds:.1f} s"]
+        if self.docs_per_second:
+            parts.append(f"{self.docs_per_second:,.0f} docs/s")
+        for name in ("failed", "truncated", "rerouted", "resumed"):
+            if count := getattr(self, name):
+                parts.append(f"{count:,} {name}")
+        parts += [f"{count:,} {name}" for name, count in (self.updated or {}).items()]
+        if self.skipped_lines:
+            parts.append(f"{self.skipped_lines:,} bad lines skipped")
+        return [f"{', '.join(parts)} -> {', '.join(self.outputs)}"]
+
+
+class Display(Protocol):
+    """Shows a run to a person."""
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is; called after each batch."""
+
+    def note(self, message: str) -> None:
+        """Show a sentence."""

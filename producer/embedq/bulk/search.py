@@ -1,0 +1,100 @@
+"""The nearest rows of an output: for looking at results, not a vector database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from embedq.bulk.checkpoint import Manifest, manifest_path
+from embedq.bulk.writers import format_of, sidecar_path
+from embedq.errors import InputError
+from embedq.protocol.values import Vectors
+
+#: Rows compared at a time.
+CHUNK_ROWS: Final = 65_536
+
+
+class Hit(NamedTuple):
+    """One of the nearest rows.
+
+    Attributes:
+        row: in the output.
+        id: of its document.
+        score: cosine to the query.
+    """
+
+    row: int
+    id: str | int
+    score: float
+
+
+def load_manifest(vectors: Path) -> Manifest:
+    """Return the manifest of a finished npy output.
+
+    Raises:
+        InputError: there is none, it is unfinished, or the output is of another format.
+    """
+    if format_of(vectors) != "npy":
+        raise InputError(f"{vectors}: search reads .npy outputs.")
+    manifest = Manifest.load(manifest_path(vectors))
+    if manifest is not None and not manifest.complete:
+        raise InputError(f"{vectors}: is not finished. Run its `embedq embed` command again.")
+    if manifest is None or not vectors.exists():
+        raise InputError(
+            f"{vectors}: no output of `embedq embed` (it and {manifest_path(vectors).name} "
+            "belong together)."
+        )
+    return manifest
+
+
+def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
+    """Return the k rows nearest to a query, best first; failed rows never match.
+
+    Args:
+        vectors: a finished npy output, float32 [n, D].
+        query: float32 [D].
+        k: how many.
+
+    Raises:
+        InputError: the output or its sidecar is damaged.
+    """
+    try:
+        rows: Vectors = np.load(vectors, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _damaged(vectors) from error
+    unit = query.astype(np.float32) / max(float(np.linalg.norm(query)), 1e-12)
+    best: list[tuple[float, int]] = []
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = np.asarray(rows[start : start + CHUNK_ROWS], np.float32)
+        lengths = np.linalg.norm(chunk, axis=1)
+        scores = np.nan_to_num((chunk @ unit) / np.maximum(lengths, 1e-12), nan=-2.0)
+        top = np.argsort(-scores, kind="stable")[:k]
+        best += [(float(scores[at]), start + int(at)) for at in top if scores[at] >= -1.01]
+        best = sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k]
+    names = _ids(sidecar_path(vectors), {row for _, row in best})
+    if len(names) < len(best):
+        raise _damaged(sidecar_path(vectors))
+    return [Hit(row, names[row], score) for score, row in best]
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path}: is not what embedq wrote. Put it back, or embed with --restart.")
+
+
+def _ids(sidecar: Path, wanted: set[int]) -> dict[int, str | int]:
+    try:
+        return {row: json.loads(line)["id"] for row, line in _lines(sidecar) if row in wanted}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(sidecar) from error
+
+
+def _lines(sidecar: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with sidecar.open(encoding="utf-8") as lines:
+            yield from enumerate(lines)
+    except OSError as error:
+        raise InputError(f"{sidecar}: {error.strerror}.") from None

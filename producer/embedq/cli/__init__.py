@@ -1,0 +1,1 @@
+"""The command `embedq`: click commands, printing, exit codes."""

@@ -1,0 +1,136 @@
+"""Exit codes, error printing and the progress bar.
+
+Exit codes of the `embedq` command, and errors as one sentence with its code.
+
+How a run looks: a live line on a terminal, a plain line now and then elsewhere; on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from embedq import errors
+from embedq.bulk.request import Progress
+
+EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
+
+
+EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
+
+
+_EXIT_CODES: dict[type[errors.EmbedqError], int] = {
+    errors.SettingsError: EXIT_SETTINGS,
+    errors.InputError: EXIT_INPUT,
+    errors.QueueUnavailable: EXIT_UNAVAILABLE,
+    errors.NoNode: EXIT_UNAVAILABLE,
+    errors.LocalStartFailed: EXIT_LOCAL,
+    errors.ResultError: EXIT_RESULT,
+}
+
+
+@contextmanager
+def errors_as_sentences() -> Iterator[None]:
+    """Print an error of ours as one message and leave with its exit code."""
+    try:
+        yield
+    except errors.EmbedqError as error:
+        click.echo(f"embedq: {error}", err=True)
+        sys.exit(next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 1))
+
+
+#: Seconds between two plain lines where there is no terminal.
+PLAIN_EVERY_S = 10.0
+
+
+class RunDisplay:
+    """Shows a run on stderr; says nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Prepare a display; when quiet it shows notes only.
+
+        Attributes:
+            nodes: set it to a function that tells how many nodes work on which device.
+        """
+        self._console = Console(stderr=True, highlight=False)
+        self._live = self._console.is_terminal and not quiet
+        self._quiet = quiet
+        self.nodes: Callable[[], str] = str
+        self._last_plain = time.monotonic()
+        self._bar = Bar(
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def note(self, message: str) -> None:
+        """Show a sentence."""
+        self._console.print(f"embedq: {message}", markup=False, soft_wrap=True)
+
+    def starting(self, what: str) -> None:
+        """Say what the start waits for."""
+        self._bar.update(self._task, description=what)
+
+    def update(self, progress: Progress) -> None:
+        """Show how far the run is."""
+        fraction = progress.reading.fraction()
+        line = self._line(progress, fraction)
+        if self._live:
+            # Shares of a thousand, as the number of documents is not known before the end.
+            total = None if fraction is None else 1000
+            done = 0 if fraction is None else 1000 * fraction
+            self._bar.update(self._task, total=total, completed=done, description=line)
+        elif not self._quiet and time.monotonic() - self._last_plain >= PLAIN_EVERY_S:
+            self._last_plain = time.monotonic()
+            share = "" if fraction is None else f"{fraction:.0%} "
+            self._console.print(f"embedq: {share}{line}", markup=False, soft_wrap=True)
+
+    def _line(self, progress: Progress, fraction: float | None) -> str:
+        seconds = max(1e-6, time.monotonic() - (progress.started or time.monotonic()))
+        parts = [
+            f"{progress.resumed + progress.texts:,} texts",
+            f"{progress.texts / seconds:,.0f} docs/s",
+            f"{progress.tokens / seconds:,.0f} tokens/s",
+        ]
+        if fraction and fraction < 1 and not progress.resumed:
+            parts.append(f"{_duration(seconds * (1 - fraction) / fraction)} left")
+        if progress.truncated:
+            parts.append(f"{progress.truncated:,} truncated")
+        if progress.failed:
+            parts.append(f"{progress.failed:,} failed")
+        nodes = self.nodes()
+        return "  ".join([*parts, nodes] if nodes else parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,0 +1,339 @@
+"""`embedq`: embed files, from the command line of anyone with texts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from embedq import errors
+from embedq.bulk.readers import FORMATS, Fields
+from embedq.cli.console import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_SETTINGS,
+    errors_as_sentences,
+)
+from embedq.cli.operations import dead, exporter, status
+from embedq.protocol.contract import Accuracy, Dtype, OnLong
+
+if TYPE_CHECKING:
+    from embedq.bulk.request import Request
+    from embedq.cli.console import RunDisplay
+    from embedq.client import Client
+    from embedq.settings import ProducerSettings
+
+BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
+
+
+_EPILOG = """\b
+Exit codes:
+  0 done    1 done, but some texts failed    2 wrong setting or option
+  3 input or output    4 no Redis or no node    5 the local node did not start
+  6 a result was lost    130 interrupted; the same command goes on
+\b
+Examples:
+  embedq embed documents.jsonl -o vectors.npy --local
+  zcat big.jsonl.gz | embedq embed - -o vectors.parquet
+  EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq embed 'part-*.csv' -o vectors.jsonl
+"""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EPILOG,
+    help="Turn files of texts into vectors, through a queue of workers or a private one.",
+)
+@click.version_option(package_name="embedq")
+def cli() -> None:
+    """Group of all commands."""
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .npy (with a sidecar .items.jsonl), .jsonl or .parquet.",
+)
+@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option(
+    "--accuracy",
+    type=click.Choice([str(choice) for choice in Accuracy]),
+    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantised.  "
+    "[EMBEDQ_ACCURACY]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([str(choice) for choice in Dtype]),
+    help="float16 halves the vectors; components are off by 2**-12 at most.  [EMBEDQ_DTYPE]",
+)
+@click.option(
+    "--strict",
+    is_flag=True,
+    default=None,
+    help="Vectors from an NPU or none.  [EMBEDQ_STRICT]",
+)
+@click.option(
+    "--on-long",
+    type=click.Choice([str(choice) for choice in OnLong]),
+    help="Texts of more tokens than the model takes.  [EMBEDQ_ON_LONG]",
+)
+@click.option("--prompt-name", help="Name of a prompt of the model to put before each text.")
+@click.option("--prompt", help="Prompt to put before each text; wins over --prompt-name.")
+@click.option(
+    "--text-field", default="text", show_default=True, help="Field or column of the text."
+)
+@click.option("--id-field", default="id", show_default=True, help="Field or column of the id.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format of the inputs.")
+@click.option(
+    "--on-bad-line",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="A line that is no document: stop and name it, or leave it out and count it.",
+)
+@click.option("--restart", is_flag=True, help="Start over, whatever an earlier run left.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Bring a finished output up to date: embed new and changed documents, drop removed ones.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Estimate tokens, time and memory from a sample; write nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON summary on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def embed(
+    inputs: tuple[str, ...],
+    output: Path,
+    local: bool,
+    model: str | None,
+    accuracy: str | None,
+    dtype: str | None,
+    strict: bool | None,
+    on_long: str | None,
+    prompt_name: str | None,
+    prompt: str | None,
+    text_field: str,
+    id_field: str,
+    format_: str | None,
+    on_bad_line: str,
+    restart: bool,
+    update: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Embed the documents of INPUT files (.jsonl, .csv, .txt, .gz of one, or - for stdin).
+
+    The same command goes on where a killed or interrupted one stopped.
+    """
+    with errors_as_sentences(), _interruptible(output, restart=restart):
+        from embedq.bulk.request import Request, Summary
+        from embedq.cli.console import RunDisplay  # heavy, and not needed for --help
+        from embedq.settings import ProducerSettings
+
+        settings = ProducerSettings.load(
+            model=model, accuracy=accuracy, dtype=dtype, strict=strict, on_long=on_long
+        )
+        request = Request(
+            inputs=inputs,
+            output=output,
+            fields=Fields(id=id_field, text=text_field),
+            format=format_,
+            skip_bad_lines=on_bad_line == "skip",
+            prompt_name=prompt_name,
+            prompt=prompt,
+            restart=restart,
+            pin_engine=local,
+        )
+        if restart and update:
+            raise errors.SettingsError(
+                "--restart and --update exclude each other: --restart throws the old rows away, "
+                "--update keeps those that have not changed."
+            )
+        _check_files(request)
+        with (
+            RunDisplay(quiet=quiet or as_json) as display,
+            _connected(settings, display, local=local) as client,
+        ):
+            # Imported while the node of a local run starts: they bring Celery with them.
+            from embedq.bulk.estimate import Estimate, estimate
+            from embedq.bulk.run import EmbedRun
+            from embedq.bulk.update import UpdateRun
+
+            display.nodes = client.nodes
+            if dry_run:
+                result: Estimate | Summary = estimate(client, request)
+            else:
+                run = UpdateRun if update else EmbedRun
+                result = run(client, request, display, BEGAN).run()
+    lines = [json.dumps(result.as_dict())] if as_json else result.lines()
+    click.echo("\n".join(lines))
+    failed = isinstance(result, Summary) and result.failed
+    sys.exit(EXIT_FAILED if failed else EXIT_OK)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("vectors", type=click.Path(path_type=Path))
+@click.argument("query")
+@click.option(
+    "-k",
+    "--top",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="How many rows to show.",
+)
+@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option("--prompt-name", help="Name of a prompt of the model to put before the query.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
+def search(
+    vectors: Path,
+    query: str,
+    top: int,
+    local: bool,
+    model: str | None,
+    prompt_name: str | None,
+    as_json: bool,
+) -> None:
+    """Show the rows of an .npy output that are nearest to a query."""
+    with errors_as_sentences():
+        from embedq.bulk.search import load_manifest, nearest_rows
+        from embedq.cli.console import RunDisplay
+        from embedq.settings import ProducerSettings
+
+        settings = ProducerSettings.load(model=model)
+        manifest = load_manifest(vectors)
+        with (
+            RunDisplay(quiet=True) as display,
+            _connected(settings, display, local=local) as client,
+        ):
+            identity = client.card().identity
+            if identity != manifest.settings["model"]:
+                raise errors.InputError(
+                    f"{vectors} was made with {manifest.settings['model_label']} "
+                    f"({manifest.settings['model'][:12]}); the node serves {client.card().label} "
+                    f"({identity[:12]}). Vectors of two models cannot be compared: use the former."
+                )
+            hits = nearest_rows(vectors, client.encode(query, prompt_name=prompt_name), top)
+    if as_json:
+        click.echo(json.dumps([hit._asdict() for hit in hits]))
+    else:
+        for hit in hits:
+            click.echo(f"{hit.score:.4f}  {hit.id}")
+
+
+def _check_files(request: Request) -> None:
+    """Refuse what cannot work before anything is started."""
+    from embedq.bulk import writers
+    from embedq.bulk.readers import format_of
+
+    writers.require_writable(request.output)
+    inputs = request.files()
+    for name in inputs:
+        format_of(name, request.format)
+    writers.require_apart(request.output, inputs)
+
+
+@contextmanager
+def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) -> Iterator[Client]:
+    """Open a client, to a private fleet if asked for one."""
+    if not local:
+        from embedq.client import Client
+
+        with Client(settings=settings, on_wait=display.note) as client:
+            yield client
+        return
+    from embedq.local.fleet import LocalFleet
+
+    display.starting("starting a private Redis and a node")
+    environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
+    if settings.accuracy is not Accuracy.STANDARD:
+        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32 or int8
+    with LocalFleet(environment=environment, warn=display.note) as fleet:
+        from embedq.client import Client  # brings Celery, while the node brings up its own
+
+        at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
+        private = settings.model_copy(update=at)
+        with Client(settings=private, on_wait=display.note, on_idle=fleet.check) as client:
+            yield client
+
+
+def _was_saved_since(output: Path, began: float) -> bool:
+    """Say whether a run has written the manifest of an output since a Unix time."""
+    from embedq.bulk.checkpoint import manifest_path
+
+    path = manifest_path(output)
+    return path.exists() and path.stat().st_mtime >= began
+
+
+@contextmanager
+def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
+    """End cleanly on Ctrl-C and SIGTERM, and say how to go on."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    began = time.time()
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Before a restart has thrown the old rows away, going on would keep them.
+        begun = restart and _was_saved_since(output, began)
+        command = "the same command without --restart" if begun else "the same command"
+        click.echo(
+            f"embedq: interrupted. What is in {output} so far is kept; {command} goes on.",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def settings(as_json: bool) -> None:
+    """Show every setting, its value and where it comes from."""
+    with errors_as_sentences():
+        from embedq.settings import ProducerSettings
+
+        shown = list(ProducerSettings.load().describe())
+    if as_json:
+        click.echo(json.dumps([setting._asdict() for setting in shown]))
+        return
+    width = max(len(setting.name) for setting in shown)
+    for setting in shown:
+        click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+
+
+cli.add_command(dead)
+
+
+cli.add_command(exporter)
+
+
+cli.add_command(status)
+
+
+def main() -> None:
+    """Run the command line."""
+    if os.name == "nt":
+        click.echo("embedq: Windows is not supported; use Linux or WSL 2.", err=True)
+        sys.exit(EXIT_SETTINGS)
+    cli()

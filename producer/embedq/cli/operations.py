@@ -1,0 +1,316 @@
+"""Commands for operators: status, dead, exporter.
+
+`embedq status`: the fleet in a terminal, once or live.
+
+`embedq dead`: look at texts that were set aside, try them again, or let them go.
+
+`embedq exporter`: the fleet for Prometheus.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_SETTINGS, errors_as_sentences
+
+if TYPE_CHECKING:
+    from redis import Redis
+    from rich.console import Group
+
+    from embedq.observability.status import FleetStatus
+
+T = TypeVar("T")
+
+
+#: Seconds between two looks with --watch.
+WATCH_EVERY_S = 1.0
+
+
+_COLOURS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "failed": "red"}
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Keep looking until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+def status(watch: bool, as_json: bool) -> None:
+    """Show nodes, queues and jobs."""
+    with errors_as_sentences():
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        from embedq.errors import QueueUnavailable, SettingsError
+
+        if watch and as_json:
+            raise SettingsError("--watch and --json exclude each other. Drop one of the two.")
+        look = _looker()
+        if as_json:
+            click.echo(json.dumps(look().as_dict()))
+        elif not watch:
+            Console().print(render(look()))
+        else:
+            with Live(render(look()), console=Console(), screen=False) as live:
+                try:
+                    while True:
+                        time.sleep(WATCH_EVERY_S)
+                        try:
+                            live.update(render(look()))
+                        except QueueUnavailable as error:  # Redis starts again: so does this
+                            live.update(Text(str(error), style="red"))
+                except KeyboardInterrupt:
+                    return
+
+
+def _looker() -> Callable[[], FleetStatus]:
+    """Return a function that looks at the fleet of the settings, on connections that it keeps."""
+    from embedq.observability.status import fetch_status
+    from embedq.settings import ProducerSettings, mask_password
+    from embedq.store.connection import open_redis, patiently
+
+    settings = ProducerSettings.load()
+    broker, results = open_redis(settings.broker_url), open_redis(settings.results_url)
+
+    def look() -> FleetStatus:
+        def once(action: Callable[[], T], where: str) -> T:
+            return patiently(action, patience_s=0, on_wait=lambda _: None, where=where)
+
+        # First each alone, so that an error names the one that is away.
+        once(broker.ping, mask_password(settings.broker_url))
+        once(results.ping, mask_password(settings.results_url))
+        return once(lambda: fetch_status(broker, results), settings.addresses)
+
+    return look
+
+
+def render(found: FleetStatus) -> Group:
+    """Draw a status as tables."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    nodes = Table("node", "state", "device", "engine", "precision", "since", "reason", box=None)
+    for node in found.nodes:
+        state = Text(node.state, style=_COLOURS.get(node.state, ""))
+        computes = map(Text, (node.device, node.engine, node.precision))
+        since = f"{age(found.at - node.since)} ago"
+        nodes.add_row(Text(node.node), state, *computes, since, Text(node.reason))
+    for name, at in sorted(found.silent.items()):
+        state = Text("silent", style="red")
+        nodes.add_row(
+            Text(name), state, "", "", "", f"{age(found.at - at)} ago", "It took no leave."
+        )
+    queues = Table("queue", "waiting", "oldest", box=None)
+    for queue, waiting in found.queues.items():
+        queues.add_row(queue, f"{waiting:,}", age(found.oldest_ready_s.get(queue, 0)))
+    queues.add_row("in hand", f"{found.in_hand:,}", age(found.oldest_in_hand_s))
+    jobs = Table("job", "texts done", "batches done", "to be taken", "age", "output", box=None)
+    for job in found.jobs:
+        texts = f"{job.texts:,}"
+        if job.planned_texts:
+            texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
+        batches = f"{job.committed:,} of {job.published:,} sent"
+        label = Text(job.label)  # brackets in it are no markup
+        jobs.add_row(Text(job.id), texts, batches, f"{job.waiting:,}", age(job.age_s), label)
+    memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
+    head = ""
+    if found.paused:
+        head = f"paused {age(found.at - found.paused.at)} ago: {found.paused.reason}\n"
+    missing = "no node is alive\n" if not found.nodes else ""
+    return Group(
+        Text(head + missing, style="red", end=""),
+        nodes,
+        queues,
+        jobs,
+        f"memory of Redis: {memory}",
+        *([f"texts set aside: {found.dead:,} (embedq dead ls)"] if found.dead else []),
+    )
+
+
+def age(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    known = seconds if isfinite(seconds) else 0
+    minutes, rest = divmod(max(0, int(known)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    for big, small, names in (
+        (days, hours, ("d", "h")),
+        (hours, minutes, ("h", "min")),
+        (minutes, rest, ("min", "s")),
+    ):
+        if big:
+            return f"{big} {names[0]} {small} {names[1]}"
+    return f"{rest} s"
+
+
+@click.group()
+def dead() -> None:
+    """Texts that were set aside because they stop whatever embeds them."""
+
+
+@dead.command("ls")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list instead of lines.")
+def list_(as_json: bool) -> None:
+    """List the texts that were set aside, newest first, without their text."""
+    with errors_as_sentences():
+        from embedq.protocol.worker import plain
+        from embedq.store import dead_letters as letters
+
+        found = letters.fetch_all(_results())
+    if as_json:
+        shown = [
+            {"id": o.id, "code": o.code, "reason": o.reason, "node": o.node, "at": o.at}
+            for o in found
+        ]
+        click.echo(json.dumps(shown))
+        return
+    for letter in found:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at))
+        click.echo(f"{plain(letter.id)}  {when}  {letter.node}  {letter.code}  {letter.reason}")
+
+
+@dead.command()
+@click.argument("name", metavar="ID")
+def show(name: str) -> None:
+    """Print one text that was set aside."""
+    with errors_as_sentences():
+        from embedq.store import dead_letters as letters
+
+        letter = letters.fetch(_results(), name)
+    if letter is None:
+        _unknown([name])
+        sys.exit(EXIT_INPUT)
+    click.echo(letter.text)
+
+
+@dead.command()
+@click.argument("names", metavar="ID...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Append a line of JSON with id and vector for each that works now.",
+)
+def requeue(names: tuple[str, ...], output: Path | None) -> None:
+    """Embed texts once more, after their cause was mended; those that work leave the list."""
+    with errors_as_sentences():
+        from embedq.client import Client
+        from embedq.errors import TextsFailed, writing
+        from embedq.store import dead_letters as letters
+
+        failed, unknown = 0, []
+        with Client(on_wait=lambda message: click.echo(f"embedq: {message}", err=True)) as client:
+            for name in names:
+                letter = letters.fetch(client.redis, name)
+                if letter is None:
+                    unknown.append(name)
+                    continue
+                try:
+                    vector = client.encode(letter.text, prompt=letter.prompt)
+                except TextsFailed as error:
+                    failed += 1
+                    click.echo(f"{name}  failed again: {next(iter(error.failures.values()))}")
+                    continue
+                if output is not None:
+                    with writing(output), output.open("a", encoding="utf-8") as out:
+                        out.write(json.dumps({"id": name, "vector": vector.tolist()}) + "\n")
+                letters.drop(client.redis, [name])
+                click.echo(f"{name}  embedded")
+    if unknown:
+        _unknown(unknown)
+    sys.exit(EXIT_INPUT if unknown else EXIT_FAILED if failed else 0)
+
+
+@dead.command()
+@click.argument("names", metavar="ID...", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Drop all of them.")
+def drop(names: tuple[str, ...], everything: bool) -> None:
+    """Delete texts that were set aside."""
+    with errors_as_sentences():
+        from embedq.store import dead_letters as letters
+
+        results = _results()
+        if not names and not everything:
+            raise click.UsageError("Name the ids to drop, or --all.")
+        # By name alone: a thousand texts of a megabyte each need not be read for one of them.
+        chosen = sorted(set(names))
+        if everything:
+            chosen = [letter.id for letter in letters.fetch_all(results)]
+        unknown = [name for name in chosen if not letters.drop(results, [name])]
+    click.echo(f"{len(chosen) - len(unknown):,} dropped")
+    if unknown:
+        _unknown(unknown)
+        sys.exit(EXIT_INPUT)
+
+
+def _results() -> Redis:
+    from embedq.settings import ProducerSettings, mask_password
+    from embedq.store.connection import open_redis, patiently
+
+    url = ProducerSettings.load().results_url
+    client = open_redis(url)
+    patiently(client.ping, patience_s=0, on_wait=lambda _: None, where=mask_password(url))
+    return client
+
+
+def _unknown(names: list[str]) -> None:
+    click.echo(f"embedq: no text set aside under {', '.join(names)}. See: embedq dead ls", err=True)
+
+
+#: Port that Prometheus finds an exporter on if nobody says otherwise.
+PORT = 9469
+
+
+#: Seconds that a Redis may take to connect, and to answer. Each may be spent six times in one
+#: scrape (a look and a ping, with their second tries), which Prometheus gives up after 5 s.
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=PORT,
+    show_default=True,
+    help="Port to listen on; 0 for any.",
+)
+def exporter(host: str, port: int) -> None:
+    """Answer Prometheus on /metrics, and health checks on /healthz."""
+    with errors_as_sentences():
+        from embedq.settings import ProducerSettings
+        from embedq.store.connection import open_redis
+
+        try:
+            from embedq.observability.exporter import serve
+        except ModuleNotFoundError:
+            from embedq.errors import SettingsError
+
+            raise SettingsError(
+                "embedq exporter needs the Prometheus client. Run: pip install 'embedq[exporter]'"
+            ) from None
+        settings = ProducerSettings.load()
+        broker, results = (
+            open_redis(url, connect_timeout_s=CONNECT_TIMEOUT_S, timeout_s=ANSWER_TIMEOUT_S)
+            for url in (settings.broker_url, settings.results_url)
+        )
+        try:
+            server = serve(broker, results, host, port)
+        except OSError as error:
+            click.echo(f"embedq: cannot listen on {host}:{port} ({error.strerror}).", err=True)
+            sys.exit(EXIT_SETTINGS)
+        click.echo(f"embedq exporter: http://{host}:{server.server_port}/metrics", err=True)
+        # The first process of a container has no default action for SIGTERM.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return

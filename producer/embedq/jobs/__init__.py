@@ -1,0 +1,1 @@
+"""One job: batches out within a window, commits in, lost batches recovered."""

@@ -1,0 +1,270 @@
+"""Job: publish, collect, hand out.
+
+The collector of a job: reads its commits, fetches their vectors and deletes them from Redis.
+
+One job: batches out within a window, commits in, vectors back in the caller's order.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from embedq.errors import CorruptValue, ResultExpired, ResultTimeout
+from embedq.jobs.batches import Embedded, FinishedBatch, Slice, assemble
+from embedq.jobs.recovery import Reconciler
+from embedq.jobs.sender import Pump
+from embedq.jobs.state import CLOSE_PATIENCE_S, Errand, JobProgress, JobState, Link, Outstanding
+from embedq.observability.tracing import JobTrace
+from embedq.protocol.contract import Queue, VectorSpec
+from embedq.store.ledger import Commit, Ledger
+
+#: Milliseconds that one read of the stream waits before the job looks around.
+READ_BLOCK_MS = 1_000
+
+
+#: Commits taken in one read.
+READ_COUNT = 32
+
+
+#: Times a batch whose stored vectors were lost or damaged is computed again.
+MAX_RECOMPUTES = 3
+
+
+class Collector:
+    """Brings batches back, and has them computed again whose vectors did not survive in Redis."""
+
+    def __init__(self, errand: Errand, pump: Pump) -> None:
+        self._errand = errand
+        self._pump = pump
+
+    def read(self, left_s: float | None) -> list[Commit]:
+        """Return new commits, waiting about a second for them, and never longer than left_s.
+
+        Raises:
+            QueueUnavailable: Redis stayed away.
+        """
+        block_ms = READ_BLOCK_MS
+        if left_s is not None:  # to Redis, 0 means for ever
+            block_ms = max(1, min(block_ms, int(1e3 * left_s)))
+        ledger = self._errand.ledger
+        return self._errand.patiently(
+            lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
+        )
+
+    def collect(self, commits: list[Commit]) -> None:
+        """Fetch, check and keep the vectors of new commits, then delete them from Redis.
+
+        Raises:
+            ResultExpired: vectors were lost in Redis again and again.
+            QueueUnavailable: Redis stayed away.
+        """
+        for commit in commits:
+            with self._errand.trace.collecting(index=commit.index):
+                self._collect_one(commit)
+
+    def _collect_one(self, commit: Commit) -> None:
+        errand, state = self._errand, self._errand.state
+        waiting = state.outstanding.get(commit.index)
+        if waiting is not None:
+            values = errand.patiently(lambda: errand.ledger.fetch_values(commit))
+            try:
+                finished = assemble(waiting.slice, values, errand.spec, errand.fingerprint)
+            except CorruptValue as error:
+                self._recompute(commit, waiting, error)
+                return
+            state.ready[commit.index] = finished
+            del state.outstanding[commit.index]
+        errand.patiently(lambda: errand.ledger.take([commit]))
+
+    def _recompute(self, commit: Commit, waiting: Outstanding, error: CorruptValue) -> None:
+        errand = self._errand
+        waiting.recomputes += 1
+        if waiting.recomputes > MAX_RECOMPUTES:
+            raise ResultExpired(
+                f"Batch {commit.index} of job {errand.id} was computed {MAX_RECOMPUTES} times and "
+                f"its vectors were lost or damaged in Redis each time: {error}"
+            ) from error
+        errand.link.on_wait(f"Batch {commit.index} is computed again: {error}")
+        errand.open()  # in case Redis forgot the whole job
+        errand.patiently(lambda: errand.ledger.forget(commit))
+        self._pump.publish(waiting.slice, waiting.recomputes)
+
+
+class Job:
+    """A stream of batches on its way through the queue. For one thread at a time."""
+
+    def __init__(
+        self,
+        link: Link,
+        spec: VectorSpec,
+        slices: Iterable[Slice],
+        *,
+        queue: Queue,
+        window: Callable[[], int],
+        ttl_s: int,
+        ordered: bool = True,
+        label: str = "",
+        refusable: bool = True,
+        planned: int | None = None,
+    ) -> None:
+        """Prepare a job; nothing is sent before it is started or read.
+
+        Args:
+            link: Redis and publisher.
+            spec: what shapes the vectors.
+            slices: the batches with consecutive indices from any first one, pulled only as fast
+                as the window allows.
+            queue: where they go.
+            window: tells the most batches that may be published and not yet handed out.
+            ttl_s: life of the job in Redis after its last sign of life.
+            ordered: hand batches out in their order, or as they complete.
+            label: shown to operators.
+            refusable: refused by a Redis that is nearly full; otherwise it waits for room.
+            planned: texts of the whole job, shown to operators; None if that is not known yet.
+        """
+        self.id = secrets.token_hex(8)
+        self._link = link
+        self._refusable = refusable
+        self._state = JobState(ordered)
+        self._errand = Errand(
+            id=self.id,
+            link=link,
+            queue=queue,
+            spec=spec,
+            fingerprint=spec.fingerprint(),
+            ttl_s=ttl_s,
+            label=label,
+            ledger=Ledger(link.redis, self.id),
+            trace=JobTrace(self.id),
+            state=self._state,
+        )
+        self._pump = Pump(self._errand, iter(slices), window=window, planned=planned)
+        self._collector = Collector(self._errand, self._pump)
+        self._reconciler = Reconciler(self._errand, self._pump)
+        self._kept: deque[FinishedBatch] = deque()
+
+    def start(self) -> None:
+        """Publish the first window; `batches`, `results` and `wait` do it by themselves.
+
+        Raises:
+            QueueUnavailable: Redis cannot be reached.
+            QueueFull: Redis has no room for another job, and this one does not wait for it.
+        """
+        if not self._state.open:
+            if self._refusable:
+                self._pump.require_room()
+            self._errand.open()
+            self._errand.trace.begin()
+            self._state.open = True
+            self._pump.publish_up_to_window()
+
+    def progress(self) -> JobProgress:
+        """Return how far the job is, without asking Redis."""
+        return self._state.progress()
+
+    def batches(self, *, timeout_s: float | None = None) -> Iterator[FinishedBatch]:
+        """Yield each batch once; leaving early cancels the rest.
+
+        Args:
+            timeout_s: longest silence between two commits, in seconds; None waits for ever.
+
+        Raises:
+            QueueUnavailable: Redis stayed away longer than our patience.
+            ResultTimeout: no commit arrived for timeout_s.
+            ResultExpired: vectors were lost in Redis again and again, or this was called before
+                and ended with an error.
+        """
+        try:
+            while (batch := self._next(timeout_s)) is not None:
+                yield batch
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # Ctrl-C, too: the rest is cancelled
+            self._state.broken_by = error
+            raise
+        finally:
+            self._errand.close()
+
+    def results(self, *, timeout_s: float | None = None) -> Iterator[Embedded]:
+        """Yield each text's vector and outcome, in the caller's order if the job is ordered.
+
+        Args, Raises: as `batches`.
+        """
+        for batch in self.batches(timeout_s=timeout_s):
+            for row in range(len(batch.slice)):
+                position = batch.slice.start + row
+                yield Embedded(position, batch.vectors[row], batch.outcomes[row])
+
+    def wait(self, timeout_s: float | None = None) -> JobProgress:
+        """Wait until every text has its outcome, keeping the vectors in memory for `results`.
+
+        Raises:
+            ResultTimeout: it took longer than timeout_s; the job goes on, wait again.
+            QueueUnavailable, ResultExpired: as `batches`; also when the caller's iterable raised.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        arrived: deque[FinishedBatch] = deque(self._kept)
+        self._kept.clear()
+        try:
+            while True:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                batch = self._next(left)
+                if batch is None:
+                    break
+                arrived.append(batch)
+        finally:
+            self._kept = arrived
+        self._errand.close()
+        return self.progress()
+
+    def cancel(self) -> None:
+        """Stop the job: what is queued is dropped by the nodes, what is stored is deleted.
+
+        A Redis that is away is waited for a moment only: what is left of the job expires there.
+        """
+        self._errand.close(CLOSE_PATIENCE_S)
+
+    def _next(self, silence_s: float | None) -> FinishedBatch | None:
+        """Return the next batch, or None when there is no more."""
+        if self._kept:
+            return self._kept.popleft()
+        if (broken_by := self._state.broken_by) is not None:
+            reason = str(broken_by) or type(broken_by).__name__
+            raise ResultExpired(
+                f"Job {self.id} has ended, with {self._state.texts:,} texts handed out: "
+                f"{reason.removesuffix('.')}. Submit the others in a job of their own."
+            ) from broken_by
+        if self._state.closed:
+            return None
+        heard = time.monotonic()
+        self._state.until = math.inf if silence_s is None else heard + silence_s
+        self.start()
+        while (finished := self._state.hand_out()) is None:
+            self._pump.publish_up_to_window()
+            if self._state.is_done():
+                return None
+            left_s = None if silence_s is None else heard + silence_s - time.monotonic()
+            commits = self._collector.read(left_s)
+            self._reconciler.look()
+            if commits:
+                self._collector.collect(commits)
+                heard = time.monotonic()
+                self._state.until = math.inf if silence_s is None else heard + silence_s
+            elif silence_s is not None and time.monotonic() - heard >= silence_s:
+                raise ResultTimeout(
+                    f"No batch of job {self.id} arrived for {silence_s:.1f} s; "
+                    f"{len(self._state.outstanding)} are outstanding. Look at `embedq status`."
+                )
+            else:
+                self._errand.keep_alive()
+                self._link.on_idle()
+        try:
+            self._pump.publish_up_to_window()
+        except BaseException:  # Ctrl-C, too
+            self._state.take_back(finished)  # whoever waits again gets it
+            raise
+        return finished

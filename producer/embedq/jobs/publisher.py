@@ -1,0 +1,86 @@
+"""Batches onto the queues of Redis, as Celery messages that carry no text outside their payload."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from celery import Celery
+from kombu import Queue as KombuQueue
+from kombu.exceptions import OperationalError
+from kombu.pools import ProducerPool
+from redis import exceptions
+
+from embedq.observability.tracing import JobTrace
+from embedq.protocol.contract import TASK_NAME, Queue
+from embedq.protocol.message import EmbedBatch, message_headers
+
+#: Most connections of a publisher: one, but for a caller with threads.
+MAX_CONNECTIONS: Final = 10
+
+
+class Publisher:
+    """Publishes batches; safe to use from one thread."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._app = Celery("embedq", broker=broker_url, set_as_current=False)
+        self._app.conf.update(
+            task_serializer="msgpack",
+            accept_content=["msgpack"],
+            task_queues=[KombuQueue(str(name)) for name in Queue],
+            task_default_queue=str(Queue.NPU),
+            # A typo in a queue name must raise, not create a queue that nobody reads.
+            task_create_missing_queues=False,
+            # Results are read from the ledger; subscribing per task is what breaks at scale.
+            task_ignore_result=True,
+            # Lets Flower show how long a batch waited before a node took it.
+            task_send_sent_event=True,
+            broker_transport_options={
+                "socket_timeout": 30,
+                "socket_connect_timeout": 5,
+                "socket_keepalive": True,
+                "client_name": "embedq",
+            },
+        )
+        # Connections of our own: kombu's live in the process, whoever is closed.
+        self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
+        self._producers = ProducerPool(self._connections, limit=MAX_CONNECTIONS)
+
+    def publish(self, batch: EmbedBatch, queue: Queue, trace: JobTrace | None = None) -> None:
+        """Publish one batch; publishing it twice is harmless, the ledger takes the first.
+
+        Args:
+            batch: what to publish.
+            queue: where.
+            trace: of its job; None for a batch of its own.
+
+        Raises:
+            redis.exceptions.RedisError: Redis did not take it.
+        """
+        body = batch.to_message()
+        options: dict[str, Any] = {
+            "task_id": batch.task_id,
+            "queue": str(queue),
+            "ignore_result": True,
+            "retry": False,  # embedq.store.connection waits, and says what for
+            **message_headers(body, time.time()),
+        }
+        try:
+            trace = trace or JobTrace(batch.job)
+            with (
+                trace.publishing(options["headers"], index=batch.index, texts=len(batch.texts)),
+                self._producers.acquire(block=True) as producer,
+            ):
+                self._app.send_task(TASK_NAME, args=(body,), producer=producer, **options)
+        except OperationalError as error:
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, exceptions.RedisError):
+                raise cause from None
+            raise exceptions.ConnectionError(type(error).__name__) from error
+
+    def close(self) -> None:
+        """Close the connections to the broker; publishing again opens others."""
+        pools: tuple[Any, ...] = (self._producers, self._connections)
+        for pool in pools:
+            pool.force_close_all(close_pool=False)
+        self._app.close()

@@ -1,0 +1,1 @@
+"""A private Redis and one worker for `--local`."""

@@ -1,0 +1,1 @@
+"""What operators see: tracing, status, metrics, exporter. Changes no state; no Celery."""

@@ -1,0 +1,1 @@
+"""Everything that is written to Redis. No Celery, no numpy, no click."""

@@ -1,0 +1,187 @@
+"""Open Redis and retry with backoff.
+
+Waiting for Redis: what is worth waiting for, how long, and what a person is told meanwhile.
+
+One way to open Redis: bounded waits, no surprises, errors without passwords.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from redis import Redis, exceptions
+from redis.backoff import NoBackoff
+from redis.client import Pipeline
+from redis.retry import Retry
+
+from embedq.errors import QueueUnavailable, SettingsError
+from embedq.settings import mask_password
+
+T = TypeVar("T")
+
+
+#: Told when a wait begins and at most every ten seconds while it lasts.
+OnWait = Callable[[str], None]
+
+
+#: First and longest pause between two tries, in seconds.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
+
+
+#: Seconds between two reports of the same wait.
+REPORT_EVERY_S = 10.0
+
+
+#: What helps when there is no Redis.
+WAYS_OUT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
+
+
+_GONE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
+
+
+def waits_for(error: Exception) -> str | None:
+    """Say what an error asks us to wait for, or None if waiting cannot help."""
+    if isinstance(error, exceptions.AuthenticationError):
+        return None
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return "Redis is full (maxmemory)"
+    if isinstance(error, exceptions.ReadOnlyError):
+        return "Redis takes no writes (a replica, failing over, or its disk)"
+    if isinstance(error, _GONE):
+        return "Redis cannot be reached"
+    # A full Redis refuses the commands of a pipeline one by one, with the reason in the text only.
+    if isinstance(error, exceptions.ResponseError) and "maxmemory" in str(error):
+        return "Redis is full (maxmemory)"
+    # redis-py has no class for it.
+    if isinstance(error, exceptions.ResponseError) and str(error).startswith("MISCONF"):
+        return "Redis cannot write to its disk"
+    return None
+
+
+def patiently(
+    action: Callable[[], T],
+    *,
+    patience_s: float,
+    on_wait: OnWait,
+    where: str,
+    advice: str = "",
+) -> T:
+    """Run an action on Redis, and again while it is worth waiting.
+
+    Args:
+        action: must be safe to repeat.
+        patience_s: seconds to keep trying; 0 tries once.
+        on_wait: told what is waited for.
+        where: address of this Redis for messages, without its password.
+        advice: what a person may do while it waits, for the end of what they are told.
+
+    Raises:
+        QueueUnavailable: patience ran out, or waiting cannot help.
+    """
+    began = time.monotonic()
+    pause, reported = FIRST_PAUSE_S, -REPORT_EVERY_S
+    while True:
+        try:
+            return action()
+        except exceptions.RedisError as error:
+            reason = waits_for(error)
+            waited = time.monotonic() - began
+            if reason is None or waited + pause > patience_s:
+                raise QueueUnavailable(_sentence(error, reason, where, waited)) from error
+        if waited - reported >= REPORT_EVERY_S:
+            on_wait(f"{reason} at {where}; waiting ({waited:.0f} s so far).{advice}")
+            reported = waited
+        time.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _sentence(error: Exception, reason: str | None, where: str, waited: float) -> str:
+    if isinstance(error, exceptions.AuthenticationError):
+        return f"Redis at {where} refused the password or user. Check the URL."
+    if isinstance(error, exceptions.NoPermissionError):
+        return (
+            f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
+            "producer embeds, ops looks and gives orders (ops/README.md)."
+        )
+    if reason is None:
+        return f"Redis at {where} refused a command ({type(error).__name__})."
+    after = f" after {waited:.0f} s" if waited >= 1 else ""
+    return f"{reason} at {where}{after}. {WAYS_OUT}."
+
+
+#: Seconds to wait for a connection, and for an answer on it.
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
+
+
+def open_redis(
+    url: str, *, connect_timeout_s: float = CONNECT_TIMEOUT_S, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Redis:
+    """Prepare a client for a Redis URL; nothing is sent yet.
+
+    Raises:
+        SettingsError: the URL is not one of Redis.
+    """
+    url = _as_redis_url(url)
+    options: dict[str, Any] = {
+        "socket_connect_timeout": connect_timeout_s,
+        "socket_timeout": timeout_s,
+        "health_check_interval": 10,
+        "client_name": "embedq",
+        "protocol": 2,  # answers keep one shape whatever the server's version
+        # One silent second try for a connection that died idle; longer waits: call_patiently.
+        "retry": Retry(NoBackoff(), 1),
+    }
+    if url.startswith("unix://"):
+        del options["socket_connect_timeout"]
+    try:
+        return _Client.from_url(url, **options)
+    except ValueError as error:
+        raise SettingsError(
+            f"{mask_password(url)} is not a Redis URL ({error}). "
+            "Use redis://host:port/db, rediss://host:port/db or "
+            "redis+socket:///path?virtual_host=db."
+        ) from None
+
+
+class _Client(Redis):
+    """A client that Ctrl-C leaves as it was.
+
+    redis-py puts a connection back whose answer is still to come, and from then on each command
+    gets the answer of the one before it (measured with redis-py 8.1).
+    """
+
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _closing_if_interrupted(self):
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(Pipeline):
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _closing_if_interrupted(self):
+            return super().execute(raise_on_error)
+
+
+@contextmanager
+def _closing_if_interrupted(client: Redis) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        client.connection_pool.disconnect()
+        raise
+
+
+def _as_redis_url(url: str) -> str:
+    """Turn kombu's URL of a unix socket into redis-py's; others are the same for both."""
+    if not url.startswith("redis+socket://"):
+        return url
+    path, _, query = url.removeprefix("redis+socket://").partition("?")
+    return f"unix://{path}?{query.replace('virtual_host=', 'db=')}"

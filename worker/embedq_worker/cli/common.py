@@ -1,0 +1,73 @@
+"""What the commands of `embedq-worker` share: their epilog, their options and how they fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import NoReturn
+
+import click
+
+from embedq.errors import EmbedqError, InputError, SettingsError
+from embedq_worker import exit_codes
+from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
+from embedq_worker.settings import DeviceChoice, WorkerSettings
+
+_CODES: dict[type[EmbedqError], int] = {
+    SettingsError: exit_codes.SETTINGS,
+    InputError: exit_codes.SETTINGS,
+    ModelError: exit_codes.MODEL,
+    NpuUnproven: exit_codes.NPU_UNPROVEN,
+    DeviceError: exit_codes.DEVICE,
+    EngineError: exit_codes.ENGINE,
+}
+
+
+#: Exit codes and examples, below the help of every command.
+EPILOG = f"""\
+{exit_codes.EPILOG}
+\b
+Examples:
+  embedq-worker check
+  EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq-worker start --device cpu
+  embedq-worker start --all
+  embedq-worker degrade npu0 --reason "a new driver"
+  celery --app embedq_worker.main_process.app worker --concurrency 1
+"""
+
+
+def model_options(command: click.decorators.FC) -> click.decorators.FC:
+    """Add what says which model is served, and on what."""
+    for option in (
+        click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]"),
+        click.option(
+            "--device",
+            metavar="|".join(DeviceChoice),
+            help="What to compute on.  [EMBEDQ_DEVICE]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def export(options: Mapping[str, str | int | bool | None]) -> None:
+    """Put options into the environment, where the app and the child read them."""
+    for name, value in options.items():
+        if value is not None:
+            os.environ[f"EMBEDQ_{name.upper()}"] = str(value)
+
+
+def load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
+    """Return the settings with these options in force; end the command where they contradict."""
+    export(options)
+    try:
+        return WorkerSettings.load()
+    except SettingsError as error:
+        fail(error)
+
+
+def fail(error: EmbedqError) -> NoReturn:
+    """End the command with the sentence of an error and the exit code of its kind."""
+    click.echo(f"embedq-worker: {error}", err=True)
+    sys.exit(next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))

@@ -1,0 +1,250 @@
+"""embedq-worker start, warm, quantize, settings.
+
+`embedq-worker warm | quantize | tune | trace-binding`: prepare a model for this machine.
+
+What computes is imported by the command that needs it, so that `--help` stays quick.
+
+`embedq-worker`: start a node, show its settings; the group of all commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import NoReturn
+
+import click
+
+from embedq.errors import EmbedqError
+from embedq_worker import exit_codes, process
+from embedq_worker.cli.common import EPILOG, export, fail, load, model_options
+from embedq_worker.cli.operations import check, degrade, devices, health, pause, recover, resume
+from embedq_worker.settings import LogLevel, WorkerSettings
+
+
+@click.command(epilog=EPILOG)
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def warm(as_json: bool, **options: str | None) -> None:
+    """Compile the model for the device and prove it, so that the next start finds it done."""
+    settings = load(options)
+    process.send_native_to_stderr()
+    from embedq_worker.device.placement import place
+    from embedq_worker.inference import opener
+
+    began = time.monotonic()
+    try:
+        placement = place(settings)
+        claim = opener.claim_device(settings, placement)
+        opened = opener.open_placed(settings, placement)
+    except EmbedqError as error:
+        fail(error)
+    engine = opened.standard.engine
+    shown = {
+        "model": opened.card.label,
+        "engine": engine.name,
+        "device": str(engine.device),
+        "precision": str(engine.precision),
+        "seconds": round(time.monotonic() - began, 2),
+    }
+    opened.close()
+    if claim is not None:
+        claim.release()
+    if as_json:
+        click.echo(json.dumps(shown))
+        return
+    click.echo("{model} is ready: {engine} on {device}, {precision} ({seconds} s)".format(**shown))
+
+
+@click.command(epilog=EPILOG)
+@click.argument("inputs", nargs=-1, required=True, metavar="FILE...")
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option("--text-field", default="text", show_default=True, help="Field of the text.")
+@click.option("--format", "format_", help="Format of the files: txt, jsonl or csv.")
+@click.option(
+    "--texts",
+    type=click.IntRange(10, 10_000),
+    default=300,
+    show_default=True,
+    help="Most texts for calibration; a thousand more are held out for the report.",
+)
+@click.option(
+    "--min-overlap",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Keep the result only if this share of top-10 neighbours stays.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def quantize(
+    inputs: tuple[str, ...],
+    model: str | None,
+    text_field: str,
+    format_: str | None,
+    texts: int,
+    min_overlap: float,
+    as_json: bool,
+) -> None:
+    """Make the int8 copy of the model that jobs of class int8 ask for, and judge it.
+
+    FILE holds texts like those that will be embedded: txt, jsonl, csv, or .gz of one.
+    """
+    settings = load({"model": model})
+    process.send_native_to_stderr()
+    from embedq_worker.cli import quantize as quantize_module
+    from embedq_worker.cli.quantize import require_nncf
+
+    try:
+        require_nncf()
+        wanted = quantize_module.Wanted(inputs, text_field, format_, texts, min_overlap)
+        found = quantize_module.run(settings, wanted, lambda line: click.echo(line, err=True))
+    except EmbedqError as error:
+        fail(error)
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+    sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
+
+
+@click.command(epilog=EPILOG)
+@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@click.option(
+    "--accuracy",
+    type=click.Choice(["standard", "exact", "int8"]),
+    default="standard",
+    show_default=True,
+    help="The class whose engine is tuned.",
+)
+@click.option(
+    "--reserve-cores",
+    type=click.IntRange(0, 1024),
+    default=0,
+    show_default=True,
+    help="Cores left to a producer and Redis on this machine.",
+)
+@click.option("--quick", is_flag=True, help="Fewer texts and rounds: some ten seconds.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+def tune(model: str | None, accuracy: str, reserve_cores: int, quick: bool, as_json: bool) -> None:
+    """Measure how the engine uses the cores of this machine best, and keep the answer.
+
+    Takes about a minute on an otherwise idle machine; run it before a job, not in its middle: the
+    last bits of a vector depend on it.
+    """
+    settings = load({"model": model})
+    process.send_native_to_stderr()
+    from embedq.protocol.contract import Accuracy
+    from embedq_worker.cli import tune as tune_module
+
+    texts, seconds = (32, 5.0) if quick else (128, 60.0)
+    try:
+        wanted = tune_module.Wanted(Accuracy(accuracy), reserve_cores, texts, seconds)
+        found = tune_module.run(settings, wanted, lambda line: click.echo(line, err=True))
+    except EmbedqError as error:
+        fail(error)
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+
+
+@click.command("trace-binding", epilog=EPILOG)
+@model_options
+@click.option("--inferences", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None:
+    """Count how often the NPU's tensors moved and its command lists changed; best is never."""
+    settings = load(options)
+    from embedq_worker.cli import trace_binding as trace_binding_module
+    from embedq_worker.device.placement import place
+    from embedq_worker.inference import opener
+
+    try:
+        placement = place(settings)
+        claim = opener.claim_device(settings, placement)
+        found = trace_binding_module.trace(settings, placement.device, inferences)
+    except EmbedqError as error:
+        fail(error)
+    if claim is not None:
+        claim.release()
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+    sys.exit(exit_codes.OK if found.is_pinned else exit_codes.CHECK)
+
+
+#: What the extra `cpu` brings and every node imports.
+_OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EPILOG,
+    help="Serve a sentence-embedding model from a queue, one node per device.",
+)
+def cli() -> None:
+    """Group of all commands."""
+
+
+for _command in (
+    *(check, devices, health),
+    *(quantize, trace_binding, tune, warm),
+    *(degrade, pause, recover, resume),
+):
+    cli.add_command(_command)
+
+
+@cli.command(epilog=EPILOG)
+@model_options
+@click.option("--name", help="Name of the node, unique in the fleet.  [EMBEDQ_NAME]")
+@click.option("--threads", type=int, help="Cores for the engine, 0 for all.  [EMBEDQ_THREADS]")
+@click.option(
+    "--log-level",
+    metavar="|".join(LogLevel),
+    help="How much to say.  [EMBEDQ_LOG_LEVEL]",
+)
+@click.option("--strict", is_flag=True, default=None, help="NPU or nothing.  [EMBEDQ_STRICT]")
+@click.option("--all", "_all", is_flag=True, help="One node on the NPU and one on the CPU.")
+@click.option("--part", hidden=True)
+@click.option("--attempt", type=int, default=0, hidden=True)
+@click.option("--npu-off", is_flag=True, hidden=True)
+def start(
+    _all: bool, part: str | None, attempt: int, npu_off: bool, **options: str | int | bool | None
+) -> None:
+    """Start a node and keep it running: load the model, prove it, then take batches."""
+    from embedq_worker.main_process import start as start_module
+
+    export(options)
+    try:
+        if part:
+            start_module.take_part(part)
+        code = start_module.start(WorkerSettings.load(), attempt=attempt, npu_off=npu_off)
+    except EmbedqError as error:
+        fail(error)
+    sys.exit(code)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def settings(as_json: bool) -> None:
+    """Show every setting, its value and where it comes from."""
+    shown = list(load({}).describe())
+    if as_json:
+        click.echo(json.dumps([setting._asdict() for setting in shown]))
+        return
+    width = max(len(setting.name) for setting in shown)
+    for setting in shown:
+        click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+
+
+def run(arguments: list[str]) -> NoReturn:
+    """Run one command in this process."""
+    if os.name == "nt":
+        click.echo("embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True)
+        sys.exit(exit_codes.SETTINGS)
+    try:
+        cli(arguments, prog_name="embedq-worker")
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_CPU_EXTRA:
+            raise
+        click.echo(
+            f"embedq-worker: This needs {error.name}, which this Python does not have. "
+            "Install it: pip install 'embedq[cpu]'.",
+            err=True,
+        )
+        sys.exit(exit_codes.SETTINGS)
+    sys.exit(exit_codes.OK)

@@ -1,0 +1,1 @@
+"""Texts in, verified vectors out. No Celery, no Redis."""

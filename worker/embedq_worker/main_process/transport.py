@@ -1,0 +1,323 @@
+"""Kombu transport that validates messages.
+
+What may be handed to Celery at all: pure checks on the bytes of a message.
+
+Celery and kombu take the shape of a message for granted, in the process that serves all others.
+
+Kombu's Redis transport, hardened: nothing that lies in a queue can stop a node.
+
+Kombu parses what it pops before anybody may look at it, and an exception there ends the worker's
+event loop. Here every pop from a queue of batches is checked first; what is not a message of ours
+is dropped with a line in the log that gives its size and digest, never its content.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from queue import Empty
+from typing import Any, Final, NoReturn
+
+import msgpack
+import redis
+from kombu import compression, transport
+from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps
+from redis._parsers.base import BaseParser
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
+
+from embedq.protocol.contract import MAX_RAW_BYTES, TASK_NAME, Queue
+
+#: Most bytes of one message in Redis: the largest batch, incompressible, in base64, and headers.
+MAX_MESSAGE_BYTES: Final = MAX_RAW_BYTES * 4 // 3 + 256 * 1024
+
+
+#: The only serializer a batch may use.
+CONTENT_TYPE: Final = "application/x-msgpack"
+
+
+#: Most characters of a name or an id.
+MAX_NAME: Final = 256
+
+
+#: Most levels of maps and lists in a message; ours have three. One of 750 was read here and could
+#: not be pickled for the child: it ended every node, one after the other (measured 2026-11-28).
+MAX_LEVELS: Final = 8
+
+
+def objection(raw: bytes) -> str | None:
+    """Say why bytes of a queue are not a message of ours, or None if they are.
+
+    Checks everything that kombu and Celery rely on before the task itself runs. The answer quotes
+    nothing of the message.
+    """
+    if len(raw) > MAX_MESSAGE_BYTES:
+        return f"it is larger than {MAX_MESSAGE_BYTES:,} bytes"
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError):
+        return "it is not JSON"
+    if not isinstance(message, dict):
+        return "it is not a map"
+    if _is_deeper(message, MAX_LEVELS):
+        return f"it has more than {MAX_LEVELS} levels"
+    body, headers, properties = (message.get(key) for key in ("body", "headers", "properties"))
+    if not (isinstance(body, str) and isinstance(headers, dict) and isinstance(properties, dict)):
+        return "body, headers or properties are missing"
+    return _envelope(message, properties) or _headers(headers) or _body(body)
+
+
+def broadcast_objection(raw: bytes) -> str | None:
+    """Say why bytes that were published to all nodes are not remote control, or None if they are.
+
+    Kombu looks for these parts in the event loop of each node.
+    """
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError):
+        return "it is not JSON"
+    if not isinstance(message, dict) or _is_deeper(message, MAX_LEVELS):
+        return "it is not a map of few levels"
+    body, headers, properties = (message.get(key) for key in ("body", "headers", "properties"))
+    if not (isinstance(body, str) and isinstance(headers, dict) and isinstance(properties, dict)):
+        return "body, headers or properties are missing"
+    if not _is_name(properties.get("delivery_tag")) or properties.get("body_encoding") != "base64":
+        return "it has no delivery tag, or its body is not base64"
+    try:
+        json.loads(binascii.a2b_base64(body, strict_mode=True))
+    except (ValueError, binascii.Error, RecursionError):
+        return "its body is not JSON in base64"
+    return None
+
+
+def _envelope(message: Mapping[str, Any], properties: Mapping[str, Any]) -> str | None:
+    delivery = properties.get("delivery_info")
+    if not isinstance(delivery, dict) or not _is_name(properties.get("delivery_tag")):
+        return "it has no delivery tag or address"
+    if not all(_is_name(delivery.get(key)) for key in ("exchange", "routing_key")):
+        return "it has no delivery tag or address"
+    if properties.get("body_encoding") != "base64":
+        return "its body is not base64"
+    if message.get("content-type") != CONTENT_TYPE or message.get("content-encoding") != "binary":
+        return f"its content is not {CONTENT_TYPE}"
+    for key in ("correlation_id", "reply_to"):
+        if not _is_name_or_none(properties.get(key)):
+            return f"its {key} is not a name"
+    return None if _is_count(properties.get("priority", 0)) else "its priority is not a number"
+
+
+def _headers(headers: Mapping[str, Any]) -> str | None:
+    if headers.get("task") != TASK_NAME:
+        return f"it is not for the task {TASK_NAME}"
+    task_id = headers.get("id")
+    if not task_id or not _is_name(task_id):
+        return "it has no task id"
+    if "compression" in headers:
+        return "it asks for an unbounded decompression"
+    for name, is_right in _CHECKS.items():
+        if name in headers and not is_right(headers[name]):
+            return f"its header {name} is not one that embedq writes"
+    return None
+
+
+def _body(body: str) -> str | None:
+    try:
+        payload = msgpack.unpackb(binascii.a2b_base64(body, strict_mode=True))
+    # kombu reads the body again with the same limits, so what passes here passes there.
+    except (ValueError, binascii.Error, msgpack.UnpackException, RecursionError):
+        return "its body is not msgpack in base64"
+    if not isinstance(payload, list) or len(payload) != 3:
+        return "its body is not a call"
+    args, kwargs, embed = payload
+    if not (isinstance(args, list) and len(args) == 1 and isinstance(args[0], dict)):
+        return "its arguments are not one batch"
+    if kwargs != {} or not isinstance(embed, dict) or any(embed.values()):
+        return "it carries work for other tasks"
+    return None
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return not levels or any(_is_deeper(part, levels - 1) for part in parts)
+
+
+def _is_name(value: object) -> bool:
+    # Redis takes no lone surrogate, which JSON can hold and nobody can print.
+    return isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
+
+
+def _is_name_or_none(value: object) -> bool:
+    return value is None or _is_name(value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_absent(value: object) -> bool:
+    return not value
+
+
+#: Headers that Celery acts upon, and what embedq lets them be.
+_CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
+    **dict.fromkeys(("root_id", "parent_id", "origin", "lang", "shadow"), _is_name_or_none),
+    **dict.fromkeys(("argsrepr", "kwargsrepr"), _is_name_or_none),
+    **dict.fromkeys(("retries", "replaced_task_nesting"), _is_count),
+    **dict.fromkeys(("chain", "callbacks", "errbacks", "chord"), _is_absent),
+    **dict.fromkeys(("group", "group_index"), _is_absent),
+    # A batch waits in its queue and nowhere else: an eta would park it in a node's hand.
+    **dict.fromkeys(("eta", "expires", "stamps", "stamped_headers"), _is_absent),
+    "timelimit": lambda value: value in (None, [None, None]),
+    "ignore_result": lambda value: value is True,
+}
+
+
+log = logging.getLogger("embedq.worker")
+
+
+#: The lists of Redis that carry batches; kombu adds a suffix for each priority but the first.
+_BATCHES: Final = frozenset(str(queue).encode() for queue in Queue)
+
+
+_PRIORITY: Final = b"\x06\x16"
+
+
+#: What Redis says to whoever waits for a message when it becomes a replica, and when it cannot
+#: write to its disk: then even to the ping with which a client looks whether it is there.
+_NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
+
+
+#: What Redis says of a key that holds something else than a list: Celery ends the node over it.
+_WRONG_TYPE: Final = "WRONGTYPE"
+
+
+class _CheckedClient(redis.Redis):
+    """A Redis client that lets a pop of a batch through only if it is a message of ours."""
+
+    def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
+        """Parse a reply; a refused pop looks like one that timed out."""
+        reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
+        if command_name != "BRPOP" or not reply:
+            return reply
+        queue, raw = reply
+        if queue.partition(_PRIORITY)[0] not in _BATCHES:
+            return reply
+        reason = objection(raw)
+        if reason is None:
+            return reply
+        log.error(
+            "message_refused queue=%s bytes=%d sha256=%s reason=%s",
+            queue.decode(errors="replace"),
+            len(raw),
+            hashlib.sha256(raw).hexdigest()[:16],
+            reason,
+        )
+        return None
+
+
+class QoS(kombu_redis.QoS):
+    """The messages in hand, which can be acknowledged while Redis is full."""
+
+    def _remove_from_indices(self, delivery_tag: Any, pipe: Any = None) -> Any:
+        if pipe is None:
+            # A full Redis refuses whatever comes in a transaction, and frees nothing meanwhile.
+            # Last the index, so that what a crash leaves in between is swept.
+            with self.channel.conn_or_acquire() as client:  # type: ignore[attr-defined] # not in types
+                pipe = client.pipeline(transaction=False)
+        return pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag)
+
+
+class Channel(kombu_redis.Channel):
+    """A channel whose pops are checked, and whose batches go to the head of their queue."""
+
+    QoS = QoS
+
+    def _brpop_read(self, **options: Any) -> Any:
+        try:
+            return super()._brpop_read(**options)  # type: ignore[misc] # not in types
+        except ResponseError as error:
+            if not str(error).startswith(_WRONG_TYPE):
+                raise
+            for queue in self.active_queues:
+                self._size(queue)
+            raise Empty from None
+
+    def _size(self, queue: str) -> int:
+        """Count the messages of a queue; what is no list at its key is dropped."""
+        try:
+            return int(super()._size(queue))
+        except ResponseError as error:
+            if _WRONG_TYPE not in str(error):
+                raise
+        with self.conn_or_acquire() as client:
+            for priority in self.priority_steps:
+                _drop_unless_list(client, self._q_for_pri(queue, priority))  # type: ignore[attr-defined] # not in types
+        return 0
+
+    def _put(self, queue: str, message: Any, **kwargs: Any) -> Any:
+        # What a node publishes has waited its turn already: a batch that lost its child, or is
+        # handed on. At the tail it would wait for the whole backlog once more.
+        if queue.encode() not in _BATCHES or kwargs.get("_publish_batch") is not None:
+            return super()._put(queue, message, **kwargs)
+        priority = self._get_message_priority(message, reverse=False)
+        with self.conn_or_acquire() as client:
+            key = self._q_for_pri(queue, priority)  # type: ignore[attr-defined] # not in types
+            return client.rpush(key, dumps(message))
+
+    def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
+        heard: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[misc] # not in types
+        if bytes(heard["type"]).endswith(b"message") and heard["data"]:
+            reason = broadcast_objection(heard["data"])
+            if reason is not None:
+                log.error("broadcast_refused bytes=%d reason=%s", len(heard["data"]), reason)
+                heard["data"] = None  # as kombu has it for nothing
+        return heard
+
+    def _get_client(self) -> Any:
+        return _CheckedClient
+
+
+def _drop_unless_list(client: Any, key: str) -> None:
+    try:
+        client.llen(key)
+    except ResponseError as error:
+        if not str(error).startswith(_WRONG_TYPE):
+            raise
+        log.error("queue_refused queue=%s reason=it is no list", key)
+        client.delete(key)
+
+
+class Transport(kombu_redis.Transport):
+    """The Redis transport of a node."""
+
+    Channel = Channel
+    # A full Redis, or one that takes no writes, is waited for like one that is gone; otherwise
+    # Celery ends the node, and a fail-over of ten seconds is a crash loop (measured 2026-11-28).
+    connection_errors = (
+        *kombu_redis.Transport.connection_errors,
+        OutOfMemoryError,
+        ReadOnlyError,
+    )
+
+
+def _refuse(_: bytes) -> NoReturn:
+    raise ValueError("embedq accepts no message compression of kombu's.")
+
+
+def install() -> None:
+    """Make every Redis URL of this process lead here, and kombu refuse compressed messages.
+
+    The setting `broker_transport` is not enough: a URL of a unix socket names its transport itself.
+    """
+    for scheme in ("redis", "rediss"):
+        transport.TRANSPORT_ALIASES[scheme] = "embedq_worker.main_process.transport:Transport"
+    # Not where commands are sent: a node that takes no batch only listens, and pings (measured).
+    BaseParser.EXCEPTION_CLASSES.update(dict.fromkeys(_NO_WRITES, ReadOnlyError))
+    # Kombu would inflate them without any limit.
+    for content_type in compression.encoders():
+        compression.register(_refuse, _refuse, content_type)

@@ -1,0 +1,1 @@
+"""Model files: find, fetch, verify, describe, build as ONNX. No Celery, no Redis, no runtime."""

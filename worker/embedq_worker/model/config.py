@@ -1,0 +1,192 @@
+"""What the JSON files beside the weights say about a model, and whether we can build it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from embedq_worker.errors import ModelError
+
+#: Most tokens of a model whose files name no limit: what BERT was trained with.
+DEFAULT_MAX_LENGTH: Final = 512
+
+
+#: The numbers of config.json that shape a BERT encoder.
+SIZES: Final = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+#: Activations that graph.py builds; "gelu" is the exact one, with erf.
+ACTIVATIONS: Final = ("gelu", "relu")
+
+
+_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """How a model is used, beside its weights.
+
+    Attributes:
+        pooling: ``mean`` or ``cls``.
+        normalize: vectors are scaled to unit length.
+        max_length: tokens it takes, special tokens included.
+        prompts: name -> text put before each input.
+        default_prompt: the name used when the caller names none; empty for none.
+    """
+
+    pooling: str
+    normalize: bool
+    max_length: int
+    prompts: Mapping[str, str]
+    default_prompt: str
+
+
+def read_traits(folder: Path) -> Traits:
+    """Read the files of sentence-transformers.
+
+    A folder without them is a bare encoder: mean pooling, unit length, and as many tokens as its
+    config.json and tokenizer_config.json allow, at most DEFAULT_MAX_LENGTH.
+
+    Raises:
+        ModelError: a file is damaged, or asks for something we do not do.
+    """
+    _check_case(folder)
+    modules = load_json(folder / "modules.json", list)
+    pooling, normalize = "mean", True
+    if modules is not None:
+        kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
+        for kind in kinds:
+            if kind not in _KNOWN_MODULES:
+                raise ModelError(
+                    f"{folder}/modules.json asks for a {kind} module, which embedq does not run. "
+                    "Export the whole model as model.onnx with the output sentence_embedding, into "
+                    "a folder without modules.json."
+                )
+        normalize = "Normalize" in kinds
+        if "Pooling" in kinds:
+            pooling = _pooling(folder / str(modules[kinds.index("Pooling")]["path"]))
+    usage = load_json(folder / "config_sentence_transformers.json", dict) or {}
+    prompts = {str(k): str(v) for k, v in (usage.get("prompts") or {}).items() if v}
+    default = usage.get("default_prompt_name") or ""
+    return Traits(pooling, normalize, _max_length(folder), prompts, default * (default in prompts))
+
+
+def read_architecture(folder: Path) -> dict[str, Any]:
+    """Read the part of config.json that shapes a BERT encoder.
+
+    Raises:
+        ModelError: it is not an encoder of the BERT family, or a number is missing.
+    """
+    path = folder / "config.json"
+    config = load_json(path, dict) or {}
+    kind = config.get("model_type")
+    if kind != "bert":
+        raise ModelError(
+            f"{path}: embedq builds models of type bert, and this is {kind or 'of no type'}. "
+            "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+        )
+    _require(path, config, "position_embedding_type", ("absolute",), default="absolute")
+    _require(path, config, "hidden_act", ACTIVATIONS, default="gelu")
+    _require(path, config, "is_decoder", (False,), default=False)
+    architecture: dict[str, Any] = {"model_type": kind}
+    for name in SIZES:
+        value = config.get(name)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{path}: {name} is {value!r}, not a positive number.")
+        architecture[name] = value
+    if architecture["hidden_size"] % architecture["num_attention_heads"]:
+        raise ModelError(f"{path}: hidden_size is not a multiple of num_attention_heads.")
+    architecture["hidden_act"] = config.get("hidden_act", "gelu")
+    architecture["layer_norm_eps"] = float(config.get("layer_norm_eps", 1e-12))
+    return architecture
+
+
+def load_json(path: Path, kind: type[Any]) -> Any:
+    """Load a JSON file whose top is a dict or a list; None if there is no such file.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error}). Fetch the file again.") from error
+    if not isinstance(value, kind):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}.")
+    return value
+
+
+def _require(
+    path: Path, config: Mapping[str, Any], name: str, known: tuple[Any, ...], default: object
+) -> None:
+    value = config.get(name, default)
+    if value not in known:
+        expected = " or ".join(map(str, known))
+        raise ModelError(
+            f"{path}: {name} is {value}; embedq builds {expected}. "
+            "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+        )
+
+
+def _check_case(folder: Path) -> None:
+    """Refuse a model whose texts are to be in lower case where its tokenizer leaves them as is."""
+    sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
+    if not sentence.get("do_lower_case"):
+        return
+    normalizer = (load_json(folder / "tokenizer.json", dict) or {}).get("normalizer") or {}
+    steps = normalizer.get("normalizers") or [normalizer]
+    if not any(step.get("lowercase") or step.get("type") == "Lowercase" for step in steps):
+        raise ModelError(
+            f"{folder}/sentence_bert_config.json: do_lower_case is true, and tokenizer.json keeps "
+            "capitals; embedq does not change texts. Put a Lowercase normalizer into tokenizer.json"
+            " and set do_lower_case to false."
+        )
+
+
+def _pooling(folder: Path) -> str:
+    path = folder / "config.json"
+    config = load_json(path, dict)
+    if config is None:
+        raise ModelError(f"{path} is missing, and modules.json names it. Fetch the model again.")
+    # One name since sentence-transformers 5, a row of switches before.
+    modes = [config["pooling_mode"]] if isinstance(config.get("pooling_mode"), str) else []
+    modes = modes or [
+        name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+        for name, switch in config.items()
+        if name.startswith("pooling_mode_") and switch
+    ]
+    if modes not in (["mean"], ["cls"]):
+        raise ModelError(
+            f"{path}: embedq pools by mean or cls, and this asks for {' and '.join(modes) or None}."
+        )
+    if config.get("include_prompt", True) is False:
+        raise ModelError(f"{path}: include_prompt is false; embedq pools prompt and text together.")
+    return str(modes[0])
+
+
+def _max_length(folder: Path) -> int:
+    """Find the limit of tokens; where files disagree, the one for sentences is right.
+
+    all-MiniLM-L6-v2 says 128 in tokenizer.json, 256 here and 512 in two more; it means 256.
+    """
+    architecture = load_json(folder / "config.json", dict) or {}
+    sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
+    tokenizer = load_json(folder / "tokenizer_config.json", dict) or {}
+    positions = architecture.get("max_position_embeddings") or DEFAULT_MAX_LENGTH
+    wanted = sentence.get("max_seq_length")
+    if not wanted:
+        # tokenizer_config.json may say 10**30, its word for "nobody knows".
+        wanted = min(tokenizer.get("model_max_length") or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+    return int(min(wanted, positions))

@@ -1,0 +1,1 @@
+"""Celery's pool process: owns the device, runs the task, commits results."""
