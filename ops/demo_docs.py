@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: What a reader of the documentation might ask.
 QUESTIONS = (
     "What happens if I kill the embed command with kill -9 or Ctrl-C?",
-    "What happens to a batch when its node dies?",
+    "What happens to a batch when its worker dies?",
     "What becomes of a text that is too large?",
 )
 #: Characters below which a paragraph says too little to be an answer.

@@ -20,7 +20,7 @@ absolute() {
 }
 
 is_new_enough() {
-    # A version manager's stand-in may exist and fail, so the version is asked of Python itself.
+    # A version manager's emulated NPU may exist and fail, so the version is asked of Python itself.
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
@@ -115,7 +115,7 @@ why_pip_failed() {
     fi
 }
 
-# Make the default model available as a folder, exported for the node. Failing is allowed: the node
+# Make the default model available as a folder, exported for the worker. Failing is allowed: the worker
 # then asks the hub and says itself what it needs.
 fetch_model() {
     cache=${XDG_CACHE_HOME:-${HOME:-$venv}/.cache}

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wait_for
+from tests.servers import DEADLINE_S, RedisProcess, WorkerProcess, environment, wait_for
 
 from embedq import Client
 from embedq.bulk.checkpoint import Manifest, manifest_path
-from embedq.bulk.request import Progress, Request, Summary
+from embedq.bulk.request import EmbedRequest, RunProgress, RunSummary
 from embedq.bulk.run import EmbedRun
 from embedq.bulk.update import UpdateRun
 from embedq.bulk.writers import sidecar_path
@@ -27,7 +27,7 @@ from embedq.bulk.writers import sidecar_path
 #: Small batches and a small window, so that a few hundred texts are many batches.
 SMALL = {"batch_texts": 32, "window": 8}
 #: The same for a child process.
-SMALL_ENVIRONMENT = {"EMBEDQ_BATCH_TEXTS": "32", "EMBEDQ_WINDOW": "8"}
+SMALL_ENVIRONMENT = {"EMBEDQ_BATCH_TEXTS": "32", "EMBEDQ_MAX_IN_FLIGHT": "8"}
 
 Documents = list[dict[str, Any]]
 
@@ -49,7 +49,7 @@ class Notes:
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: RunProgress) -> None:
         """Ignore progress."""
 
     def note(self, message: str) -> None:
@@ -65,16 +65,16 @@ def embed(
     update: bool = False,
     display: Notes | None = None,
     **options: Any,
-) -> Summary:
+) -> RunSummary:
     """Do in this process what `embedq embed` does; options are those of Request."""
     names = (os.fspath(inputs),) if isinstance(inputs, Path) else tuple(inputs)
     run = UpdateRun if update else EmbedRun
-    request = Request(names, output, **options)
+    request = EmbedRequest(names, output, **options)
     return run(client, request, display or Notes(), time.monotonic()).run()
 
 
 def start(redis: RedisProcess, *arguments: str | Path, **settings: str) -> subprocess.Popen[str]:
-    """Start `embedq` as a child that talks to a stub node through this Redis."""
+    """Start `embedq` as a child that talks to a stub worker through this Redis."""
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     return subprocess.Popen(
         [sys.executable, "-m", "embedq", *(os.fspath(argument) for argument in arguments)],
@@ -144,20 +144,22 @@ def files_beside(output: Path) -> set[str]:
 
 
 class Work:
-    """Counts the texts that a node with one child computes from here on, by its log."""
+    """Counts the texts that a worker with one child computes from here on, by its log."""
 
-    def __init__(self, client: Client, node: NodeProcess) -> None:
-        self._client, self._node = client, node
-        self._others = {self._settle()} | {_job(line) for line in node.lines("batch_done")}
+    def __init__(self, client: Client, worker: WorkerProcess) -> None:
+        self._client, self._worker = client, worker
+        self._others = {self._settle()} | {_job(line) for line in worker.lines("batch_done")}
 
     def texts(self) -> int:
         """Return how many texts it has computed."""
         self._others.add(self._settle())
-        lines = [line for line in self._node.lines("batch_done") if _job(line) not in self._others]
+        lines = [
+            line for line in self._worker.lines("batch_done") if _job(line) not in self._others
+        ]
         return sum(int(line.split("texts=")[1].split()[0]) for line in lines)
 
     def _settle(self) -> str:
-        """Give the node a text of ours: once it has done that, all before it is in the log."""
+        """Give the worker a text of ours: once it has done that, all before it is in the log."""
         job = self._client.submit(["settle"])
         job.wait(timeout_s=DEADLINE_S)
         return job.id
@@ -175,7 +177,7 @@ def wait_until_forgotten(redis: RedisProcess) -> None:
             key
             for db in (0, 1)
             for key in _keys(redis, db)
-            if not key.startswith((b"_kombu", b"embedq:node"))
+            if not key.startswith((b"_kombu", b"embedq:worker"))
         ]
 
     wait_for(lambda: not left(), "Redis to forget every job")

@@ -12,7 +12,7 @@ from tests.servers import RedisProcess, environment
 
 
 class Command:
-    """Runs `embedq` in a folder, against the shared stub node."""
+    """Runs `embedq` in a folder, against the shared stub worker."""
 
     def __init__(self, folder: Path, redis: RedisProcess) -> None:
         self.folder = folder

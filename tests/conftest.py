@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
 from tests.command import Command
-from tests.servers import JOB_TTL_S, NodeProcess, RedisProcess, forget_all, stub_node
+from tests.servers import JOB_TTL_S, RedisProcess, WorkerProcess, forget_all, stub_worker
 
 from embedq import Client
 from embedq.store.ledger import Ledger
@@ -52,7 +52,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def model_settings() -> dict[str, str]:
-    """Return the settings by which a node finds the real model, or skip."""
+    """Return the settings by which a worker finds the real model, or skip."""
     if folder := os.environ.get("EMBEDQ_TEST_MODEL"):
         return {"EMBEDQ_MODEL": folder}
     if wheel := os.environ.get("EMBEDQ_WHEEL_DIR"):
@@ -101,35 +101,35 @@ def shared_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def shared_redis(shared_dir: Path) -> Iterator[RedisProcess]:
-    """Run a Redis for the session; take `node` or `client` instead."""
+    """Run a Redis for the session; take `worker` or `client` instead."""
     server = RedisProcess(shared_dir)
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="session")
-def shared_node(shared_redis: RedisProcess, shared_dir: Path) -> Iterator[NodeProcess]:
-    """Run a stub node for the session; take `node` instead."""
-    with stub_node(shared_redis, shared_dir, "shared") as node:
-        yield node
+def shared_worker(shared_redis: RedisProcess, shared_dir: Path) -> Iterator[WorkerProcess]:
+    """Run a stub worker for the session; take `worker` instead."""
+    with stub_worker(shared_redis, shared_dir, "shared") as worker:
+        yield worker
 
 
 @pytest.fixture
-def node(shared_node: NodeProcess, shared_redis: RedisProcess) -> Iterator[NodeProcess]:
-    """Lend the shared stub node with empty queues; it must outlive the test."""
+def worker(shared_worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[WorkerProcess]:
+    """Lend the shared stub worker with empty queues; it must outlive the test."""
     forget_all(shared_redis)
-    yield shared_node
-    assert shared_node.process.poll() is None, f"The node died:\n{shared_node.log()[-4000:]}"
+    yield shared_worker
+    assert shared_worker.process.poll() is None, f"The worker died:\n{shared_worker.log()[-4000:]}"
 
 
 @pytest.fixture
-def client(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client of the shared node."""
+def client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client of the shared worker."""
     with Client(settings=shared_redis.settings()) as opened:
         yield opened
 
 
 @pytest.fixture
-def command(tmp_path: Path, node: NodeProcess, shared_redis: RedisProcess) -> Command:
-    """The command in a folder of its own, with a node at hand."""
+def command(tmp_path: Path, worker: WorkerProcess, shared_redis: RedisProcess) -> Command:
+    """The command in a folder of its own, with a worker at hand."""
     return Command(tmp_path, shared_redis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from embedq_worker.device.discovery import Roots
+from embedq_worker.device.discovery import SysfsRoots
 
 #: PCI device ids by the architecture that OpenVINO gives them.
 IDS = {"3720": 0x7D1D, "4000": 0x643E, "5010": 0xB03E}
@@ -14,7 +14,7 @@ class DeviceTree:
     """A machine to which NPUs are added one by one."""
 
     def __init__(self, folder: Path) -> None:
-        self.roots = Roots(dev=folder / "dev", sys=folder / "sys")
+        self.roots = SysfsRoots(dev=folder / "dev", sys=folder / "sys")
         (self.roots.dev / "accel").mkdir(parents=True)
         (self.roots.sys / "class/accel").mkdir(parents=True)
         (self.roots.sys / "bus/pci/devices").mkdir(parents=True)
@@ -26,7 +26,7 @@ class DeviceTree:
         *,
         device_id: int = IDS["4000"],
         vendor: int = 0x8086,
-        node: bool = True,
+        device_file: bool = True,
         driver: bool = True,
     ) -> Path:
         """Add an accelerator, and return its node."""
@@ -45,6 +45,6 @@ class DeviceTree:
         entry.mkdir()
         (entry / "device").symlink_to(device)
         (entry / "dev").write_text(f"261:{number}\n")
-        if node:
+        if device_file:
             path.touch()
         return path

@@ -9,21 +9,27 @@ from redis import Redis
 
 from embedq.observability import status
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import Heartbeat, ModelCard
-from embedq.store.fleet import beat
+from embedq.protocol.worker import Heartbeat, ModelInfo
+from embedq.store.fleet import publish_heartbeat
 from embedq.store.ledger import Ledger
 from embedq.store.queues import UNACKED_INDEX_KEY, UNACKED_KEY
 
-CARD = ModelCard("org/model@abc123", "ab" * 32, 384, 256)
+MODEL_INFO = ModelInfo("org/model@abc123", "ab" * 32, 384, 256)
 
 
 def add_nodes(results: Redis, count: int, **fields: object) -> None:
-    """Let nodes beat once, each 30 s in its state."""
+    """Let workers beat once, each 30 s in its state."""
     now = time.time()
     for number in range(count):
-        known = {"state": "healthy", "device": "cpu", "home": "cpu", "card": CARD, **fields}
-        node = Heartbeat(f"node-{number:03}", at=now, since=now - 30, pid=1, **known)  # type: ignore[arg-type] # a test's keywords
-        beat(results, node)
+        known = {
+            "state": "healthy",
+            "device": "cpu",
+            "assigned_device": "cpu",
+            "model_info": MODEL_INFO,
+            **fields,
+        }
+        worker = Heartbeat(f"worker-{number:03}", at=now, state_since=now - 30, pid=1, **known)  # type: ignore[arg-type] # a test's keywords
+        publish_heartbeat(results, worker)
 
 
 def add_jobs(results: Redis, count: int, *, batches: int = 3, planned: int | None = 1000) -> None:
@@ -33,7 +39,7 @@ def add_jobs(results: Redis, count: int, *, batches: int = 3, planned: int | Non
         ledger.open(fingerprint=b"x", ttl_s=600, label="secret/name.npy")
         for index in range(batches):
             ledger.commit(index, [b"vectors"], n_texts=10)
-        status.tell(results, f"job{number:04}", published=batches + 1, planned=planned)
+        status.report_progress(results, f"job{number:04}", published=batches + 1, planned=planned)
 
 
 def message(published: float, size: int = 100) -> str:
@@ -50,7 +56,7 @@ def add_messages(broker: Redis, queue: Queue, ages_s: list[float], size: int = 1
 def hold_messages(
     broker: Redis, ages_s: list[float], lease_s: float = 1.0, size: int = 100
 ) -> None:
-    """Let messages of these ages be in the hands of nodes, their leases renewed lately."""
+    """Let messages of these ages be in the hands of workers, their leases renewed lately."""
     for number, age_s in enumerate(ages_s):
         held = json.dumps([json.loads(message(time.time() - age_s, size)), "", "embed.npu"])
         broker.hset(UNACKED_KEY, f"tag{number}", held)

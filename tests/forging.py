@@ -19,14 +19,14 @@ from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 
 #: Stands for content: no log, header or event may ever hold it.
 MARKER = "Kundengeheimnis"
-#: The database of Redis that no node reads.
+#: The database of Redis that no worker reads.
 NOBODYS_DB = 7
 #: What the stub serves.
 SPEC = VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH)
 
 
 def batch_of(texts: Sequence[str], *, job: str = "forged", index: int = 0) -> EmbedBatch:
-    """Return a batch that the stub node would serve."""
+    """Return a batch that the stub worker would serve."""
     return EmbedBatch(job, index, texts, SPEC)
 
 
@@ -83,7 +83,7 @@ def open_job(redis: RedisProcess, job: str, spec: VectorSpec = SPEC) -> Ledger:
 
 
 def push(redis: RedisProcess, message: object, queue: Queue = Queue.CPU) -> None:
-    """Put a message, or raw bytes, into a queue that a node reads."""
+    """Put a message, or raw bytes, into a queue that a worker reads."""
     raw = message if isinstance(message, bytes) else json.dumps(message).encode()
     with redis.open(0) as client:
         client.lpush(str(queue), raw)

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from embedq_worker.errors import ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import DEFAULT_MODEL, Model, load_model, resolve
 
 Array = npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ def real_model() -> Model:
     digests = Path(tempfile.gettempdir()) / f"embedq-test-{os.getuid()}"
     try:
         if TEST_MODEL:
-            return load_model(Path(TEST_MODEL), TEST_MODEL, Digests(digests))
+            return load_model(Path(TEST_MODEL), TEST_MODEL, DigestCache(digests))
         wheel_dir = Path(WHEEL_DIR) if WHEEL_DIR else None
         return resolve(DEFAULT_MODEL, None, cache_dir=digests, wheel_dir=wheel_dir, offline=True)
     except ModelError as error:
@@ -89,7 +89,7 @@ def docstrings() -> list[str]:
 def tiny_model(folder: Path, **options: Any) -> Model:
     """Write a tiny BERT into a folder and load it."""
     write_tiny(folder, **options)
-    return load_model(folder, "tiny", Digests(folder / "cache"))
+    return load_model(folder, "tiny", DigestCache(folder / "cache"))
 
 
 def write_tiny(

@@ -1,4 +1,4 @@
-"""Real servers for tests: a private Redis on a unix socket, real nodes in their own groups."""
+"""Real servers for tests: a private Redis on a unix socket, real workers in their own groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embedq.protocol.contract import Queue
 from embedq.settings import ProducerSettings
 from embedq.store import fleet
 from embedq.store.connection import open_redis
-from embedq_worker.main_process.status import StateFile
+from embedq_worker.main_process.status import StatusFile
 
 T = TypeVar("T")
 #: Seconds that any one thing of a test may take on a busy machine.
@@ -90,9 +90,9 @@ class RedisProcess:
         return open_redis(self.results_url(db))
 
     def settings(self, **others: object) -> ProducerSettings:
-        """Return settings of a producer that talks to a stub node through this Redis."""
+        """Return settings of a producer that talks to a stub worker through this Redis."""
         urls = {"broker_url": self.broker_url(), "results_url": self.results_url()}
-        return ProducerSettings.load(**{**urls, "model": "stub", "node_wait_s": 20, **others})
+        return ProducerSettings.load(**{**urls, "model": "stub", "startup_timeout_s": 20, **others})
 
     def stop(self) -> None:
         """End the server."""
@@ -100,8 +100,8 @@ class RedisProcess:
         self._process.wait()
 
 
-class NodeProcess:
-    """A node with the stub engine, in a process group of its own."""
+class WorkerProcess:
+    """A worker with the stub engine, in a process group of its own."""
 
     def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
         self.name = name
@@ -130,34 +130,34 @@ class NodeProcess:
             )
 
     def heartbeat(self) -> worker.Heartbeat | None:
-        """Return what this node last said of itself."""
-        alive = fleet.fetch_alive(self._redis)
-        return next((heartbeat for heartbeat in alive if heartbeat.node == self.name), None)
+        """Return what this worker last said of itself."""
+        alive = fleet.list_live_workers(self._redis)
+        return next((heartbeat for heartbeat in alive if heartbeat.worker == self.name), None)
 
     def pids(self) -> tuple[int, int]:
         """Return the process ids of the Celery parent and of its child."""
         heartbeat = self.heartbeat()
         return heartbeat.pid if heartbeat else 0, self.child_pid()
 
-    def wait_healthy(self) -> NodeProcess:
-        """Wait until the node's heartbeat says healthy; fail with its log if it ends instead."""
+    def wait_healthy(self) -> WorkerProcess:
+        """Wait until the worker's heartbeat says healthy; fail with its log if it ends instead."""
 
         def healthy() -> bool:
             if self.process.poll() is not None:
-                pytest.fail(f"Node {self.name} ended:\n{self.log()}")
+                pytest.fail(f"Worker {self.name} ended:\n{self.log()}")
             heartbeat = self.heartbeat()
             return heartbeat is not None and heartbeat.state == "healthy"
 
-        wait_for(healthy, f"node {self.name} to be healthy; its log:\n{self.log()}")
+        wait_for(healthy, f"worker {self.name} to be healthy; its log:\n{self.log()}")
         return self
 
     def child_pid(self) -> int:
         """Return the process id of the child, from the state file it wrote."""
-        state = StateFile(self.runtime_dir, self.name).read()
+        state = StatusFile(self.runtime_dir, self.name).read()
         return state.pid if state is not None else 0
 
     def log(self) -> str:
-        """Return all that the node has said."""
+        """Return all that the worker has said."""
         return self.log_path.read_text(errors="replace")
 
     def lines(self, *words: str) -> list[str]:
@@ -165,22 +165,22 @@ class NodeProcess:
         return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
     def kill(self) -> None:
-        """Kill all processes of the node with SIGKILL, and wait until none holds a socket."""
+        """Kill all processes of the worker with SIGKILL, and wait until none holds a socket."""
         os.killpg(self.process.pid, signal.SIGKILL)
         # Redis would still give a batch to one that is killed but has not ended.
-        wait_for(lambda: not _runs(self.process.pid), f"node {self.name} to end")
+        wait_for(lambda: not _runs(self.process.pid), f"worker {self.name} to end")
         self.process.wait()
 
     def discard(self) -> None:
-        """Kill the node and let the fleet forget it."""
+        """Kill the worker and let the fleet forget it."""
         if self.process.poll() is None:
             self.kill()
         with suppress(RedisError):
-            fleet.leave(self._redis, self.name)
+            fleet.deregister(self._redis, self.name)
         self._redis.close()
 
     def stop(self) -> None:
-        """Ask the node to end, and end its group if it does not."""
+        """Ask the worker to end, and end its group if it does not."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -191,42 +191,42 @@ class NodeProcess:
 
 
 @contextmanager
-def stub_node(
+def stub_worker(
     redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
-) -> Iterator[NodeProcess]:
-    """Run a healthy stub node for as long as the block lasts; it is killed then, to save time."""
-    node = NodeProcess(redis, folder, name, **settings)
+) -> Iterator[WorkerProcess]:
+    """Run a healthy stub worker for as long as the block lasts; it is killed then, to save time."""
+    worker = WorkerProcess(redis, folder, name, **settings)
     try:
-        yield node.wait_healthy()
+        yield worker.wait_healthy()
     finally:
-        node.discard()
+        worker.discard()
 
 
 @contextmanager
-def leaving_node(
+def leaving_worker(
     redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
-) -> Iterator[NodeProcess]:
+) -> Iterator[WorkerProcess]:
     """Run one that ends in good order, so that its log is whole when it is judged afterwards."""
-    with stub_node(redis, folder, name, **settings) as node:
-        yield node
-        node.stop()
+    with stub_worker(redis, folder, name, **settings) as worker:
+        yield worker
+        worker.stop()
 
 
 def wait_until_acknowledged(redis: RedisProcess) -> None:
     """Wait until no batch is queued or in hand.
 
-    A node acknowledges a batch after the line about it, which comes after the vectors.
+    A worker acknowledges a batch after the line about it, which comes after the vectors.
     """
     with redis.open(0) as broker:
         wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the last batch")
 
 
 def forget_all(redis: RedisProcess) -> None:
-    """Empty the queues and the results, but leave what nodes say of themselves."""
+    """Empty the queues and the results, but leave what workers say of themselves."""
     for db in (0, 1):
         with redis.open(db) as client:
             for key in client.scan_iter("*", count=1000):
-                if not (key.startswith((b"_kombu", b"embedq:node"))):
+                if not (key.startswith((b"_kombu", b"embedq:worker"))):
                     client.unlink(key)
 
 

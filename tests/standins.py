@@ -1,4 +1,5 @@
-"""Stand-ins for an NPU, each in a process of its own: there a plugin is registered, and may die.
+"""Emulated NPUs for an NPU, each in a process of its own: there a plugin is registered, and may
+die.
 
 What is run over there is a function of this file, so that both processes know it.
 """
@@ -28,14 +29,14 @@ import pytest
 from embedq.protocol.contract import Device, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq_worker.engines.base import TokenBatch
-from embedq_worker.engines.openvino_runtime import TARGETS, Target
-from embedq_worker.files import Digests
-from embedq_worker.inference.opener import Opener
-from embedq_worker.inference.serving import Proven
+from embedq_worker.engines.openvino_runtime import TARGETS, DeviceTarget
+from embedq_worker.files import DigestCache
+from embedq_worker.inference.opener import EngineOpener
+from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.stats import EngineStats
 from embedq_worker.model import resolve
 from embedq_worker.model.resolve import Model
-from embedq_worker.settings import DeviceChoice, Standin, WorkerSettings
+from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
 T = TypeVar("T")
 Vectors = npt.NDArray[np.float32]
@@ -45,7 +46,7 @@ SHIM = Path(__file__).with_name("npu_shim.cpp")
 
 
 @functools.cache
-def shim_target() -> Target:
+def shim_target() -> DeviceTarget:
     """Build the shim, or skip and say why."""
     compiler = shutil.which("g++")
     if compiler is None:
@@ -62,11 +63,11 @@ def shim_target() -> Target:
     command = [compiler, *options, str(SHIM), str(runtime), "-ldl", "-o", str(library)]
     subprocess.run(command, check=True)
     plugins.write_text(f'<ie><plugins><plugin name="NPU" location="{library}"/></plugins></ie>')
-    return Target(plugins=str(plugins), standin="shim")
+    return DeviceTarget(plugins=str(plugins), emulation="shim")
 
 
-def target_of(name: str) -> Target:
-    """Return the target of a stand-in."""
+def target_of(name: str) -> DeviceTarget:
+    """Return the target of an emulated NPU."""
     return shim_target() if name == "shim" else TARGETS[name]
 
 
@@ -102,12 +103,12 @@ def process() -> Iterator[Process]:
 
 
 class RemoteEngine:
-    """An engine that lives in a stand-in's process and is asked from here."""
+    """An engine that lives in an emulated NPU's process and is asked from here."""
 
     name, device = "openvino", Device.NPU
     concurrency = 1
 
-    def __init__(self, there: Process, target: Target, model: Model, cache: Path) -> None:
+    def __init__(self, there: Process, target: DeviceTarget, model: Model, cache: Path) -> None:
         self._there = there
         shown = there.call(open_there, target, model.folder, cache, {})
         self.dim, self.precision, self.form = shown["dim"], shown["precision"], shown["form"]
@@ -126,22 +127,22 @@ _opened: dict[str, Any] = {}
 
 
 def settings_there(cache: Path, **settings: Any) -> WorkerSettings:
-    """Return settings of a node on an NPU."""
-    values = {"device": DeviceChoice.NPU, "npu_standin": Standin.ALIAS, "cache_dir": cache}
+    """Return settings of a worker on an NPU."""
+    values = {"device": DeviceChoice.NPU, "npu_emulation": Emulation.ALIAS, "cache_dir": cache}
     return WorkerSettings(**{**values, **settings})
 
 
 def open_there(
-    target: Target, folder: Path, cache: Path, settings: Mapping[str, Any]
+    target: DeviceTarget, folder: Path, cache: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Open and prove a stand-in as a node does, and say what it is."""
+    """Open and prove an emulated NPU as a worker does, and say what it is."""
     import embedq_worker.engines.openvino_runtime as targets
 
     # The shim has no name among the settings: it goes in the alias' place.
     targets.TARGETS = {**TARGETS, "alias": target}  # type: ignore[misc]
-    model = resolve.load_model(folder, "model", Digests(cache))
+    model = resolve.load_model(folder, "model", DigestCache(cache))
     began = time.monotonic()
-    proven = Opener(settings_there(cache, **settings), model).open_npu()
+    proven = EngineOpener(settings_there(cache, **settings), model).open_npu()
     _opened.update(proven=proven, model=model)
     engine = proven.engine
     return {
@@ -157,13 +158,13 @@ def open_there(
 
 def infer_there(batch: TokenBatch) -> Vectors:
     """Infer one token batch."""
-    proven: Proven = _opened["proven"]
+    proven: VerifiedEngine = _opened["proven"]
     return proven.engine.infer(batch)
 
 
 def embed_there(texts: list[str]) -> tuple[Vectors, EngineStats, dict[str, int]]:
     """Embed texts through the embedder, canary and all; with what it cost, and the counters."""
-    proven: Proven = _opened["proven"]
+    proven: VerifiedEngine = _opened["proven"]
     stats = EngineStats()
     vectors, _ = proven.embedder.embed(batch_of(texts, _opened["model"]), stats)
     return vectors, stats, asdict(proven.engine.counters())  # type: ignore[attr-defined]
@@ -171,7 +172,7 @@ def embed_there(texts: list[str]) -> tuple[Vectors, EngineStats, dict[str, int]]
 
 def embed_from_threads(texts: list[str], callers: int) -> list[Vectors]:
     """Embed the same texts from several threads at once."""
-    proven: Proven = _opened["proven"]
+    proven: VerifiedEngine = _opened["proven"]
     batch = batch_of(texts, _opened["model"])
     with ThreadPoolExecutor(callers) as pool:
         return [found[0] for found in pool.map(proven.embedder.embed, [batch] * callers)]
@@ -195,13 +196,13 @@ LOST = (
 
 
 def open_faulty_there(
-    target: Target, folder: Path, cache: Path, settings: Mapping[str, Any]
+    target: DeviceTarget, folder: Path, cache: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Open a stand-in as open_there, with an operator in its graph that can be told to fail.
+    """Open an emulated NPU as open_there, with an operator in its graph that can be told to fail.
 
     An operator in Python cannot be exported, so the model is compiled here and not in a child.
     """
-    from embedq_worker.engines.compiler import Loader
+    from embedq_worker.engines.compiler import CompiledModelLoader
     from embedq_worker.model.bert import build_graph
 
     def load(self: Any, shapes: Mapping[str, list[int]], deadline_s: float) -> Any:
@@ -211,7 +212,7 @@ def open_faulty_there(
         self._runtime._core = _Inserting(core, read)
         return self._runtime.compile(graph, self._properties, shapes)
 
-    Loader.load = load  # type: ignore[method-assign]
+    CompiledModelLoader.load = load  # type: ignore[method-assign]
     return open_there(target, folder, cache, settings)
 
 
@@ -291,6 +292,6 @@ def arm_there(kind: str, after: int = 0) -> None:
 
 
 def exit_there() -> None:
-    """End the process in good order: close the engine, as a node does."""
-    proven: Proven = _opened["proven"]
+    """End the process in good order: close the engine, as a worker does."""
+    proven: VerifiedEngine = _opened["proven"]
     proven.close()

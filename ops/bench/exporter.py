@@ -1,6 +1,6 @@
-"""How long a scrape takes with many jobs and nodes: a real exporter, HTTP and Redis.
+"""How long a scrape takes with many jobs and workers: a real exporter, HTTP and Redis.
 
-ops/bench/exporter.py [--jobs 100] [--nodes 50] [--scrapes 200]
+ops/bench/exporter.py [--jobs 100] [--workers 50] [--scrapes 200]
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ def main() -> None:
     """Print the median, the 95th percentile and the slowest of many scrapes, in milliseconds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=100)
-    parser.add_argument("--nodes", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=50)
     parser.add_argument("--scrapes", type=int, default=200)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="eq-") as folder:
         redis = RedisProcess(Path(folder))
         try:
-            print(measure(redis, options.jobs, options.nodes, options.scrapes))
+            print(measure(redis, options.jobs, options.workers, options.scrapes))
         finally:
             redis.stop()
 
 
-def measure(redis: RedisProcess, jobs: int, nodes: int, scrapes: int) -> str:
+def measure(redis: RedisProcess, jobs: int, workers: int, scrapes: int) -> str:
     """Fill a Redis, scrape it again and again, and say how long that took."""
     with redis.open(0) as broker, redis.open() as results:
         add_jobs(results, jobs)
-        add_nodes(results, nodes, totals={"texts": 1_000_000.0, "infer_s": 12.5})
-        add_messages(broker, Queue.NPU, [60.0] * 4 * nodes, size=MESSAGE_BYTES)
-        hold_messages(broker, [5.0] * nodes, size=MESSAGE_BYTES)
+        add_nodes(results, workers, totals={"texts": 1_000_000.0, "infer_s": 12.5})
+        add_messages(broker, Queue.NPU, [60.0] * 4 * workers, size=MESSAGE_BYTES)
+        hold_messages(broker, [5.0] * workers, size=MESSAGE_BYTES)
         with serve(broker, results, "127.0.0.1", 0) as server:
             thread = threading.Thread(target=server.serve_forever)
             thread.start()
@@ -61,7 +61,7 @@ def measure(redis: RedisProcess, jobs: int, nodes: int, scrapes: int) -> str:
             thread.join()
     took_ms.sort()
     return (
-        f"jobs={jobs} nodes={nodes} scrapes={scrapes} bytes={size} "
+        f"jobs={jobs} workers={workers} scrapes={scrapes} bytes={size} "
         f"median_ms={statistics.median(took_ms):.1f} p95_ms={took_ms[int(scrapes * 0.95)]:.1f} "
         f"slowest_ms={took_ms[-1]:.1f}"
     )

@@ -3,7 +3,7 @@
     ops/bench/feed.py [--rates 2000 4000] [--seconds 30] [--quick]
 
 The stub takes as long as a device of that many texts a second would, and is fed by the real
-tokenizer through a real node: one child, one task at a time. The busy ratio is what the device
+tokenizer through a real worker: one child, one task at a time. The busy ratio is what the device
 needed at least over what passed between the first send and the last vector in the producer, start
 and end included.
 """
@@ -23,7 +23,7 @@ TOKENS = 64
 
 
 def measure(rate: int, seconds: float, rounds: int) -> tuple[list[float], list[str]]:
-    """Return the busy ratio of each round, and the node's own figures for its batches."""
+    """Return the busy ratio of each round, and the worker's own figures for its batches."""
     texts = sized(int(rate * seconds), TOKENS)
     ratios, log = [], list[str]()
     with stub_client(find_model().tokenizer_path, rate, log) as client:
@@ -40,7 +40,7 @@ def main() -> None:
     parser = options("feed", __doc__ or "", rounds=3)
     parser.add_argument("--rates", type=int, nargs="+", default=list(FLOORS), help="texts a second")
     parser.add_argument("--seconds", type=float, default=30, help="of the device, a round")
-    parser.add_argument("--verbose", action="store_true", help="the node's lines as well")
+    parser.add_argument("--verbose", action="store_true", help="the worker's lines as well")
     args = parsed(parser)
     rows: list[list[str | float]] = []
     for rate in args.rates:

@@ -47,11 +47,11 @@ def main() -> None:
 
 
 def send(redis: RedisProcess, count: int) -> None:
-    """Send what a node tells of so many batches."""
+    """Send what a worker tells of so many batches."""
     app = Celery(broker=redis.broker_url(), set_as_current=False)
     with app.connection_for_write() as connection:
         dispatcher: Any = EventDispatcher(
-            connection, "node@bench", app=app, buffer_while_offline=False
+            connection, "worker@bench", app=app, buffer_while_offline=False
         )
         for number in range(count):
             told = {"uuid": f"{uuid.uuid4().hex[:16]}:{number}:{uuid.uuid4().hex}"}

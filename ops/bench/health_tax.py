@@ -2,10 +2,10 @@
 
     ops/bench/health_tax.py [--rate 2000] [--seconds 20] [--quick]
 
-Both nodes play an NPU of a given speed behind Celery and Redis, with real tokens. One has every
-default of a production node: heartbeat, guard, operator's orders, shadow check. The other beats as
-seldom as it may and has no shadow. Guard and orders cannot be switched off; what they cost is in
-the CPU time of the node's idle parent, which is measured beside.
+Both workers play an NPU of a given speed behind Celery and Redis, with real tokens. One has every
+default of a production worker: heartbeat, guard, operator's orders, shadow check. The other beats
+as seldom as it may and has no shadow. Guard and orders cannot be switched off; what they cost is in
+the CPU time of the worker's idle parent, which is measured beside.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ FLOOR = 0.99
 #: Seconds over which the CPU time of an idle parent is measured.
 IDLE_S = 20.0
 
-WATCHED = {"EMBEDQ_SHADOW_EVERY": "64"}
-UNWATCHED = {"EMBEDQ_SHADOW_EVERY": "0", "EMBEDQ_HEARTBEAT_S": "10"}
+WATCHED = {"EMBEDQ_SHADOW_CHECK_EVERY": "64"}
+UNWATCHED = {"EMBEDQ_SHADOW_CHECK_EVERY": "0", "EMBEDQ_HEARTBEAT_S": "10"}
 
 
-def open_node(stack: ExitStack, rate: int, settings: dict[str, str]) -> Client:
-    """Start a node that plays an NPU, and return a client of it."""
+def open_worker(stack: ExitStack, rate: int, settings: dict[str, str]) -> Client:
+    """Start a worker that plays an NPU, and return a client of it."""
     environment = {
         "EMBEDQ_DEVICE": "stub",
         "EMBEDQ_STUB_DEVICE": "npu",
@@ -56,11 +56,11 @@ def cpu_s(pid: int) -> float:
 
 
 def idle_share(client: Client, seconds: float) -> float:
-    """Return the share of one core that a node's parent uses with nothing to do."""
-    [node] = fleet.fetch_alive(client.redis)
-    before = cpu_s(node.pid)
+    """Return the share of one core that a worker's parent uses with nothing to do."""
+    [worker] = fleet.list_live_workers(client.redis)
+    before = cpu_s(worker.pid)
     time.sleep(seconds)
-    return (cpu_s(node.pid) - before) / seconds
+    return (cpu_s(worker.pid) - before) / seconds
 
 
 def main() -> None:
@@ -77,8 +77,8 @@ def main() -> None:
         return len(texts) / (time.perf_counter() - began)
 
     with ExitStack() as stack:
-        watched = open_node(stack, args.rate, WATCHED)
-        bare = open_node(stack, args.rate, UNWATCHED)
+        watched = open_worker(stack, args.rate, WATCHED)
+        bare = open_worker(stack, args.rate, UNWATCHED)
         for client in (watched, bare):
             client.encode(texts[:512])
         runs = {"watched": lambda: embed(watched), "bare": lambda: embed(bare)}
@@ -91,7 +91,7 @@ def main() -> None:
     ]
     table = Table(
         "What a healthy fleet pays for being watched",
-        ["node", "texts/s", "share", "to reach"],
+        ["worker", "texts/s", "share", "to reach"],
         rows,
         plot="share",
         floor=FLOOR,

@@ -22,7 +22,7 @@ from embedq_worker.inference.tokenizer import Tokenizer
 #: Of the library alone.
 FLOOR = 0.75
 LIBRARY = "tokenizers alone"
-#: Texts of one call of the tokenizer, as nodes do it.
+#: Texts of one call of the tokenizer, as workers do it.
 CALL_TEXTS = 512
 
 

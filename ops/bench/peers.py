@@ -32,7 +32,7 @@ from harness import Table, client_of, find_model, in_turn, options, parsed, rati
 from embedq.local.fleet import LocalFleet
 from embedq.protocol.contract import Accuracy
 from embedq.settings import cache_home
-from embedq_worker.engines.model_cache import QuantisedStore
+from embedq_worker.engines.model_cache import QuantizedModelStore
 
 #: What a peer runs: reads texts once, then a line a round; answers seconds and saves vectors.
 _PEER = """
@@ -174,7 +174,7 @@ def encode(texts): return list(model.embed(texts))
 
 #: Classes of embedq, the reference first.
 CLASSES = (Accuracy.EXACT, Accuracy.STANDARD, Accuracy.INT8)
-#: Texts that a model is quantised with and judged by, where there is no quantised one.
+#: Texts that a model is quantized with and judged by, where there is no quantized one.
 CALIBRATION_TEXTS = 1300
 
 
@@ -261,13 +261,13 @@ def start(
     return running, absent
 
 
-def quantise(folder: Path, n: int) -> str:
-    """See to it that there is a quantised model, made of texts beyond the first n.
+def quantize(folder: Path, n: int) -> str:
+    """See to it that there is a quantized model, made of texts beyond the first n.
 
     Returns:
         Why there is none; empty if there is.
     """
-    if QuantisedStore(cache_home(), find_model()).current():
+    if QuantizedModelStore(cache_home(), find_model()).current():
         return ""
     lines = folder / "calibration.jsonl"
     texts = docstrings(n + CALIBRATION_TEXTS)[n:]
@@ -286,7 +286,7 @@ def measure(args: argparse.Namespace) -> Table:
     export = folder / "export"
     shutil.rmtree(export, ignore_errors=True)
     absent = []
-    if Accuracy.INT8 in args.classes and (why := quantise(folder, len(texts))):
+    if Accuracy.INT8 in args.classes and (why := quantize(folder, len(texts))):
         args.classes.remove(Accuracy.INT8)
         absent.append(f"embedq int8: not measured: {why}")
     chosen = [peer for peer in PEERS if not args.only or peer.name in args.only]
@@ -355,7 +355,7 @@ def _min_cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, n: int = 10) -> float:
-    """Return the share of each text's ten nearest neighbours that both agree on."""
+    """Return the share of each text's ten nearest neighbors that both agree on."""
 
     def nearest(vectors: np.ndarray) -> np.ndarray:
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

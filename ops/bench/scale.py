@@ -2,7 +2,7 @@
 
     ops/bench/scale.py [--texts 20000 200000 1000000] [--rate TEXTS_PER_S] [--quick]
 
-Runs `embedq embed` over short texts through a real Redis and a node with the stub engine, which
+Runs `embedq embed` over short texts through a real Redis and a worker with the stub engine, which
 costs next to nothing, so that everything around the engine shows. The stub takes texts at a fixed
 rate: in life too the engine is slowest, and then what is in flight is the same all the time; at
 full speed (--rate 0) the figures of Redis swing with whoever happens to be ahead.
@@ -249,7 +249,7 @@ def main() -> None:
         LocalFleet(environment=environment, redis="server", warn=print) as fleet,
         tempfile.TemporaryDirectory() as folder,
     ):
-        measure(fleet, 2_000, Path(folder))  # warms the node up
+        measure(fleet, 2_000, Path(folder))  # warms the worker up
         for texts in lengths:
             repeats = args.rounds if texts == lengths[0] else 1  # of the short runs the middle one
             runs.append(_middle([measure(fleet, texts, Path(folder)) for _ in range(repeats)]))

@@ -19,7 +19,7 @@ from typing import Final
 from harness import Table, find_model, options, parsed, report
 
 from embedq import Client
-from embedq.local.fleet import RunFolder, Tethered
+from embedq.local.fleet import ManagedProcess, RuntimeDir
 from embedq.local.redis_server import RedisServer, choose
 from embedq.settings import ProducerSettings
 
@@ -27,11 +27,11 @@ from embedq.settings import ProducerSettings
 TARGET_S: Final = 4.0
 DEADLINE_S: Final = 60.0
 LOOK_EVERY_S: Final = 0.002
-#: Phase -> words of the line of the node's log that ends it; each begins where the last ended.
+#: Phase -> words of the line of the worker's log that ends it; each begins where the last ended.
 PHASES: Final = {
     "supervisor, Python, settings": "device_chosen",
     "Celery's parent": " ready.",
-    "model, engine, self-test": "serving node=",
+    "model, engine, self-test": "serving worker=",
     "queues": "Started consuming from embed.npu",
 }
 #: The phase behind the log: a text through the queue and back.
@@ -39,10 +39,10 @@ FIRST_VECTOR: Final = "first vector, client and all"
 
 
 def measure(rounds: int) -> tuple[Table, float]:
-    """Start a node again and again; return the figures, and the median seconds to serving."""
-    folder = RunFolder.create()
+    """Start a worker again and again; return the figures, and the median seconds to serving."""
+    folder = RuntimeDir.create()
     server = choose("auto", folder.path)
-    redis = Tethered(server.command, folder.path / "redis.log", grace_s=0)
+    redis = ManagedProcess(server.command, folder.path / "redis.log", grace_s=0)
     try:
         _wait(server.answers, "Redis")
         one_round(server)
@@ -72,20 +72,20 @@ def measure(rounds: int) -> tuple[Table, float]:
 
 
 def one_round(server: RedisServer) -> dict[str, float]:
-    """Start a node once; return the seconds of each phase."""
+    """Start a worker once; return the seconds of each phase."""
     folder = server.socket_path.parent
-    log_path = folder / "node.log"
+    log_path = folder / "worker.log"
     environment = {
         **os.environ,
         "EMBEDQ_BROKER_URL": server.broker_url,
         "EMBEDQ_RESULTS_URL": server.results_url,
-        "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "node"),
+        "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "worker"),
         "EMBEDQ_DEVICE": "cpu",
     }
     phases: dict[str, float] = {}
     with log_path.open("wb") as log:
         mark = time.monotonic()
-        node = subprocess.Popen(
+        worker = subprocess.Popen(
             [sys.executable, "-P", "-m", "embedq_worker", "start"],
             env=environment,
             stdout=log,
@@ -102,8 +102,8 @@ def one_round(server: RedisServer) -> dict[str, float]:
             client.encode("one text")
         phases[FIRST_VECTOR] = time.monotonic() - mark
     finally:
-        node.terminate()
-        node.wait()
+        worker.terminate()
+        worker.wait()
     return phases
 
 
@@ -143,7 +143,7 @@ def _wait(look: Callable[[], bool], what: str) -> None:
 def main() -> None:
     """Run the command line."""
     args = parsed(options("start", __doc__ or "", rounds=5))
-    find_model()  # a node that has none only says so in its log
+    find_model()  # a worker that has none only says so in its log
     table, serving_s = measure(args.rounds)
     report(args, table)
     sys.exit(serving_s > TARGET_S)

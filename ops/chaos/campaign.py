@@ -1,6 +1,6 @@
 """One run: a fleet works, faults strike it at random, and the outputs are judged.
 
-ops/chaos/run [--minutes N | --hour] [--seed S] [--nodes K] [--engine stub|model] [--report DIR]
+ops/chaos/run [--minutes N | --hour] [--seed S] [--workers K] [--engine stub|model] [--report DIR]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TICK_S, MEASURE_EVERY_S = 0.05, 0.5
 PRODUCERS: Final = 6
 #: Seconds that jobs may take to end once the faults have.
 HOME_S: Final = 180.0
-#: Seconds that Redis may take to be clean. A message in the hand of a node that died comes back
+#: Seconds that Redis may take to be clean. A message in the hand of a worker that died comes back
 #: after the visibility timeout and the interval of sweeps, 5 s each; a sweeper that was killed
 #: keeps the others from sweeping for 30 s more. The rest is for a busy machine.
 CLEAN_S: Final = 90.0
@@ -183,7 +183,7 @@ def main() -> NoReturn:
 
 def _prepare(options: argparse.Namespace, folder: Path) -> Run:
     engine = engine_settings(options.engine)
-    fleet = Fleet(folder, options.nodes, engine)
+    fleet = Fleet(folder, options.workers, engine)
     poison = options.engine == "stub"
     most = 40 if options.minutes < 2 else 400
     sizes = random.Random(f"{options.seed} sizes")
@@ -195,6 +195,6 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Run:
     producers = [
         Producer(tasks, folder / f"producer{i}.log", fleet.urls, model) for i in range(PRODUCERS)
     ]
-    watch = Watch({node.name: node.log_path for node in fleet.nodes})
+    watch = Watch({worker.name: worker.log_path for worker in fleet.workers})
     log = (folder / "faults.log").open("w", buffering=1, encoding="utf-8")
     return Run(options, fleet, producers, watch, log)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Let scripted faults strike two stand-in NPUs while a job runs, and check every vector of it.
+"""Let scripted faults strike two emulated NPU NPUs while a job runs, and check every vector of it.
 
     ops/chaos/device_faults.py [--faults N] [--seed S] [--report DIR]
 
-Two nodes with a stub that plays an NPU and one on the CPU serve a job of 16-text batches. Each NPU
-is struck by one fault after the other, and must degrade, hand on what it holds, and come back.
-Now and then Redis is killed or drops its clients while a node is degraded. In the end all NPUs die:
-the CPU must drain the job, and one that returns must serve again after one probe.
+Two workers with a stub that plays an NPU and one on the CPU serve a job of 16-text batches. Each
+NPU is struck by one fault after the other, and must degrade, hand on what it holds, and come back.
+Now and then Redis is killed or drops its clients while a worker is degraded. In the end all NPUs
+die: the CPU must drain the job, and one that returns must serve again after one probe.
 
 Exits with 1 if a text is lost, wrong or there twice, or a bound is not held.
 """
@@ -28,7 +28,7 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "producer"), str(ROOT / "worker")]
 
-from ops.chaos.device_fleet import SETTINGS, CpuNode, Npu, Stage  # noqa: E402 # the path comes first
+from ops.chaos.device_fleet import SETTINGS, CpuWorker, Npu, Stage  # noqa: E402 # the path comes first
 from ops.chaos.device_job import Job  # noqa: E402 # as above
 from ops.chaos.report import machine  # noqa: E402 # as above
 
@@ -50,7 +50,7 @@ FAULTS: Final = {
 }
 #: Faults between two that strike Redis as well.
 REDIS_EVERY: Final = 25
-#: Seconds that a degraded node is watched after that.
+#: Seconds that a degraded worker is watched after that.
 SHAKEN_S: Final = 2.0
 #: Seconds that any one step may take before the run is given up.
 STEP_S: Final = 60.0
@@ -97,7 +97,7 @@ class Run:
             yield from self._wait(lambda: npu.is_back(), f"{npu.name} to return after {kind}")
 
     def _strike_redis(self, npu: Npu) -> Story:
-        """Shake the broker while a node is degraded: it must stay out of the NPU queue."""
+        """Shake the broker while a worker is degraded: it must stay out of the NPU queue."""
         kind = self.rng.choice(list(self.redis_struck))
         self.redis_struck[kind] += 1
         before = npu.count("received")
@@ -223,9 +223,9 @@ def main() -> NoReturn:
     parser.add_argument("--keep", action="store_true", help="Keep the logs.")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eq-"))
-    budget_s = int(SETTINGS["EMBEDQ_INIT_BUDGET_S"]) * options.patience
-    SETTINGS["EMBEDQ_INIT_BUDGET_S"] = str(budget_s)
-    stage = Stage(folder, [Npu, Npu, CpuNode])
+    budget_s = int(SETTINGS["EMBEDQ_INIT_TIMEOUT_S"]) * options.patience
+    SETTINGS["EMBEDQ_INIT_TIMEOUT_S"] = str(budget_s)
+    stage = Stage(folder, [Npu, Npu, CpuWorker])
     run, job = Run(options, stage), Job(stage.urls)
     try:
         stage.wait_ready()

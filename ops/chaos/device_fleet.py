@@ -1,4 +1,4 @@
-"""The nodes of a run of device faults: two that play NPUs, one on the CPU, and what they log."""
+"""The workers of a run of device faults: two that play NPUs, one on the CPU, and what they log."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from ops.chaos.servers import RedisServer
 from redis.exceptions import RedisError
 
 from embedq.store import fleet
-from embedq.store.fleet import Wanted, give
+from embedq.store.fleet import DesiredState, set_desired_state
 from embedq_worker.engines.stub import FaultScript
 from embedq_worker.main_process.device_health import LEARN_FROM
-from embedq_worker.main_process.status import StateFile
+from embedq_worker.main_process.status import StatusFile
 
 #: Public settings that shorten what takes minutes in production; the report prints them.
 SETTINGS: Final = {
     "EMBEDQ_VISIBILITY_TIMEOUT_S": "5",
     "EMBEDQ_LEASE_RENEWAL_S": "1",
     "EMBEDQ_HEARTBEAT_S": "1",
-    "EMBEDQ_PROBE_FIRST_S": "0.2",
-    "EMBEDQ_PROBE_LONGEST_S": "0.2",
-    "EMBEDQ_ENGINE_DEADLINE_S": "1.5",
-    "EMBEDQ_INIT_BUDGET_S": "5",
-    "EMBEDQ_CRASH_LOOP_DEATHS": "2",
+    "EMBEDQ_PROBE_INITIAL_DELAY_S": "0.2",
+    "EMBEDQ_PROBE_MAX_DELAY_S": "0.2",
+    "EMBEDQ_ENGINE_TIMEOUT_S": "1.5",
+    "EMBEDQ_INIT_TIMEOUT_S": "5",
+    "EMBEDQ_CRASH_LOOP_LIMIT": "2",
     "EMBEDQ_CRASH_LOOP_WINDOW_S": "10",
     "EMBEDQ_SLOW_BATCHES": "2",
-    "EMBEDQ_SHADOW_EVERY": "1",
-    # Each node does ten batches a second at most, and leaves the cores to those that start again.
+    "EMBEDQ_SHADOW_CHECK_EVERY": "1",
+    # Each worker does ten batches a second at most, and leaves the cores to those that start again.
     "EMBEDQ_STUB_DELAY_S": "0.1",
 }
-#: Seconds that nodes may take to be ready.
+#: Seconds that workers may take to be ready.
 READY_S: Final = 60.0
 
 _AT: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) ")
 
 
-class LoggedNode:
-    """A node under its supervisor, whose log is read as it is written."""
+class LoggedWorker:
+    """A worker under its supervisor, whose log is read as it is written."""
 
     settings: dict[str, str]
 
     def __init__(self, folder: Path, name: str, urls: dict[str, str]) -> None:
         self.name = name
         self._log_path = folder / f"{name}.log"
-        self._state = StateFile(folder / f"{name}-run", name)
+        self._state = StatusFile(folder / f"{name}-run", name)
         self._read = 0
         self._lines: list[str] = []
         variables = {**SETTINGS, **urls, **self.settings, "EMBEDQ_NAME": name}
@@ -69,7 +69,7 @@ class LoggedNode:
             )
 
     def lines(self) -> list[str]:
-        """Return all that the node has logged."""
+        """Return all that the worker has logged."""
         with self._log_path.open("rb") as log:
             log.seek(self._read)
             new = log.read()
@@ -83,7 +83,7 @@ class LoggedNode:
         return sum(words in line for line in self.lines())
 
     def stop(self) -> None:
-        """End the node."""
+        """End the worker."""
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
@@ -91,16 +91,18 @@ class LoggedNode:
         self._process.wait()
 
 
-class CpuNode(LoggedNode):
-    """A node on the CPU."""
+class CpuWorker(LoggedWorker):
+    """A worker on the CPU."""
 
     def __init__(self, folder: Path, number: int, stage: Stage) -> None:
         self.settings = {"EMBEDQ_DEVICE": "stub", "EMBEDQ_MODEL": "stub"}
         super().__init__(folder, f"cpu{number}", stage.urls)
 
 
-class Npu(LoggedNode):
-    """A node that plays an NPU; without it, it takes nothing, for a node on the CPU is there."""
+class Npu(LoggedWorker):
+    """A worker that plays an NPU; without it, it takes nothing, for a worker on the CPU is
+    there.
+    """
 
     def __init__(self, folder: Path, number: int, stage: Stage) -> None:
         self._stage = stage
@@ -113,7 +115,7 @@ class Npu(LoggedNode):
             "EMBEDQ_MODEL": "stub",
             "EMBEDQ_STUB_DEVICE": "npu",
             "EMBEDQ_STUB_FAULTS": str(folder / f"npu{number}.faults"),
-            "EMBEDQ_DEGRADED_CPU": "0",
+            "EMBEDQ_CPU_FALLBACK": "0",
         }
         super().__init__(folder, f"npu{number}", stage.urls)
 
@@ -133,7 +135,7 @@ class Npu(LoggedNode):
         self._mark = len(self.lines())
         self._script.replace()
         if self._structural:
-            give(self._stage.results.client, self.name, Wanted.HEALTHY, "")
+            set_desired_state(self._stage.results.client, self.name, DesiredState.HEALTHY, "")
 
     def knows_its_pace(self) -> bool:
         """Tell whether it has done enough batches to notice that it becomes slow."""
@@ -141,7 +143,7 @@ class Npu(LoggedNode):
 
     def is_away(self) -> bool:
         """Tell whether it has degraded since it was struck."""
-        return any(" degraded node=" in line and "count=" in line for line in self._since())
+        return any(" degraded worker=" in line and "count=" in line for line in self._since())
 
     def is_back(self) -> bool:
         """Tell whether it serves on its NPU since it was mended."""
@@ -156,9 +158,9 @@ class Npu(LoggedNode):
             if not found:
                 continue
             at = datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp()
-            if "device_distrusted" in line:
+            if "device_unhealthy" in line:
                 seen = at
-            elif " degraded node=" in line and "count=" in line:
+            elif " degraded worker=" in line and "count=" in line:
                 seen, degraded = seen or at, at if consumes else 0.0
             elif "batch_rerouted" in line and seen:
                 yield "rerouted", at - seen
@@ -176,9 +178,9 @@ class Npu(LoggedNode):
 
 
 class Stage:
-    """Two Redis and the nodes."""
+    """Two Redis and the workers."""
 
-    def __init__(self, folder: Path, kinds: list[type[Npu] | type[CpuNode]]) -> None:
+    def __init__(self, folder: Path, kinds: list[type[Npu] | type[CpuWorker]]) -> None:
         self.began = time.monotonic()
         self.broker = RedisServer(folder, "broker")
         self.results = RedisServer(folder, "results")
@@ -187,19 +189,19 @@ class Stage:
             "EMBEDQ_RESULTS_URL": self.results.url,
         }
         self._restart_at = 0.0
-        self.nodes = [kind(folder, number, self) for number, kind in enumerate(kinds)]
-        self.npus = [node for node in self.nodes if isinstance(node, Npu)]
+        self.workers = [kind(folder, number, self) for number, kind in enumerate(kinds)]
+        self.npus = [worker for worker in self.workers if isinstance(worker, Npu)]
 
     def wait_ready(self) -> None:
-        """Wait until every node serves."""
+        """Wait until every worker serves."""
         until = time.monotonic() + READY_S
         while time.monotonic() < until:
             with suppress(RedisError):
-                alive = fleet.fetch_alive(self.results.client)
-                if sum(node.state == "healthy" for node in alive) == len(self.nodes):
+                alive = fleet.list_live_workers(self.results.client)
+                if sum(worker.state == "healthy" for worker in alive) == len(self.workers):
                     return
             time.sleep(0.1)
-        sys.exit(f"ops/chaos/device_faults.py: the nodes were not ready within {READY_S:.0f} s.")
+        sys.exit(f"ops/chaos/device_faults.py: the workers were not ready within {READY_S:.0f} s.")
 
     def kill_clients(self) -> None:
         """Let the broker drop every connection."""
@@ -220,7 +222,7 @@ class Stage:
 
     def stop(self) -> None:
         """End everything."""
-        for node in self.nodes:
-            node.stop()
+        for worker in self.workers:
+            worker.stop()
         for server in (self.broker, self.results):
             server.kill()

@@ -10,7 +10,7 @@ import numpy as np
 
 from embedq import Client
 from embedq.errors import EmbedqError
-from embedq.jobs.batches import Embedded
+from embedq.jobs.batches import Embedding
 from embedq.protocol.contract import Status
 from embedq.settings import ProducerSettings
 from embedq.testing import stub_vectors
@@ -72,7 +72,7 @@ class Job:
         except EmbedqError as error:
             self.error = str(error)
 
-    def _check(self, one: Embedded) -> None:
+    def _check(self, one: Embedding) -> None:
         if one.id != self.done:
             self.twice += 1
             return

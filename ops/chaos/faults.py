@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from ops.chaos.fleet import Fleet, Node
+from ops.chaos.fleet import Fleet, Worker
 from ops.chaos.producers import Producer
 from ops.chaos.servers import RedisServer
 from ops.chaos.watch import Watch
@@ -22,7 +22,7 @@ from embedq.protocol.contract import Queue
 FULL_S: Final = 2.0
 #: Seconds for which a killed Redis is away.
 AWAY_S: Final = (0.1, 1.5)
-#: Seconds for which a node stands still before it is killed, so that Redis pops into its socket.
+#: Seconds for which a worker stands still before it is killed, so that Redis pops into its socket.
 STANDING_S: Final = (0.3, 1.5)
 
 
@@ -37,48 +37,48 @@ class World:
 
 
 def kill_child(world: World) -> bool:
-    """Kill -9 the child of a node; its parent lives."""
-    node = world.fleet.serving(world.rng)
-    if node is None:
+    """Kill -9 the child of a worker; its parent lives."""
+    worker = world.fleet.serving(world.rng)
+    if worker is None:
         return False
-    world.watch.dies(node.name, "child")
+    world.watch.dies(worker.name, "child")
     with suppress(ProcessLookupError):
-        os.kill(node.child_pid() or 2**22, signal.SIGKILL)
+        os.kill(worker.child_pid() or 2**22, signal.SIGKILL)
     return True
 
 
-def kill_node(world: World) -> bool:
-    """Kill -9 a node: the parent alone, which must take its child along, or both at once."""
-    node = world.fleet.serving(world.rng)
-    if node is None:
+def kill_worker(world: World) -> bool:
+    """Kill -9 a worker: the parent alone, which must take its child along, or both at once."""
+    worker = world.fleet.serving(world.rng)
+    if worker is None:
         return False
-    world.watch.dies(node.name, "node")
-    node.signal(signal.SIGKILL, whole=world.rng.random() < 0.5)
+    world.watch.dies(worker.name, "worker")
+    worker.signal(signal.SIGKILL, whole=world.rng.random() < 0.5)
     return True
 
 
-def terminate_node(world: World) -> bool:
-    """SIGTERM a node; it finishes what it has in hand."""
-    node = world.fleet.serving(world.rng)
-    if node is None:
+def terminate_worker(world: World) -> bool:
+    """SIGTERM a worker; it finishes what it has in hand."""
+    worker = world.fleet.serving(world.rng)
+    if worker is None:
         return False
-    node.signal(signal.SIGTERM)
+    worker.signal(signal.SIGTERM)
     return True
 
 
 def swallow_message(world: World) -> bool:
-    """Stop a node so that Redis pops a message into its socket, then kill it: nobody has it."""
-    node = world.fleet.serving(world.rng)
-    if node is None:
+    """Stop a worker so that Redis pops a message into its socket, then kill it: nobody has it."""
+    worker = world.fleet.serving(world.rng)
+    if worker is None:
         return False
-    node.signal(signal.SIGSTOP)
-    world.fleet.agenda.after(world.rng.uniform(*STANDING_S), lambda: _kill_stopped(world, node))
+    worker.signal(signal.SIGSTOP)
+    world.fleet.agenda.after(world.rng.uniform(*STANDING_S), lambda: _kill_stopped(world, worker))
     return True
 
 
-def _kill_stopped(world: World, node: Node) -> None:
-    world.watch.dies(node.name, "node")
-    node.signal(signal.SIGKILL, whole=True)
+def _kill_stopped(world: World, worker: Worker) -> None:
+    world.watch.dies(worker.name, "worker")
+    worker.signal(signal.SIGKILL, whole=True)
 
 
 def kill_broker(world: World) -> bool:
@@ -149,8 +149,8 @@ def kill_producer(world: World) -> bool:
 #: Fault -> how often it comes, relative to the others.
 WEIGHTS: Final[dict[Callable[[World], bool], float]] = {
     kill_child: 8,
-    kill_node: 2.5,
-    terminate_node: 1.5,
+    kill_worker: 2.5,
+    terminate_worker: 1.5,
     swallow_message: 1.5,
     kill_broker: 1,
     kill_results: 1,

@@ -1,4 +1,4 @@
-"""The processes of a run: two Redis and some nodes, each of which may be killed at any moment."""
+"""The processes of a run: two Redis and some workers, each of which may be killed at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Final
 
 from ops.chaos.servers import RedisServer
 
-from embedq_worker.main_process.status import StateFile
+from embedq_worker.main_process.status import StatusFile
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 #: Settings of a run that are shorter than the defaults, so that an hour holds many recoveries.
@@ -56,7 +56,7 @@ class Agenda:
             action()
 
 
-class Node:
+class Worker:
     """A worker started as the README says, by Celery's own command, and again whenever it ends."""
 
     def __init__(self, folder: Path, name: str, settings: dict[str, str]) -> None:
@@ -93,7 +93,7 @@ class Node:
         self._ended_by_us = False
 
     def tend(self) -> None:
-        """Start the node again if it ended."""
+        """Start the worker again if it ended."""
         if self._process.poll() is None:
             return
         if not self._ended_by_us:
@@ -104,7 +104,7 @@ class Node:
 
     def child_pid(self) -> int:
         """Return the process id of the living child, 0 if there is none to be seen."""
-        state = StateFile(self._runtime_dir, self.name).read()
+        state = StatusFile(self._runtime_dir, self.name).read()
         if state is None or not state.pid:
             return 0
         with suppress(OSError):
@@ -113,7 +113,7 @@ class Node:
         return 0
 
     def is_serving(self) -> bool:
-        """Tell whether the node has a child."""
+        """Tell whether the worker has a child."""
         return self._process.poll() is None and self.child_pid() > 0
 
     def signal(self, number: signal.Signals, *, whole: bool = False) -> None:
@@ -126,7 +126,7 @@ class Node:
                 self._process.send_signal(number)
 
     def stop(self) -> None:
-        """End the node and all of its processes."""
+        """End the worker and all of its processes."""
         self.signal(signal.SIGKILL, whole=True)
         self._process.wait()
 
@@ -134,7 +134,7 @@ class Node:
 class Fleet:
     """Everything that serves."""
 
-    def __init__(self, folder: Path, n_nodes: int, engine: dict[str, str]) -> None:
+    def __init__(self, folder: Path, n_workers: int, engine: dict[str, str]) -> None:
         self.broker = RedisServer(folder, "broker")
         self.results = RedisServer(folder, "results")
         self.agenda = Agenda()
@@ -142,28 +142,28 @@ class Fleet:
             "EMBEDQ_BROKER_URL": self.broker.kombu_url,
             "EMBEDQ_RESULTS_URL": self.results.url,
         }
-        settings = {**self.urls, **SHORTENED, **engine, "EMBEDQ_ENGINE_DEADLINE_S": "3"}
-        self.nodes = [Node(folder, f"node{i}", settings) for i in range(n_nodes)]
+        settings = {**self.urls, **SHORTENED, **engine, "EMBEDQ_ENGINE_TIMEOUT_S": "3"}
+        self.workers = [Worker(folder, f"worker{i}", settings) for i in range(n_workers)]
 
     @property
     def servers(self) -> tuple[RedisServer, RedisServer]:
         """Both Redis."""
         return self.broker, self.results
 
-    def serving(self, rng: random.Random) -> Node | None:
-        """Choose a node that has a child."""
-        able = [node for node in self.nodes if node.is_serving()]
+    def serving(self, rng: random.Random) -> Worker | None:
+        """Choose a worker that has a child."""
+        able = [worker for worker in self.workers if worker.is_serving()]
         return rng.choice(able) if able else None
 
     def tend(self) -> None:
         """Start again what has ended, and do what is due."""
         self.agenda.tend()
-        for node in self.nodes:
-            node.tend()
+        for worker in self.workers:
+            worker.tend()
 
     def stop(self) -> None:
         """End everything."""
-        for node in self.nodes:
-            node.stop()
+        for worker in self.workers:
+            worker.stop()
         for server in self.servers:
             server.kill()

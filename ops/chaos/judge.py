@@ -125,7 +125,7 @@ class Executions:
     Attributes:
         batches: how many there were.
         finished: computed to the end.
-        taken: taken by a node, those included that a kill cut short.
+        taken: taken by a worker, those included that a kill cut short.
         committed_twice: committed again within one life of their job.
     """
 
@@ -149,12 +149,12 @@ def recoveries(tasks: list[Task], watch: Watch) -> dict[str, list[float]]:
     """Return what died -> seconds until its batch was committed; poison dies again and again."""
     poisoned = poisoned_batches(tasks)
     clean = [(what, seconds) for what, key, seconds in watch.recoveries if key not in poisoned]
-    by_kind = {kind: [s for what, s in clean if what == kind] for kind in ("child", "node")}
+    by_kind = {kind: [s for what, s in clean if what == kind] for kind in ("child", "worker")}
     return {**by_kind, "redis": watch.redis_recoveries}
 
 
 def count_executions(tasks: list[Task], watch: Watch) -> Executions:
-    """Count what the nodes did for batches of tasks, over all lives of their jobs."""
+    """Count what the workers did for batches of tasks, over all lives of their jobs."""
     poisoned = poisoned_batches(tasks)
     known = {job for task in tasks for job in task.jobs}
 

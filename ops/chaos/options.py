@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, default=5.0, help="How long faults strike.")
     length.add_argument("--hour", dest="minutes", action="store_const", const=60.0)
     parser.add_argument("--seed", type=int, default=1, help="Of inputs and faults.")
-    parser.add_argument("--nodes", type=int, default=4, help="Workers.")
+    parser.add_argument("--workers", type=int, default=4, help="Workers.")
     parser.add_argument("--engine", choices=["stub", "model"], default="stub")
     parser.add_argument("--report", type=Path, default=ROOT / "ops" / "chaos" / "reports")
     parser.add_argument("--keep", action="store_true", help="Keep logs and outputs.")
@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
 
 
 def engine_settings(name: str) -> dict[str, str]:
-    """Return the settings of nodes with this engine; the model is looked for as tests do."""
+    """Return the settings of workers with this engine; the model is looked for as tests do."""
     if name == "stub":
         return {
             "EMBEDQ_DEVICE": "stub",

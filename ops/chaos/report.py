@@ -31,10 +31,10 @@ def facts(run: Run, seconds: float) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "command": f"ops/chaos/run --minutes {options.minutes:g} --seed {options.seed} "
-        f"--nodes {options.nodes} --engine {options.engine}",
+        f"--workers {options.workers} --engine {options.engine}",
         "seed": options.seed,
         "machine": machine(),
-        "settings": {**SHORTENED, "nodes": options.nodes, "engine": options.engine},
+        "settings": {**SHORTENED, "workers": options.workers, "engine": options.engine},
         "seconds": round(seconds),
         "jobs": len(tasks),
         "batches": sum(task.batches()[0] for task in tasks),
@@ -74,10 +74,10 @@ def facts(run: Run, seconds: float) -> dict[str, Any]:
         "producers_refused_at_start": _sum(p.refused for p in run.producers),
         "producers_gave_up": _sum(p.gave_up for p in run.producers),
         "nodes_ended_by_themselves": _sum(
-            Counter({f"exit {code}": n for code, n in node.own_ends.items()})
-            for node in run.fleet.nodes
+            Counter({f"exit {code}": n for code, n in worker.own_ends.items()})
+            for worker in run.fleet.workers
         ),
-        "careful_runs": run.watch.events["careful"],
+        "careful_runs": run.watch.events["isolation_started"],
         "left_in_redis": run.left,
         "breaches": run.breaches(),
     }
@@ -130,7 +130,7 @@ def page(of: dict[str, Any]) -> str:
         "| died | batches brought back | p50 | p99 | longest |\n|---|---|---|---|---|\n"
         + "".join(_recovery(kind, spread) for kind, spread in of["recovery_s"].items()),
         _table("setting", "value", of["settings"]),
-        _table("nodes that ended by themselves", "times", of["nodes_ended_by_themselves"]),
+        _table("workers that ended by themselves", "times", of["nodes_ended_by_themselves"]),
         _table("producers refused at their start", "times", of["producers_refused_at_start"]),
     ]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What the nodes do, read from their logs as they write them: executions, commits, recoveries."""
+"""What the workers do, read from their logs as they write them: executions, commits, recoveries."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SLOW_S: Final = 8.0
 _RECEIVED: Final = re.compile(r"Task embedq\.embed_batch\[(\w+):(\d+)[:\]].* received")
 _DONE: Final = re.compile(r"batch_done job=(\w+) index=(\d+) .*committed=(\w+)")
 _OTHER: Final = re.compile(
-    r"(batch_skipped|batch_failed|careful|text_set_aside) job=(\w+) index=(\d+)"
+    r"(batch_skipped|batch_failed|isolation_started|text_dead_lettered) job=(\w+) index=(\d+)"
 )
 
 
 class Watch:
-    """Reads the logs; one file for each node, over all its lives."""
+    """Reads the logs; one file for each worker, over all its lives."""
 
     def __init__(self, logs: dict[str, Path]) -> None:
         self._logs = logs
@@ -32,7 +32,7 @@ class Watch:
         self._missed: dict[Key, tuple[float, str]] = {}
         self._redis_died: float | None = None
         self._committed_at = time.monotonic()
-        #: Batch -> how often a node took it to compute it, and how the finished ones ended.
+        #: Batch -> how often a worker took it to compute it, and how the finished ones ended.
         self.taken: Counter[Key] = Counter()
         self.finished: Counter[Key] = Counter()
         self.commits: Counter[Key] = Counter()
@@ -45,17 +45,17 @@ class Watch:
         self.longest_silence_s = 0.0
 
     def poll(self) -> None:
-        """Read what the nodes have said since the last time."""
-        for node, path in self._logs.items():
-            self._poll(node, path)
+        """Read what the workers have said since the last time."""
+        for worker, path in self._logs.items():
+            self._poll(worker, path)
 
-    def dies(self, node: str, what: str) -> None:
-        """Note that a process of a node is about to be killed."""
-        self._poll(node, self._logs[node])
-        key = self._in_hand[node]
+    def dies(self, worker: str, what: str) -> None:
+        """Note that a process of a worker is about to be killed."""
+        self._poll(worker, self._logs[worker])
+        key = self._in_hand[worker]
         if key is not None:
             self._missed.setdefault(key, (time.monotonic(), what))
-        self._in_hand[node] = None
+        self._in_hand[worker] = None
 
     def redis_dies(self) -> None:
         """Note that a Redis was killed."""
@@ -65,35 +65,35 @@ class Watch:
         """Forget what was missed of jobs that ended otherwise."""
         self._missed = {key: of for key, of in self._missed.items() if key[0] not in jobs}
 
-    def _poll(self, node: str, path: Path) -> None:
+    def _poll(self, worker: str, path: Path) -> None:
         with path.open("rb") as log:
-            log.seek(self._read[node])
+            log.seek(self._read[worker])
             new = log.read()
-        self._read[node] += len(new)
-        *lines, self._rest[node] = (self._rest[node] + new).split(b"\n")
+        self._read[worker] += len(new)
+        *lines, self._rest[worker] = (self._rest[worker] + new).split(b"\n")
         for line in lines:
-            self._note(node, line.decode(errors="replace"))
+            self._note(worker, line.decode(errors="replace"))
 
-    def _note(self, node: str, line: str) -> None:
+    def _note(self, worker: str, line: str) -> None:
         if found := _RECEIVED.search(line):
             key = (found[1], int(found[2]))
-            self._in_hand[node] = key
+            self._in_hand[worker] = key
             self.taken[key] += 1
         elif found := _DONE.search(line):
-            self._done(node, (found[1], int(found[2])), found[3])
+            self._done(worker, (found[1], int(found[2])), found[3])
         elif found := _OTHER.search(line):
             self.events[found[1]] += 1
             if found[1] == "batch_skipped":
                 key = (found[2], int(found[3]))
                 self.taken[key] -= 1
                 self._missed.pop(key, None)
-                self._in_hand[node] = None
-        elif "lease_not_renewed" in line or "waiting reason" in line or "Traceback" in line:
+                self._in_hand[worker] = None
+        elif "lease_renewal_failed" in line or "redis_retry reason" in line or "Traceback" in line:
             self.events[line.split()[-1] if "Traceback" not in line else "traceback"] += 1
 
-    def _done(self, node: str, key: Key, verdict: str) -> None:
+    def _done(self, worker: str, key: Key, verdict: str) -> None:
         now = time.monotonic()
-        self._in_hand[node] = None
+        self._in_hand[worker] = None
         self.finished[key] += 1
         self.verdicts[verdict] += 1
         missed = self._missed.pop(key, None)

@@ -7,7 +7,7 @@ _AUTH = Path(os.environ.get("FLOWER_AUTH_FILE", "/run/secrets/flower_auth"))
 
 # user:password. Without the file Flower does not start: its pages would be open to everyone.
 basic_auth = [_AUTH.read_text(encoding="utf-8").strip()]
-# Nobody revokes a task or stops a node from a web page; embedq-worker has commands for that.
+# Nobody revokes a task or stops a worker from a web page; embedq-worker has commands for that.
 read_only = True
 
 # What it knows survives a restart of Flower. In milliseconds: 60 would fill a disk.
@@ -25,5 +25,5 @@ natural_time = True
 
 # Seconds; the default boundaries end where a batch begins.
 task_runtime_metric_buckets = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
-# Names of nodes outlive restarts, so what is away for an hour is away.
+# Names of workers outlive restarts, so what is away for an hour is away.
 purge_offline_workers = 3_600

@@ -8,29 +8,29 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Self
 
-from embedq.discovery import Lookout, StrictWatch, build_spec, choose_queue
+from embedq.discovery import FleetDiscovery, NpuAvailability, resolve_spec, select_queue
 from embedq.errors import BatchFailed, ContractError, TextsFailed
-from embedq.jobs.batches import Rows, Slice, batch_tokens, split
+from embedq.jobs.batches import TextBatch, VectorBuffer, batch_tokens, split
 from embedq.jobs.job import Job
 from embedq.jobs.publisher import Publisher
 from embedq.jobs.sender import window
-from embedq.jobs.state import Link
+from embedq.jobs.state import JobConnections
 from embedq.jobs.stream import AnyDocument, Stream
 from embedq.observability import tracing
 from embedq.protocol.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
 from embedq.protocol.values import Vectors
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 from embedq.settings import ProducerSettings, mask_password
-from embedq.store.connection import OnWait, open_redis, patiently
-from embedq.store.fleet import fetch_alive
+from embedq.store.connection import OnWait, call_with_retry, open_redis
+from embedq.store.fleet import list_live_workers
 from embedq.store.ledger import Ledger
-from embedq.store.queues import Broker
+from embedq.store.queues import QueueInspector
 
 log = logging.getLogger("embedq")
 
 
 #: Seconds that a job waits for a Redis that went away in its middle.
-JOB_PATIENCE_S = 3_600.0
+JOB_RETRY_TIMEOUT_S = 3_600.0
 
 
 class Client:
@@ -84,9 +84,9 @@ class Client:
         self.redis = open_redis(settings.results_url)
         self._broker = open_redis(settings.broker_url)
         self._publisher = Publisher(settings.broker_url)
-        self._on_wait = on_wait or (lambda message: log.warning("waiting reason=%s", message))
+        self._on_wait = on_wait or (lambda message: log.warning("redis_retry reason=%s", message))
         self._on_idle = on_idle or (lambda: None)
-        self._lookout = Lookout(
+        self._lookout = FleetDiscovery(
             settings,
             redis=self.redis,
             broker=self._broker,
@@ -112,28 +112,28 @@ class Client:
         self._broker.close()
         self.redis.close()
 
-    def card(self) -> ModelCard:
-        """Return the card of the model that the fleet serves, waiting for Redis and a first node.
+    def model_info(self) -> ModelInfo:
+        """Return the card of the model that the fleet serves, waiting for Redis and a first worker.
 
         Raises:
-            QueueUnavailable: Redis could not be reached for `node_wait_s`, or refuses us.
-            NoNode: no node announced the model within `node_wait_s`.
+            QueueUnavailable: Redis could not be reached for `startup_timeout_s`, or refuses us.
+            NoWorker: no worker announced the model within `startup_timeout_s`.
         """
-        return self._lookout.card()
+        return self._lookout.model_info()
 
     def window(self) -> int:
         """Return how many batches a job may have in flight on the fleet as it is."""
-        return window(self._lookout.count_living().total(), self.settings.window)
+        return window(self._lookout.count_workers().total(), self.settings.max_in_flight)
 
-    def nodes(self) -> str:
-        """Return how many living nodes compute on which device, such as ``2 npu, 1 cpu``."""
-        living = self._lookout.count_living()
+    def workers(self) -> str:
+        """Return how many living workers compute on which device, such as ``2 npu, 1 cpu``."""
+        living = self._lookout.count_workers()
         return ", ".join(f"{n} {device}" for device, n in sorted(living.items()))
 
     def engine(self) -> dict[str, str]:
-        """Return device, engine and precision of the node that serves the model.
+        """Return device, engine and precision of the worker that serves the model.
 
-        Only a fleet of one, as of a local run, has one answer; the first node by name gives it.
+        Only a fleet of one, as of a local run, has one answer; the first worker by name gives it.
         """
         return self._lookout.engine()
 
@@ -149,17 +149,17 @@ class Client:
 
         Raises:
             SettingsError: an unknown prompt name, policy or accuracy class.
-            NotQuantised: class int8, and no node has a quantised model, or they have several.
-            QueueUnavailable, NoNode: as card.
+            NotQuantized: class int8, and no worker has a quantized model, or they have several.
+            QueueUnavailable, NoWorker: as card.
         """
-        return build_spec(
+        return resolve_spec(
             self.settings,
-            self.card(),
+            self.model_info(),
             prompt_name=prompt_name,
             prompt=prompt,
             on_long=on_long,
             accuracy=accuracy,
-            quantised=self._lookout.quantised,
+            quantized=self._lookout.quantized,
         )
 
     def encode(
@@ -190,8 +190,8 @@ class Client:
         Raises:
             TextsFailed: some texts have no vector; the others are in ``.vectors``.
             BatchFailed: the worker refused a batch as a whole.
-            QueueUnavailable, NoNode, ResultTimeout: there is no answer to be had.
-            StrictUnavailable: no NPU came for `node_wait_s`.
+            QueueUnavailable, NoWorker, ResultTimeout: there is no answer to be had.
+            StrictUnavailable: no NPU came for `startup_timeout_s`.
         """
         if isinstance(texts, bytes | bytearray):
             raise ContractError("encode() takes text, not bytes. Decode them first.")
@@ -199,7 +199,7 @@ class Client:
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         failures: dict[int, str] = {}
         planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
-        rows = Rows(spec, planned)
+        rows = VectorBuffer(spec, planned)
         job = self.job(slices, spec, strict=strict, planned=planned)
         for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
@@ -229,7 +229,7 @@ class Client:
 
         Raises:
             ContractError: texts is one text.
-            QueueUnavailable, NoNode, SettingsError: as encode.
+            QueueUnavailable, NoWorker, SettingsError: as encode.
         """
         _require_many("submit", texts)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
@@ -265,23 +265,25 @@ class Client:
         Raises:
             ContractError: documents is one text.
             InputError: the checkpoint does not fit.
-            QueueUnavailable, NoNode, SettingsError: as encode.
+            QueueUnavailable, NoWorker, SettingsError: as encode.
         """
         _require_many("stream", documents)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint, strict=strict)
 
     def forget(self, job: str) -> None:
-        """Drop what a killed program left of a job; nodes drop its batches that are still queued.
+        """Drop what a killed program left of a job; workers drop its batches that are still queued.
 
         Raises:
             QueueUnavailable: Redis cannot be reached.
         """
         drop = Ledger(self.redis, job).drop
         where = mask_password(self.settings.results_url)
-        patiently(drop, patience_s=JOB_PATIENCE_S, on_wait=self._on_wait, where=where)
+        call_with_retry(
+            drop, retry_timeout_s=JOB_RETRY_TIMEOUT_S, on_wait=self._on_wait, where=where
+        )
 
-    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
+    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
         """Cut texts into the batches that this client would publish."""
         return split(
             texts,
@@ -293,7 +295,7 @@ class Client:
     def batch_tokens(self, spec: VectorSpec) -> int:
         """Return the estimated tokens of a full batch."""
         # Only the CPU serves exact jobs, however fast the other devices are.
-        devices = () if spec.accuracy is Accuracy.EXACT else self._lookout.count_living()
+        devices = () if spec.accuracy is Accuracy.EXACT else self._lookout.count_workers()
         return batch_tokens(self.settings.batch_tokens or self._kept_tokens, devices)
 
     def keep_batch_tokens(self, tokens: int) -> None:
@@ -302,7 +304,7 @@ class Client:
 
     def job(
         self,
-        slices: Iterable[Slice],
+        slices: Iterable[TextBatch],
         spec: VectorSpec,
         *,
         ordered: bool = True,
@@ -328,17 +330,19 @@ class Client:
         Raises:
             SettingsError: strict and exact or int8, which no device can be at once.
         """
-        queue = choose_queue(spec, strict=self.settings.strict if strict is None else strict)
+        queue = select_queue(spec, strict=self.settings.strict if strict is None else strict)
         on_idle = self._on_idle
         if queue is Queue.NPU_STRICT:
-            watch = StrictWatch(lambda: fetch_alive(self.redis), self.settings.node_wait_s)
-            on_idle = _both(watch.look, on_idle)
-        link = Link(
+            watch = NpuAvailability(
+                lambda: list_live_workers(self.redis), self.settings.startup_timeout_s
+            )
+            on_idle = _both(watch.check, on_idle)
+        link = JobConnections(
             redis=self.redis,
-            broker=Broker(self._broker),
+            broker=QueueInspector(self._broker),
             publisher=self._publisher,
             where=self.settings.addresses,
-            patience_s=JOB_PATIENCE_S,
+            retry_timeout_s=JOB_RETRY_TIMEOUT_S,
             visibility_timeout_s=self.settings.visibility_timeout_s,
             on_wait=self._on_wait,
             on_idle=on_idle,

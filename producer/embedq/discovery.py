@@ -2,11 +2,11 @@
 
 A strict job takes vectors from an NPU or none: it waits while one may come, then gives up.
 
-Which quantised model a job of class int8 asks for: the one that the fleet serves.
+Which quantized model a job of class int8 asks for: the one that the fleet serves.
 
 What a call asks for: settings, the card and its options make a specification, that a queue.
 
-The lookout of a client: which nodes live, on which devices, and what model they serve.
+The lookout of a client: which workers live, on which devices, and what model they serve.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from typing import TypeVar
 from redis import Redis
 from redis.exceptions import RedisError
 
-from embedq.errors import NoNode, NotQuantised, SettingsError, StrictUnavailable, nearest
+from embedq.errors import NotQuantized, NoWorker, SettingsError, StrictUnavailable, did_you_mean
 from embedq.protocol.contract import Accuracy, Device, Dtype, OnLong, Queue, VectorSpec
-from embedq.protocol.worker import Heartbeat, ModelCard
+from embedq.protocol.worker import Heartbeat, ModelInfo
 from embedq.settings import ProducerSettings, mask_password
-from embedq.store.connection import WAYS_OUT, OnWait, patiently
-from embedq.store.fleet import fetch_alive, find_card
+from embedq.store.connection import REDIS_HINT, OnWait, call_with_retry
+from embedq.store.fleet import find_model, list_live_workers
 
-#: States of an NPU's node that serve, or may serve soon.
+#: States of an NPU's worker that serve, or may serve soon.
 _COMING = ("healthy", "starting", "probing")
 
 
-def may_serve_strict(node: Heartbeat) -> bool:
-    """Tell whether a node computes on an NPU, or is on the way to it."""
-    if node.home != Device.NPU:
-        # A node that has just begun does not know its device yet.
-        return not node.home and node.state == "starting"
-    return node.may_return or (node.state in _COMING and node.device != Device.CPU)
+def can_serve_strict(worker: Heartbeat) -> bool:
+    """Tell whether a worker computes on an NPU, or is on the way to it."""
+    if worker.assigned_device != Device.NPU:
+        # A worker that has just begun does not know its device yet.
+        return not worker.assigned_device and worker.state == "starting"
+    return worker.will_retry or (worker.state in _COMING and worker.device != Device.CPU)
 
 
-class StrictWatch:
+class NpuAvailability:
     """Gives a job up once no NPU has been there, or on its way, for long enough."""
 
     def __init__(self, fetch: Callable[[], Sequence[Heartbeat]], wait_s: float) -> None:
         """Watch the fleet for one job.
 
         Args:
-            fetch: returns the living nodes.
+            fetch: returns the living workers.
             wait_s: how long to go without an NPU.
         """
         self._fetch = fetch
         self._wait_s = wait_s
         self._seen: float | None = None
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Look once.
 
         Raises:
@@ -65,58 +65,66 @@ class StrictWatch:
         except RedisError:  # whoever waits for vectors waits for Redis too, and says so
             self._seen = None
             return
-        if self._seen is None or any(map(may_serve_strict, alive)):
+        if self._seen is None or any(map(can_serve_strict, alive)):
             self._seen = now
         elif now - self._seen >= self._wait_s:
             raise StrictUnavailable(
-                f"No node with an NPU was there for {self._wait_s:.0f} s (EMBEDQ_NODE_WAIT_S). "
+                f"No worker with an NPU was there for {self._wait_s:.0f} s "
+                f"(EMBEDQ_STARTUP_TIMEOUT_S). "
                 f"{_why(alive)} Start one with --device npu, or run the job without strict."
             )
 
 
 def _why(alive: Sequence[Heartbeat]) -> str:
-    lost = [node for node in alive if node.home == Device.NPU]
+    lost = [worker for worker in alive if worker.assigned_device == Device.NPU]
     if lost:
-        return " ".join(f"Node {node.node} is {node.state}: {node.reason}" for node in lost)
-    return f"{len(alive)} alive, none with an NPU." if alive else "No node is alive."
+        return " ".join(
+            f"Worker {worker.worker} is {worker.state}: {worker.reason}" for worker in lost
+        )
+    return f"{len(alive)} alive, none with an NPU." if alive else "No worker is alive."
 
 
-class QuantisedWatch:
-    """Looks for nodes with a quantised model, and gives up after a while."""
+class QuantizedModelFinder:
+    """Looks for workers with a quantized model, and gives up after a while."""
 
-    def __init__(self, card: ModelCard, wait_s: float) -> None:
+    def __init__(self, model_info: ModelInfo, wait_s: float) -> None:
         """Begin to wait.
 
         Args:
-            card: of the model.
-            wait_s: how long to wait while a node may still come.
+            model_info: of the model.
+            wait_s: how long to wait while a worker may still come.
         """
-        self._card = card
+        self._model_info = model_info
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
 
-    def look(self, alive: Sequence[Heartbeat]) -> str:
-        """Return the name of the quantised model, or nothing as long as there is hope.
+    def find(self, alive: Sequence[Heartbeat]) -> str:
+        """Return the name of the quantized model, or nothing as long as there is hope.
 
         Raises:
-            NotQuantised: every living node has settled and none has one, or they have several.
+            NotQuantized: every living worker has settled and none has one, or they have several.
         """
-        cards = [node.card for node in alive if node.card]
-        names = {c.quantised for c in cards if c.identity == self._card.identity and c.quantised}
+        model_infos = [worker.model_info for worker in alive if worker.model_info]
+        names = {
+            c.quantized
+            for c in model_infos
+            if c.identity == self._model_info.identity and c.quantized
+        }
         if len(names) > 1:
-            raise NotQuantised(
-                f"The nodes have different quantised models of {self._card.label}: "
-                f"{', '.join(sorted(names))}. Their vectors must not mix: quantise once, copy the "
-                "cache to every node, and start them again."
+            raise NotQuantized(
+                f"The workers have different quantized models of {self._model_info.label}: "
+                f"{', '.join(sorted(names))}. Their vectors must not mix: quantize once, copy the "
+                "cache to every worker, and start them again."
             )
         if names:
             return names.pop()
-        coming = not alive or any(node.state == "starting" for node in alive)
+        coming = not alive or any(worker.state == "starting" for worker in alive)
         if coming and time.monotonic() < self._deadline:
             return ""
-        raise NotQuantised(
-            f"No node has a quantised model of {self._card.label} ({len(alive)} alive). Run on a "
-            "node with a CPU: embedq-worker quantize FILE, and start it again; or ask for "
+        raise NotQuantized(
+            f"No worker has a quantized model of {self._model_info.label} ({len(alive)} alive). "
+            f"Run on a "
+            "worker with a CPU: embedq-worker quantize FILE, and start it again; or ask for "
             "accuracy standard."
         )
 
@@ -124,53 +132,53 @@ class QuantisedWatch:
 E = TypeVar("E", OnLong, Accuracy)
 
 
-def build_spec(
+def resolve_spec(
     settings: ProducerSettings,
-    card: ModelCard,
+    model_info: ModelInfo,
     *,
     prompt_name: str | None,
     prompt: str | None,
     on_long: OnLong | str | None,
     accuracy: Accuracy | str | None,
-    quantised: Callable[[ModelCard], str],
+    quantized: Callable[[ModelInfo], str],
 ) -> VectorSpec:
     """Say what will shape the vectors of a call with these options.
 
     Args:
         settings: stand in for options that are None.
-        card: of the model.
+        model_info: of the model.
         prompt_name, prompt, on_long, accuracy: as in Client.encode.
-        quantised: finds the name of the quantised model; called for class int8 alone.
+        quantized: finds the name of the quantized model; called for class int8 alone.
 
     Raises:
         SettingsError: an unknown prompt name, policy or accuracy class.
     """
     chosen = _choose(Accuracy, "accuracy", accuracy, settings.accuracy)
-    if settings.dtype is Dtype.FLOAT16 and not card.normalized:
+    if settings.dtype is Dtype.FLOAT16 and not model_info.normalized:
         raise SettingsError(
-            f"dtype=float16: vectors of {card.label} are not of unit length, so they may be "
+            f"dtype=float16: vectors of {model_info.label} are not of unit length, so they may be "
             "too long for it. Use float32."
         )
     return VectorSpec(
-        model=card.identity,
-        dim=card.dim,
-        max_length=card.max_length,
-        prompt=_prompt(card, prompt_name, prompt),
+        model=model_info.identity,
+        dim=model_info.dim,
+        max_length=model_info.max_length,
+        prompt=_prompt(model_info, prompt_name, prompt),
         on_long=_choose(OnLong, "on_long", on_long, settings.on_long),
         accuracy=chosen,
         dtype=settings.dtype,
-        quantised=quantised(card) if chosen is Accuracy.INT8 else "",
+        quantized=quantized(model_info) if chosen is Accuracy.INT8 else "",
     )
 
 
-def choose_queue(spec: VectorSpec, *, strict: bool) -> Queue:
+def select_queue(spec: VectorSpec, *, strict: bool) -> Queue:
     """Return the queue of a job.
 
     Raises:
         SettingsError: strict and exact or int8, which no device can be at once.
     """
     # Only the CPU computes in fp32 and, here, in int8: such a job never visits the NPU queue. The
-    # queue of int8 is read by nodes with a quantised model alone, so no batch meets another.
+    # queue of int8 is read by workers with a quantized model alone, so no batch meets another.
     if spec.accuracy is Accuracy.STANDARD:
         return Queue.NPU_STRICT if strict else Queue.NPU
     if strict:
@@ -181,18 +189,22 @@ def choose_queue(spec: VectorSpec, *, strict: bool) -> Queue:
     return Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.CPU_INT8
 
 
-def _prompt(card: ModelCard, name: str | None, prompt: str | None) -> str:
+def _prompt(model_info: ModelInfo, name: str | None, prompt: str | None) -> str:
     if prompt is not None:
         return prompt
     if name is None:
-        return card.prompts.get(card.default_prompt, "") if card.default_prompt else ""
-    if name not in card.prompts:
-        known = ", ".join(sorted(card.prompts)) or "none"
-        raise SettingsError(
-            f"prompt_name: {card.label} has no prompt {name}; it has {known}."
-            f"{nearest(name, list(card.prompts))}"
+        return (
+            model_info.prompts.get(model_info.default_prompt, "")
+            if model_info.default_prompt
+            else ""
         )
-    return card.prompts[name]
+    if name not in model_info.prompts:
+        known = ", ".join(sorted(model_info.prompts)) or "none"
+        raise SettingsError(
+            f"prompt_name: {model_info.label} has no prompt {name}; it has {known}."
+            f"{did_you_mean(name, list(model_info.prompts))}"
+        )
+    return model_info.prompts[name]
 
 
 def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
@@ -203,23 +215,23 @@ def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
     except ValueError:
         choices = [str(choice) for choice in kind]
         raise SettingsError(
-            f"{name}: expected {' or '.join(choices)}, got {given}.{nearest(given, choices)}"
+            f"{name}: expected {' or '.join(choices)}, got {given}.{did_you_mean(given, choices)}"
         ) from None
 
 
 T = TypeVar("T")
 
 
-#: Seconds between two looks at the fleet while no node is there.
+#: Seconds between two looks at the fleet while no worker is there.
 LOOK_EVERY_S = 0.1
 
 
-#: Seconds between two counts of the living nodes.
-NODES_EVERY_S = 3.0
+#: Seconds between two counts of the living workers.
+WORKERS_EVERY_S = 3.0
 
 
-class Lookout:
-    """Looks at the fleet from the producer's side, and waits for a first node."""
+class FleetDiscovery:
+    """Looks at the fleet from the producer's side, and waits for a first worker."""
 
     def __init__(
         self,
@@ -234,7 +246,7 @@ class Lookout:
 
         Args:
             settings: of the client.
-            redis: of the results, where nodes tell that they live.
+            redis: of the results, where workers tell that they live.
             broker: of the queues.
             on_wait, on_idle: as in Client.
         """
@@ -243,34 +255,34 @@ class Lookout:
         self._broker = broker
         self._on_wait = on_wait
         self._on_idle = on_idle
-        self._card: ModelCard | None = None
+        self._model_info: ModelInfo | None = None
         self._devices: Counter[str] = Counter()
-        self._counted = -NODES_EVERY_S
+        self._counted = -WORKERS_EVERY_S
 
-    def card(self) -> ModelCard:
-        """Return the card of the model that the fleet serves, waiting for Redis and a first node.
+    def model_info(self) -> ModelInfo:
+        """Return the card of the model that the fleet serves, waiting for Redis and a first worker.
 
         Raises:
-            QueueUnavailable: Redis could not be reached for `node_wait_s`, or refuses us.
-            NoNode: no node announced the model within `node_wait_s`.
+            QueueUnavailable: Redis could not be reached for `startup_timeout_s`, or refuses us.
+            NoWorker: no worker announced the model within `startup_timeout_s`.
         """
-        if self._card is None:
-            self._card = self._find_card(time.monotonic() + self._settings.node_wait_s)
-        return self._card
+        if self._model_info is None:
+            self._model_info = self._find_card(time.monotonic() + self._settings.startup_timeout_s)
+        return self._model_info
 
-    def quantised(self, card: ModelCard) -> str:
-        """Return the quantised model that the fleet serves, waiting for a first node with one.
+    def quantized(self, model_info: ModelInfo) -> str:
+        """Return the quantized model that the fleet serves, waiting for a first worker with one.
 
         Raises:
-            NotQuantised: no node has a quantised model, or they have several.
+            NotQuantized: no worker has a quantized model, or they have several.
             QueueUnavailable: Redis cannot be reached.
         """
-        watch = QuantisedWatch(card, self._settings.node_wait_s)
+        watch = QuantizedModelFinder(model_info, self._settings.startup_timeout_s)
         while True:
-            name = watch.look(
-                patiently(
-                    lambda: fetch_alive(self._redis),
-                    patience_s=0,
+            name = watch.find(
+                call_with_retry(
+                    lambda: list_live_workers(self._redis),
+                    retry_timeout_s=0,
                     on_wait=self._on_wait,
                     where=mask_password(self._settings.results_url),
                 )
@@ -280,56 +292,61 @@ class Lookout:
             self._on_idle()
             time.sleep(LOOK_EVERY_S)
 
-    def count_living(self) -> Counter[str]:
-        """Count the living nodes by device; asks Redis every few seconds at most."""
-        if time.monotonic() - self._counted > NODES_EVERY_S:
+    def count_workers(self) -> Counter[str]:
+        """Count the living workers by device; asks Redis every few seconds at most."""
+        if time.monotonic() - self._counted > WORKERS_EVERY_S:
             self._counted = time.monotonic()
             with suppress(RedisError):  # the last count serves as well
-                self._devices = Counter(h.device for h in fetch_alive(self._redis) if h.device)
+                self._devices = Counter(
+                    h.device for h in list_live_workers(self._redis) if h.device
+                )
         return self._devices
 
     def engine(self) -> dict[str, str]:
-        """Return device, engine and precision of the first node by name that serves the model."""
-        identity = self.card().identity
-        for heartbeat in fetch_alive(self._redis):
-            if heartbeat.card and heartbeat.card.identity == identity:
+        """Return device, engine and precision of the first worker by name that serves the model."""
+        identity = self.model_info().identity
+        for heartbeat in list_live_workers(self._redis):
+            if heartbeat.model_info and heartbeat.model_info.identity == identity:
                 return {key: getattr(heartbeat, key) for key in ("device", "engine", "precision")}
         return {}
 
-    def _find_card(self, deadline: float) -> ModelCard:
+    def _find_card(self, deadline: float) -> ModelInfo:
         settings = self._settings
         # First the broker: what is there already decides nothing without it.
-        self._reach(self._broker.ping, settings.broker_url, deadline)
+        self._with_retry(self._broker.ping, settings.broker_url, deadline)
         told = False
         while True:
-            alive = self._reach(lambda: fetch_alive(self._redis), settings.results_url, deadline)
-            card = find_card(alive, settings.model)
-            if card is not None:
-                return card
+            alive = self._with_retry(
+                lambda: list_live_workers(self._redis), settings.results_url, deadline
+            )
+            model_info = find_model(alive, settings.model)
+            if model_info is not None:
+                return model_info
             if time.monotonic() >= deadline:
-                serving = sorted({h.card.label for h in alive if h.card})
-                raise NoNode(
-                    f"No node announced the model {settings.model} within "
-                    f"{settings.node_wait_s:.0f} s; {len(alive)} alive, serving "
+                serving = sorted({h.model_info.label for h in alive if h.model_info})
+                raise NoWorker(
+                    f"No worker announced the model {settings.model} within "
+                    f"{settings.startup_timeout_s:.0f} s; {len(alive)} alive, serving "
                     f"{', '.join(serving) or 'nothing'}. Start one: embedq-worker start"
                 )
-            if not told and deadline - time.monotonic() < settings.node_wait_s - 3:
-                self._on_wait(f"No node serves {settings.model} yet; waiting for one.")
+            if not told and deadline - time.monotonic() < settings.startup_timeout_s - 3:
+                self._on_wait(f"No worker serves {settings.model} yet; waiting for one.")
                 told = True
             time.sleep(LOOK_EVERY_S)
 
-    def _reach(self, action: Callable[[], T], url: str, deadline: float) -> T:
-        """Ask a Redis something before there is a job, waiting for it as for a first node."""
+    def _with_retry(self, action: Callable[[], T], url: str, deadline: float) -> T:
+        """Ask a Redis something before there is a job, waiting for it as for a first worker."""
 
         def ask() -> T:
             self._on_idle()
             return action()
 
-        wait_s = self._settings.node_wait_s
-        return patiently(
+        wait_s = self._settings.startup_timeout_s
+        return call_with_retry(
             ask,
-            patience_s=max(0.0, deadline - time.monotonic()),
+            retry_timeout_s=max(0.0, deadline - time.monotonic()),
             on_wait=self._on_wait,
             where=mask_password(url),
-            advice=f" {WAYS_OUT}. EMBEDQ_NODE_WAIT_S ends this after {wait_s:.0f} s, Ctrl-C now.",
+            advice=f" {REDIS_HINT}. EMBEDQ_STARTUP_TIMEOUT_S ends this after {wait_s:.0f} s, "
+            f"Ctrl-C now.",
         )

@@ -9,10 +9,10 @@
     │   └─ MalformedMessage
     ├─ QueueUnavailable       Redis cannot be reached                  (retry later)
     │   └─ QueueFull          Redis has no room; .retry_after_s
-    ├─ NoNode                 nobody serves the model                  (start a node)
-    │   ├─ StrictUnavailable  no node with an NPU does                 (start one, or not strict)
-    │   └─ NotQuantised       no node has a quantised model for int8   (embedq-worker quantize)
-    ├─ LocalStartFailed       the private Redis or node did not start  (read the reason)
+    ├─ NoWorker                 nobody serves the model                  (start a worker)
+    │   ├─ StrictUnavailable  no worker with an NPU does                 (start one, or not strict)
+    │   └─ NotQuantized       no worker has a quantized model for int8   (embedq-worker quantize)
+    ├─ LocalStartFailed       the private Redis or worker did not start  (read the reason)
     ├─ ResultError
     │   ├─ ResultTimeout      not yet
     │   ├─ ResultExpired      too late
@@ -103,26 +103,26 @@ class QueueFull(QueueUnavailable):
         self.retry_after_s = retry_after_s
 
 
-class NoNode(EmbedqError):
-    """No living node serves the model that was asked for."""
+class NoWorker(EmbedqError):
+    """No living worker serves the model that was asked for."""
 
-    code = "no_node"
+    code = "no_worker"
 
 
-class StrictUnavailable(NoNode):
-    """A strict job waited for a node with an NPU, and none came."""
+class StrictUnavailable(NoWorker):
+    """A strict job waited for a worker with an NPU, and none came."""
 
     code = "strict_unavailable"
 
 
-class NotQuantised(NoNode):
-    """A job of class int8 finds no node with a quantised model, or several models."""
+class NotQuantized(NoWorker):
+    """A job of class int8 finds no worker with a quantized model, or several models."""
 
-    code = "not_quantised"
+    code = "not_quantized"
 
 
 class LocalStartFailed(EmbedqError):
-    """The private Redis or the private node of a local run did not start."""
+    """The private Redis or the private worker of a local run did not start."""
 
     code = "local_start_failed"
 
@@ -186,7 +186,7 @@ class TextsFailed(ResultError):
         self.vectors = vectors
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean X?`` for the most similar known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from embedq.errors import SettingsError, nearest
+from embedq.errors import SettingsError, did_you_mean
 from embedq.protocol.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 
 #: Put before the name of every setting.
@@ -41,20 +41,20 @@ OTHER_ROOMS = frozenset(
     PREFIX + name.upper()
     for name in (
         "cache_dir",
-        "commit_patience_s",
-        "compile_deadline_s",
-        "crash_loop_deaths",
+        "commit_timeout_s",
+        "compile_timeout_s",
+        "crash_loop_limit",
         "crash_loop_window_s",
-        "degraded_cpu",
+        "cpu_fallback",
         "device",
         "engine",
-        "engine_deadline_s",
+        "engine_timeout_s",
         "heartbeat_s",
-        "help_npu",
-        "infer_deadline_s",
+        "cpu_serves_npu_queue",
+        "infer_timeout_s",
         "infer_failures",
         "infer_failures_window_s",
-        "init_budget_s",
+        "init_timeout_s",
         "lease_renewal_s",
         "lock_dir",
         "log_level",
@@ -62,21 +62,21 @@ OTHER_ROOMS = frozenset(
         "name",
         "npu_binding",
         "npu_commandlist_mode",
-        "npu_node",
+        "npu_device_file",
         "npu_properties",
         "npu_requests",
-        "npu_standin",
+        "npu_emulation",
         "offline",
         "precision",
-        "probe_first_s",
-        "probe_longest_s",
-        "probe_settle_s",
+        "probe_initial_delay_s",
+        "probe_max_delay_s",
+        "probe_reset_after_s",
         "row_tokens",
         "streams",
         "runtime_dir",
-        "shadow_every",
+        "shadow_check_every",
         "slow_batches",
-        "slow_factor",
+        "slowdown_factor",
         "stub_delay_s",
         "stub_device",
         "stub_faults",
@@ -92,7 +92,7 @@ OTHER_ROOMS = frozenset(
 )
 
 
-class Described(NamedTuple):
+class SettingInfo(NamedTuple):
     """One setting as a person should see it.
 
     Attributes:
@@ -110,7 +110,7 @@ class Described(NamedTuple):
     description: str
 
 
-class Room(BaseSettings):
+class EnvSettings(BaseSettings):
     """What every settings class shares: the prefix, strict names and readable errors."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
@@ -124,7 +124,7 @@ class Room(BaseSettings):
         Raises:
             SettingsError: a name or value is wrong; the message names the nearest right one.
         """
-        _refuse_strangers(cls.variables() | cls.elsewhere, os.environ)
+        _check_names(cls.variables() | cls.elsewhere, os.environ)
         try:
             given = {key: value for key, value in overrides.items() if value is not None}
             return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
@@ -138,7 +138,7 @@ class Room(BaseSettings):
         """Return the names of the environment variables of this class."""
         return frozenset(PREFIX + name.upper() for name in cls.model_fields)
 
-    def describe(self) -> Iterator[Described]:
+    def describe(self) -> Iterator[SettingInfo]:
         """Yield every setting with its value, unit and source, in the order of the class."""
         present = {name.upper() for name in os.environ}
         for name, info in type(self).model_fields.items():
@@ -146,7 +146,7 @@ class Room(BaseSettings):
             default = info.get_default(call_default_factory=True, validated_data=vars(self))
             extra = info.json_schema_extra
             unit = extra.get("unit", "") if isinstance(extra, dict) else ""
-            yield Described(
+            yield SettingInfo(
                 variable,
                 mask_password(str(getattr(self, name))),
                 _source(variable, present),
@@ -161,7 +161,7 @@ def unit(name: str) -> dict[str, Any]:
     return {"unit": name}
 
 
-class RedisSettings(Room):
+class RedisSettings(EnvSettings):
     """Where Redis is: shared by producer and worker."""
 
     broker_url: str = Field(
@@ -180,7 +180,7 @@ class RedisSettings(Room):
         60,
         ge=4,
         le=86_400,
-        description="Silence after which another node may take over a batch; same for all.",
+        description="Silence after which another worker may take over a batch; same for all.",
         json_schema_extra=unit("s"),
     )
     traces: bool = Field(
@@ -211,7 +211,7 @@ class ProducerSettings(RedisSettings):
 
     model: str = Field(
         DEFAULT_MODEL,
-        description="Model to ask for: a hub id, or the folder that the nodes were given.",
+        description="Model to ask for: a hub id, or the folder that the workers were given.",
     )
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
@@ -243,11 +243,11 @@ class ProducerSettings(RedisSettings):
         description="Estimated tokens at which a batch is full; 0 suits the fleet's devices.",
         json_schema_extra=unit("tokens"),
     )
-    window: int = Field(
+    max_in_flight: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Most batches of a job in flight; 0 takes four per living node, 16 to 256.",
+        description="Most batches of a job in flight; 0 takes four per living worker, 16 to 256.",
         json_schema_extra=unit("batches"),
     )
     results_ttl_s: int = Field(
@@ -257,11 +257,11 @@ class ProducerSettings(RedisSettings):
         description="Life of a job in Redis after its last sign of life.",
         json_schema_extra=unit("s"),
     )
-    node_wait_s: float = Field(
+    startup_timeout_s: float = Field(
         60.0,
         ge=0,
         le=86_400,
-        description="How long a start waits for Redis and a node, and a strict job for an NPU.",
+        description="How long a start waits for Redis and a worker, and a strict job for an NPU.",
         json_schema_extra=unit("s"),
     )
 
@@ -292,15 +292,15 @@ def _source(variable: str, present: Collection[str]) -> str:
     return "secret" if (SECRETS_DIR / variable.lower()).is_file() else "default"
 
 
-def _refuse_strangers(known: frozenset[str], environment: Mapping[str, str]) -> None:
+def _check_names(known: frozenset[str], environment: Mapping[str, str]) -> None:
     strangers = [name for name in environment if name.startswith(PREFIX) and name not in known]
     if strangers:
         raise SettingsError(
-            "\n".join(f"{name}: no such setting.{nearest(name, known)}" for name in strangers)
+            "\n".join(f"{name}: no such setting.{did_you_mean(name, known)}" for name in strangers)
         )
 
 
-def _explain(cls: type[Room], details: ErrorDetails) -> str:
+def _explain(cls: type[EnvSettings], details: ErrorDetails) -> str:
     field = str(details["loc"][0]) if details["loc"] else ""
     if not field:  # a rule about several settings, which names them itself
         return str(details["ctx"]["error"])
@@ -309,11 +309,11 @@ def _explain(cls: type[Room], details: ErrorDetails) -> str:
     if name.endswith("_URL") and not given.startswith((*_SCHEMES, _UNIX)):
         given = f"***@{given.rpartition('@')[2]}" if "@" in given else given
     if details["type"] == "extra_forbidden":
-        return f"{field}: no such setting.{nearest(field, list(cls.model_fields))}"
+        return f"{field}: no such setting.{did_you_mean(field, list(cls.model_fields))}"
     context = details.get("ctx", {})
     if details["type"] in ("enum", "literal_error"):
         expected = str(context.get("expected", "")).replace("'", "")
-        hint = nearest(given, expected.replace(" or ", ", ").split(", "))
+        hint = did_you_mean(given, expected.replace(" or ", ", ").split(", "))
         return f"{name}: expected {expected}, got {given}.{hint}"
     limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
     # Our own validators say what is allowed in capitals that are meant; pydantic adds a prefix.

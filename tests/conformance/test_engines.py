@@ -16,14 +16,14 @@ from tests.standins import Process, RemoteEngine, target_of
 
 from embedq.protocol.contract import Device, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
-from embedq_worker.engines.base import AnyTokenizer, Engine, RowForm, TokenBatch
+from embedq_worker.engines.base import AnyTokenizer, Engine, RowSpec, TokenBatch
 from embedq_worker.engines.factory import ENGINES, open_engine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, InferFailed, ModelError
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import Embedder, Vectors
 from embedq_worker.inference.packing import build_padded, build_rows
-from embedq_worker.inference.planning import Pace, plan_rows
+from embedq_worker.inference.planning import ChunkSchedule, plan_rows
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
 
@@ -52,11 +52,11 @@ class Subject:
     tokenizer: AnyTokenizer
     model: Model | None
     tolerance: float
-    form: RowForm
+    form: RowSpec
 
     def embedder(self, token_budget: int = 64) -> Embedder:
         """Make an embedder with small token batches and chunks."""
-        pace = Pace(16, 1, 16, 16)
+        pace = ChunkSchedule(16, 1, 16, 16)
         return Embedder(
             self.tokenizer, self.engine, token_budget=token_budget, pace=pace, form=self.form
         )
@@ -101,13 +101,13 @@ def subject(
     if model:
         tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
         engine = open_subject(name, model, folder)
-    form = RowForm.packed(model.max_length) if model and "packed" in name else engine.form
+    form = RowSpec.packed(model.max_length) if model and "packed" in name else engine.form
     yield Subject(engine, tokenizer, model, TOLERANCES[name], form)
     engine.close()
 
 
 def embed(subject: Subject, texts: list[str], token_budget: int = 64) -> Vectors:
-    """Embed texts as a node would."""
+    """Embed texts as a worker would."""
     spec = VectorSpec("0" * 64, subject.engine.dim, subject.tokenizer.max_length)
     embedder = subject.embedder(token_budget)
     try:
@@ -225,7 +225,7 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     engine = open_subject(name, model, tmp_path)
-    form = RowForm.packed(model.max_length) if "packed" in name else engine.form
+    form = RowSpec.packed(model.max_length) if "packed" in name else engine.form
     subject = Subject(engine, tokenizer, model, 1e-5, form)
 
     vectors = embed(subject, ["hello world", *sums])
@@ -237,18 +237,18 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("form", [RowForm.packed(256), RowForm.shared(256)], ids=lambda f: f.form)
-def test_packed_rows_agree_with_padded_ones_on_prose(form: RowForm) -> None:
+@pytest.mark.parametrize("form", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.form)
+def test_packed_rows_agree_with_padded_ones_on_prose(form: RowSpec) -> None:
     """24 docstrings that share rows: 2e-5 in f32 by either runtime, cosine 0.999 in bf16."""
     texts = [doc for each in vars(builtins).values() if (doc := each.__doc__)][:24]
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
 
-    def run(engine: Engine, form: RowForm) -> Vectors:
+    def run(engine: Engine, form: RowSpec) -> Vectors:
         return embed(Subject(engine, tokenizer, model, 0.0, form), texts, 512)
 
     with closing(open_engine("onnxruntime", model, 2)) as engine:
-        padded, by_onnxruntime = run(engine, RowForm()), run(engine, form)
+        padded, by_onnxruntime = run(engine, RowSpec()), run(engine, form)
     with closing(open_engine("openvino", model, 2)) as engine:
         by_openvino = run(engine, form)
     assert np.abs(by_onnxruntime - padded).max() <= 2e-5
@@ -272,7 +272,9 @@ def test_closed_engine_says_so(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_file_written_over_changes_no_vector(name: str, tmp_path: Path) -> None:
-    """A copy over the model of a node that serves is none of its business until it starts again."""
+    """A copy over the model of a worker that serves is none of its business until it starts
+    again.
+    """
     model = tiny_model(tmp_path)
     tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["the queue"])
     batch = build_padded(tokens, [0], 0)

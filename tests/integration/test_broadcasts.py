@@ -1,4 +1,4 @@
-"""What is published to all nodes at once, and none of them may end over."""
+"""What is published to all workers at once, and none of them may end over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 from pathlib import Path
 
-from tests.servers import RedisProcess, stub_node, wait_for
+from tests.servers import RedisProcess, stub_worker, wait_for
 
 
 def message(body: str, headers: object = None) -> str:
@@ -25,20 +25,23 @@ def message(body: str, headers: object = None) -> str:
     )
 
 
-def test_no_broadcast_ends_a_node(redis: RedisProcess, short_dir: Path) -> None:
-    """Each is refused with a line; a node reads them in the loop that serves everything else."""
+def test_no_broadcast_ends_a_worker(redis: RedisProcess, short_dir: Path) -> None:
+    """Each is refused with a line; a worker reads them in the loop that serves everything else."""
     deep = "[" * 2000 + "]" * 2000
     bad = ["[]", "7", "{}", deep, "no JSON", message(deep), message("no JSON")]
     bad += [message("{}", headers) for headers in ([1], "text", 7)]
-    with stub_node(redis, short_dir, "hearer") as node, redis.open(0) as broker:
-        before = node.pids()
+    with stub_worker(redis, short_dir, "hearer") as worker, redis.open(0) as broker:
+        before = worker.pids()
 
         for raw in bad:
             broker.publish("/0.celery.pidbox", raw)
 
         wait_for(
-            lambda: len(node.lines("broadcast_refused")) == len(bad) or node.lines("node_died"),
-            "the node to refuse them",
+            lambda: (
+                len(worker.lines("broadcast_refused")) == len(bad)
+                or worker.lines("worker_process_exited")
+            ),
+            "the worker to refuse them",
         )
-        assert node.pids() == before
-        assert not node.lines("node_died")
+        assert worker.pids() == before
+        assert not worker.lines("worker_process_exited")

@@ -1,4 +1,4 @@
-"""A node on the CPU whose engine fails every batch."""
+"""A worker on the CPU whose engine fails every batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from tests.servers import RedisProcess, stub_node
+from tests.servers import RedisProcess, stub_worker
 
 from embedq import Client
 from embedq.testing import stub_vectors
@@ -17,14 +17,14 @@ from embedq.testing import stub_vectors
 def test_batch_that_an_engine_fails_rests_before_it_is_tried_again(
     redis: RedisProcess, short_dir: Path
 ) -> None:
-    """The batch is not lost, and a sound node has the time to take it first."""
+    """The batch is not lost, and a sound worker has the time to take it first."""
     script = short_dir / "faults"
-    with stub_node(redis, short_dir, "broken", EMBEDQ_STUB_FAULTS=os.fspath(script)) as node:
+    with stub_worker(redis, short_dir, "broken", EMBEDQ_STUB_FAULTS=os.fspath(script)) as worker:
         script.write_text("infer=raise first=2\n")
         with Client(settings=redis.settings()) as client:
             vectors = client.encode(["a text"])
 
-        failed = [line[:23] for line in node.lines("engine_failed")]
+        failed = [line[:23] for line in worker.lines("engine_failed")]
         times = [datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f") for at in failed]
         pauses = [(b - a).total_seconds() for a, b in itertools.pairwise(times)]
     assert np.array_equal(vectors, stub_vectors(["a text"]))

@@ -34,7 +34,7 @@ from tests.bulk import (
     wait_until_forgotten,
     write_jsonl,
 )
-from tests.servers import NodeProcess, RedisProcess, forget_all, stub_node, wait_for
+from tests.servers import RedisProcess, WorkerProcess, forget_all, stub_worker, wait_for
 
 from embedq import Client
 from embedq.bulk import writers
@@ -43,12 +43,12 @@ from embedq.bulk.writers import sidecar_path
 from embedq.errors import InputError
 from embedq.testing import stub_vectors
 
-#: Texts a second of the slow node, and texts of a long run: more than a second of work.
+#: Texts a second of the slow worker, and texts of a long run: more than a second of work.
 SLOW, LONG = "2000", 3_000
 
 
 @pytest.fixture
-def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as client:
         yield client
@@ -56,7 +56,7 @@ def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def slow_redis() -> Iterator[RedisProcess]:
-    """Run a Redis for the slow node; take `slow` as well."""
+    """Run a Redis for the slow worker; take `slow` as well."""
     folder = Path(tempfile.mkdtemp(prefix="eq-"))  # short enough for a unix socket
     server = RedisProcess(folder)
     yield server
@@ -65,18 +65,18 @@ def slow_redis() -> Iterator[RedisProcess]:
 
 
 @pytest.fixture(scope="module")
-def slow_node(slow_redis: RedisProcess) -> Iterator[NodeProcess]:
-    """Run a node that takes its time; take `slow` instead."""
+def slow_worker(slow_redis: RedisProcess) -> Iterator[WorkerProcess]:
+    """Run a worker that takes its time; take `slow` instead."""
     folder = slow_redis.socket.parent
-    with stub_node(slow_redis, folder, "slow", EMBEDQ_STUB_TEXTS_PER_S=SLOW) as node:
-        yield node
+    with stub_worker(slow_redis, folder, "slow", EMBEDQ_STUB_TEXTS_PER_S=SLOW) as worker:
+        yield worker
 
 
 @pytest.fixture
-def slow(slow_node: NodeProcess, slow_redis: RedisProcess) -> NodeProcess:
-    """Lend the slow node with empty queues."""
+def slow(slow_worker: WorkerProcess, slow_redis: RedisProcess) -> WorkerProcess:
+    """Lend the slow worker with empty queues."""
     forget_all(slow_redis)
-    return slow_node
+    return slow_worker
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def expected(source_documents: list[dict[str, Any]]) -> Any:
 
 
 def test_killed_command_goes_on(
-    slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+    slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """After three kills at random moments vectors and sidecar are those of an undisturbed run.
 
@@ -261,12 +261,12 @@ def test_appending_to_a_complete_input_names_update(
 
 
 def test_complete_output_is_left_alone(
-    small: Client, node: NodeProcess, source: Path, tmp_path: Path
+    small: Client, worker: WorkerProcess, source: Path, tmp_path: Path
 ) -> None:
     """The same command once more embeds nothing and says so."""
     output, display = tmp_path / "out.npy", Notes()
     embed(small, source, output)
-    before, work = output.stat(), Work(small, node)
+    before, work = output.stat(), Work(small, worker)
 
     summary = embed(small, source, output, display=display)
 
@@ -315,7 +315,7 @@ def test_restart_starts_over(
 
 
 def test_restart_drops_the_killed_job(
-    slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+    slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """What a killed run left in the queue is not computed after a restart."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(LONG))
@@ -347,7 +347,7 @@ def test_truncated_spool_is_refused(
 def embedded(client: Client, source: Path, output: Path) -> None:
     """Leave an output as a run does that is killed when every row is in the spools."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writers, "finish", _killed)
+        patch.setattr(writers, "finalize", _killed)
         with pytest.raises(Killed):
             embed(client, source, output)
     assert safe_rows(output) == 200
@@ -421,7 +421,7 @@ def test_foreign_file_is_not_overwritten(small: Client, source: Path, tmp_path: 
 
 
 def test_second_command_on_an_output_is_refused(
-    slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+    slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """Two runs never write one output, whatever the second wants; the first is not disturbed."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(LONG))
@@ -442,7 +442,7 @@ def test_second_command_on_an_output_is_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_command_says_how_to_go_on(
-    number: signal.Signals, slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+    number: signal.Signals, slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """Ctrl-C and SIGTERM end with 130 and one line; nothing is left behind, and it goes on."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(2_000))
@@ -474,7 +474,7 @@ def test_restart_that_is_interrupted_before_it_begins_says_how_to_go_on(
         shared_redis, "embed", source, "-o", output, "--restart", EMBEDQ_MODEL="not/there"
     )
     assert child.stderr is not None
-    told = child.stderr.readline()  # it waits for a node with that model
+    told = child.stderr.readline()  # it waits for a worker with that model
 
     child.send_signal(signal.SIGINT)
     code, _, stderr = finish(child)
@@ -484,7 +484,7 @@ def test_restart_that_is_interrupted_before_it_begins_says_how_to_go_on(
 
 
 def test_interrupted_restart_says_how_to_go_on(
-    slow: NodeProcess, slow_redis: RedisProcess, tmp_path: Path
+    slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """The same command would start over once more; without --restart it goes on."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(2_000))

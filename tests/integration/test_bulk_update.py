@@ -32,7 +32,7 @@ from tests.bulk import (
     write_jsonl,
 )
 from tests.command import Command, one_line
-from tests.servers import NodeProcess, RedisProcess, stub_node
+from tests.servers import RedisProcess, WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.bulk.checkpoint import InputChanged, Manifest, manifest_path
@@ -46,7 +46,7 @@ PIPE = 63
 
 
 @pytest.fixture
-def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as client:
         yield client
@@ -71,11 +71,11 @@ def comparable(found: Documents) -> Documents:
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
 def test_updated_output_is_that_of_a_fresh_run(
-    ending: str, small: Client, node: NodeProcess, tmp_path: Path
+    ending: str, small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
     """New, changed, removed and reordered documents: rows and items equal those made from nothing.
 
-    Only new and changed texts reach a node.
+    Only new and changed texts reach a worker.
     """
     if ending == "parquet":
         pytest.importorskip("pyarrow")
@@ -84,7 +84,7 @@ def test_updated_output_is_that_of_a_fresh_run(
     embed(small, source, output)
     after, counts = changed(documents(300))
     write_jsonl(source, after)
-    work = Work(small, node)
+    work = Work(small, worker)
 
     summary = embed(small, source, output, update=True)
 
@@ -97,14 +97,14 @@ def test_updated_output_is_that_of_a_fresh_run(
 
 
 def test_unchanged_rows_are_not_computed_again(
-    small: Client, node: NodeProcess, tmp_path: Path
+    small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
     """An update without changes embeds nothing and changes no byte."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(100))
     output = tmp_path / "out.npy"
     embed(small, source, output)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    work = Work(small, node)
+    work = Work(small, worker)
 
     summary = embed(small, source, output, update=True)
 
@@ -131,7 +131,7 @@ def test_kept_vectors_are_the_old_bytes(small: Client, tmp_path: Path) -> None:
 
 
 def test_lines_without_ids_are_known_by_their_text(
-    small: Client, node: NodeProcess, tmp_path: Path
+    small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
     """A text that moved to another line is kept and has the number of its line as its id."""
     source, output = tmp_path / "in.txt", tmp_path / "out.npy"
@@ -139,7 +139,7 @@ def test_lines_without_ids_are_known_by_their_text(
     embed(small, source, output)
     lines = ["new", *(f"line {i}" for i in range(99, 10, -1)), "line 3 changed"]
     source.write_text("".join(f"{line}\n" for line in lines))
-    work = Work(small, node)
+    work = Work(small, worker)
 
     summary = embed(small, source, output, update=True)
 
@@ -505,7 +505,7 @@ def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: P
     after = [*documents(500)[::2], *({"id": f"n{i}", "text": f"new {i}"} for i in range(2000))]
     source = write_jsonl(tmp_path / "after.jsonl", after)
     output = tmp_path / "out.npy"
-    with stub_node(redis, short_dir, "slow", EMBEDQ_STUB_TEXTS_PER_S="2000") as slow:
+    with stub_worker(redis, short_dir, "slow", EMBEDQ_STUB_TEXTS_PER_S="2000") as slow:
         with Client(settings=redis.settings(**SMALL)) as client:
             embed(client, before, output)
             work = Work(client, slow)

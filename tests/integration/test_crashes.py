@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, stub_node, wait_for
+from tests.servers import DEADLINE_S, RedisProcess, WorkerProcess, stub_worker, wait_for
 
 from embedq import Client
 from embedq.testing import stub_vectors
@@ -21,12 +21,12 @@ TEXTS = [f"text {i}" for i in range(50)]
 
 @pytest.fixture
 def script(short_dir: Path) -> FaultScript:
-    """The fault script of the nodes of a test."""
+    """The fault script of the workers of a test."""
     return FaultScript(short_dir / "faults")
 
 
 def with_faults(folder: Path) -> dict[str, str]:
-    """Return the setting that makes a node read the fault script."""
+    """Return the setting that makes a worker read the fault script."""
     return {"EMBEDQ_STUB_FAULTS": str(folder / "faults")}
 
 
@@ -36,21 +36,21 @@ def assert_serves(redis: RedisProcess) -> None:
         assert np.array_equal(client.encode(TEXTS, timeout_s=DEADLINE_S), stub_vectors(TEXTS))
 
 
-def replace_child(node: NodeProcess) -> None:
+def replace_child(worker: WorkerProcess) -> None:
     """Kill the child and wait until another one is healthy."""
-    dead = node.child_pid()
+    dead = worker.child_pid()
     os.kill(dead, signal.SIGKILL)
 
     def replaced() -> bool:
-        heartbeat = node.heartbeat()
+        heartbeat = worker.heartbeat()
         return (
-            node.child_pid() not in (0, dead)
+            worker.child_pid() not in (0, dead)
             and heartbeat is not None
             and heartbeat.state == "healthy"
-            and bool(node.lines("serving node=", f" {node.child_pid()} "))
+            and bool(worker.lines("serving worker=", f" {worker.child_pid()} "))
         )
 
-    wait_for(replaced, f"the replacement; log:\n{node.log()[-2000:]}")
+    wait_for(replaced, f"the replacement; log:\n{worker.log()[-2000:]}")
 
 
 @pytest.mark.parametrize("fault", ["exit", "segfault", "slow seconds=1"])
@@ -60,25 +60,27 @@ def test_first_child_may_fail_once(
     """A first child that ends before it is ready, or is slow, costs a start and no more."""
     script.replace(f"init={fault} first=1")
 
-    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+    with stub_worker(redis, short_dir, **with_faults(short_dir)) as worker:
         assert_serves(redis)
 
         assert (short_dir / "faults.struck").read_text().count("init") == 1
-        assert len(node.lines("serving node=")) == 1
+        assert len(worker.lines("serving worker=")) == 1
 
 
 def test_replacement_child_may_fail_once(
     redis: RedisProcess, short_dir: Path, script: FaultScript
 ) -> None:
-    """Raise, exit, segfault or be slow: the node that has served serves again each time."""
-    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+    """Raise, exit, segfault or be slow: the worker that has served serves again each time."""
+    with stub_worker(redis, short_dir, **with_faults(short_dir)) as worker:
         for fault in ("exit", "segfault", "slow seconds=1", "raise"):
             script.replace(f"init={fault} first=1")
-            replace_child(node)
+            replace_child(worker)
             assert_serves(redis)
 
-        assert len(node.lines("node_died", "exit code 1")) == 1  # of the one that raised
-        assert node.process.poll() is None
+        assert (
+            len(worker.lines("worker_process_exited", "exit code 1")) == 1
+        )  # of the one that raised
+        assert worker.process.poll() is None
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_replacement_child_may_fail_once(
         ("init=raise", exit_codes.ENGINE, 2),
     ],
 )
-def test_child_that_never_comes_up_again_ends_the_node(
+def test_child_that_never_comes_up_again_ends_the_worker(
     fault: str,
     code: int,
     starts: int,
@@ -97,12 +99,13 @@ def test_child_that_never_comes_up_again_ends_the_node(
     script: FaultScript,
 ) -> None:
     """A crash loop ends with its exit code after a few tries, and says why."""
-    with stub_node(redis, short_dir, **with_faults(short_dir)) as node:
+    with stub_worker(redis, short_dir, **with_faults(short_dir)) as worker:
         script.replace(fault)
-        os.kill(node.child_pid(), signal.SIGKILL)
+        os.kill(worker.child_pid(), signal.SIGKILL)
 
-        assert node.process.wait(DEADLINE_S) == code
+        assert worker.process.wait(DEADLINE_S) == code
     struck = (short_dir / "faults.struck").read_text().count(fault)
-    # A look may miss the first, which waits for nobody, and others begin until the node has ended.
+    # A look may miss the first, which waits for nobody, and others begin until the worker has
+    # ended.
     assert starts <= struck <= 2 * starts
-    assert node.lines("node_ends")
+    assert worker.lines("worker_shutdown")

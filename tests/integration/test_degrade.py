@@ -1,4 +1,4 @@
-"""A node whose NPU cannot be trusted says so, hands its work on, and comes back once proven."""
+"""A worker whose NPU cannot be trusted says so, hands its work on, and comes back once proven."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.servers import DEADLINE_S, NodeProcess, RedisProcess, environment, wait_for
+from tests.servers import DEADLINE_S, RedisProcess, WorkerProcess, environment, wait_for
 
 from embedq import Client
 from embedq.protocol.worker import Heartbeat
@@ -21,18 +21,18 @@ from embedq_worker.engines.stub import FaultScript
 
 #: Shorter than in production, by public settings, so that a test need not wait for half a minute.
 QUICK = {
-    "EMBEDQ_PROBE_FIRST_S": "0.3",
-    "EMBEDQ_PROBE_LONGEST_S": "0.3",
-    "EMBEDQ_ENGINE_DEADLINE_S": "2",
-    "EMBEDQ_INIT_BUDGET_S": "20",
-    "EMBEDQ_SHADOW_EVERY": "1",
+    "EMBEDQ_PROBE_INITIAL_DELAY_S": "0.3",
+    "EMBEDQ_PROBE_MAX_DELAY_S": "0.3",
+    "EMBEDQ_ENGINE_TIMEOUT_S": "2",
+    "EMBEDQ_INIT_TIMEOUT_S": "20",
+    "EMBEDQ_SHADOW_CHECK_EVERY": "1",
     "EMBEDQ_STUB_DEVICE": "npu",
 }
 TEXTS = [f"text {number}" for number in range(64)]
 
 
-class Npu(NodeProcess):
-    """A node with a stub that plays an NPU, whose faults can be switched."""
+class Npu(WorkerProcess):
+    """A worker with a stub that plays an NPU, whose faults can be switched."""
 
     def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
         self.faults = FaultScript(folder / f"{name}.faults")
@@ -41,7 +41,7 @@ class Npu(NodeProcess):
         super().__init__(redis, folder, name, **{**QUICK, **script, **settings})
 
     def wait_state(self, *states: str, device: str | None = None) -> Heartbeat:
-        """Wait until the node says that it is in one of these states, and computes there."""
+        """Wait until the worker says that it is in one of these states, and computes there."""
 
         def look() -> Heartbeat | None:
             found = self.heartbeat()
@@ -49,18 +49,18 @@ class Npu(NodeProcess):
                 return None
             return found if device in (None, found.device) else None
 
-        return wait_for(look, f"node {self.name} to be {' or '.join(states)}")
+        return wait_for(look, f"worker {self.name} to be {' or '.join(states)}")
 
 
 @pytest.fixture
 def npu(redis: RedisProcess, short_dir: Path) -> Iterator[Npu]:
-    """A healthy node that plays an NPU, alone in its fleet."""
-    node = Npu(redis, short_dir, "npu0")
+    """A healthy worker that plays an NPU, alone in its fleet."""
+    worker = Npu(redis, short_dir, "npu0")
     try:
-        node.wait_healthy()
-        yield node
+        worker.wait_healthy()
+        yield worker
     finally:
-        node.stop()
+        worker.stop()
 
 
 def embed(redis: RedisProcess, texts: list[str] = TEXTS) -> list[bool]:
@@ -80,22 +80,22 @@ def embed(redis: RedisProcess, texts: list[str] = TEXTS) -> list[bool]:
         ("device_unknown", "device_unknown"),
         ("out_of_memory", "out_of_memory"),
         ("nan", "not_finite"),
-        ("wrong", "wrong_shadow"),
+        ("wrong", "shadow_mismatch"),
         ("hang", "deadline"),
     ],
 )
 def test_faulty_npu_hands_its_batch_on_and_comes_back(
     fault: str, code: str, npu: Npu, redis: RedisProcess
 ) -> None:
-    """Each text has its vector; the node serves on its CPU, then on its NPU again."""
+    """Each text has its vector; the worker serves on its CPU, then on its NPU again."""
     npu.faults.replace(f"infer={fault}")
 
     rerouted = embed(redis)
 
     degraded = npu.wait_state("degraded", "probing", device="cpu")
     assert any(rerouted)
-    assert npu.lines("degraded node=npu0", f"code={code} ")
-    assert degraded.home == "npu"
+    assert npu.lines("degraded worker=npu0", f"code={code} ")
+    assert degraded.assigned_device == "npu"
     assert degraded.reason
     npu.faults.replace()
     assert npu.wait_state("healthy").device == "stub"
@@ -105,35 +105,35 @@ def test_faulty_npu_hands_its_batch_on_and_comes_back(
 @pytest.mark.redis
 @pytest.mark.parametrize(
     ("fault", "code"),
-    [("raise", "compile_refused"), ("slow seconds=30", "init_deadline"), ("exit", "crash_loop")],
+    [("raise", "compile_refused"), ("slow seconds=30", "init_timeout"), ("exit", "crash_loop")],
 )
 def test_npu_that_does_not_open_is_left_alone(
     fault: str, code: str, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """The node serves on its CPU and says why; only what may pass is tried again."""
-    node = Npu(redis, short_dir, "npu0", EMBEDQ_CRASH_LOOP_DEATHS="2", EMBEDQ_INIT_BUDGET_S="4")
-    node.faults.replace(f"init={fault}")
+    """The worker serves on its CPU and says why; only what may pass is tried again."""
+    worker = Npu(redis, short_dir, "npu0", EMBEDQ_CRASH_LOOP_LIMIT="2", EMBEDQ_INIT_TIMEOUT_S="4")
+    worker.faults.replace(f"init={fault}")
     try:
-        degraded = node.wait_state("degraded", "probing")
+        degraded = worker.wait_state("degraded", "probing")
 
         assert degraded.code == code
-        assert degraded.may_return == (code != "compile_refused")
+        assert degraded.will_retry == (code != "compile_refused")
         embed(redis)
     finally:
-        node.stop()
+        worker.stop()
 
 
 @pytest.mark.redis
-def test_strict_node_ends_when_its_npu_hangs_at_the_start(
+def test_strict_worker_ends_when_its_npu_hangs_at_the_start(
     redis: RedisProcess, short_dir: Path
 ) -> None:
     """It is not proven, whatever keeps it from that: the code says so."""
-    node = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_BUDGET_S="2")
-    node.faults.replace("init=hang")
+    worker = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_TIMEOUT_S="2")
+    worker.faults.replace("init=hang")
     try:
-        assert node.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
+        assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
     finally:
-        node.stop()
+        worker.stop()
 
 
 def operate(redis: RedisProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -150,7 +150,7 @@ def operate(redis: RedisProcess, *arguments: str) -> subprocess.CompletedProcess
 
 @pytest.mark.redis
 def test_operator_takes_an_npu_out_and_back(npu: Npu, redis: RedisProcess, short_dir: Path) -> None:
-    """The order lasts over a restart of the node until it is undone; a typo is told."""
+    """The order lasts over a restart of the worker until it is undone; a typo is told."""
     typo = operate(redis, "degrade", "npu1")
     done = operate(redis, "degrade", "npu0", "--reason", "a new driver")
 
@@ -172,10 +172,10 @@ def test_operator_takes_an_npu_out_and_back(npu: Npu, redis: RedisProcess, short
 
 
 @pytest.mark.redis
-def test_held_node_leaves_its_npu_alone_at_a_start(
+def test_held_worker_leaves_its_npu_alone_at_a_start(
     npu: Npu, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """An NPU that hangs when it is opened is why it was taken out: the node serves on its CPU."""
+    """An NPU that hangs when it is opened is why it was taken out: the worker serves on its CPU."""
     operate(redis, "degrade", "npu0", "--reason", "a new driver")
     npu.wait_state("degraded", device="cpu")
     npu.stop()

@@ -118,7 +118,7 @@ def test_bad_lines_can_be_skipped(command: Command) -> None:
 
 
 def test_local_needs_no_service(command: Command) -> None:
-    """--local brings its own Redis and node, whatever the settings of the fleet say."""
+    """--local brings its own Redis and worker, whatever the settings of the fleet say."""
     source = command.write("in.txt", "one", "two")
     settings = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_DEVICE": "stub"}
 
@@ -140,7 +140,7 @@ def test_local_leaves_no_file_behind(command: Command, short_dir: Path) -> None:
 
 
 def test_local_with_an_unknown_model_lists_the_choices(command: Command) -> None:
-    """A model that is nowhere ends the private node; the command shows why, with exit code 5."""
+    """A model that is nowhere ends the private worker; the command shows why, with exit code 5."""
     source = command.write("in.txt", "one")
     settings = {"EMBEDQ_OFFLINE": "true", "EMBEDQ_CACHE_DIR": os.fspath(command.folder / "cache")}
 

@@ -96,7 +96,7 @@ def test_no_redis_is_one_line(command: Command) -> None:
     nowhere = {
         "EMBEDQ_BROKER_URL": "redis://:secret@127.0.0.1:1/0",
         "EMBEDQ_RESULTS_URL": "redis://:secret@127.0.0.1:1/1",
-        "EMBEDQ_NODE_WAIT_S": "0",
+        "EMBEDQ_STARTUP_TIMEOUT_S": "0",
     }
 
     done = command("embed", source, "-o", "out.npy", **nowhere)
@@ -111,7 +111,7 @@ def test_no_redis_is_one_line(command: Command) -> None:
 def test_broker_that_is_gone_is_one_line(command: Command) -> None:
     """A results Redis without its broker is told just as soon."""
     source = command.write("in.txt", "a text")
-    gone = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_NODE_WAIT_S": "0"}
+    gone = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_STARTUP_TIMEOUT_S": "0"}
 
     done = command("embed", source, "-o", "out.npy", **gone)
 
@@ -119,14 +119,16 @@ def test_broker_that_is_gone_is_one_line(command: Command) -> None:
     assert "Redis cannot be reached at redis://127.0.0.1:1/0" in one_line(done)
 
 
-def test_no_node_is_one_line(command: Command) -> None:
+def test_no_worker_is_one_line(command: Command) -> None:
     """A model that nobody serves is named with who serves what; code 4."""
     source = command.write("in.txt", "a text")
 
-    done = command("embed", source, "-o", "out.npy", "--model", "other", EMBEDQ_NODE_WAIT_S="1")
+    done = command(
+        "embed", source, "-o", "out.npy", "--model", "other", EMBEDQ_STARTUP_TIMEOUT_S="1"
+    )
 
     assert done.returncode == 4
-    assert "No node announced the model other within 1 s" in one_line(done)
+    assert "No worker announced the model other within 1 s" in one_line(done)
     assert "serving stub" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Whole nodes with the engines of OpenVINO: Celery, a forked child, Redis, vectors that agree."""
+"""Whole workers with the engines of OpenVINO: Celery, a forked child, Redis, vectors that agree."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.model_fixtures import WORDS, tiny_model
-from tests.servers import RedisProcess, stub_node, wait_for
+from tests.servers import RedisProcess, stub_worker, wait_for
 
 from embedq import Client
 from embedq.protocol.contract import Device, Outcome, Precision
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def settings_of(model: Model, folder: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a node that serves the tiny model."""
+    """Return the environment of a worker that serves the tiny model."""
     own = {"MODEL": os.fspath(model.folder), "CACHE_DIR": os.fspath(folder / "cache")}
     return {f"EMBEDQ_{name}": value for name, value in {**own, **settings}.items()}
 
@@ -47,16 +47,16 @@ def precision_of_the_standin() -> Precision:
     return next(precision for name, precision in order.items() if name in capable)
 
 
-def test_node_on_a_standin_serves_the_queue_of_npus(
+def test_worker_on_a_standin_serves_the_queue_of_npus(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """Outcomes say npu and its precision, the log how full rows were; a strict node serves."""
-    settings = settings_of(model, short_dir, DEVICE="npu", NPU_STANDIN="alias", STRICT="1")
-    with stub_node(redis, short_dir, "alias", **settings) as node:
+    """Outcomes say npu and its precision, the log how full rows were; a strict worker serves."""
+    settings = settings_of(model, short_dir, DEVICE="npu", NPU_EMULATION="alias", STRICT="1")
+    with stub_worker(redis, short_dir, "alias", **settings) as worker:
         vectors, outcomes = embed(redis, model)
 
-        (done,) = wait_for(lambda: node.lines("batch_done"), "the line about the batch")
-        heartbeat = node.heartbeat()
+        (done,) = wait_for(lambda: worker.lines("batch_done"), "the line about the batch")
+        heartbeat = worker.heartbeat()
 
     precision = precision_of_the_standin()
     assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, precision)}
@@ -88,14 +88,16 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
 """
 
 
-def test_node_without_openvino_serves_on_the_cpu(
+def test_worker_without_openvino_serves_on_the_cpu(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """With the extra [cpu] alone a node starts, chooses onnxruntime and serves both classes."""
+    """With the extra [cpu] alone a worker starts, chooses onnxruntime and serves both classes."""
     (short_dir / "sitecustomize.py").write_text(WITHOUT_OPENVINO)
     paths = [os.fspath(short_dir), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = settings_of(model, short_dir, DEVICE="auto")
-    with stub_node(redis, short_dir, "plain", **settings, PYTHONPATH=os.pathsep.join(paths)) as one:
+    with stub_worker(
+        redis, short_dir, "plain", **settings, PYTHONPATH=os.pathsep.join(paths)
+    ) as one:
         standard, outcomes = embed(redis, model)
         exact, _ = embed(redis, model, "exact")
         loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in (one.process.pid, *one.pids())]
@@ -108,17 +110,17 @@ def test_node_without_openvino_serves_on_the_cpu(
     assert not any("openvino" in libraries for libraries in loaded)
 
 
-def test_node_on_the_cpu_serves_each_class_with_its_engine(
+def test_worker_on_the_cpu_serves_each_class_with_its_engine(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """With bf16 for `standard`, an exact job makes the same node open an engine in f32."""
+    """With bf16 for `standard`, an exact job makes the same worker open an engine in f32."""
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no bf16")
     settings = settings_of(model, short_dir, DEVICE="cpu", PRECISION="bf16", ENGINE="openvino")
-    with stub_node(redis, short_dir, "cpu", **settings) as node:
+    with stub_worker(redis, short_dir, "cpu", **settings) as worker:
         standard, rounded = embed(redis, model)
         exact, precise = embed(redis, model, "exact")
-        heartbeat = node.heartbeat()
+        heartbeat = worker.heartbeat()
 
     assert {(each.device, each.precision) for each in rounded} == {(Device.CPU, Precision.BF16)}
     assert {(each.device, each.precision) for each in precise} == {(Device.CPU, Precision.F32)}

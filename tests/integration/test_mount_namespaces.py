@@ -18,12 +18,15 @@ from tests.device_trees import DeviceTree
 from tests.servers import DEADLINE_S, environment
 
 from embedq_worker import exit_codes
-from embedq_worker.device.discovery import no_plugin
+from embedq_worker.device.discovery import unsupported_platform
 
-pytestmark = pytest.mark.skipif(bool(no_plugin()), reason="no NPU can work on this platform")
+pytestmark = pytest.mark.skipif(
+    bool(unsupported_platform()), reason="no NPU can work on this platform"
+)
 
 FIRST, SECOND = "0000:00:0b.0", "0000:00:0c.0"
-#: Puts a tree of devices in place of the machine's own, some nodes hidden, and runs a command.
+#: Puts a tree of devices in place of the machine's own, some device files hidden, and runs a
+#: command.
 IN_TREE = """
 set -e
 for each in null zero random urandom; do
@@ -36,14 +39,14 @@ mount --bind "$1/sys" /sys
 shift 2
 exec "$@"
 """
-#: Claims the NPU as a node does, says so, and holds it until its stdin ends.
+#: Claims the NPU as a worker does, says so, and holds it until its stdin ends.
 HOLD = """
 import sys
-from embedq_worker.device.placement import claim
-from embedq_worker.device.placement import place
+from embedq_worker.device.placement import acquire
+from embedq_worker.device.placement import choose_placement
 from embedq_worker.settings import WorkerSettings
 settings = WorkerSettings.load()
-held = claim(place(settings).npu.pci, settings.lock_dir, node=settings.name)
+held = acquire(choose_placement(settings).npu.pci, settings.lock_dir, worker=settings.name)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -71,7 +74,7 @@ def tree(tmp_path: Path) -> DeviceTree:
 
 
 class Namespace:
-    """A private mount namespace in which some nodes of a tree are hidden."""
+    """A private mount namespace in which some device files of a tree are hidden."""
 
     def __init__(self, tree: DeviceTree, locks: Path, hidden: str = "") -> None:
         self._command = [*unshare(), "sh", "-c", IN_TREE, "sh", str(tree.roots.dev.parent), hidden]
@@ -110,17 +113,17 @@ def test_two_npus_outside_of_containers_are_refused(tree: DeviceTree, tmp_path: 
 
     shown = json.loads(outside.worker("devices", "--json").stdout)
     refused = outside.worker("start", "--device", "npu")
-    second = outside.worker("start", "--device", "npu", EMBEDQ_NPU_NODE="/dev/accel/accel1")
+    second = outside.worker("start", "--device", "npu", EMBEDQ_NPU_DEVICE_FILE="/dev/accel/accel1")
 
     assert [(npu["pci"], npu["problem"]) for npu in shown["npus"]] == [(FIRST, ""), (SECOND, "")]
-    assert (shown["device"], "one container per node" in shown["reason"]) == ("cpu", True)
+    assert (shown["device"], "one container per NPU" in shown["reason"]) == ("cpu", True)
     assert refused.returncode == second.returncode == exit_codes.DEVICE
     assert "private mount namespace" in refused.stderr
     assert "/dev/accel/accel1 is not the first" in second.stderr
 
 
 def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path: Path) -> None:
-    """With the other node hidden each has its own NPU, and a third process finds it held."""
+    """With the other device file hidden each has its own NPU, and a third process finds it held."""
     pytest.importorskip("openvino")
     locks = tmp_path / "locks"
     of_first = Namespace(tree, locks, hidden="accel1")
@@ -140,7 +143,7 @@ def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path
     ]
     assert (free["device"], free["reason"]) == ("npu", f"Found accel1 NPU 4000 at {SECOND}.")
     assert late.returncode == exit_codes.DEVICE
-    assert f"process {holder.pid} on " in late.stderr and "(node holder)" in late.stderr
+    assert f"process {holder.pid} on " in late.stderr and "(worker holder)" in late.stderr
     assert taken["npus"][0]["problem"].startswith(f"held by {beside.pid} ")
     assert sorted(path.name for path in locks.iterdir()) == [
         f"embedq-npu-{pci.replace(':', '-')}.lock" for pci in (FIRST, SECOND)

@@ -34,8 +34,8 @@ from tests.standins import (
 
 from embedq_worker import exit_codes
 from embedq_worker.engines.openvino_runtime import TARGETS
-from embedq_worker.errors import DeviceLost, InferFailed, Reason
-from embedq_worker.files import Digests
+from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
+from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import Model, load_model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module", params=["alias", "npuw", "shim"])
 def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[Process]:
-    """Each stand-in, open and proven in a process of its own."""
+    """Each emulated NPU, open and proven in a process of its own."""
     target = target_of(str(request.param))
     with process() as there:
         there.call(open_there, target, model.folder, cache, {})
@@ -96,7 +96,7 @@ def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
     assert again["modules"] == []
 
 
-def test_nodes_that_start_together_compile_once(model: Model, tmp_path: Path) -> None:
+def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) -> None:
     """Two processes with an empty cache: one compiles, the other waits and imports."""
     with process() as one, process() as other, ThreadPoolExecutor(2) as starts:
         opened = list(
@@ -126,7 +126,7 @@ def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
     """An ONNX that cannot be packed has one text a row, in the smallest of a few shapes."""
     write_foreign(tmp_path)
     write_json(tmp_path / "config.json", {"max_position_embeddings": 32})
-    foreign = load_model(tmp_path, "foreign", Digests(tmp_path))
+    foreign = load_model(tmp_path, "foreign", DigestCache(tmp_path))
     with process() as there:
         opened = there.call(open_there, ALIAS, foreign.folder, tmp_path / "cache", {})
         vectors, stats, counters = there.call(embed_there, TEXTS)
@@ -147,8 +147,8 @@ def test_unknown_properties_are_ignored_visibly(model: Model, cache: Path) -> No
 
 
 def open_faulty(there: Process, model: Model, cache: Path) -> Process:
-    """Open a stand-in with a fault operator in its graph, honest until it is armed."""
-    there.call(open_faulty_there, ALIAS, model.folder, cache, {"infer_deadline_s": 1.0})
+    """Open an emulated NPU with a fault operator in its graph, honest until it is armed."""
+    there.call(open_faulty_there, ALIAS, model.folder, cache, {"infer_timeout_s": 1.0})
     return there
 
 
@@ -162,13 +162,13 @@ def faulty(model: Model, cache: Path) -> Iterator[Process]:
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ("nan", Reason.NOT_FINITE),
-        ("wrong", Reason.WRONG_CANARY),
-        ("error", Reason.DEVICE_ERROR),
+        ("nan", FailureReason.NOT_FINITE),
+        ("wrong", FailureReason.WRONG_CANARY),
+        ("error", FailureReason.DEVICE_ERROR),
     ],
 )
 def test_device_that_fails_in_mid_task_gives_no_vector(
-    faulty: Process, fault: str, reason: Reason
+    faulty: Process, fault: str, reason: FailureReason
 ) -> None:
     """The batch raises with a named reason, and the requests serve again once the fault is gone."""
     expected, _, _ = faulty.call(embed_there, TEXTS)
@@ -184,10 +184,10 @@ def test_device_that_fails_in_mid_task_gives_no_vector(
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"), [("lost", Reason.DEVICE_LOST), ("hang", Reason.DEADLINE)]
+    ("fault", "reason"), [("lost", FailureReason.DEVICE_LOST), ("hang", FailureReason.DEADLINE)]
 )
 def test_lost_device_is_not_asked_again(
-    model: Model, cache: Path, fault: str, reason: Reason
+    model: Model, cache: Path, fault: str, reason: FailureReason
 ) -> None:
     """Lost or hung in mid-task: a named reason, now and later, and closing does not hang."""
     with process() as there:
@@ -205,12 +205,12 @@ def test_lost_device_is_not_asked_again(
 def run_cli(
     model: Model, cache: Path, *arguments: str, code: int = exit_codes.OK, **settings: str
 ) -> dict[str, Any]:
-    """Run embedq-worker on a stand-in and return the one JSON object on its stdout."""
+    """Run embedq-worker on an emulated NPU and return the one JSON object on its stdout."""
     own = {
         "EMBEDQ_MODEL": os.fspath(model.folder),
         "EMBEDQ_CACHE_DIR": os.fspath(cache),
         "EMBEDQ_DEVICE": "npu",
-        "EMBEDQ_NPU_STANDIN": "alias",
+        "EMBEDQ_NPU_EMULATION": "alias",
         "HOME": os.fspath(cache),
     }
     done = subprocess.run(
@@ -226,7 +226,9 @@ def run_cli(
 
 def test_trace_binding_counts_in_a_child(model: Model, cache: Path) -> None:
     """`trace-binding` runs the serving path of Intel's plugin and finds that nothing moved."""
-    found = run_cli(model, cache, "trace-binding", "--inferences", "30", EMBEDQ_NPU_STANDIN="npuw")
+    found = run_cli(
+        model, cache, "trace-binding", "--inferences", "30", EMBEDQ_NPU_EMULATION="npuw"
+    )
 
     assert found["pinned"] is True
     counters = {"inferences": 30, "binds": 0, "pointer_changes": 0}

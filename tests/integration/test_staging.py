@@ -12,18 +12,20 @@ from tests.servers import JOB_TTL_S, RedisProcess
 from embedq.protocol.contract import VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import decode, split_rows
-from embedq.store.ledger import STAGED_TTL_S, Ledger, StagedGone, Staging
+from embedq.store.ledger import STAGED_TTL_S, Ledger, StagedValues, StagedValuesExpired
 from embedq.testing import stub_vectors
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_model_info
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.pool_process.commit import Upload
+from embedq_worker.pool_process.commit import ResultUploader
 
-SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 
 
-def staged(results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")) -> Staging:
+def staged(
+    results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")
+) -> StagedValues:
     """Stage values of a batch."""
-    staging = Staging(results, "job", index)
+    staging = StagedValues(results, "job", index)
     for part, value in enumerate(values):
         assert staging.write(part, value)
     return staging
@@ -44,7 +46,7 @@ def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Red
     [commit] = ledger.read_commits(count=10, block_ms=1)
     assert ledger.fetch_values(commit) == [b"b", b"inline", b"a"]
     assert 0 < results.ttl("embedq:{job}:v:0:0") <= JOB_TTL_S
-    ledger.take([commit])
+    ledger.acknowledge([commit])
     left = {b"embedq:{job}:" + name for name in (b"meta", b"bits", b"commits")}
     assert keys_of_job(results) == left
 
@@ -77,7 +79,7 @@ def test_faded_values_are_told_before_anything_is_written(ledger: Ledger, result
     staging = staged(results)
     results.unlink(staging.keys[0])
 
-    with pytest.raises(StagedGone):
+    with pytest.raises(StagedValuesExpired):
         ledger.commit(0, [b"inline", *staging.keys.values()])
 
     assert not ledger.is_committed(0)
@@ -128,7 +130,7 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
     batch = EmbedBatch("job", 0, texts, SPEC, {5: "nul_character"})
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
     with ThreadPoolExecutor(1) as thread:
-        upload = Upload(batch, Staging(results, "job", 0), thread)
+        upload = ResultUploader(batch, StagedValues(results, "job", 0), thread)
 
         vectors, outcomes = embedder.embed(batch, sink=upload)
         values = upload.values(vectors, outcomes)
@@ -153,7 +155,7 @@ def test_upload_without_redis_leaves_all_to_the_commit(redis: RedisProcess) -> N
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
     with redis.open() as results, ThreadPoolExecutor(1) as thread:
         redis.stop()
-        upload = Upload(batch, Staging(results, "job", 0), thread)
+        upload = ResultUploader(batch, StagedValues(results, "job", 0), thread)
 
         vectors, outcomes = embedder.embed(batch, sink=upload)
         values = upload.values(vectors, outcomes)

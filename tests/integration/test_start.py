@@ -18,10 +18,10 @@ import pytest
 from tests.model_fixtures import tiny_model
 from tests.servers import (
     DEADLINE_S,
-    NodeProcess,
     RedisProcess,
+    WorkerProcess,
     environment,
-    stub_node,
+    stub_worker,
     wait_for,
     wait_until_acknowledged,
 )
@@ -30,7 +30,7 @@ from embedq import Client
 from embedq.errors import StrictUnavailable
 from embedq.protocol.contract import Queue
 from embedq.protocol.worker import Heartbeat
-from embedq.store.fleet import fetch_alive
+from embedq.store.fleet import list_live_workers
 from embedq.testing import stub_vectors
 from embedq_worker import exit_codes
 
@@ -41,14 +41,14 @@ TEXTS = [f"text {i}" for i in range(50)]
 
 @pytest.fixture(scope="module")
 def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the settings of a node that serves the tiny model, from a cache of their own."""
+    """Return the settings of a worker that serves the tiny model, from a cache of their own."""
     folder = tmp_path_factory.mktemp("tiny")
     folder.chmod(0o700)
     tiny_model(folder)
     return {"EMBEDQ_MODEL": os.fspath(folder), "EMBEDQ_CACHE_DIR": os.fspath(folder / "cache")}
 
 
-def worker(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a command that ends by itself."""
     return subprocess.run(
         [sys.executable, "-m", "embedq_worker", *arguments],
@@ -84,80 +84,82 @@ def encoding(redis: RedisProcess) -> Iterator[list[object]]:
         thread.join()
 
 
-def test_killed_node_comes_back_with_its_name(redis: RedisProcess, short_dir: Path) -> None:
-    """kill -9 of the node ends its child too; the supervisor starts both again and they serve."""
-    with stub_node(redis, short_dir, "phoenix") as node:
-        before = node.pids()
+def test_killed_worker_comes_back_with_its_name(redis: RedisProcess, short_dir: Path) -> None:
+    """kill -9 of the worker ends its child too; the supervisor starts both again and they serve."""
+    with stub_worker(redis, short_dir, "phoenix") as worker:
+        before = worker.pids()
         os.kill(before[0], signal.SIGKILL)
 
         def reborn() -> bool:
-            pids = node.pids()
+            pids = worker.pids()
             return not {0, *before} & set(pids)
 
-        wait_for(reborn, "the node to come back")
+        wait_for(reborn, "the worker to come back")
         with Client(settings=redis.settings()) as client:
             vectors = client.encode(TEXTS)
 
         assert np.array_equal(vectors, stub_vectors(TEXTS))
         assert not any(map(alive, before))
-        assert len(node.lines("node_died", "signal 9")) == 1
+        assert len(worker.lines("worker_process_exited", "signal 9")) == 1
 
 
-def test_crash_loop_keeps_the_node_off(redis: RedisProcess, short_dir: Path) -> None:
+def test_crash_loop_keeps_the_worker_off(redis: RedisProcess, short_dir: Path) -> None:
     """Five deaths in a minute end the command with a code of its own and one line that says so."""
-    node = NodeProcess(redis, short_dir, "doomed")
-    children = Path(f"/proc/{node.process.pid}/task/{node.process.pid}/children")
+    worker = WorkerProcess(redis, short_dir, "doomed")
+    children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children")
     try:
         for _ in range(5):
-            pid = wait_for(lambda: children.read_text().strip(), "the node")
+            pid = wait_for(lambda: children.read_text().strip(), "the worker")
             os.kill(int(pid), signal.SIGKILL)
             wait_for(lambda pid=pid: not alive(int(pid)), "its end")  # type: ignore[misc] # bound
 
-        assert node.process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
+        assert worker.process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
     finally:
-        node.stop()
-    assert len(node.lines("node_crash_loop", "deaths=5")) == 1
+        worker.stop()
+    assert len(worker.lines("worker_crash_loop", "deaths=5")) == 1
 
 
 def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path) -> None:
-    """A node that is told to end commits what it computes, and exits 0."""
+    """A worker that is told to end commits what it computes, and exits 0."""
     with (
-        stub_node(redis, short_dir, "leaving", EMBEDQ_STUB_TEXTS_PER_S="50") as node,
+        stub_worker(redis, short_dir, "leaving", EMBEDQ_STUB_TEXTS_PER_S="50") as worker,
         redis.open() as results,
         encoding(redis) as vectors,
     ):
         wait_for(lambda: list(results.scan_iter("embedq:{*}:tries")), "a batch to begin")
-        node.process.terminate()
+        worker.process.terminate()
 
-        assert node.process.wait(DEADLINE_S) == 0
+        assert worker.process.wait(DEADLINE_S) == 0
     assert np.array_equal(np.asarray(vectors[0]), stub_vectors(TEXTS))
-    assert len(node.lines("batch_done")) == 1
+    assert len(worker.lines("batch_done")) == 1
 
 
-def test_sigterm_ends_a_node_whose_device_never_opens(redis: RedisProcess, short_dir: Path) -> None:
+def test_sigterm_ends_a_worker_whose_device_never_opens(
+    redis: RedisProcess, short_dir: Path
+) -> None:
     """It holds nothing yet, so nobody waits for a compiler that takes minutes or hangs."""
     script = short_dir / "faults"
     script.write_text("init=hang\n")
-    node = NodeProcess(redis, short_dir, "slow", EMBEDQ_STUB_FAULTS=os.fspath(script))
+    worker = WorkerProcess(redis, short_dir, "slow", EMBEDQ_STUB_FAULTS=os.fspath(script))
     try:
-        wait_for(lambda: node.child_pid() and node.lines("ready."), "the child to start")
+        wait_for(lambda: worker.child_pid() and worker.lines("ready."), "the child to start")
         wait_for(script.with_name("faults.struck").exists, "its device to hang")
 
-        node.process.terminate()
+        worker.process.terminate()
 
-        assert node.process.wait(DEADLINE_S) == 0
+        assert worker.process.wait(DEADLINE_S) == 0
     finally:
-        node.stop()
+        worker.stop()
 
 
 def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
-    """kill -9 of the supervisor ends node and child, for nobody would restart them."""
-    with stub_node(redis, short_dir, "orphans") as node:
-        pids = node.pids()
-        node.process.kill()
-        node.process.wait()
+    """kill -9 of the supervisor ends worker and child, for nobody would restart them."""
+    with stub_worker(redis, short_dir, "orphans") as worker:
+        pids = worker.pids()
+        worker.process.kill()
+        worker.process.wait()
 
-        wait_for(lambda: not any(map(alive, pids)), "node and child to end")
+        wait_for(lambda: not any(map(alive, pids)), "worker and child to end")
 
 
 @pytest.mark.parametrize(
@@ -172,30 +174,30 @@ def test_start_that_cannot_work_ends_with_its_code(
     settings: dict[str, str], code: int, words: str, short_dir: Path
 ) -> None:
     """Each cause has a code and a sentence, and nothing is tried twice."""
-    run = worker("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+    run = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
 
     assert run.returncode == code
     assert words in run.stderr
-    assert "node_died" not in run.stderr
+    assert "worker_process_exited" not in run.stderr
 
 
-def test_second_node_of_a_name_is_refused(redis: RedisProcess, short_dir: Path) -> None:
-    """It would take the first one's child for its own, and end the node over its own mistakes."""
-    with stub_node(redis, short_dir, "twin") as node:
-        before = node.pids()
-        run = worker(
+def test_second_worker_of_a_name_is_refused(redis: RedisProcess, short_dir: Path) -> None:
+    """It would take the first one's child for its own, and end the worker over its own mistakes."""
+    with stub_worker(redis, short_dir, "twin") as worker:
+        before = worker.pids()
+        run = run_command(
             "start",
             EMBEDQ_NAME="twin",
             EMBEDQ_DEVICE="stub",
             EMBEDQ_BROKER_URL=redis.broker_url(),
             EMBEDQ_RESULTS_URL=redis.results_url(),
-            EMBEDQ_RUNTIME_DIR=os.fspath(node.runtime_dir),
+            EMBEDQ_RUNTIME_DIR=os.fspath(worker.runtime_dir),
         )
 
         assert run.returncode == exit_codes.SETTINGS
-        assert "A node twin runs on this machine already" in run.stderr
+        assert "A worker twin runs on this machine already" in run.stderr
         assert "--name NAME" in run.stderr
-        assert node.pids() == before
+        assert worker.pids() == before
 
 
 @pytest.mark.parametrize("which", ["BROKER", "RESULTS"])
@@ -206,7 +208,7 @@ def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
     urls[which] = urls[which].replace("right", "wr0ng")
     settings = {f"EMBEDQ_{name}_URL": url for name, url in urls.items()}
     try:
-        run = worker(
+        run = run_command(
             "start",
             EMBEDQ_DEVICE="stub",
             EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"),
@@ -224,21 +226,23 @@ def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "code"), [("raise", exit_codes.ENGINE), ("exit", exit_codes.CRASH_LOOP)]
 )
-def test_node_that_gives_up_says_so(
+def test_worker_that_gives_up_says_so(
     fault: str, code: int, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """Its last heartbeat is what EmbedqNodeFailed fires on; nobody takes it for one that serves."""
+    """Its last heartbeat is what EmbedqWorkerFailed fires on; nobody takes it for one that
+    serves.
+    """
     script = short_dir / "faults"
     script.write_text(f"init={fault}\n")
-    node = NodeProcess(redis, short_dir, "lost", EMBEDQ_STUB_FAULTS=os.fspath(script))
+    worker = WorkerProcess(redis, short_dir, "lost", EMBEDQ_STUB_FAULTS=os.fspath(script))
     try:
-        assert node.process.wait(DEADLINE_S) == code
+        assert worker.process.wait(DEADLINE_S) == code
         with redis.open() as results:
-            [last] = fetch_alive(results)
+            [last] = list_live_workers(results)
     finally:
-        node.stop()
+        worker.stop()
 
-    assert (last.node, last.state, last.device, last.card) == ("lost", "failed", "", None)
+    assert (last.worker, last.state, last.device, last.model_info) == ("lost", "failed", "", None)
     assert last.reason
 
 
@@ -248,16 +252,16 @@ def test_start_without_the_npu_that_was_asked_for(
     settings: dict[str, str], short_dir: Path
 ) -> None:
     """Who asks for an NPU gets one or a code."""
-    run = worker("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+    run = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
 
     assert run.returncode == exit_codes.DEVICE
     assert "NPU" in run.stderr
 
 
 @pytest.mark.parametrize("option", ["--strict", "--device=cpu"])
-def test_all_is_refused_with_options_that_mean_one_node(option: str, short_dir: Path) -> None:
-    """Two nodes side by side are neither strict nor on one device."""
-    run = worker("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
+def test_all_is_refused_with_options_that_mean_one_worker(option: str, short_dir: Path) -> None:
+    """Two workers side by side are neither strict nor on one device."""
+    run = run_command("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
 
     assert run.returncode == exit_codes.SETTINGS
     assert re.search("--all and EMBEDQ_(STRICT|DEVICE=cpu) exclude each other", run.stderr)
@@ -265,7 +269,7 @@ def test_all_is_refused_with_options_that_mean_one_node(option: str, short_dir: 
 
 def test_help_names_every_exit_code() -> None:
     """The epilog is where an operator looks them up."""
-    run = worker("start", "--help")
+    run = run_command("start", "--help")
 
     codes = {
         value for name, value in vars(exit_codes).items() if name.isupper() and name != "EPILOG"
@@ -276,13 +280,13 @@ def test_help_names_every_exit_code() -> None:
 
 
 def test_strict_job_is_served_by_an_npu_alone(
-    node: NodeProcess, shared_redis: RedisProcess, short_dir: Path
+    worker: WorkerProcess, shared_redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A node of the CPU beside it stays idle while the NPU's node takes the strict batch."""
+    """A worker of the CPU beside it stays idle while the NPU's worker takes the strict batch."""
     wait_until_acknowledged(shared_redis)
-    before = len(node.lines("batch_"))
+    before = len(worker.lines("batch_"))
     with (
-        stub_node(shared_redis, short_dir, "npu", **AS_NPU) as npu,
+        stub_worker(shared_redis, short_dir, "npu", **AS_NPU) as npu,
         Client(settings=shared_redis.settings(strict=True)) as client,
     ):
         vectors = client.encode(TEXTS)
@@ -290,22 +294,24 @@ def test_strict_job_is_served_by_an_npu_alone(
         assert np.array_equal(vectors, stub_vectors(TEXTS))
         wait_until_acknowledged(shared_redis)
         assert len(npu.lines("batch_done")) == 1
-        assert len(node.lines("batch_")) == before
+        assert len(worker.lines("batch_")) == before
 
 
 def test_strict_job_fails_with_the_reason_when_no_npu_comes(
-    node: NodeProcess, shared_redis: RedisProcess
+    worker: WorkerProcess, shared_redis: RedisProcess
 ) -> None:
-    """After EMBEDQ_NODE_WAIT_S without an NPU the caller hears why; no CPU touched the batch."""
+    """After EMBEDQ_STARTUP_TIMEOUT_S without an NPU the caller hears why; no CPU touched the
+    batch.
+    """
     wait_until_acknowledged(shared_redis)
-    before = len(node.lines("batch_"))
+    before = len(worker.lines("batch_"))
     with (
-        Client(settings=shared_redis.settings(node_wait_s=1)) as client,
+        Client(settings=shared_redis.settings(startup_timeout_s=1)) as client,
         pytest.raises(StrictUnavailable, match="1 alive, none with an NPU"),
     ):
         client.encode(TEXTS, strict=True)
 
-    assert len(node.lines("batch_")) == before
+    assert len(worker.lines("batch_")) == before
     with shared_redis.open(0) as broker:
         assert (
             broker.llen(str(Queue.NPU_STRICT)) == 1
@@ -321,9 +327,9 @@ def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_di
         "EMBEDQ_CACHE_DIR": os.fspath(short_dir / "cache"),
         "EMBEDQ_DEVICE": "stub",
     }
-    devices = worker("devices", **settings)
-    check = worker("check", **settings)
-    warm = worker("warm", **settings)
+    devices = run_command("devices", **settings)
+    check = run_command("check", **settings)
+    warm = run_command("warm", **settings)
 
     assert "start would compute on: stub" in devices.stdout
     assert (devices.returncode, warm.returncode) == (0, 0)
@@ -346,20 +352,20 @@ def test_every_red_line_of_check_has_a_next_step(
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     folders = {f"EMBEDQ_{name}_DIR": f"{short_dir}/{name}" for name in ("RUNTIME", "CACHE")}
 
-    run = worker("check", "--json", **{**urls, **folders, **settings})
+    run = run_command("check", "--json", **{**urls, **folders, **settings})
 
     found = json.loads(run.stdout)
     assert (run.returncode, found["ok"]) == (exit_codes.CHECK, False)
     [line] = [line for line in found["checks"] if line["level"] == "red"]
     assert line["name"] == red
-    assert line["detail"] and line["mend"]
+    assert line["detail"] and line["fix"]
 
 
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
-def test_all_without_an_npu_is_one_node_on_the_cpu(
+def test_all_without_an_npu_is_one_worker_on_the_cpu(
     redis: RedisProcess, short_dir: Path, tiny_settings: dict[str, str]
 ) -> None:
-    """The NPU's node ends and says why; the other serves on, and ends well when it is told to."""
+    """The NPU's worker ends and says why; the other serves on, and ends well when it is told to."""
     log_path = short_dir / "all.log"
     settings = {
         "EMBEDQ_BROKER_URL": redis.broker_url(),
@@ -375,8 +381,8 @@ def test_all_without_an_npu_is_one_node_on_the_cpu(
             start_new_session=True,
         )
     try:
-        wait_for(lambda: "serving node=both-cpu" in log_path.read_text(), "the node on the CPU")
-        wait_for(lambda: "node_ended node=npu exit_code=6" in log_path.read_text(), "the other")
+        wait_for(lambda: "serving worker=both-cpu" in log_path.read_text(), "the worker on the CPU")
+        wait_for(lambda: "node_ended worker=npu exit_code=6" in log_path.read_text(), "the other")
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0
@@ -392,29 +398,29 @@ def test_npu_that_cannot_be_proven(
     short_dir: Path,
     tiny_settings: dict[str, str],
 ) -> None:
-    """A node whose compiler hangs goes on without its NPU; a strict one ends with its code."""
+    """A worker whose compiler hangs goes on without its NPU; a strict one ends with its code."""
     pytest.importorskip("openvino")
     hanging = {
         "EMBEDQ_DEVICE": "npu",
-        "EMBEDQ_NPU_STANDIN": "alias",
-        "EMBEDQ_COMPILE_DEADLINE_S": "0.01",
-        "EMBEDQ_DEGRADED_CPU": "0",
+        "EMBEDQ_NPU_EMULATION": "alias",
+        "EMBEDQ_COMPILE_TIMEOUT_S": "0.01",
+        "EMBEDQ_CPU_FALLBACK": "0",
         "EMBEDQ_STRICT": strict,
     }
-    node = NodeProcess(redis, short_dir, "unproven", **hanging, **tiny_settings)
+    worker = WorkerProcess(redis, short_dir, "unproven", **hanging, **tiny_settings)
     try:
         if strict == "1":
-            assert node.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
-            assert "EMBEDQ_STRICT keeps this node off the CPU" in node.log()
+            assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
+            assert "EMBEDQ_STRICT keeps this worker off the CPU" in worker.log()
             return
         degraded = wait_for(
-            lambda: (found := node.heartbeat()) and found.state == "degraded" and found,
-            "the node to be degraded",
+            lambda: (found := worker.heartbeat()) and found.state == "degraded" and found,
+            "the worker to be degraded",
         )
 
         assert isinstance(degraded, Heartbeat)
-        assert (degraded.home, degraded.device) == ("npu", "")
+        assert (degraded.assigned_device, degraded.device) == ("npu", "")
         assert degraded.reason.startswith("Compiling ")
-        assert len(node.lines("device_chosen")) == 1
+        assert len(worker.lines("device_chosen")) == 1
     finally:
-        node.stop()
+        worker.stop()

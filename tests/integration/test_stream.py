@@ -15,10 +15,10 @@ import pytest
 from tests.bulk import SMALL, Work, wait_until_forgotten
 from tests.servers import (
     DEADLINE_S,
-    NodeProcess,
     RedisProcess,
+    WorkerProcess,
     environment,
-    stub_node,
+    stub_worker,
     wait_for,
 )
 
@@ -33,7 +33,7 @@ BATCH, WINDOW = SMALL["batch_texts"], SMALL["window"] * SMALL["batch_texts"]
 
 
 @pytest.fixture
-def small(node: NodeProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as client:
         yield client
@@ -111,10 +111,10 @@ def test_wait_keeps_the_results(small: Client) -> None:
 def test_wait_that_times_out_loses_nothing(redis: RedisProcess, short_dir: Path) -> None:
     """ResultTimeout is raised in time, and the job can be waited for again."""
     with (
-        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="200") as node,
+        stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="200") as worker,
         Client(settings=redis.settings(**SMALL)) as client,
     ):
-        work = Work(client, node)
+        work = Work(client, worker)
         job = client.submit(texts(200))
 
         with pytest.raises(ResultTimeout, match=job.id):
@@ -128,25 +128,25 @@ def test_wait_that_times_out_loses_nothing(redis: RedisProcess, short_dir: Path)
 
 
 def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
-    """cancel() empties Redis, and the node drops the queued batches without computing them."""
+    """cancel() empties Redis, and the worker drops the queued batches without computing them."""
     with (
-        stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as node,
+        stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as worker,
         Client(settings=redis.settings(batch_texts=64, window=16)) as client,
     ):
         job = client.submit(texts(2_000))
-        wait_for(lambda: node.lines("batch_done"), "a first batch")
+        wait_for(lambda: worker.lines("batch_done"), "a first batch")
 
         job.cancel()
-        done = len(node.lines("batch_done"))
+        done = len(worker.lines("batch_done"))
 
         assert job.progress().finished
         assert list(job.results()) == []
         wait_until_forgotten(redis)
         wait_for(
-            lambda: len(node.lines("batch_done")) + len(node.lines("batch_skipped")) >= 16,
-            "the node to drop the rest",
+            lambda: len(worker.lines("batch_done")) + len(worker.lines("batch_skipped")) >= 16,
+            "the worker to drop the rest",
         )
-        assert len(node.lines("batch_done")) <= done + 1  # the one that was under way
+        assert len(worker.lines("batch_done")) <= done + 1  # the one that was under way
 
 
 def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProcess) -> None:
@@ -234,7 +234,7 @@ def test_id_that_json_does_not_know_is_refused(small: Client) -> None:
 
 
 def test_committed_documents_are_not_embedded_again(
-    small: Client, node: NodeProcess, tmp_path: Path
+    small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
     """A program that starts again goes on behind the last commit, and gets all that follows."""
     checkpoint = tmp_path / "sink.json"
@@ -243,7 +243,7 @@ def test_committed_documents_are_not_embedded_again(
     stream.commit()
     next(stream)
     stream.close()
-    work = Work(small, node)
+    work = Work(small, worker)
 
     again = small.stream(texts(300), checkpoint=checkpoint)
     rest = list(again)
@@ -285,11 +285,11 @@ def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir
         "EMBEDQ_RESULTS_URL": redis.results_url(),
         "EMBEDQ_MODEL": "stub",
         "EMBEDQ_BATCH_TEXTS": "32",
-        "EMBEDQ_WINDOW": "4",
+        "EMBEDQ_MAX_IN_FLIGHT": "4",
     }
     program = [sys.executable, "-c", PROGRAM, str(sink), str(checkpoint), str(safe)]
 
-    with stub_node(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="1500"):
+    with stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="1500"):
         child = subprocess.Popen(program, env=environment(**settings))
         wait_for(lambda: safe.exists() and int(safe.read_text() or 0) > 500_000, "some commits")
         child.kill()
@@ -354,7 +354,7 @@ def test_checkpoint_needs_order(small: Client, tmp_path: Path) -> None:
 
 def test_wait_and_cancel_end_without_redis(redis: RedisProcess, short_dir: Path) -> None:
     """Who waits for a second is not kept for the hour that a job waits for its Redis."""
-    with stub_node(redis, short_dir), Client(settings=redis.settings(**SMALL)) as client:
+    with stub_worker(redis, short_dir), Client(settings=redis.settings(**SMALL)) as client:
         job = client.submit(texts(5_000))
         redis.stop()
         began = time.monotonic()

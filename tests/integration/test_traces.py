@@ -1,4 +1,6 @@
-"""One trace from submit to result, over a real node and its official instrumentation of Celery."""
+"""One trace from submit to result, over a real worker and its official instrumentation of
+Celery.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+from tests.servers import RedisProcess, WorkerProcess, environment, stub_worker, wait_for
 
 from embedq_worker.engines.stub import FaultScript
 
@@ -35,14 +37,14 @@ def spans(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def node_spans(node: NodeProcess) -> dict[str, dict[str, Any]]:
-    """Return the spans of a node's child by name, once it has sent that of its task."""
+def worker_spans(worker: WorkerProcess) -> dict[str, dict[str, Any]]:
+    """Return the spans of a worker's child by name, once it has sent that of its task."""
 
     def look() -> dict[str, dict[str, Any]]:
-        found = {span["name"]: span for span in spans(node.log())}
+        found = {span["name"]: span for span in spans(worker.log())}
         return found if "run/embedq.embed_batch" in found else {}
 
-    return wait_for(look, "the node's spans")
+    return wait_for(look, "the worker's spans")
 
 
 def run_program(redis: RedisProcess) -> str:
@@ -59,9 +61,9 @@ def run_program(redis: RedisProcess) -> str:
 
 def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir: Path) -> None:
     """Publish, run, engine, commit and collect are one tree below submit; no span holds a text."""
-    with stub_node(redis, short_dir, **TRACED) as node:
+    with stub_worker(redis, short_dir, **TRACED) as worker:
         printed = run_program(redis)
-        there = node_spans(node)
+        there = worker_spans(worker)
 
     here = {span["name"]: span for span in spans(printed)}
     by_name = {**here, **there}
@@ -76,7 +78,7 @@ def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir
         "embedq.commit": "run/embedq.embed_batch",
         "embedq.collect": "embedq.submit",
     }
-    assert "Zanzibar" not in printed + node.log()
+    assert "Zanzibar" not in printed + worker.log()
 
 
 @pytest.mark.parametrize("fault", ["device_lost", "hang", "exit"])
@@ -87,11 +89,11 @@ def test_batch_that_moves_stays_in_its_trace(
     script = FaultScript(short_dir / "faults")
     script.replace()
     as_npu = {"EMBEDQ_STUB_DEVICE": "npu", "EMBEDQ_STUB_FAULTS": os.fspath(short_dir / "faults")}
-    with stub_node(redis, short_dir, **TRACED, **as_npu, EMBEDQ_ENGINE_DEADLINE_S="2") as node:
+    with stub_worker(redis, short_dir, **TRACED, **as_npu, EMBEDQ_ENGINE_TIMEOUT_S="2") as worker:
         script.replace(f"infer={fault} first=1")
         printed = run_program(redis)
         there = wait_for(
-            lambda: [one for one in spans(node.log()) if one["name"] == "embedq.commit"],
+            lambda: [one for one in spans(worker.log()) if one["name"] == "embedq.commit"],
             "the span of the commit",
         )
 
@@ -112,7 +114,7 @@ def test_unknown_exporter_is_a_setting_that_is_wrong() -> None:
 
 
 def test_nothing_of_opentelemetry_is_loaded_without_the_setting() -> None:
-    """Neither a client nor the app of a node traces or touches Celery."""
+    """Neither a client nor the app of a worker traces or touches Celery."""
     # Its metrics may be there: redis-py loads them where they are installed.
     program = """
 import embedq, embedq_worker.main_process.app, sys

@@ -1,4 +1,4 @@
-"""Whatever lies in a queue, the node goes on, says one line, and quotes nothing."""
+"""Whatever lies in a queue, the worker goes on, says one line, and quotes nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.forging import (
     with_payload,
     without_header,
 )
-from tests.servers import NodeProcess, RedisProcess, stub_node, wait_for
+from tests.servers import RedisProcess, WorkerProcess, stub_worker, wait_for
 
 from embedq import Client
 from embedq.testing import stub_vectors
@@ -116,54 +116,58 @@ RAW: dict[str, Forge] = {
 
 
 @pytest.fixture
-def message(shared_redis: RedisProcess, node: NodeProcess) -> Message:
+def message(shared_redis: RedisProcess, worker: WorkerProcess) -> Message:
     """A good message, to be forged."""
     return queued(shared_redis, batch_of([MARKER]))
 
 
 @pytest.mark.parametrize("name", RAW)
 def test_forged_message_is_refused_with_one_line(
-    name: str, message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+    name: str, message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """Parent and child live on, the next batch is served, one line says so without content."""
-    before = node.pids(), len(node.lines("ERROR"))
+    before = worker.pids(), len(worker.lines("ERROR"))
 
     push(shared_redis, RAW[name](message))
     # An exact job takes the same queue, so the forged message is behind us when it is done.
     vectors = client.encode(["after"], accuracy="exact", timeout_s=20)
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
-    assert node.pids() == before[0]
-    [line] = wait_for(lambda: node.lines("ERROR")[before[1] :], "a line in the log")
+    assert worker.pids() == before[0]
+    [line] = wait_for(lambda: worker.lines("ERROR")[before[1] :], "a line in the log")
     assert "message_refused" in line
-    assert MARKER not in node.log()
+    assert MARKER not in worker.log()
 
 
 def test_pickle_is_never_opened(
-    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess, short_dir: Any
+    message: Message,
+    worker: WorkerProcess,
+    client: Client,
+    shared_redis: RedisProcess,
+    short_dir: Any,
 ) -> None:
     """A pickled body is refused under its own name, and not opened under that of msgpack either."""
     trace = short_dir / "opened"
     forged = with_body(message, pickle.dumps(_Pickled(os.fspath(trace))))
     named = {**forged, "content-type": "application/x-python-serialize"}
-    before = len(node.lines("message_refused"))
+    before = len(worker.lines("message_refused"))
 
     push(shared_redis, named)
     push(shared_redis, forged)
     client.encode(["after"], accuracy="exact", timeout_s=20)
 
     assert not trace.exists()
-    assert len(node.lines("message_refused")) == before + 2
+    assert len(worker.lines("message_refused")) == before + 2
 
 
 GARBAGE: tuple[object, ...] = (MARKER, 7, -1.5, True, None, [MARKER], [[1], 2], {MARKER: {"a": 1}})
 
 
-def test_no_field_of_the_envelope_can_stop_a_node(
-    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+def test_no_field_of_the_envelope_can_stop_a_worker(
+    message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """Every header and property is replaced by every kind of garbage; the node takes no harm."""
-    before, traces = node.pids(), node.lines("Traceback")
+    """Every header and property is replaced by every kind of garbage; the worker takes no harm."""
+    before, traces = worker.pids(), worker.lines("Traceback")
     more = ("stamped_headers", "stamps", "chord", "replaced_task_nesting", "reply_to", "priority")
     forged = []
     for part in ("headers", "properties"):
@@ -177,16 +181,16 @@ def test_no_field_of_the_envelope_can_stop_a_node(
     vectors = client.encode(["after"], accuracy="exact", timeout_s=60)
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
-    assert node.pids() == before
-    assert MARKER not in node.log()
-    assert node.lines("Traceback") == traces  # those of earlier tests
+    assert worker.pids() == before
+    assert MARKER not in worker.log()
+    assert worker.lines("Traceback") == traces  # those of earlier tests
 
 
-def test_no_field_of_the_batch_can_stop_a_node(
-    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+def test_no_field_of_the_batch_can_stop_a_worker(
+    message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """Every field of a batch is replaced by every kind of garbage, and every batch is answered."""
-    before, traces = node.pids(), node.lines("Traceback")
+    before, traces = worker.pids(), worker.lines("Traceback")
     [batch], _, _ = payload(message)
     ledger = open_job(shared_redis, "forged")
     values = (*GARBAGE, msgpack.Timestamp(1), b"\xff" * 40, 2**63)
@@ -198,31 +202,31 @@ def test_no_field_of_the_batch_can_stop_a_node(
     vectors = client.encode(["after"], accuracy="exact", timeout_s=60)
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
-    assert node.pids() == before
+    assert worker.pids() == before
     asked = list(product(fields, values))
     assert [one for index, one in enumerate(asked) if not ledger.is_committed(index)] == []
-    assert MARKER not in node.log()
-    assert node.lines("Traceback") == traces  # those of earlier tests
+    assert MARKER not in worker.log()
+    assert worker.lines("Traceback") == traces  # those of earlier tests
 
 
 def test_other_encodings_of_a_good_message_are_equal(
-    message: Message, node: NodeProcess, client: Client, shared_redis: RedisProcess
+    message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A body that is good base64 with a line break in it is refused, not guessed at."""
-    before = len(node.lines("message_refused"))
+    before = len(worker.lines("message_refused"))
     body = base64.encodebytes(base64.b64decode(message["body"])).decode()
 
     push(shared_redis, json.dumps({**message, "body": body}).encode())
     client.encode(["after"], accuracy="exact", timeout_s=20)
 
-    assert len(node.lines("message_refused")) == before + 1
+    assert len(worker.lines("message_refused")) == before + 1
 
 
 @pytest.mark.parametrize("key", ["embed.cpu.int8", "embed.cpu\x06\x163"])
 def test_queue_that_is_no_list_is_dropped(key: str, redis: RedisProcess, short_dir: Path) -> None:
-    """A producer may write a set where an empty queue was; it ended every node of the fleet."""
-    with stub_node(redis, short_dir) as node, Client(settings=redis.settings()) as client:
-        parent, _ = node.pids()
+    """A producer may write a set where an empty queue was; it ended every worker of the fleet."""
+    with stub_worker(redis, short_dir) as worker, Client(settings=redis.settings()) as client:
+        parent, _ = worker.pids()
         with redis.open(0) as broker:
             broker.sadd(key, MARKER)
             wait_for(lambda: not broker.exists(key), "the set to be dropped")
@@ -230,6 +234,6 @@ def test_queue_that_is_no_list_is_dropped(key: str, redis: RedisProcess, short_d
         vectors = client.encode(["one"], accuracy="exact", timeout_s=20)
 
         assert np.array_equal(vectors, stub_vectors(["one"]))
-        assert node.pids()[0] == parent
-        assert node.lines("queue_refused")
-        assert MARKER not in node.log()
+        assert worker.pids()[0] == parent
+        assert worker.lines("queue_refused")
+        assert MARKER not in worker.log()

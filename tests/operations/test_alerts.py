@@ -121,11 +121,11 @@ def test_every_alert_says_what_it_is_and_where_it_is_explained(name: str) -> Non
     assert notes["runbook_url"] == f"ops/README.md#{name.lower()}"
 
 
-def test_a_degraded_node_is_told_without_delay() -> None:
+def test_a_degraded_worker_is_told_without_delay() -> None:
     """Fifteen seconds from the device to the operator leave no room for a `for`."""
     config = load(PROMETHEUS / "prometheus.yml")["global"]
 
-    assert "for" not in ALERTS["EmbedqNodeDegraded"]
+    assert "for" not in ALERTS["EmbedqWorkerDegraded"]
     assert (config["scrape_interval"], config["evaluation_interval"]) == ("5s", "5s")
 
 

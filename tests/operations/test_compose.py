@@ -33,7 +33,7 @@ def test_file_is_valid_by_the_compose_specification() -> None:
 
 
 def test_a_fleet_is_whole() -> None:
-    """Both Redis, nodes for either device, and everything that watches them; NPUs by profile."""
+    """Both Redis, workers for either device, and everything that watches them; NPUs by profile."""
     default = {name for name, service in SERVICES.items() if "profiles" not in service}
 
     assert default == {
@@ -78,7 +78,7 @@ def test_every_image_is_pinned_by_version(name: str) -> None:
 
 
 def test_every_setting_named_exists_in_the_code() -> None:
-    """A variable with a typo would stop a node from starting."""
+    """A variable with a typo would stop a worker from starting."""
     known = ProducerSettings.variables() | WorkerSettings.variables()
     named = {
         variable
@@ -132,8 +132,8 @@ def test_nothing_listens_beyond_loopback_unless_told() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if name.startswith("worker-npu")])
-def test_a_node_on_an_npu_has_one_device_its_group_and_the_lock_folder(name: str) -> None:
-    """The node as a device, the group by number, and the locks of the machine."""
+def test_a_worker_on_an_npu_has_one_device_its_group_and_the_lock_folder(name: str) -> None:
+    """The worker as a device, the group by number, and the locks of the machine."""
     service = SERVICES[name]
 
     assert len(service["devices"]) == 1

@@ -84,7 +84,7 @@ def test_every_image_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("name", ["worker-cpu", "worker-npu"])
-def test_nodes_are_asked_by_the_command_that_exists_and_may_finish(name: str) -> None:
+def test_workers_are_asked_by_the_command_that_exists_and_may_finish(name: str) -> None:
     """Probes run embedq-worker health; settings exist; SIGTERM has the grace of a batch."""
     pod = WORKLOADS[name]["spec"]["template"]["spec"]
     [container] = pod["containers"]
@@ -97,7 +97,7 @@ def test_nodes_are_asked_by_the_command_that_exists_and_may_finish(name: str) ->
     assert pod["terminationGracePeriodSeconds"] == 90
 
 
-def test_a_node_on_an_npu_asks_for_exactly_one() -> None:
+def test_a_worker_on_an_npu_asks_for_exactly_one() -> None:
     """The resource of Intel's device plugin, requested and limited alike."""
     resources = WORKLOADS["worker-npu"]["spec"]["template"]["spec"]["containers"][0]["resources"]
 

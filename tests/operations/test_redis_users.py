@@ -49,9 +49,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def node(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run a stub node as the user worker; yield its log."""
-    folder = tmp_path_factory.mktemp("node")
+def worker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run a stub worker as the user worker; yield its log."""
+    folder = tmp_path_factory.mktemp("worker")
     own = {
         "EMBEDQ_NAME": "guarded",
         "EMBEDQ_DEVICE": "stub",
@@ -76,7 +76,7 @@ def node(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 def client(fleet: Fleet) -> Client:
     """Return an SDK client as the user producer."""
     urls = {name[7:].lower(): url for name, url in fleet.urls("producer").items()}
-    return Client(settings=ProducerSettings.load(**urls, model="stub", node_wait_s=30))
+    return Client(settings=ProducerSettings.load(**urls, model="stub", startup_timeout_s=30))
 
 
 def command(fleet: Fleet, user: str, *words: str) -> str:
@@ -95,9 +95,9 @@ def command(fleet: Fleet, user: str, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.usefixtures("node")
+@pytest.mark.usefixtures("worker")
 def test_producer_and_worker_can_run_a_job_and_cancel_another(fleet: Fleet) -> None:
-    """A job runs from SDK to node and back, and one is cancelled, with nothing refused."""
+    """A job runs from SDK to worker and back, and one is cancelled, with nothing refused."""
     with client(fleet) as sdk:
         # Enough for values that are staged while the rest is computed.
         vectors = sdk.encode([f"text {number}" for number in range(5000)])
@@ -108,7 +108,7 @@ def test_producer_and_worker_can_run_a_job_and_cancel_another(fleet: Fleet) -> N
     assert fleet.refusals() == []
 
 
-@pytest.mark.usefixtures("node")
+@pytest.mark.usefixtures("worker")
 def test_operator_can_look_at_everything(fleet: Fleet) -> None:
     """Status, dead letters and `celery inspect` answer the user ops, with nothing refused."""
     with client(fleet) as sdk:
@@ -118,14 +118,14 @@ def test_operator_can_look_at_everything(fleet: Fleet) -> None:
     command(fleet, "ops", "embedq", "dead", "ls")
     stats = command(fleet, "ops", "celery", "--config=celeryconfig", "inspect", "ping")
 
-    assert [found["node"] for found in status["nodes"]] == ["guarded"]
+    assert [found["worker"] for found in status["workers"]] == ["guarded"]
     assert "pong" in stats
     assert fleet.refusals() == []
 
 
-@pytest.mark.usefixtures("node")
+@pytest.mark.usefixtures("worker")
 def test_exporter_needs_no_more_than_the_user_ops_has(fleet: Fleet) -> None:
-    """The exporter sees both Redis, the node and the ages of queues as the user ops."""
+    """The exporter sees both Redis, the worker and the ages of queues as the user ops."""
     pytest.importorskip("prometheus_client")
     [port] = free_ports(1)
     process = subprocess.Popen(
@@ -140,10 +140,10 @@ def test_exporter_needs_no_more_than_the_user_ops_has(fleet: Fleet) -> None:
                 text = str(answer.read().decode())
         except OSError:
             return ""
-        return text if 'embedq_node_up{node="guarded"} 1.0' in text else ""
+        return text if 'embedq_worker_up{worker="guarded"} 1.0' in text else ""
 
     try:
-        text = wait_for(scrape, "the exporter to see the node")
+        text = wait_for(scrape, "the exporter to see the worker")
     finally:
         process.terminate()
         process.wait(10)
@@ -202,8 +202,8 @@ def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, u
         ("broker", "producer", "DEL embed.npu"),
         ("broker", "producer", "HSET unacked tag message"),
         ("broker", "producer", "LPUSH unacked message"),
-        ("broker", "producer", "PUBLISH /0.celery.pidbox shutdown"),  # command a node
-        ("results", "producer", "SET embedq:node:n beat"),  # pretend to be a node
+        ("broker", "producer", "PUBLISH /0.celery.pidbox shutdown"),  # command a worker
+        ("results", "producer", "SET embedq:worker:n beat"),  # pretend to be a worker
         ("results", "producer", "SET embedq:paused 1"),
         ("results", "producer", "HSET embedq:orders n degraded"),
         ("results", "worker", "SET embedq:paused 1"),
@@ -214,7 +214,7 @@ def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, u
         ("broker", "ops", "HDEL unacked tag"),
         ("results", "ops", "GET embedq:{j}:v:0:0"),  # a customer's vectors
         ("results", "ops", "HSET embedq:{j}:meta cancelled 1"),
-        ("results", "ops", "SET embedq:node:n beat"),
+        ("results", "ops", "SET embedq:worker:n beat"),
     ],
 )
 def test_no_user_can_do_the_work_of_another(
@@ -233,13 +233,13 @@ def test_no_user_can_do_the_work_of_another(
         ("ops", "HSET embedq:orders n degraded"),
         ("ops", "SET embedq:paused 1 NX"),
         ("ops", "DEL embedq:paused"),
-        ("ops", "ZRANGEBYSCORE embedq:nodes -inf +inf"),
+        ("ops", "ZRANGEBYSCORE embedq:workers -inf +inf"),
         ("worker", "HGET embedq:orders n"),
         ("worker", "EXISTS embedq:paused"),
     ],
 )
-def test_orders_are_given_by_ops_and_heard_by_nodes(fleet: Fleet, user: str, words: str) -> None:
-    """What degrade, recover, pause and resume write, nodes can read."""
+def test_orders_are_given_by_ops_and_heard_by_workers(fleet: Fleet, user: str, words: str) -> None:
+    """What degrade, recover, pause and resume write, workers can read."""
     with fleet.judge("results") as judge:
         answer = judge.execute_command("ACL", "DRYRUN", user, *words.split())
 

@@ -38,7 +38,7 @@ def test_settings_and_metrics_named_exist() -> None:
 
     assert set(re.findall(r"EMBEDQ_[A-Z_]+[A-Z]", TEXT)) <= settings
     assert set(re.findall(r"\bembedq_node_\w+", TEXT)) <= known_series() | {
-        "embedq_node_infer_seconds"
+        "embedq_worker_infer_seconds"
     }
 
 

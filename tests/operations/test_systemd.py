@@ -37,7 +37,7 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 def test_settings_in_unit_and_environment_file_exist() -> None:
-    """A node refuses variables that it does not know."""
+    """A worker refuses variables that it does not know."""
     known = ProducerSettings.variables() | WorkerSettings.variables()
     text = TEXT + (UNIT.with_suffix(".env")).read_text(encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""One node of a fleet is degraded on purpose, and everybody who watches says so.
+"""One worker of a fleet is degraded on purpose, and everybody who watches says so.
 
-Real Redis, nodes, exporter, Prometheus, Flower and browser, over one running job. Set
+Real Redis, workers, exporter, Prometheus, Flower and browser, over one running job. Set
 OPS_PICTURES to a folder to keep what the browser saw.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from tests.servers import NodeProcess, RedisProcess, environment, stub_node, wait_for
+from tests.servers import RedisProcess, WorkerProcess, environment, stub_worker, wait_for
 from tests.ui.watchers import (
     OPS,
     USER,
@@ -61,7 +61,7 @@ class Watched:
     """
 
     redis: RedisProcess
-    sick: NodeProcess
+    sick: WorkerProcess
     exporter: str
     prometheus: Prometheus
     flower: Flower
@@ -69,9 +69,9 @@ class Watched:
     done: float
 
 
-def degrade(redis: RedisProcess, node: str) -> None:
-    """Take a node out of service, as an operator does."""
-    command = [sys.executable, "-m", "embedq_worker", "degrade", node, "--reason", REASON]
+def degrade(redis: RedisProcess, worker: str) -> None:
+    """Take a worker out of service, as an operator does."""
+    command = [sys.executable, "-m", "embedq_worker", "degrade", worker, "--reason", REASON]
     subprocess.run(command, env=environment(**urls(redis)), check=True, stdout=subprocess.DEVNULL)
 
 
@@ -82,9 +82,9 @@ def read(job: Job, ended: threading.Event) -> None:
             return
 
 
-def computes(node: NodeProcess) -> bool:
-    """Tell whether a node has said that it computed something."""
-    beat = node.heartbeat()
+def computes(worker: WorkerProcess) -> bool:
+    """Tell whether a worker has said that it computed something."""
+    beat = worker.heartbeat()
     return bool(beat and beat.totals.get("texts"))
 
 
@@ -106,12 +106,12 @@ def watched_redis(folder: Path) -> Iterator[RedisProcess]:
 
 @pytest.fixture(scope="module")
 def watched(watched_redis: RedisProcess, folder: Path) -> Iterator[Watched]:
-    """Run a job of 20,000 texts over two nodes, let all watch, and degrade one of the nodes."""
+    """Run a job of 20,000 texts over two workers, let all watch, and degrade one of the workers."""
     redis = watched_redis
     slow = {"EMBEDQ_STUB_TEXTS_PER_S": "150"}
     with (
-        stub_node(redis, folder, "sick", EMBEDQ_STUB_DEVICE="npu", **slow) as sick,
-        stub_node(redis, folder, "well", **slow),
+        stub_worker(redis, folder, "sick", EMBEDQ_STUB_DEVICE="npu", **slow) as sick,
+        stub_worker(redis, folder, "well", **slow),
         exporter(redis, folder) as address,
         prometheus(address, folder) as watching,
         flower(redis, folder) as blossom,
@@ -121,8 +121,8 @@ def watched(watched_redis: RedisProcess, folder: Path) -> Iterator[Watched]:
         reading = threading.Thread(target=read, args=(job, ended))
         reading.start()
         try:
-            wait_for(lambda: computes(sick), "the node to compute", START_S)
-            known = 'embedq_node_state{node="sick", state="healthy"} == 1'
+            wait_for(lambda: computes(sick), "the worker to compute", START_S)
+            known = 'embedq_worker_state{worker="sick", state="healthy"} == 1'
             wait_for(lambda: watching.query(known), "a first scrape", START_S)
             asked = time.time()
             degrade(redis, sick.name)
@@ -150,27 +150,27 @@ def picture(tmp_path: Path, name: str) -> Path:
     return Path(os.environ.get("OPS_PICTURES", tmp_path)) / f"{name}.png"
 
 
-def test_all_who_watch_name_the_degraded_node(watched: Watched) -> None:
-    """Within 15 s metrics, alert, Flower and status say which node, since when, and why."""
+def test_all_who_watch_name_the_degraded_worker(watched: Watched) -> None:
+    """Within 15 s metrics, alert, Flower and status say which worker, since when, and why."""
     left_s = watched.done + ALL_KNOW_S - time.time()
 
     alert = wait_for(
-        lambda: watched.prometheus.firing().get("EmbedqNodeDegraded"), "the alert", left_s
+        lambda: watched.prometheus.firing().get("EmbedqWorkerDegraded"), "the alert", left_s
     )
     metrics = fetch(f"http://{watched.exporter}/metrics")
     stats = watched.flower.api("workers?refresh=1")
-    [node] = [node for node in status(watched.redis)["nodes"] if node["node"] == "sick"]
+    [worker] = [worker for worker in status(watched.redis)["workers"] if worker["worker"] == "sick"]
 
-    assert (alert["labels"]["node"], alert["labels"]["reason"]) == ("sick", "operator")
-    stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(node["since"]))
+    assert (alert["labels"]["worker"], alert["labels"]["reason"]) == ("sick", "operator")
+    stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(worker["state_since"]))
     assert f"since {stamp}" in alert["annotations"]["description"]
-    assert 'embedq_node_state{node="sick",state="degraded"} 1.0' in metrics
-    [since] = watched.prometheus.query('embedq_node_state_since_timestamp_seconds{node="sick"}')
-    assert float(since["value"][1]) == pytest.approx(node["since"], abs=0.1)
+    assert 'embedq_worker_state{worker="sick",state="degraded"} 1.0' in metrics
+    [since] = watched.prometheus.query('embedq_worker_state_since_timestamp_seconds{worker="sick"}')
+    assert float(since["value"][1]) == pytest.approx(worker["state_since"], abs=0.1)
     [told] = [found["stats"]["embedq"] for name, found in stats.items() if "sick" in name]
-    assert (told["state"], told["reason"]) == (node["state"], node["reason"])
-    assert (node["state"], node["reason"]) == ("degraded", REASON)
-    assert watched.asked - 1 <= node["since"] <= time.time()
+    assert (told["state"], told["reason"]) == (worker["state"], worker["reason"])
+    assert (worker["state"], worker["reason"]) == ("degraded", REASON)
+    assert watched.asked - 1 <= worker["state_since"] <= time.time()
     assert SECRET not in metrics + json.dumps(stats)
 
 
@@ -192,21 +192,21 @@ def test_every_panel_of_the_dashboard_has_a_series(watched: Watched) -> None:
     assert empty == set()
 
 
-def test_flower_shows_tasks_by_size_and_the_node_with_its_reason(
+def test_flower_shows_tasks_by_size_and_the_worker_with_its_reason(
     watched: Watched, tmp_path: Path
 ) -> None:
-    """In a browser, tasks have readable arguments, the node its state and reason, and no text."""
+    """In a browser, tasks have readable arguments, the worker its state and reason, and no text."""
     wait_for(lambda: watched.flower.api("tasks?limit=5&state=SUCCESS"), "a task in Flower")
 
     tasks = browse(watched.flower.page("tasks"), picture(tmp_path, "flower-tasks"))
-    node = browse(watched.flower.page("worker/sick@" + host()), picture(tmp_path, "flower-node"))
+    worker = browse(watched.flower.page("worker/sick@" + host()), picture(tmp_path, "flower-node"))
 
     assert re.search(r"&lt;[\d,]+ texts, [\d,]+ kB&gt;", tasks)
-    shown = node[: node.index("Max concurrency")]  # what the page opens with
-    [told] = [node for node in status(watched.redis)["nodes"] if node["node"] == "sick"]
-    stamp = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(told["since"]))
+    shown = worker[: worker.index("Max concurrency")]  # what the page opens with
+    [told] = [worker for worker in status(watched.redis)["workers"] if worker["worker"] == "sick"]
+    stamp = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(told["state_since"]))
     assert [words for words in ("Degraded", REASON, stamp) if words not in shown] == []
-    assert SECRET not in tasks + node
+    assert SECRET not in tasks + worker
 
 
 def test_flower_is_behind_its_password_and_only_looks(watched: Watched) -> None:

@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def host() -> str:
-    """Return this machine's name, as Celery puts it behind the name of a node."""
+    """Return this machine's name, as Celery puts it behind the name of a worker."""
     return socket.gethostname()
 
 

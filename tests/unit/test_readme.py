@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 from embedq.observability import metrics
-from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, Room
+from embedq.settings import OTHER_ROOMS, PREFIX, EnvSettings, ProducerSettings
 from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
 
 README = Path(__file__).parents[2] / "README.md"
-ROOMS: dict[str, type[Room]] = {
+ROOMS: dict[str, type[EnvSettings]] = {
     "embedq.settings.ProducerSettings": ProducerSettings,
     "embedq_worker.settings.WorkerSettings": WorkerSettings,
 }
 METRICS_MARKER = "<!-- metrics: embedq.observability.metrics -->\n"
 
 
-def table(room: type[Room]) -> str:
+def table(room: type[EnvSettings]) -> str:
     """Return the table of a settings class as README must have it."""
     lines = ["| variable | default | unit | meaning |", "|---|---|---|---|"]
     for name, info in room.model_fields.items():

@@ -1,1 +1,1 @@
-"""The embedq worker: Celery nodes that turn texts into vectors, one device each."""
+"""The embedq worker: Celery workers that turn texts into vectors, one device each."""

@@ -17,7 +17,7 @@ def main() -> None:
     if arguments[:1] != ["start"] or asks_for_help or os.name == "nt":
         _run(arguments)  # never returns
     from embedq_worker.main_process.supervisor import (
-        Node,
+        SupervisedProcess,
         supervise,  # wants signals that Windows lacks
     )
 
@@ -25,7 +25,11 @@ def main() -> None:
         _run([*arguments, *more])
 
     parts = ("npu", "cpu") if "--all" in arguments else ()
-    sys.exit(supervise([Node(run, ("--part", part)) for part in parts] or [Node(run)]))
+    sys.exit(
+        supervise(
+            [SupervisedProcess(run, ("--part", part)) for part in parts] or [SupervisedProcess(run)]
+        )
+    )
 
 
 def _run(arguments: list[str]) -> None:

@@ -8,11 +8,11 @@ EmbedqError
 │   ├─ DeviceForbidden    this user or container may not open it
 │   ├─ DeviceBusy         another process holds it; .holder
 │   ├─ WrongDevice        the runtime opened another one
-│   └─ NpuUnproven        it failed, and a strict node has nothing else
+│   └─ NpuUnproven        it failed, and a strict worker has nothing else
 └─ EngineError            an engine cannot be trusted              (feeds health, never the caller)
     ├─ CompileFailed      the model could not be prepared for the device
     ├─ InferFailed        an inference raised, or gave a wrong or non-finite vector
-    ├─ NotQuantised       there is no quantised model to be trusted for class int8
+    ├─ NotQuantized       there is no quantized model to be trusted for class int8
     └─ DeviceLost         the device is gone, hung or unknown: replace the process
 """
 
@@ -55,7 +55,7 @@ class DeviceBusy(DeviceError):
     """Another process holds the NPU.
 
     Attributes:
-        holder: what it wrote into the lock, `pid host node`.
+        holder: what it wrote into the lock, `pid host worker`.
     """
 
     code = "device_busy"
@@ -72,12 +72,12 @@ class WrongDevice(DeviceError):
 
 
 class NpuUnproven(DeviceError):
-    """The NPU of a strict node could not be proven, and nothing else may serve."""
+    """The NPU of a strict worker could not be proven, and nothing else may serve."""
 
     code = "npu_unproven"
 
 
-class Reason(StrEnum):
+class FailureReason(StrEnum):
     """Why an engine cannot be trusted: one word for log, wire and metric."""
 
     ENGINE_FAILED = "engine_failed"
@@ -95,16 +95,16 @@ class Reason(StrEnum):
     COMPILE_REFUSED = "compile_refused"
     COMPILE_CRASHED = "compile_crashed"
     COMPILE_DEADLINE = "compile_deadline"
-    BLOB_REFUSED = "blob_refused"
+    CACHE_ENTRY_INVALID = "cache_entry_invalid"
     NO_COMPILER = "no_compiler"
-    WRONG_SHADOW = "wrong_shadow"
+    SHADOW_MISMATCH = "shadow_mismatch"
     SLOW = "slow"
     INIT_FAILED = "init_failed"
-    INIT_DEADLINE = "init_deadline"
+    INIT_TIMEOUT = "init_timeout"
     CRASH_LOOP = "crash_loop"
     OPERATOR = "operator"
     DRIVER_MISMATCH = "driver_mismatch"
-    NOT_QUANTISED = "not_quantised"
+    NOT_QUANTIZED = "not_quantized"
 
 
 class EngineError(EmbedqError):
@@ -116,9 +116,9 @@ class EngineError(EmbedqError):
 
     code = "engine_failed"
 
-    def __init__(self, message: str, reason: Reason | None = None) -> None:
+    def __init__(self, message: str, reason: FailureReason | None = None) -> None:
         super().__init__(message)
-        self.reason = reason or Reason(self.code)
+        self.reason = reason or FailureReason(self.code)
 
 
 class CompileFailed(EngineError):
@@ -133,10 +133,10 @@ class InferFailed(EngineError):
     code = "infer_failed"
 
 
-class NotQuantised(EngineError):
-    """There is no quantised model, or none to be trusted, for class ``int8``."""
+class NotQuantized(EngineError):
+    """There is no quantized model, or none to be trusted, for class ``int8``."""
 
-    code = "not_quantised"
+    code = "not_quantized"
 
 
 class DeviceLost(EngineError):
@@ -145,7 +145,7 @@ class DeviceLost(EngineError):
     code = "device_lost"
 
 
-def describe(error: BaseException, otherwise: Reason) -> tuple[str, str]:
+def describe(error: BaseException, otherwise: FailureReason) -> tuple[str, str]:
     """Return the code and a sentence of an error; one that is not ours may quote a text."""
     if isinstance(error, EngineError):
         return str(error.reason), str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 OK = 0
 
 
-#: Something nobody foresaw; a node is started again.
+#: Something nobody foresaw; a worker is started again.
 FAILURE = 1
 
 
@@ -25,11 +25,11 @@ CHECK = 5
 DEVICE = 6
 
 
-#: The NPU is there and cannot be proven, and the node is strict.
+#: The NPU is there and cannot be proven, and the worker is strict.
 NPU_UNPROVEN = 7
 
 
-#: The node died again and again and is kept off.
+#: The worker died again and again and is kept off.
 CRASH_LOOP = 8
 
 
@@ -39,7 +39,7 @@ FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNPROVEN))
 
 EPILOG = """\b
 Exit codes:
-  0 done    1 Redis took no order, or no node lives    2 wrong setting, option or file
+  0 done    1 Redis took no order, or no worker lives    2 wrong setting, option or file
   3 model missing or damaged
   4 engine failed    5 a check is red    6 no NPU, no permission, or it is taken
   7 NPU not proven (strict)    8 died again and again    130, 131, 143 ended by a signal

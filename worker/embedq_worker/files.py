@@ -9,7 +9,7 @@ sha256 of large files, remembered between starts: hashing 90 MB costs a start 0.
 A memory of a digest is used only while path, size, modification time and inode are the same, and
 only from a file that this user owns and nobody else can write.
 
-Where a node's small files are when nobody says otherwise. Standard library only: health asks.
+Where a worker's small files are when nobody says otherwise. Standard library only: health asks.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ FILE_NAME: Final = "digests.json"
 MAX_BYTES: Final = 1024 * 1024
 
 
-class Digests:
+class DigestCache:
     """The sha256 of files, computed once."""
 
     def __init__(self, cache_dir: Path) -> None:
@@ -176,7 +176,7 @@ class Digests:
         try:
             replace_private(self._path, json.dumps(known).encode())
         except OSError as error:
-            log.debug("digest_not_kept path=%s reason=%s", self._path, error.strerror)
+            log.debug("digest_cache_write_failed path=%s reason=%s", self._path, error.strerror)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -189,7 +189,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def default_runtime_dir() -> Path:
-    """Return the folder for files that live as long as a node: short, private, in memory if any."""
+    """Return the folder for files that live as long as a worker: short, private, in memory if
+    any.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
         return Path(base) / "embedq"

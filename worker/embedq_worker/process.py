@@ -1,8 +1,8 @@
 """Logging, parent-death signal and watchdog of a process.
 
-Logging of a node: one line per event, on stderr, never a text or a vector.
+Logging of a worker: one line per event, on stderr, never a text or a vector.
 
-No process of a node outlives the one that started it: a model or a device would go with it.
+No process of a worker outlives the one that started it: a model or a device would go with it.
 
 An end to engine calls that never return.
 

@@ -1,6 +1,6 @@
-"""The words that a node's settings may hold, and which of them exclude each other.
+"""The words that a worker's settings may hold, and which of them exclude each other.
 
-What a node can be told through the environment.
+What a worker can be told through the environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from embedq_worker.files import default_runtime_dir
 
 
 class DeviceChoice(StrEnum):
-    """What a node may be started on."""
+    """What a worker may be started on."""
 
     AUTO = "auto"
     NPU = "npu"
@@ -64,7 +64,7 @@ class CommandlistMode(StrEnum):
     FORCE_COMMANDLIST_RECORDING_ONLY = "FORCE_COMMANDLIST_RECORDING_ONLY"
 
 
-class Standin(StrEnum):
+class Emulation(StrEnum):
     """What may play the NPU where there is none: for tests and rehearsals."""
 
     NONE = "none"
@@ -80,7 +80,7 @@ class StubDevice(StrEnum):
 
 
 class LogLevel(StrEnum):
-    """How much a node says."""
+    """How much a worker says."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -94,7 +94,8 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
     stubbed_npu = device is DeviceChoice.STUB and settings.stub_device is StubDevice.NPU
     if settings.strict and not (device in (DeviceChoice.AUTO, DeviceChoice.NPU) or stubbed_npu):
         yield (
-            f"EMBEDQ_STRICT and EMBEDQ_DEVICE={device} exclude each other: a strict node computes "
+            f"EMBEDQ_STRICT and EMBEDQ_DEVICE={device} exclude each other: a strict worker "
+            f"computes "
             "on its NPU or not at all. Use EMBEDQ_DEVICE=npu, or unset EMBEDQ_STRICT."
         )
     if device is DeviceChoice.NPU and engine is EngineChoice.ONNXRUNTIME:
@@ -120,10 +121,12 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
             f"EMBEDQ_PRECISION={precision} and EMBEDQ_ENGINE=onnxruntime exclude each other: "
             "onnxruntime computes in f32 here. Use EMBEDQ_ENGINE=openvino, or f32."
         )
-    if settings.npu_standin is not Standin.NONE and device is not DeviceChoice.NPU:
+    if settings.npu_emulation is not Emulation.NONE and device is not DeviceChoice.NPU:
         yield (
-            f"EMBEDQ_NPU_STANDIN={settings.npu_standin} and EMBEDQ_DEVICE={device} exclude each "
-            "other: a stand-in plays the NPU. Use EMBEDQ_DEVICE=npu, or unset EMBEDQ_NPU_STANDIN."
+            f"EMBEDQ_NPU_EMULATION={settings.npu_emulation} and EMBEDQ_DEVICE={device} exclude "
+            f"each "
+            "other: an emulated NPU plays the NPU. Use EMBEDQ_DEVICE=npu, or unset "
+            "EMBEDQ_NPU_EMULATION."
         )
     longest_s = settings.visibility_timeout_s / 4
     # A default that does not fit gives way; only a number that somebody chose is a contradiction.
@@ -153,31 +156,32 @@ def default_lock_dir() -> Path:
 
 
 def default_name(data: dict[str, Any]) -> str:
-    """Name a node by its host and its device setting, which a restart does not change."""
+    """Name a worker by its host and its device setting, which a restart does not change."""
     device = data.get("device", DeviceChoice.AUTO)
     return f"{socket.gethostname().partition('.')[0]}-{device}"
 
 
 class WorkerSettings(RedisSettings):
-    """Settings of one node."""
+    """Settings of one worker."""
 
     elsewhere: ClassVar[frozenset[str]] = ProducerSettings.variables() | SOURCE_ONLY
 
     device: DeviceChoice = Field(
         DeviceChoice.AUTO,
-        description="What the node computes on: npu, cpu, auto (an NPU if there is one), or stub.",
+        description="What the worker computes on: npu, cpu, auto (an NPU if there is one), or "
+        "stub.",
     )
     strict: bool = Field(
         False,
-        description="Compute on the NPU or not at all; the node ends if it cannot prove its NPU.",
+        description="Compute on the NPU or not at all; the worker ends if it cannot prove its NPU.",
     )
     name: str = Field(
         default_factory=default_name,
-        description="Name of the node, the same over restarts and unique in the fleet.",
+        description="Name of the worker, the same over restarts and unique in the fleet.",
     )
-    npu_node: Path | None = Field(
+    npu_device_file: Path | None = Field(
         None,
-        description="Node of the NPU, as /dev/accel/accel0, where several are visible.",
+        description="Device file of the NPU, as /dev/accel/accel0, where several are visible.",
     )
     lock_dir: Path = Field(
         default_factory=default_lock_dir,
@@ -210,8 +214,8 @@ class WorkerSettings(RedisSettings):
         description="Inference requests on the NPU; 0 takes as many as the device likes, 1 to 8.",
         json_schema_extra=unit("requests"),
     )
-    npu_standin: Standin = Field(
-        Standin.NONE,
+    npu_emulation: Emulation = Field(
+        Emulation.NONE,
         description="For tests and rehearsals: what plays the NPU, alias or npuw; none is the NPU.",
     )
     row_tokens: int = Field(
@@ -221,27 +225,27 @@ class WorkerSettings(RedisSettings):
         description="Tokens of a packed row; 0, and too few, take the longest text of the model.",
         json_schema_extra=unit("tokens"),
     )
-    compile_deadline_s: float = Field(
+    compile_timeout_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
         description="Time after which a compiler counts as hung and is stopped.",
         json_schema_extra=unit("s"),
     )
-    infer_deadline_s: float = Field(
+    infer_timeout_s: float = Field(
         0.0,
         ge=0,
         le=3_600,
         description="The same for one inference on the NPU; 0 measures: 20 times the slowest.",
         json_schema_extra=unit("s"),
     )
-    help_npu: bool = Field(
+    cpu_serves_npu_queue: bool = Field(
         True,
-        description="A node on the CPU also takes batches of embed.npu.",
+        description="A worker on the CPU also takes batches of embed.npu.",
     )
-    degraded_cpu: bool = Field(
+    cpu_fallback: bool = Field(
         True,
-        description="A node whose NPU is not to be trusted serves on its CPU meanwhile.",
+        description="A worker whose NPU is not to be trusted serves on its CPU meanwhile.",
     )
     model: str = Field(
         DEFAULT_MODEL,
@@ -261,7 +265,7 @@ class WorkerSettings(RedisSettings):
     )
     runtime_dir: Path = Field(
         default_factory=default_runtime_dir,
-        description="Folder for the node's state file; private to this user.",
+        description="Folder for the worker's state file; private to this user.",
     )
     offline: bool = Field(
         False,
@@ -288,14 +292,14 @@ class WorkerSettings(RedisSettings):
         description="Most padded tokens in one inference; 0 takes what was tuned, or 512.",
         json_schema_extra=unit("tokens"),
     )
-    commit_patience_s: float = Field(
+    commit_timeout_s: float = Field(
         600.0,
         ge=0,
         le=86_400,
         description="How long to wait for the results Redis before a batch goes back to its queue.",
         json_schema_extra=unit("s"),
     )
-    engine_deadline_s: float = Field(
+    engine_timeout_s: float = Field(
         300.0,
         gt=0,
         le=86_400,
@@ -316,7 +320,7 @@ class WorkerSettings(RedisSettings):
         description="The window; a device that is lost, hangs or is wrong is given up at once.",
         json_schema_extra=unit("s"),
     )
-    slow_factor: float = Field(
+    slowdown_factor: float = Field(
         5.0,
         ge=0,
         le=1_000,
@@ -330,25 +334,26 @@ class WorkerSettings(RedisSettings):
         description="How many batches in a row must be that slow.",
         json_schema_extra=unit("batches"),
     )
-    shadow_every: int = Field(
+    shadow_check_every: int = Field(
         64,
         ge=0,
         le=1_000_000,
         description="One text in this many batches on the NPU is recomputed in fp32; 0 for none.",
         json_schema_extra=unit("batches"),
     )
-    init_budget_s: float = Field(
+    init_timeout_s: float = Field(
         900.0,
         gt=0,
         le=86_400,
         description="Longest time for opening and proving the NPU, at the start and in a probe.",
         json_schema_extra=unit("s"),
     )
-    crash_loop_deaths: int = Field(
+    crash_loop_limit: int = Field(
         5,
         ge=1,
         le=1_000,
-        description="Deaths of the node's process, within a window, at which the NPU is given up.",
+        description="Deaths of the worker's process, within a window, at which the NPU is given "
+        "up.",
         json_schema_extra=unit("deaths"),
     )
     crash_loop_window_s: float = Field(
@@ -358,21 +363,21 @@ class WorkerSettings(RedisSettings):
         description="The window of these deaths.",
         json_schema_extra=unit("s"),
     )
-    probe_first_s: float = Field(
+    probe_initial_delay_s: float = Field(
         30.0,
         gt=0,
         le=86_400,
         description="Time after which an NPU that was given up is tried again; doubles each time.",
         json_schema_extra=unit("s"),
     )
-    probe_longest_s: float = Field(
+    probe_max_delay_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
         description="What that time grows to.",
         json_schema_extra=unit("s"),
     )
-    probe_settle_s: float = Field(
+    probe_reset_after_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
@@ -390,12 +395,12 @@ class WorkerSettings(RedisSettings):
         5.0,
         gt=0,
         le=10,
-        description="How often the node tells the fleet how it is.",
+        description="How often the worker tells the fleet how it is.",
         json_schema_extra=unit("s"),
     )
     log_level: LogLevel = Field(
         LogLevel.INFO,
-        description="How much the node says: debug, info, warning or error.",
+        description="How much the worker says: debug, info, warning or error.",
     )
     stub_device: StubDevice = Field(
         StubDevice.CPU,

@@ -35,7 +35,7 @@ COUNTS: Final = ("ok", "failed", "truncated", "rerouted")
 
 #: What may change under an output: the model is known by its identity, wherever it lies, and a line
 #: that is now skipped shows in the digest if it was a document before.
-FREE: Final = frozenset({"model_label", "bad_lines"})
+IGNORED_KEYS: Final = frozenset({"model_label", "bad_lines"})
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class Manifest:
                 f"{path}: not a manifest that can be read. Start over with --restart."
             ) from error
 
-    def refuse_change(self, now: Manifest) -> None:
+    def check_compatible(self, now: Manifest) -> None:
         """Compare with what the command asks for now.
 
         Raises:
@@ -125,7 +125,7 @@ class Manifest:
             advice = "Use the former, or start over with --restart."
             if part == "input" and self.complete:
                 advice = f"{advice[:-1]}, or bring the output up to date with --update."
-            for key in sorted((before.keys() | after.keys()) - FREE):
+            for key in sorted((before.keys() | after.keys()) - IGNORED_KEYS):
                 if before.get(key) != after.get(key):
                     raise InputChanged(
                         f"The output was begun with {part} {key} = {_shown(before.get(key))}; now "
@@ -145,7 +145,7 @@ class InputChanged(InputError):
 
 
 @contextmanager
-def claimed(output: Path) -> Iterator[None]:
+def lock_output(output: Path) -> Iterator[None]:
     """Keep every other embedq off an output while the block lasts.
 
     Raises:
@@ -173,7 +173,7 @@ def claimed(output: Path) -> Iterator[None]:
         lock.close()
 
 
-class SpoolFiles:
+class PartialFiles:
     """The two files that rows wait in.
 
     Attributes:
@@ -205,7 +205,7 @@ class SpoolFiles:
         self.items_path.unlink(missing_ok=True)
 
 
-class Spool(SpoolFiles):
+class PartialWriter(PartialFiles):
     """The spools, open for writing by the one who claimed the output."""
 
     def __init__(self, output: Path, manifest: Manifest) -> None:

@@ -7,9 +7,9 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from embedq.bulk.request import Progress, Request
+from embedq.bulk.request import EmbedRequest, RunProgress
 from embedq.client import Client
-from embedq.jobs.batches import Document, Slice, guess_tokens
+from embedq.jobs.batches import Document, TextBatch, guess_tokens
 from embedq.protocol.contract import Code, refusal
 from embedq.protocol.values import ITEM_BYTES, TRUNCATED
 
@@ -89,12 +89,12 @@ class Estimate:
         ]
 
 
-def estimate(client: Client, request: Request) -> Estimate:
+def estimate(client: Client, request: EmbedRequest) -> Estimate:
     """Read all inputs, embed a random sample, and extrapolate.
 
     Raises:
         InputError: an input cannot be read.
-        QueueUnavailable, NoNode, ResultError: as Client.encode.
+        QueueUnavailable, NoWorker, ResultError: as Client.encode.
     """
     spec = request.spec(client)
     sample = sample_of(request, spec.max_length)
@@ -102,7 +102,7 @@ def estimate(client: Client, request: Request) -> Estimate:
     texts, text_bytes = sample.texts, sample.text_bytes
     settings = client.settings
     pieces = list(client.split(chosen, spec))
-    for warm_up in (True, False):  # the first inferences of a node allocate
+    for warm_up in (True, False):  # the first inferences of a worker allocate
         began = time.perf_counter()
         batches = list(client.job(_first(pieces, warm_up), spec).batches())
     seconds = time.perf_counter() - began
@@ -128,14 +128,14 @@ def estimate(client: Client, request: Request) -> Estimate:
     )
 
 
-def sample_of(request: Request, max_length: int) -> Sample:
+def sample_of(request: EmbedRequest, max_length: int) -> Sample:
     """Choose documents evenly from a stream of unknown length, and measure the stream.
 
     Source: Vitter, "Random Sampling with a Reservoir", algorithm R.
     """
     choose = random.Random(0)
     sample = Sample()
-    for document in request.documents(Progress()):
+    for document in request.documents(RunProgress()):
         sample.texts += 1
         sample.text_bytes += _size(document.text)
         sample.guessed += _guess(document.text, max_length)
@@ -154,7 +154,7 @@ def _guess(text: object, max_length: int) -> float:
     return guess_tokens(_size(text), max_length) if refusal(text) is Code.NONE else 0.0
 
 
-def _first(pieces: list[Slice], only: bool) -> list[Slice]:
+def _first(pieces: list[TextBatch], only: bool) -> list[TextBatch]:
     return pieces[:1] if only else pieces
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
-from embedq.errors import InputError, nearest
+from embedq.errors import InputError, did_you_mean
 from embedq.jobs.batches import Document
 from embedq.protocol.contract import MAX_TEXT_BYTES
 
@@ -167,7 +167,7 @@ def format_of(name: str, given: str | None = None) -> str:
     known = ", ".join(FORMATS)
     if given is not None:
         if given not in FORMATS:
-            hint = nearest(given, list(FORMATS))
+            hint = did_you_mean(given, list(FORMATS))
             raise InputError(f"Format {given}: expected one of {known}.{hint}")
         return given
     if name == STDIN:
@@ -176,7 +176,7 @@ def format_of(name: str, given: str | None = None) -> str:
     if suffix not in FORMATS:
         raise InputError(
             f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, or .gz of one. "
-            f"Name the format with --format.{nearest(suffix, list(FORMATS))}"
+            f"Name the format with --format.{did_you_mean(suffix, list(FORMATS))}"
         )
     return suffix
 
@@ -246,7 +246,7 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if not isinstance(record, dict):
             yield BadLine(source, number, f"a JSON {type(record).__name__}, not an object")
         elif fields.text not in record:
-            hint = nearest(fields.text, list(record))
+            hint = did_you_mean(fields.text, list(record))
             yield BadLine(source, number, f"no field {fields.text!r} (--text-field).{hint}")
         else:
             name = record.get(fields.id)
@@ -290,7 +290,7 @@ def _csv_documents(
     fields: Fields,
 ) -> _Items:
     if fields.text not in header:
-        hint = nearest(fields.text, header)
+        hint = did_you_mean(fields.text, header)
         raise InputError(f"{source}: no column {fields.text!r} (--text-field).{hint}")
     text_at = header.index(fields.text)
     id_at = header.index(fields.id) if fields.id in header else None

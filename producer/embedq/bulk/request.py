@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class EmbedRequest:
     """What the command was asked to do.
 
     Attributes:
@@ -53,7 +53,7 @@ class Request:
         """
         return expand(self.inputs, writers.own_files(self.output))
 
-    def documents(self, progress: Progress) -> Iterator[Document]:
+    def documents(self, progress: RunProgress) -> Iterator[Document]:
         """Read the inputs."""
         return read(
             self.files(),
@@ -74,7 +74,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """How far a run is; shared with the display.
 
     Attributes:
@@ -95,7 +95,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Summary:
+class RunSummary:
     """What `--json` prints.
 
     Attributes:
@@ -146,10 +146,10 @@ class Summary:
         return [f"{', '.join(parts)} -> {', '.join(self.outputs)}"]
 
 
-class Display(Protocol):
+class ProgressDisplay(Protocol):
     """Shows a run to a person."""
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: RunProgress) -> None:
         """Show how far the run is; called after each batch."""
 
     def note(self, message: str) -> None:

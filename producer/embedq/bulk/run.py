@@ -20,11 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedq.bulk import writers
-from embedq.bulk.checkpoint import InputChanged, Manifest, Spool, SpoolFiles, claimed, manifest_path
-from embedq.bulk.request import Display, Progress, Request, Summary
+from embedq.bulk.checkpoint import (
+    InputChanged,
+    Manifest,
+    PartialFiles,
+    PartialWriter,
+    lock_output,
+    manifest_path,
+)
+from embedq.bulk.request import EmbedRequest, ProgressDisplay, RunProgress, RunSummary
 from embedq.client import Client
 from embedq.errors import InputError
-from embedq.jobs.batches import Document, FinishedBatch, Slice
+from embedq.jobs.batches import BatchResult, Document, TextBatch
 from embedq.protocol.contract import MAX_TEXT_BYTES, Code, Status, VectorSpec, refusal
 from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable
 
@@ -43,7 +50,7 @@ _STAND_INS: dict[Code, object] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class InputBatch:
     """A batch on its way.
 
     Attributes:
@@ -53,15 +60,15 @@ class Piece:
         digest: of all documents up to the end of this piece.
     """
 
-    slice: Slice
+    slice: TextBatch
     documents: list[Document]
     hashes: list[str]
     digest: str
 
 
-def pieces(
-    documents: Iterable[Document], split: Callable[[Iterable[object]], Iterator[Slice]]
-) -> Iterator[Piece]:
+def iter_batches(
+    documents: Iterable[Document], split: Callable[[Iterable[object]], Iterator[TextBatch]]
+) -> Iterator[InputBatch]:
     """Cut documents into pieces.
 
     Args:
@@ -84,7 +91,7 @@ def pieces(
             for offset, text in enumerate(part.texts)
         ]
         digest = _chain(digest, here, hashes)
-        yield Piece(part, here, hashes, digest)
+        yield InputBatch(part, here, hashes, digest)
 
 
 def _slim(document: Document) -> Document:
@@ -117,11 +124,11 @@ class EmbedRun:
     def __init__(
         self,
         client: Client,
-        request: Request,
-        display: Display,
+        request: EmbedRequest,
+        display: ProgressDisplay,
         began: float,
         *,
-        documents: Callable[[Progress], Iterable[Document]] | None = None,
+        documents: Callable[[RunProgress], Iterable[Document]] | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -138,23 +145,23 @@ class EmbedRun:
         self._began = began
         self._documents = documents or request.documents
         self._path = manifest_path(request.output)
-        self._progress = Progress()
+        self._progress = RunProgress()
         self._devices: Counter[str] = Counter()
-        self._on_the_way: dict[int, Piece] = {}
+        self._on_the_way: dict[int, InputBatch] = {}
         self._refusals: set[tuple[str, str]] = set()
 
-    def run(self) -> Summary:
+    def run(self) -> RunSummary:
         """Embed everything that the output does not hold yet.
 
         Raises:
             InputError: an input or the output cannot be used.
             InputChanged: an input or a setting changed since the last run.
-            QueueUnavailable, NoNode, ResultError: as Client.encode.
+            QueueUnavailable, NoWorker, ResultError: as Client.encode.
         """
         output = self._request.output
         writers.require_writable(output)
         spec = self._request.spec(self._client)
-        with claimed(output):
+        with lock_output(output):
             manifest = self._manifest(spec)
             if manifest.embedded:
                 self._require_unchanged(manifest, spec)
@@ -162,14 +169,14 @@ class EmbedRun:
             else:
                 # First, as opening cuts the spools to what this manifest vouches for.
                 manifest.save(self._path)
-                spool = Spool(output, manifest)
+                spool = PartialWriter(output, manifest)
                 try:
                     self._embed(manifest, spec, spool)
                 finally:
                     spool.close()
             return self._summary(manifest, finish(output, manifest, spec.dim))
 
-    def _embed(self, manifest: Manifest, spec: VectorSpec, spool: Spool) -> None:
+    def _embed(self, manifest: Manifest, spec: VectorSpec, spool: PartialWriter) -> None:
         per_checkpoint = max(1, int(self._client.window() * CHECKPOINT_SHARE))
         job = self._client.job(
             self._missing(manifest, spec),
@@ -202,7 +209,7 @@ class EmbedRun:
             return fresh
         found = Manifest.load(self._path)
         if found is not None:
-            found.refuse_change(fresh)
+            found.check_compatible(fresh)
             found.settings, found.inputs = fresh.settings, fresh.inputs
             self._forget_old_job(found)
             self._progress.resumed = found.rows
@@ -222,7 +229,7 @@ class EmbedRun:
             self._client.forget(manifest.job)
             manifest.job = ""
 
-    def _missing(self, manifest: Manifest, spec: VectorSpec) -> Iterator[Slice]:
+    def _missing(self, manifest: Manifest, spec: VectorSpec) -> Iterator[TextBatch]:
         """Yield the batches that the output lacks, after checking those that it holds."""
         held = manifest.batches
         last = -1
@@ -250,11 +257,13 @@ class EmbedRun:
                 "--update, or start over with --restart."
             )
 
-    def _pieces(self, spec: VectorSpec) -> Iterator[Piece]:
+    def _pieces(self, spec: VectorSpec) -> Iterator[InputBatch]:
         documents = self._documents(self._progress)
-        return pieces(documents, lambda texts: self._client.split(texts, spec))
+        return iter_batches(documents, lambda texts: self._client.split(texts, spec))
 
-    def _write(self, spool: Spool, manifest: Manifest, piece: Piece, batch: FinishedBatch) -> None:
+    def _write(
+        self, spool: PartialWriter, manifest: Manifest, piece: InputBatch, batch: BatchResult
+    ) -> None:
         if batch.failure and batch.failure not in self._refusals:
             self._refusals.add(batch.failure)
             self._display.note(f"A batch was refused ({batch.failure[0]}): {batch.failure[1]}")
@@ -274,15 +283,15 @@ class EmbedRun:
         progress.tokens += tokens
         progress.truncated, progress.failed = counts["truncated"], counts["failed"]
 
-    def _checkpoint(self, manifest: Manifest, spool: Spool) -> None:
+    def _checkpoint(self, manifest: Manifest, spool: PartialWriter) -> None:
         manifest.vectors_bytes, manifest.items_bytes = spool.sync()
         manifest.skipped = self._progress.reading.skipped
         manifest.save(self._path)
 
-    def _summary(self, manifest: Manifest, written: list[Path]) -> Summary:
+    def _summary(self, manifest: Manifest, written: list[Path]) -> RunSummary:
         now, started = time.monotonic(), self._progress.started
         working = now - started if started is not None else 0.0
-        return Summary(
+        return RunSummary(
             total=manifest.rows,
             ok=manifest.counts["ok"],
             failed=manifest.counts["failed"],
@@ -308,28 +317,28 @@ def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
         InputError: the output cannot be written, something cut the spools, or the output is missing
             although it was finished.
     """
-    spool = SpoolFiles(output)
+    spool = PartialFiles(output)
     if manifest.complete:
         spool.remove()  # of an update that was killed before its manifest vouched for them
     else:
         spool.require_whole(manifest)
         manifest.embedded, manifest.job = True, ""
         manifest.save(manifest_path(output))
-    written = writers.finish(output, spool, manifest.rows, dim, manifest.dtype)
+    written = writers.finalize(output, spool, manifest.rows, dim, manifest.dtype)
     if not manifest.complete:
         manifest.complete = True
         manifest.save(manifest_path(output))
     return written
 
 
-def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manifest:
+def fresh_manifest(client: Client, request: EmbedRequest, spec: VectorSpec) -> Manifest:
     """Return the manifest of an output that nothing was done for yet."""
     settings = {
         key: str(value) if isinstance(value, str) else value
         for key, value in spec._asdict().items()
-        if value or key != "quantised"  # manifests of an older embedq know no such word
+        if value or key != "quantized"  # manifests of an older embedq know no such word
     }
-    settings["model_label"] = client.card().label
+    settings["model_label"] = client.model_info().label
     settings["batch_texts"] = client.settings.batch_texts
     # A fleet that has changed must not change the split of what is half done.
     before = None if request.restart else Manifest.load(manifest_path(request.output))
@@ -347,7 +356,7 @@ def fresh_manifest(client: Client, request: Request, spec: VectorSpec) -> Manife
     return Manifest(settings, inputs, client.engine() if request.pin_engine else {})
 
 
-def item_lines(first_row: int, piece: Piece, outcomes: OutcomeTable) -> Iterator[str]:
+def item_lines(first_row: int, piece: InputBatch, outcomes: OutcomeTable) -> Iterator[str]:
     """Yield one line of JSON per document: row, id, outcome and the hash of its text."""
     parts = zip(piece.documents, outcomes.as_dicts(), piece.hashes, strict=True)
     for row, (document, outcome, digest) in enumerate(parts, first_row):

@@ -29,14 +29,14 @@ from embedq.bulk.checkpoint import (
     NPY_HEADER_BYTES,
     InputChanged,
     Manifest,
-    Spool,
-    SpoolFiles,
-    claimed,
+    PartialFiles,
+    PartialWriter,
+    lock_output,
     manifest_path,
 )
 from embedq.bulk.readers import STDIN
-from embedq.bulk.request import Display, Progress, Request, Summary
-from embedq.bulk.run import EmbedRun, Piece, finish, fresh_manifest, pieces
+from embedq.bulk.request import EmbedRequest, ProgressDisplay, RunProgress, RunSummary
+from embedq.bulk.run import EmbedRun, InputBatch, finish, fresh_manifest, iter_batches
 from embedq.client import Client
 from embedq.errors import InputError, writing
 from embedq.jobs.batches import Document
@@ -155,31 +155,33 @@ class _Counts:
 class UpdateRun:
     """One run of the command with --update."""
 
-    def __init__(self, client: Client, request: Request, display: Display, began: float) -> None:
+    def __init__(
+        self, client: Client, request: EmbedRequest, display: ProgressDisplay, began: float
+    ) -> None:
         """Prepare a run; arguments as EmbedRun."""
         self._client = client
         self._request = request
         self._display = display
         self._began = began
         self._counts = _Counts()
-        self._last: Piece | None = None
+        self._last: InputBatch | None = None
         self._rows = 0
         self._has_read = False
 
-    def run(self) -> Summary:
+    def run(self) -> RunSummary:
         """Embed what is new or changed, keep the rest, drop what is gone.
 
         Raises:
             InputError: there is no finished output, or it was made with other settings.
-            QueueUnavailable, NoNode, ResultError: as Client.encode.
+            QueueUnavailable, NoWorker, ResultError: as Client.encode.
         """
         output = self._request.output
         writers.require_writable(output)
         spec = self._request.spec(self._client)
-        with claimed(output), _scratch_folder(output) as scratch:
+        with lock_output(output), _scratch_folder(output) as scratch:
             fresh = fresh_manifest(self._client, self._request, spec)
             before = self._finished(fresh, spec)
-            old = writers.unpack(output, scratch, spec.dim, spec.dtype)
+            old = writers.open_rows(output, scratch, spec.dim, spec.dtype)
             index = RowIndex(scratch / "index", old.items_path)
             with closing(index), (scratch / "plan").open("w+b") as plan:
                 held = (index.count_unused(), old.vectors_path.stat().st_size)
@@ -203,17 +205,17 @@ class UpdateRun:
             )
         # Other files or names are what an update is for; other settings would mix vectors.
         before.inputs, before.engine = fresh.inputs, fresh.engine
-        before.refuse_change(fresh)
+        before.check_compatible(fresh)
         finish(output, before, spec.dim)
         return before
 
     def _embed_delta(
         self, fresh: Manifest, index: RowIndex, plan: BinaryIO, spec: VectorSpec
-    ) -> Summary:
+    ) -> RunSummary:
         """Embed what is new or changed, going on from a killed update if it fits."""
         request = replace(self._request, output=writers.delta_path(self._request.output))
 
-        def documents(progress: Progress) -> Iterator[Document]:
+        def documents(progress: RunProgress) -> Iterator[Document]:
             return self._to_embed(progress, index, plan, spec)
 
         for restart in (False, True):
@@ -247,12 +249,12 @@ class UpdateRun:
         """Delete the delta, in an order in which a kill leaves one that is begun anew."""
         delta = writers.delta_path(self._request.output)
         Manifest(fresh.settings, fresh.inputs, fresh.engine).save(manifest_path(delta))
-        SpoolFiles(delta).remove()
+        PartialFiles(delta).remove()
         for path in (delta, writers.sidecar_path(delta), manifest_path(delta)):
             path.unlink(missing_ok=True)
 
     def _to_embed(
-        self, progress: Progress, index: RowIndex, plan: BinaryIO, spec: VectorSpec
+        self, progress: RunProgress, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> Iterator[Document]:
         """Yield the documents that the old output lacks, and note for each where its row is."""
         self._has_read = True
@@ -261,7 +263,7 @@ class UpdateRun:
         index.forget_use()
         self._counts, self._rows, self._last = _Counts(), 0, None
         documents = self._request.documents(progress)
-        for piece in pieces(documents, lambda texts: self._client.split(texts, spec)):
+        for piece in iter_batches(documents, lambda texts: self._client.split(texts, spec)):
             for document, digest in zip(piece.documents, piece.hashes, strict=True):
                 row = index.find(document, digest)
                 plan.write(_STEP.pack(row, NAMED if document.named else int(document.id)))
@@ -280,11 +282,11 @@ class UpdateRun:
         manifest: Manifest,
         old: writers.Unpacked,
         plan: BinaryIO,
-        delta: Summary,
+        delta: RunSummary,
         spec: VectorSpec,
-    ) -> Summary:
+    ) -> RunSummary:
         output = self._request.output
-        spool = Spool(output, manifest)
+        spool = PartialWriter(output, manifest)
         try:
             _merge_rows(spool, manifest, old, plan, writers.delta_path(output), spec.dim)
             manifest.vectors_bytes, manifest.items_bytes = spool.sync()
@@ -335,7 +337,7 @@ def _full_index() -> Iterator[None]:
 
 
 def _merge_rows(
-    spool: Spool,
+    spool: PartialWriter,
     manifest: Manifest,
     old: writers.Unpacked,
     plan: BinaryIO,

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from embedq.bulk.checkpoint import NPY_HEADER_BYTES, SpoolFiles, npy_header
+from embedq.bulk.checkpoint import NPY_HEADER_BYTES, PartialFiles, npy_header
 from embedq.bulk.readers import STDIN
-from embedq.errors import InputError, nearest, writing
+from embedq.errors import InputError, did_you_mean, writing
 from embedq.protocol.contract import Dtype
 from embedq.protocol.values import DESCRIPTIONS, ITEM_BYTES, Vectors
 
@@ -36,7 +36,7 @@ def format_of(output: Path) -> str:
         known = ", ".join(_FINISHERS)
         raise InputError(
             f"{output}: unknown ending {suffix or '(none)'}; expected one of {known}."
-            f"{nearest(suffix, list(_FINISHERS))}"
+            f"{did_you_mean(suffix, list(_FINISHERS))}"
         )
     return suffix
 
@@ -61,7 +61,7 @@ def own_files(output: Path) -> list[Path]:
     return [*files_of(output), *files_of(delta_path(output))]
 
 
-def require_apart(output: Path, inputs: Sequence[str]) -> None:
+def check_not_an_input(output: Path, inputs: Sequence[str]) -> None:
     """Check that no file of the output is one of the inputs.
 
     Raises:
@@ -97,8 +97,8 @@ def require_writable(output: Path) -> None:
         _pyarrow()
 
 
-def finish(
-    output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32
+def finalize(
+    output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32
 ) -> list[Path]:
     """Turn complete spools into the output and remove them; goes on where a killed call stopped.
 
@@ -142,7 +142,7 @@ class Unpacked:
     items_path: Path
 
 
-def unpack(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Unpacked:
+def open_rows(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Unpacked:
     """Give random access to the rows of a finished output, of whatever format.
 
     Args:
@@ -198,7 +198,7 @@ def _read_parquet(output: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
+def _finish_npy(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
     with writing(output), spool.vectors_path.open("r+b") as vectors:
         vectors.write(npy_header(rows, dim, dtype))
         vectors.flush()
@@ -209,7 +209,7 @@ def _finish_npy(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dty
         spool.vectors_path.replace(output)
 
 
-def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
+def _finish_jsonl(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
     temporary = output.with_name(output.name + ".tmp")
     with writing(output), temporary.open("w", encoding="utf-8") as out:
         for items, vectors in _chunks(spool, dim, dtype):
@@ -221,7 +221,7 @@ def _finish_jsonl(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: D
         temporary.replace(output)
 
 
-def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype: Dtype) -> None:
+def _finish_parquet(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
     pa, pq = _pyarrow()
     temporary = output.with_name(output.name + ".tmp")
     # Few readers of Parquet know float16, so its values are spelled as float32.
@@ -246,7 +246,7 @@ def _finish_parquet(output: Path, spool: SpoolFiles, rows: int, dim: int, dtype:
         temporary.replace(output)
 
 
-_FINISHERS: dict[str, Callable[[Path, SpoolFiles, int, int, Dtype], None]] = {
+_FINISHERS: dict[str, Callable[[Path, PartialFiles, int, int, Dtype], None]] = {
     "npy": _finish_npy,
     "jsonl": _finish_jsonl,
     "parquet": _finish_parquet,
@@ -254,7 +254,7 @@ _FINISHERS: dict[str, Callable[[Path, SpoolFiles, int, int, Dtype], None]] = {
 
 
 def _chunks(
-    spool: SpoolFiles, dim: int, dtype: Dtype
+    spool: PartialFiles, dim: int, dtype: Dtype
 ) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
     """Yield items and their vectors, a bounded number of rows at a time."""
     with (

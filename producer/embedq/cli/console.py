@@ -20,7 +20,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from embedq import errors
-from embedq.bulk.request import Progress
+from embedq.bulk.request import RunProgress
 
 EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
 
@@ -32,14 +32,14 @@ _EXIT_CODES: dict[type[errors.EmbedqError], int] = {
     errors.SettingsError: EXIT_SETTINGS,
     errors.InputError: EXIT_INPUT,
     errors.QueueUnavailable: EXIT_UNAVAILABLE,
-    errors.NoNode: EXIT_UNAVAILABLE,
+    errors.NoWorker: EXIT_UNAVAILABLE,
     errors.LocalStartFailed: EXIT_LOCAL,
     errors.ResultError: EXIT_RESULT,
 }
 
 
 @contextmanager
-def errors_as_sentences() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Print an error of ours as one message and leave with its exit code."""
     try:
         yield
@@ -59,12 +59,12 @@ class RunDisplay:
         """Prepare a display; when quiet it shows notes only.
 
         Attributes:
-            nodes: set it to a function that tells how many nodes work on which device.
+            workers: set it to a function that tells how many workers work on which device.
         """
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal and not quiet
         self._quiet = quiet
-        self.nodes: Callable[[], str] = str
+        self.workers: Callable[[], str] = str
         self._last_plain = time.monotonic()
         self._bar = Bar(
             BarColumn(bar_width=24),
@@ -97,7 +97,7 @@ class RunDisplay:
         """Say what the start waits for."""
         self._bar.update(self._task, description=what)
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: RunProgress) -> None:
         """Show how far the run is."""
         fraction = progress.reading.fraction()
         line = self._line(progress, fraction)
@@ -111,7 +111,7 @@ class RunDisplay:
             share = "" if fraction is None else f"{fraction:.0%} "
             self._console.print(f"embedq: {share}{line}", markup=False, soft_wrap=True)
 
-    def _line(self, progress: Progress, fraction: float | None) -> str:
+    def _line(self, progress: RunProgress, fraction: float | None) -> str:
         seconds = max(1e-6, time.monotonic() - (progress.started or time.monotonic()))
         parts = [
             f"{progress.resumed + progress.texts:,} texts",
@@ -124,8 +124,8 @@ class RunDisplay:
             parts.append(f"{progress.truncated:,} truncated")
         if progress.failed:
             parts.append(f"{progress.failed:,} failed")
-        nodes = self.nodes()
-        return "  ".join([*parts, nodes] if nodes else parts)
+        workers = self.workers()
+        return "  ".join([*parts, workers] if workers else parts)
 
 
 def _duration(seconds: float) -> str:

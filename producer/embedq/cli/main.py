@@ -21,13 +21,13 @@ from embedq.cli.console import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_SETTINGS,
-    errors_as_sentences,
+    exit_on_error,
 )
 from embedq.cli.operations import dead, exporter, status
 from embedq.protocol.contract import Accuracy, Dtype, OnLong
 
 if TYPE_CHECKING:
-    from embedq.bulk.request import Request
+    from embedq.bulk.request import EmbedRequest
     from embedq.cli.console import RunDisplay
     from embedq.client import Client
     from embedq.settings import ProducerSettings
@@ -38,7 +38,7 @@ BEGAN = time.monotonic()  # before the imports: they are part of what a person w
 _EPILOG = """\b
 Exit codes:
   0 done    1 done, but some texts failed    2 wrong setting or option
-  3 input or output    4 no Redis or no node    5 the local node did not start
+  3 input or output    4 no Redis or no worker    5 the local worker did not start
   6 a result was lost    130 interrupted; the same command goes on
 \b
 Examples:
@@ -67,12 +67,14 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="File to write: .npy (with a sidecar .items.jsonl), .jsonl or .parquet.",
 )
-@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option(
+    "--local", is_flag=True, help="Start a private Redis and one worker for this command."
+)
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
 @click.option(
     "--accuracy",
     type=click.Choice([str(choice) for choice in Accuracy]),
-    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantised.  "
+    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantized.  "
     "[EMBEDQ_ACCURACY]",
 )
 @click.option(
@@ -141,15 +143,15 @@ def embed(
 
     The same command goes on where a killed or interrupted one stopped.
     """
-    with errors_as_sentences(), _interruptible(output, restart=restart):
-        from embedq.bulk.request import Request, Summary
+    with exit_on_error(), _interruptible(output, restart=restart):
+        from embedq.bulk.request import EmbedRequest, RunSummary
         from embedq.cli.console import RunDisplay  # heavy, and not needed for --help
         from embedq.settings import ProducerSettings
 
         settings = ProducerSettings.load(
             model=model, accuracy=accuracy, dtype=dtype, strict=strict, on_long=on_long
         )
-        request = Request(
+        request = EmbedRequest(
             inputs=inputs,
             output=output,
             fields=Fields(id=id_field, text=text_field),
@@ -170,20 +172,20 @@ def embed(
             RunDisplay(quiet=quiet or as_json) as display,
             _connected(settings, display, local=local) as client,
         ):
-            # Imported while the node of a local run starts: they bring Celery with them.
+            # Imported while the worker of a local run starts: they bring Celery with them.
             from embedq.bulk.estimate import Estimate, estimate
             from embedq.bulk.run import EmbedRun
             from embedq.bulk.update import UpdateRun
 
-            display.nodes = client.nodes
+            display.workers = client.workers
             if dry_run:
-                result: Estimate | Summary = estimate(client, request)
+                result: Estimate | RunSummary = estimate(client, request)
             else:
                 run = UpdateRun if update else EmbedRun
                 result = run(client, request, display, BEGAN).run()
     lines = [json.dumps(result.as_dict())] if as_json else result.lines()
     click.echo("\n".join(lines))
-    failed = isinstance(result, Summary) and result.failed
+    failed = isinstance(result, RunSummary) and result.failed
     sys.exit(EXIT_FAILED if failed else EXIT_OK)
 
 
@@ -198,7 +200,9 @@ def embed(
     show_default=True,
     help="How many rows to show.",
 )
-@click.option("--local", is_flag=True, help="Start a private Redis and one node for this command.")
+@click.option(
+    "--local", is_flag=True, help="Start a private Redis and one worker for this command."
+)
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
 @click.option("--prompt-name", help="Name of a prompt of the model to put before the query.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
@@ -212,7 +216,7 @@ def search(
     as_json: bool,
 ) -> None:
     """Show the rows of an .npy output that are nearest to a query."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.bulk.search import load_manifest, nearest_rows
         from embedq.cli.console import RunDisplay
         from embedq.settings import ProducerSettings
@@ -223,11 +227,12 @@ def search(
             RunDisplay(quiet=True) as display,
             _connected(settings, display, local=local) as client,
         ):
-            identity = client.card().identity
+            identity = client.model_info().identity
             if identity != manifest.settings["model"]:
                 raise errors.InputError(
                     f"{vectors} was made with {manifest.settings['model_label']} "
-                    f"({manifest.settings['model'][:12]}); the node serves {client.card().label} "
+                    f"({manifest.settings['model'][:12]}); the worker serves "
+                    f"{client.model_info().label} "
                     f"({identity[:12]}). Vectors of two models cannot be compared: use the former."
                 )
             hits = nearest_rows(vectors, client.encode(query, prompt_name=prompt_name), top)
@@ -238,7 +243,7 @@ def search(
             click.echo(f"{hit.score:.4f}  {hit.id}")
 
 
-def _check_files(request: Request) -> None:
+def _check_files(request: EmbedRequest) -> None:
     """Refuse what cannot work before anything is started."""
     from embedq.bulk import writers
     from embedq.bulk.readers import format_of
@@ -247,7 +252,7 @@ def _check_files(request: Request) -> None:
     inputs = request.files()
     for name in inputs:
         format_of(name, request.format)
-    writers.require_apart(request.output, inputs)
+    writers.check_not_an_input(request.output, inputs)
 
 
 @contextmanager
@@ -261,12 +266,12 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
         return
     from embedq.local.fleet import LocalFleet
 
-    display.starting("starting a private Redis and a node")
+    display.starting("starting a private Redis and a worker")
     environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
     if settings.accuracy is not Accuracy.STANDARD:
         environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32 or int8
     with LocalFleet(environment=environment, warn=display.note) as fleet:
-        from embedq.client import Client  # brings Celery, while the node brings up its own
+        from embedq.client import Client  # brings Celery, while the worker brings up its own
 
         at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
         private = settings.model_copy(update=at)
@@ -310,7 +315,7 @@ def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def settings(as_json: bool) -> None:
     """Show every setting, its value and where it comes from."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.settings import ProducerSettings
 
         shown = list(ProducerSettings.load().describe())

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_SETTINGS, errors_as_sentences
+from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_SETTINGS, exit_on_error
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -35,15 +35,15 @@ T = TypeVar("T")
 WATCH_EVERY_S = 1.0
 
 
-_COLOURS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "failed": "red"}
+_COLORS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "failed": "red"}
 
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Keep looking until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def status(watch: bool, as_json: bool) -> None:
-    """Show nodes, queues and jobs."""
-    with errors_as_sentences():
+    """Show workers, queues and jobs."""
+    with exit_on_error():
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
@@ -74,14 +74,14 @@ def _looker() -> Callable[[], FleetStatus]:
     """Return a function that looks at the fleet of the settings, on connections that it keeps."""
     from embedq.observability.status import fetch_status
     from embedq.settings import ProducerSettings, mask_password
-    from embedq.store.connection import open_redis, patiently
+    from embedq.store.connection import call_with_retry, open_redis
 
     settings = ProducerSettings.load()
     broker, results = open_redis(settings.broker_url), open_redis(settings.results_url)
 
     def look() -> FleetStatus:
         def once(action: Callable[[], T], where: str) -> T:
-            return patiently(action, patience_s=0, on_wait=lambda _: None, where=where)
+            return call_with_retry(action, retry_timeout_s=0, on_wait=lambda _: None, where=where)
 
         # First each alone, so that an error names the one that is away.
         once(broker.ping, mask_password(settings.broker_url))
@@ -97,15 +97,17 @@ def render(found: FleetStatus) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    nodes = Table("node", "state", "device", "engine", "precision", "since", "reason", box=None)
-    for node in found.nodes:
-        state = Text(node.state, style=_COLOURS.get(node.state, ""))
-        computes = map(Text, (node.device, node.engine, node.precision))
-        since = f"{age(found.at - node.since)} ago"
-        nodes.add_row(Text(node.node), state, *computes, since, Text(node.reason))
+    workers = Table(
+        "worker", "state", "device", "engine", "precision", "state_since", "reason", box=None
+    )
+    for worker in found.workers:
+        state = Text(worker.state, style=_COLORS.get(worker.state, ""))
+        computes = map(Text, (worker.device, worker.engine, worker.precision))
+        since = f"{age(found.at - worker.state_since)} ago"
+        workers.add_row(Text(worker.worker), state, *computes, since, Text(worker.reason))
     for name, at in sorted(found.silent.items()):
         state = Text("silent", style="red")
-        nodes.add_row(
+        workers.add_row(
             Text(name), state, "", "", "", f"{age(found.at - at)} ago", "It took no leave."
         )
     queues = Table("queue", "waiting", "oldest", box=None)
@@ -124,10 +126,10 @@ def render(found: FleetStatus) -> Group:
     head = ""
     if found.paused:
         head = f"paused {age(found.at - found.paused.at)} ago: {found.paused.reason}\n"
-    missing = "no node is alive\n" if not found.nodes else ""
+    missing = "no worker is alive\n" if not found.workers else ""
     return Group(
         Text(head + missing, style="red", end=""),
-        nodes,
+        workers,
         queues,
         jobs,
         f"memory of Redis: {memory}",
@@ -160,28 +162,31 @@ def dead() -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON list instead of lines.")
 def list_(as_json: bool) -> None:
     """List the texts that were set aside, newest first, without their text."""
-    with errors_as_sentences():
-        from embedq.protocol.worker import plain
+    with exit_on_error():
+        from embedq.protocol.worker import strip_control_chars
         from embedq.store import dead_letters as letters
 
         found = letters.fetch_all(_results())
     if as_json:
         shown = [
-            {"id": o.id, "code": o.code, "reason": o.reason, "node": o.node, "at": o.at}
+            {"id": o.id, "code": o.code, "reason": o.reason, "worker": o.worker, "at": o.at}
             for o in found
         ]
         click.echo(json.dumps(shown))
         return
     for letter in found:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(letter.at))
-        click.echo(f"{plain(letter.id)}  {when}  {letter.node}  {letter.code}  {letter.reason}")
+        click.echo(
+            f"{strip_control_chars(letter.id)}  {when}  {letter.worker}  {letter.code}  "
+            f"{letter.reason}"
+        )
 
 
 @dead.command()
 @click.argument("name", metavar="ID")
 def show(name: str) -> None:
     """Print one text that was set aside."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.store import dead_letters as letters
 
         letter = letters.fetch(_results(), name)
@@ -201,7 +206,7 @@ def show(name: str) -> None:
 )
 def requeue(names: tuple[str, ...], output: Path | None) -> None:
     """Embed texts once more, after their cause was mended; those that work leave the list."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.client import Client
         from embedq.errors import TextsFailed, writing
         from embedq.store import dead_letters as letters
@@ -234,7 +239,7 @@ def requeue(names: tuple[str, ...], output: Path | None) -> None:
 @click.option("--all", "everything", is_flag=True, help="Drop all of them.")
 def drop(names: tuple[str, ...], everything: bool) -> None:
     """Delete texts that were set aside."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.store import dead_letters as letters
 
         results = _results()
@@ -253,11 +258,13 @@ def drop(names: tuple[str, ...], everything: bool) -> None:
 
 def _results() -> Redis:
     from embedq.settings import ProducerSettings, mask_password
-    from embedq.store.connection import open_redis, patiently
+    from embedq.store.connection import call_with_retry, open_redis
 
     url = ProducerSettings.load().results_url
     client = open_redis(url)
-    patiently(client.ping, patience_s=0, on_wait=lambda _: None, where=mask_password(url))
+    call_with_retry(
+        client.ping, retry_timeout_s=0, on_wait=lambda _: None, where=mask_password(url)
+    )
     return client
 
 
@@ -285,7 +292,7 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
 )
 def exporter(host: str, port: int) -> None:
     """Answer Prometheus on /metrics, and health checks on /healthz."""
-    with errors_as_sentences():
+    with exit_on_error():
         from embedq.settings import ProducerSettings
         from embedq.store.connection import open_redis
 

@@ -41,13 +41,13 @@ CPU_BATCH_TOKENS = 30_000
 DEVICE_BATCH_TOKENS = 262_144
 
 
-#: The first batches of a job are this share of a full one, so that a node has work at once and the
-#: first results come soon.
+#: The first batches of a job are this share of a full one, so that a worker has work at once and
+#: the first results come soon.
 RAMP = (0.125, 0.25, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class TextBatch:
     """A run of consecutive texts that travels as one batch.
 
     Attributes:
@@ -76,7 +76,7 @@ def batch_tokens(setting: int, devices: Iterable[str]) -> int:
 
     Args:
         setting: fixed by the user; 0 leaves it to the fleet.
-        devices: what the living nodes that may serve the job compute on.
+        devices: what the living workers that may serve the job compute on.
     """
     slow = all(device == Device.CPU for device in devices)
     return setting or (CPU_BATCH_TOKENS if slow else DEVICE_BATCH_TOKENS)
@@ -84,7 +84,7 @@ def batch_tokens(setting: int, devices: Iterable[str]) -> int:
 
 def split(
     texts: Iterable[object], *, max_texts: int, max_tokens: int, max_length: int
-) -> Iterator[Slice]:
+) -> Iterator[TextBatch]:
     """Cut a stream of texts into batches of about equal work.
 
     Args:
@@ -108,7 +108,7 @@ def split(
         work = guess_tokens(n_bytes, max_length)
         full = len(current) >= max(1, int(max_texts * share)) or tokens + work > max_tokens * share
         if current and (full or size + n_bytes > MAX_BATCH_BYTES):
-            yield Slice(index, start, current, refused)
+            yield TextBatch(index, start, current, refused)
             index, start = index + 1, start + len(current)
             current, refused, tokens, size = [], {}, 0.0, 0.0
         if code is not Code.NONE:
@@ -117,11 +117,11 @@ def split(
         tokens += work
         size += n_bytes
     if current:
-        yield Slice(index, start, current, refused)
+        yield TextBatch(index, start, current, refused)
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedBatch:
+class BatchResult:
     """A batch that has its answer.
 
     Attributes:
@@ -131,7 +131,7 @@ class FinishedBatch:
         failure: (code, detail) if the worker refused the batch as a whole.
     """
 
-    slice: Slice
+    slice: TextBatch
     vectors: Vectors
     outcomes: OutcomeTable
     failure: tuple[str, str] | None = None
@@ -146,7 +146,7 @@ class FinishedBatch:
         return {self.slice.start + int(row): outcomes[int(row)].code for row in rows}
 
 
-class Rows:
+class VectorBuffer:
     """The vectors of a job one after the other, copied as they come: at its end nothing is left."""
 
     def __init__(self, spec: VectorSpec, planned: int | None) -> None:
@@ -174,7 +174,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class Embedding:
     """One text with its vector.
 
     Attributes:
@@ -188,9 +188,9 @@ class Embedded:
     outcome: Outcome
 
 
-def assemble(
-    piece: Slice, values: Sequence[bytes | None], spec: VectorSpec, fingerprint: bytes
-) -> FinishedBatch:
+def decode_result(
+    piece: TextBatch, values: Sequence[bytes | None], spec: VectorSpec, fingerprint: bytes
+) -> BatchResult:
     """Put a batch together from the values of its commit.
 
     Args:
@@ -215,7 +215,7 @@ def assemble(
         raise CorruptValue(f"A batch came back with {len(vectors)} rows, expected {len(piece)}.")
     if _has_bad_vectors(vectors, outcomes):
         raise CorruptValue("A batch came back with vectors that are not finite.")
-    return FinishedBatch(piece, vectors, outcomes)
+    return BatchResult(piece, vectors, outcomes)
 
 
 def _has_bad_vectors(vectors: Vectors, outcomes: OutcomeTable) -> bool:
@@ -233,11 +233,11 @@ def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:
     )
 
 
-def _failed(piece: Slice, failure: tuple[str, str], spec: VectorSpec) -> FinishedBatch:
+def _failed(piece: TextBatch, failure: tuple[str, str], spec: VectorSpec) -> BatchResult:
     outcome = Outcome(status=Status.FAILED, code=failure[0])
     outcomes = OutcomeTable.from_outcomes([outcome] * len(piece))
     vectors: Vectors = np.full((len(piece), spec.dim), np.nan, DESCRIPTIONS[spec.dtype])
-    return FinishedBatch(piece, vectors, outcomes, failure)
+    return BatchResult(piece, vectors, outcomes, failure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from embedq.errors import CorruptValue, ResultExpired, ResultTimeout
-from embedq.jobs.batches import Embedded, FinishedBatch, Slice, assemble
-from embedq.jobs.recovery import Reconciler
-from embedq.jobs.sender import Pump
-from embedq.jobs.state import CLOSE_PATIENCE_S, Errand, JobProgress, JobState, Link, Outstanding
+from embedq.jobs.batches import BatchResult, Embedding, TextBatch, decode_result
+from embedq.jobs.recovery import LostBatchRecovery
+from embedq.jobs.sender import BatchSender
+from embedq.jobs.state import (
+    CLOSE_RETRY_TIMEOUT_S,
+    InFlightBatch,
+    JobConnections,
+    JobContext,
+    JobProgress,
+    JobState,
+)
 from embedq.observability.tracing import JobTrace
 from embedq.protocol.contract import Queue, VectorSpec
 from embedq.store.ledger import Commit, Ledger
@@ -37,7 +44,7 @@ MAX_RECOMPUTES = 3
 class Collector:
     """Brings batches back, and has them computed again whose vectors did not survive in Redis."""
 
-    def __init__(self, errand: Errand, pump: Pump) -> None:
+    def __init__(self, errand: JobContext, pump: BatchSender) -> None:
         self._errand = errand
         self._pump = pump
 
@@ -51,7 +58,7 @@ class Collector:
         if left_s is not None:  # to Redis, 0 means for ever
             block_ms = max(1, min(block_ms, int(1e3 * left_s)))
         ledger = self._errand.ledger
-        return self._errand.patiently(
+        return self._errand.call_with_retry(
             lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
         )
 
@@ -70,17 +77,17 @@ class Collector:
         errand, state = self._errand, self._errand.state
         waiting = state.outstanding.get(commit.index)
         if waiting is not None:
-            values = errand.patiently(lambda: errand.ledger.fetch_values(commit))
+            values = errand.call_with_retry(lambda: errand.ledger.fetch_values(commit))
             try:
-                finished = assemble(waiting.slice, values, errand.spec, errand.fingerprint)
+                finished = decode_result(waiting.slice, values, errand.spec, errand.fingerprint)
             except CorruptValue as error:
                 self._recompute(commit, waiting, error)
                 return
             state.ready[commit.index] = finished
             del state.outstanding[commit.index]
-        errand.patiently(lambda: errand.ledger.take([commit]))
+        errand.call_with_retry(lambda: errand.ledger.acknowledge([commit]))
 
-    def _recompute(self, commit: Commit, waiting: Outstanding, error: CorruptValue) -> None:
+    def _recompute(self, commit: Commit, waiting: InFlightBatch, error: CorruptValue) -> None:
         errand = self._errand
         waiting.recomputes += 1
         if waiting.recomputes > MAX_RECOMPUTES:
@@ -88,9 +95,9 @@ class Collector:
                 f"Batch {commit.index} of job {errand.id} was computed {MAX_RECOMPUTES} times and "
                 f"its vectors were lost or damaged in Redis each time: {error}"
             ) from error
-        errand.link.on_wait(f"Batch {commit.index} is computed again: {error}")
+        errand.connections.on_wait(f"Batch {commit.index} is computed again: {error}")
         errand.open()  # in case Redis forgot the whole job
-        errand.patiently(lambda: errand.ledger.forget(commit))
+        errand.call_with_retry(lambda: errand.ledger.invalidate(commit))
         self._pump.publish(waiting.slice, waiting.recomputes)
 
 
@@ -99,9 +106,9 @@ class Job:
 
     def __init__(
         self,
-        link: Link,
+        link: JobConnections,
         spec: VectorSpec,
-        slices: Iterable[Slice],
+        slices: Iterable[TextBatch],
         *,
         queue: Queue,
         window: Callable[[], int],
@@ -127,12 +134,12 @@ class Job:
             planned: texts of the whole job, shown to operators; None if that is not known yet.
         """
         self.id = secrets.token_hex(8)
-        self._link = link
+        self._connections = link
         self._refusable = refusable
         self._state = JobState(ordered)
-        self._errand = Errand(
+        self._errand = JobContext(
             id=self.id,
-            link=link,
+            connections=link,
             queue=queue,
             spec=spec,
             fingerprint=spec.fingerprint(),
@@ -142,10 +149,10 @@ class Job:
             trace=JobTrace(self.id),
             state=self._state,
         )
-        self._pump = Pump(self._errand, iter(slices), window=window, planned=planned)
+        self._pump = BatchSender(self._errand, iter(slices), window=window, planned=planned)
         self._collector = Collector(self._errand, self._pump)
-        self._reconciler = Reconciler(self._errand, self._pump)
-        self._kept: deque[FinishedBatch] = deque()
+        self._reconciler = LostBatchRecovery(self._errand, self._pump)
+        self._kept: deque[BatchResult] = deque()
 
     def start(self) -> None:
         """Publish the first window; `batches`, `results` and `wait` do it by themselves.
@@ -156,17 +163,17 @@ class Job:
         """
         if not self._state.open:
             if self._refusable:
-                self._pump.require_room()
+                self._pump.check_capacity()
             self._errand.open()
             self._errand.trace.begin()
             self._state.open = True
-            self._pump.publish_up_to_window()
+            self._pump.fill_window()
 
     def progress(self) -> JobProgress:
         """Return how far the job is, without asking Redis."""
         return self._state.progress()
 
-    def batches(self, *, timeout_s: float | None = None) -> Iterator[FinishedBatch]:
+    def batches(self, *, timeout_s: float | None = None) -> Iterator[BatchResult]:
         """Yield each batch once; leaving early cancels the rest.
 
         Args:
@@ -184,12 +191,12 @@ class Job:
         except GeneratorExit:
             raise
         except BaseException as error:  # Ctrl-C, too: the rest is cancelled
-            self._state.broken_by = error
+            self._state.error = error
             raise
         finally:
             self._errand.close()
 
-    def results(self, *, timeout_s: float | None = None) -> Iterator[Embedded]:
+    def results(self, *, timeout_s: float | None = None) -> Iterator[Embedding]:
         """Yield each text's vector and outcome, in the caller's order if the job is ordered.
 
         Args, Raises: as `batches`.
@@ -197,7 +204,7 @@ class Job:
         for batch in self.batches(timeout_s=timeout_s):
             for row in range(len(batch.slice)):
                 position = batch.slice.start + row
-                yield Embedded(position, batch.vectors[row], batch.outcomes[row])
+                yield Embedding(position, batch.vectors[row], batch.outcomes[row])
 
     def wait(self, timeout_s: float | None = None) -> JobProgress:
         """Wait until every text has its outcome, keeping the vectors in memory for `results`.
@@ -207,7 +214,7 @@ class Job:
             QueueUnavailable, ResultExpired: as `batches`; also when the caller's iterable raised.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        arrived: deque[FinishedBatch] = deque(self._kept)
+        arrived: deque[BatchResult] = deque(self._kept)
         self._kept.clear()
         try:
             while True:
@@ -222,17 +229,17 @@ class Job:
         return self.progress()
 
     def cancel(self) -> None:
-        """Stop the job: what is queued is dropped by the nodes, what is stored is deleted.
+        """Stop the job: what is queued is dropped by the workers, what is stored is deleted.
 
         A Redis that is away is waited for a moment only: what is left of the job expires there.
         """
-        self._errand.close(CLOSE_PATIENCE_S)
+        self._errand.close(CLOSE_RETRY_TIMEOUT_S)
 
-    def _next(self, silence_s: float | None) -> FinishedBatch | None:
+    def _next(self, silence_s: float | None) -> BatchResult | None:
         """Return the next batch, or None when there is no more."""
         if self._kept:
             return self._kept.popleft()
-        if (broken_by := self._state.broken_by) is not None:
+        if (broken_by := self._state.error) is not None:
             reason = str(broken_by) or type(broken_by).__name__
             raise ResultExpired(
                 f"Job {self.id} has ended, with {self._state.texts:,} texts handed out: "
@@ -241,19 +248,19 @@ class Job:
         if self._state.closed:
             return None
         heard = time.monotonic()
-        self._state.until = math.inf if silence_s is None else heard + silence_s
+        self._state.deadline = math.inf if silence_s is None else heard + silence_s
         self.start()
-        while (finished := self._state.hand_out()) is None:
-            self._pump.publish_up_to_window()
+        while (finished := self._state.pop_ready()) is None:
+            self._pump.fill_window()
             if self._state.is_done():
                 return None
             left_s = None if silence_s is None else heard + silence_s - time.monotonic()
             commits = self._collector.read(left_s)
-            self._reconciler.look()
+            self._reconciler.run_if_due()
             if commits:
                 self._collector.collect(commits)
                 heard = time.monotonic()
-                self._state.until = math.inf if silence_s is None else heard + silence_s
+                self._state.deadline = math.inf if silence_s is None else heard + silence_s
             elif silence_s is not None and time.monotonic() - heard >= silence_s:
                 raise ResultTimeout(
                     f"No batch of job {self.id} arrived for {silence_s:.1f} s; "
@@ -261,10 +268,10 @@ class Job:
                 )
             else:
                 self._errand.keep_alive()
-                self._link.on_idle()
+                self._connections.on_idle()
         try:
-            self._pump.publish_up_to_window()
+            self._pump.fill_window()
         except BaseException:  # Ctrl-C, too
-            self._state.take_back(finished)  # whoever waits again gets it
+            self._state.push_back(finished)  # whoever waits again gets it
             raise
         return finished

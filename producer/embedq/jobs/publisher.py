@@ -33,7 +33,7 @@ class Publisher:
             task_create_missing_queues=False,
             # Results are read from the ledger; subscribing per task is what breaks at scale.
             task_ignore_result=True,
-            # Lets Flower show how long a batch waited before a node took it.
+            # Lets Flower show how long a batch waited before a worker took it.
             task_send_sent_event=True,
             broker_transport_options={
                 "socket_timeout": 30,

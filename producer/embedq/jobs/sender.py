@@ -20,13 +20,13 @@ from typing import Final
 from redis import Redis
 
 from embedq.errors import BatchTooLarge, QueueFull
-from embedq.jobs.batches import Slice
-from embedq.jobs.state import Errand, Outstanding, Sent
+from embedq.jobs.batches import TextBatch
+from embedq.jobs.state import InFlightBatch, JobContext, PublishedBatch
 from embedq.observability import status
 from embedq.protocol.contract import MAX_BATCHES
 from embedq.protocol.message import EmbedBatch
 from embedq.store.connection import REPORT_EVERY_S, OnWait
-from embedq.store.queues import Broker
+from embedq.store.queues import QueueInspector
 
 #: Share of Redis' memory at which publishing pauses, at which a new job is refused, and below which
 #: a paused one resumes.
@@ -39,8 +39,8 @@ REFUSE_RATIO: Final = 0.80
 RESUME_RATIO: Final = 0.50
 
 
-#: Batches per living node that a job may have in flight, and the bounds of that.
-BATCHES_PER_NODE: Final = 4
+#: Batches per living worker that a job may have in flight, and the bounds of that.
+BATCHES_PER_WORKER: Final = 4
 
 
 MIN_WINDOW: Final = 16
@@ -49,7 +49,7 @@ MIN_WINDOW: Final = 16
 MAX_WINDOW: Final = 256
 
 
-class Flow(StrEnum):
+class PublishMode(StrEnum):
     """Whether a producer may publish."""
 
     RUN = "run"
@@ -57,7 +57,7 @@ class Flow(StrEnum):
     REFUSE = "refuse"
 
 
-def flow(ratio: float, before: Flow) -> Flow:
+def next_mode(ratio: float, before: PublishMode) -> PublishMode:
     """Decide from the fullest Redis; paused stays paused until there is real room.
 
     Args:
@@ -65,25 +65,25 @@ def flow(ratio: float, before: Flow) -> Flow:
         before: the last decision.
     """
     if ratio >= REFUSE_RATIO:
-        return Flow.REFUSE
+        return PublishMode.REFUSE
     if ratio >= PAUSE_RATIO:
-        return Flow.PAUSE
-    if before is not Flow.RUN and ratio >= RESUME_RATIO:
-        return Flow.PAUSE
-    return Flow.RUN
+        return PublishMode.PAUSE
+    if before is not PublishMode.RUN and ratio >= RESUME_RATIO:
+        return PublishMode.PAUSE
+    return PublishMode.RUN
 
 
-def window(live_nodes: int, setting: int) -> int:
+def window(live_workers: int, setting: int) -> int:
     """Return how many batches a job may have in flight.
 
     Small windows are what makes producers share fairly: a big job never has more than this in
     front of a small one.
 
     Args:
-        live_nodes: nodes alive.
+        live_nodes: workers alive.
         setting: fixed by the user; 0 leaves it to the fleet.
     """
-    return setting or min(MAX_WINDOW, max(MIN_WINDOW, BATCHES_PER_NODE * live_nodes))
+    return setting or min(MAX_WINDOW, max(MIN_WINDOW, BATCHES_PER_WORKER * live_workers))
 
 
 #: Seconds for which a look counts.
@@ -94,20 +94,20 @@ FRESH_S: Final = 1.0
 RETRY_AFTER_S: Final = 30.0
 
 
-class Gate:
+class MemoryBackpressure:
     """Open while both Redis have room."""
 
-    def __init__(self, results: Redis, broker: Broker, on_wait: OnWait) -> None:
-        self._servers = (broker, Broker(results))
+    def __init__(self, results: Redis, broker: QueueInspector, on_wait: OnWait) -> None:
+        self._servers = (broker, QueueInspector(results))
         self._on_wait = on_wait
-        self._flow = Flow.RUN
+        self._flow = PublishMode.RUN
         self._ratio = 0.0
         self._looked = self._told = -REPORT_EVERY_S
 
     def may_publish(self) -> bool:
         """Tell whether there is room for another batch; says so when there is none."""
-        self._look()
-        if self._flow is Flow.RUN:
+        self._refresh()
+        if self._flow is PublishMode.RUN:
             return True
         if time.monotonic() - self._told >= REPORT_EVERY_S:
             self._told = time.monotonic()
@@ -116,14 +116,14 @@ class Gate:
             )
         return False
 
-    def require_room(self) -> None:
+    def check_capacity(self) -> None:
         """Refuse a new job while Redis is nearly full.
 
         Raises:
             QueueFull: ask again later.
         """
-        self._look()
-        if self._flow is Flow.REFUSE:
+        self._refresh()
+        if self._flow is PublishMode.REFUSE:
             raise QueueFull(
                 f"Redis is {self._ratio:.0%} full, so it takes no new job. Try again in "
                 f"{RETRY_AFTER_S:.0f} s, when running jobs have fetched their vectors, or raise "
@@ -131,25 +131,25 @@ class Gate:
                 RETRY_AFTER_S,
             )
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         if time.monotonic() - self._looked < FRESH_S:
             return
         self._looked = time.monotonic()
-        self._ratio = max(server.load().ratio for server in self._servers)
-        self._flow = flow(self._ratio, self._flow)
+        self._ratio = max(server.memory().ratio for server in self._servers)
+        self._flow = next_mode(self._ratio, self._flow)
 
 
 #: Seconds between two notes of how far the job is, for whoever watches it from outside.
-TELL_EVERY_S = 1.0
+PROGRESS_EVERY_S = 1.0
 
 
-class Pump:
+class BatchSender:
     """Pulls batches from the caller, only as fast as the window and both Redis allow."""
 
     def __init__(
         self,
-        errand: Errand,
-        slices: Iterator[Slice],
+        errand: JobContext,
+        slices: Iterator[TextBatch],
         *,
         window: Callable[[], int],
         planned: int | None,
@@ -164,19 +164,19 @@ class Pump:
         self._slices = slices
         self._window = window
         self._planned = planned
-        link = errand.link
-        self._gate = Gate(link.redis, link.broker, link.on_wait)
+        link = errand.connections
+        self._gate = MemoryBackpressure(link.redis, link.broker, link.on_wait)
 
-    def require_room(self) -> None:
+    def check_capacity(self) -> None:
         """Refuse a new job while Redis is nearly full.
 
         Raises:
             QueueFull: ask again later.
             QueueUnavailable: Redis stayed away.
         """
-        self._errand.patiently(self._gate.require_room)
+        self._errand.call_with_retry(self._gate.check_capacity)
 
-    def publish_up_to_window(self) -> None:
+    def fill_window(self) -> None:
         """Publish as many batches as may be out, and note how far the job is.
 
         Raises:
@@ -185,10 +185,10 @@ class Pump:
         """
         state = self._errand.state
         exhausted = state.exhausted
-        self._fill_window()
-        self._tell(at_once=state.exhausted and not exhausted)
+        self._fill()
+        self._report_progress(at_once=state.exhausted and not exhausted)
 
-    def publish(self, piece: Slice, recomputes: int = 0) -> None:
+    def publish(self, piece: TextBatch, recomputes: int = 0) -> None:
         """Publish one batch, or publish it again.
 
         Raises:
@@ -196,29 +196,31 @@ class Pump:
         """
         self._send(self._note(piece, recomputes))
 
-    def _note(self, piece: Slice, recomputes: int = 0) -> EmbedBatch:
+    def _note(self, piece: TextBatch, recomputes: int = 0) -> EmbedBatch:
         """Note that a batch is out before it is: whoever waits again finds it to be missing."""
         errand = self._errand
         batch = EmbedBatch(errand.id, piece.index, piece.texts, errand.spec, piece.refused)
-        waiting = Outstanding(piece, Sent(batch.task_id, time.time()), recomputes)
+        waiting = InFlightBatch(piece, PublishedBatch(batch.task_id, time.time()), recomputes)
         errand.state.outstanding[piece.index] = waiting
         return batch
 
     def _send(self, batch: EmbedBatch) -> None:
         errand = self._errand
-        errand.patiently(lambda: errand.link.publisher.publish(batch, errand.queue, errand.trace))
-        errand.state.outstanding[batch.index].sent = Sent(batch.task_id, time.time())
+        errand.call_with_retry(
+            lambda: errand.connections.publisher.publish(batch, errand.queue, errand.trace)
+        )
+        errand.state.outstanding[batch.index].sent = PublishedBatch(batch.task_id, time.time())
 
-    def _tell(self, *, at_once: bool) -> None:
+    def _report_progress(self, *, at_once: bool) -> None:
         """Note how far the job is where operators look."""
         errand, state, now = self._errand, self._errand.state, time.monotonic()
-        if not at_once and now - state.told < TELL_EVERY_S:
+        if not at_once and now - state.last_reported < PROGRESS_EVERY_S:
             return
-        state.told = now
+        state.last_reported = now
         planned = state.sent_texts if state.exhausted else self._planned
-        errand.patiently(
-            lambda: status.tell(
-                errand.link.redis, errand.id, published=state.published, planned=planned
+        errand.call_with_retry(
+            lambda: status.report_progress(
+                errand.connections.redis, errand.id, published=state.published, planned=planned
             )
         )
 
@@ -240,13 +242,13 @@ class Pump:
             return self._note(piece)
         except BaseException as error:  # Ctrl-C, too
             # A generator that has raised seems to be at its end to whoever asks again.
-            state.broken_by = error
+            state.error = error
             raise
 
-    def _fill_window(self) -> None:
-        state, patiently = self._errand.state, self._errand.patiently
+    def _fill(self) -> None:
+        state, patiently = self._errand.state, self._errand.call_with_retry
         while not state.exhausted:
-            ahead = state.count_ahead()
+            ahead = state.in_flight()
             if ahead >= self._window() or not patiently(self._gate.may_publish):
                 return
             batch = self._pull()

@@ -18,18 +18,18 @@ from typing import TypeVar
 from redis import Redis
 
 from embedq.errors import QueueUnavailable
-from embedq.jobs.batches import FinishedBatch, Slice
+from embedq.jobs.batches import BatchResult, TextBatch
 from embedq.jobs.publisher import Publisher
 from embedq.observability.tracing import JobTrace
 from embedq.protocol.contract import Queue, VectorSpec
 from embedq.protocol.values import TRUNCATED
-from embedq.store.connection import OnWait, patiently
+from embedq.store.connection import OnWait, call_with_retry
 from embedq.store.ledger import Ledger
-from embedq.store.queues import Broker
+from embedq.store.queues import QueueInspector
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class PublishedBatch:
     """A batch that was published and has no commit yet.
 
     Attributes:
@@ -40,14 +40,14 @@ class Sent:
 
     task_id: str
     published: float
-    missed: float | None = None
+    missing_since: float | None = None
 
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class JobConnections:
     """What a job talks through.
 
     Attributes:
@@ -62,15 +62,15 @@ class Link:
     """
 
     redis: Redis
-    broker: Broker
+    broker: QueueInspector
     publisher: Publisher
     where: str
-    patience_s: float
+    retry_timeout_s: float
     visibility_timeout_s: float
     on_wait: OnWait
     on_idle: Callable[[], None]
 
-    def patiently(self, action: Callable[[], T], patience_s: float | None = None) -> T:
+    def call_with_retry(self, action: Callable[[], T], retry_timeout_s: float | None = None) -> T:
         """Run an action on Redis, and again while it is worth waiting.
 
         Args:
@@ -80,17 +80,19 @@ class Link:
         Raises:
             QueueUnavailable: patience ran out, or waiting cannot help.
         """
-        if patience_s is None:
-            patience_s = self.patience_s
-        return patiently(action, patience_s=patience_s, on_wait=self.on_wait, where=self.where)
+        if retry_timeout_s is None:
+            retry_timeout_s = self.retry_timeout_s
+        return call_with_retry(
+            action, retry_timeout_s=retry_timeout_s, on_wait=self.on_wait, where=self.where
+        )
 
 
 #: Seconds that a job which is left in its middle waits for a Redis that went away.
-CLOSE_PATIENCE_S = 2.0
+CLOSE_RETRY_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class JobContext:
     """What the parts of one job share.
 
     Attributes:
@@ -107,7 +109,7 @@ class Errand:
     """
 
     id: str
-    link: Link
+    connections: JobConnections
     queue: Queue
     spec: VectorSpec
     fingerprint: bytes
@@ -117,14 +119,16 @@ class Errand:
     trace: JobTrace
     state: JobState
 
-    def patiently(self, action: Callable[[], T]) -> T:
+    def call_with_retry(self, action: Callable[[], T]) -> T:
         """Run an action on Redis, and again for as long as usual or as the caller waits.
 
         Raises:
             QueueUnavailable: Redis stayed away.
         """
-        left_s = max(0.0, self.state.until - time.monotonic())
-        return self.link.patiently(action, min(self.link.patience_s, left_s))
+        left_s = max(0.0, self.state.deadline - time.monotonic())
+        return self.connections.call_with_retry(
+            action, min(self.connections.retry_timeout_s, left_s)
+        )
 
     def open(self) -> None:
         """Make the job known in Redis; again, if Redis has forgotten it.
@@ -132,7 +136,7 @@ class Errand:
         Raises:
             QueueUnavailable: Redis stayed away.
         """
-        self.patiently(
+        self.call_with_retry(
             lambda: self.ledger.open(
                 fingerprint=self.fingerprint, ttl_s=self.ttl_s, label=self.label
             )
@@ -145,11 +149,11 @@ class Errand:
             QueueUnavailable: Redis stayed away.
         """
         now = time.monotonic()
-        if now - self.state.kept_alive > self.ttl_s / 4:
-            self.patiently(lambda: self.ledger.keep_alive(self.ttl_s))
-            self.state.kept_alive = now
+        if now - self.state.last_keepalive > self.ttl_s / 4:
+            self.call_with_retry(lambda: self.ledger.keep_alive(self.ttl_s))
+            self.state.last_keepalive = now
 
-    def close(self, patience_s: float | None = None) -> None:
+    def close(self, retry_timeout_s: float | None = None) -> None:
         """Leave nothing of the job in Redis, as far as Redis lets us; its keys expire anyway.
 
         Args:
@@ -160,13 +164,15 @@ class Errand:
             return
         self.state.closed = True
         self.trace.end()
-        if patience_s is None:
-            patience_s = self.link.patience_s if self.state.is_done() else CLOSE_PATIENCE_S
+        if retry_timeout_s is None:
+            retry_timeout_s = (
+                self.connections.retry_timeout_s if self.state.is_done() else CLOSE_RETRY_TIMEOUT_S
+            )
         try:
-            self.link.patiently(self.ledger.drop, patience_s)
+            self.connections.call_with_retry(self.ledger.drop, retry_timeout_s)
         except QueueUnavailable as error:
             # The caller has its vectors, or a better reason to leave than this one.
-            self.link.on_wait(f"What is left of job {self.id} will expire: {error}")
+            self.connections.on_wait(f"What is left of job {self.id} will expire: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +194,7 @@ class JobProgress:
 
 
 @dataclass(slots=True)
-class Outstanding:
+class InFlightBatch:
     """A batch that was published and has not come back.
 
     Attributes:
@@ -197,8 +203,8 @@ class Outstanding:
         recomputes: times its vectors were lost or damaged.
     """
 
-    slice: Slice
-    sent: Sent
+    slice: TextBatch
+    sent: PublishedBatch
     recomputes: int = 0
 
 
@@ -223,11 +229,11 @@ class JobState:
     """
 
     ordered: bool
-    outstanding: dict[int, Outstanding] = field(default_factory=dict)
-    ready: dict[int, FinishedBatch] = field(default_factory=dict)
+    outstanding: dict[int, InFlightBatch] = field(default_factory=dict)
+    ready: dict[int, BatchResult] = field(default_factory=dict)
     published: int = 0
     sent_texts: int = 0
-    told: float = 0.0
+    last_reported: float = 0.0
     yielded: int = 0
     first: int = 0
     texts: int = 0
@@ -235,12 +241,12 @@ class JobState:
     truncated: int = 0
     open: bool = False
     closed: bool = False
-    kept_alive: float = field(default_factory=time.monotonic)
-    until: float = math.inf
+    last_keepalive: float = field(default_factory=time.monotonic)
+    deadline: float = math.inf
     exhausted: bool = False
-    broken_by: BaseException | None = None
+    error: BaseException | None = None
 
-    def count_ahead(self) -> int:
+    def in_flight(self) -> int:
         """Return how many batches the window holds."""
         return self.published - self.yielded if self.ordered else len(self.outstanding)
 
@@ -248,7 +254,7 @@ class JobState:
         """Tell whether every batch was published and came back."""
         return self.exhausted and not self.outstanding
 
-    def hand_out(self) -> FinishedBatch | None:
+    def pop_ready(self) -> BatchResult | None:
         """Take the next batch that is ready, or None."""
         if not self.ready:
             return None
@@ -260,7 +266,7 @@ class JobState:
         del self.ready[index]
         return finished
 
-    def take_back(self, finished: FinishedBatch) -> None:
+    def push_back(self, finished: BatchResult) -> None:
         """Undo the last hand-out: it did not reach the caller."""
         self.ready[finished.slice.index] = finished
         self._count(finished, -1)
@@ -275,7 +281,7 @@ class JobState:
             finished=self.closed,
         )
 
-    def _count(self, finished: FinishedBatch, sign: int) -> None:
+    def _count(self, finished: BatchResult, sign: int) -> None:
         failed = finished.outcomes.count_failed()
         truncated = finished.outcomes.count_flag(TRUNCATED)
         # All of it after what takes time: Ctrl-C comes before it, or as good as never.

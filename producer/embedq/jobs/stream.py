@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from embedq.errors import ContractError, InputError, writing
-from embedq.jobs.batches import Document, Embedded, Slice
+from embedq.jobs.batches import Document, Embedding, TextBatch
 from embedq.jobs.job import Job
 from embedq.protocol.contract import VectorSpec
 
@@ -35,11 +35,11 @@ AnyDocument = str | tuple[str | int, str] | Document
 class Opener(Protocol):
     """What a stream needs of its client."""
 
-    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[Slice]:
+    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
         """Cut texts into batches."""
 
     def job(
-        self, slices: Iterable[Slice], spec: VectorSpec, *, ordered: bool, strict: bool | None
+        self, slices: Iterable[TextBatch], spec: VectorSpec, *, ordered: bool, strict: bool | None
     ) -> Job:
         """Prepare a job."""
 
@@ -98,10 +98,10 @@ class Stream:
         self._job = opener.job(opener.split(texts, spec), spec, ordered=ordered, strict=strict)
         self._results = self._job.results()
 
-    def __iter__(self) -> Iterator[Embedded]:
+    def __iter__(self) -> Iterator[Embedding]:
         return self
 
-    def __next__(self) -> Embedded:
+    def __next__(self) -> Embedding:
         try:
             result = next(self._results)
         except StopIteration:
@@ -115,7 +115,7 @@ class Stream:
             self._n_done += 1
         else:
             name, _ = self._by_position.pop(int(result.id))
-        return Embedded(name, result.vector, result.outcome)
+        return Embedding(name, result.vector, result.outcome)
 
     def commit(self) -> None:
         """Note that everything handed out so far is safe in the caller's sink.

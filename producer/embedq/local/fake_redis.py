@@ -1,4 +1,4 @@
-"""A stand-in for redis-server on a unix socket, for trial where no real one can be had.
+"""An emulated NPU for redis-server on a unix socket, for trial where no real one can be had.
 
 python -P fake_redis.py SOCKET
 """

@@ -4,7 +4,7 @@ A private folder for the sockets and logs of one local run, and the end of forgo
 
 A child process that cannot outlive this one, with its log in a file.
 
-A private Redis and one node as child processes, so that embedding needs no running service.
+A private Redis and one worker as child processes, so that embedding needs no running service.
 
 Both live in a folder of their own and talk through a unix socket in it. Neither can outlive this
 process, and nothing of them is kept: the truth of a local run is the output that it writes.
@@ -49,7 +49,7 @@ RESERVED_BYTES = 40
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
 
 
-class RunFolder:
+class RuntimeDir:
     """A folder of mode 0700 whose lock is held as long as its owner lives.
 
     Attributes:
@@ -61,7 +61,7 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def create(cls) -> RunFolder:
+    def create(cls) -> RuntimeDir:
         """Make and lock a new folder, and remove those of runs that have died.
 
         Raises:
@@ -79,7 +79,7 @@ class RunFolder:
         )
 
     @classmethod
-    def _create_below(cls, base: Path) -> RunFolder:
+    def _create_below(cls, base: Path) -> RuntimeDir:
         # Locked under another name first: a sweep never meets an unlocked folder of the living.
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
         lock = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -136,7 +136,7 @@ TAIL_BYTES, TAIL_LINES = 16_384, 12
 _TETHER = Path(__file__).with_name("process_guard.py")
 
 
-class Tethered:
+class ManagedProcess:
     """A running command; it ends when told to, or when this process ends in any way.
 
     Attributes:
@@ -188,7 +188,7 @@ class Tethered:
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (it is empty)"
 
 
-#: Seconds in which the private Redis must answer; it takes some 30 ms, the stand-in a second.
+#: Seconds in which the private Redis must answer; it takes some 30 ms, the emulated NPU a second.
 READY_DEADLINE_S = 10.0
 
 
@@ -196,13 +196,13 @@ READY_DEADLINE_S = 10.0
 READY_POLL_S = 0.005
 
 
-#: Seconds that node and Redis get to end by themselves: none, for neither keeps anything that
+#: Seconds that worker and Redis get to end by themselves: none, for neither keeps anything that
 #: outlives the run.
 GRACE_S = 0.0
 
 
-#: What the default node imports and the SDK alone does not bring.
-NODE_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
+#: What the default worker imports and the SDK alone does not bring.
+WORKER_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
 
 
 class LocalFleet:
@@ -211,7 +211,7 @@ class LocalFleet:
     def __init__(
         self,
         *,
-        node_command: Sequence[str] | None = None,
+        worker_command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
         redis: Choice = "auto",
         warn: Callable[[str], None],
@@ -219,19 +219,19 @@ class LocalFleet:
         """Say what to start; nothing starts yet.
 
         Args:
-            node_command: what to run instead of embedq's own node on the CPU.
-            environment: variables for the node, on top of this process's own.
+            node_command: what to run instead of embedq's own worker on the CPU.
+            environment: variables for the worker, on top of this process's own.
             redis: which kind of Redis; auto takes the best there is.
             warn: gets each sentence that the user should read.
         """
-        self._node_command = node_command
+        self._worker_command = worker_command
         self._environment = dict(environment or {})
         self._choice = redis
         self._warn = warn
-        self._folder: RunFolder | None = None
+        self._folder: RuntimeDir | None = None
         self._server: RedisServer | None = None
-        self._redis: Tethered | None = None
-        self._node: Tethered | None = None
+        self._redis: ManagedProcess | None = None
+        self._worker: ManagedProcess | None = None
 
     @property
     def broker_url(self) -> str:
@@ -245,11 +245,12 @@ class LocalFleet:
 
     @property
     def log_path(self) -> Path:
-        """The log of the node; it goes with the fleet."""
-        return self._started_server().socket_path.with_name("node.log")
+        """The log of the worker; it goes with the fleet."""
+        return self._started_server().socket_path.with_name("worker.log")
 
     def start(self) -> None:
-        """Start Redis and the node together and wait until Redis answers; the node takes longer.
+        """Start Redis and the worker together and wait until Redis answers; the worker takes
+        longer.
 
         Raises:
             LocalStartFailed: something is missing, or ended at once; the message says what to do.
@@ -258,12 +259,12 @@ class LocalFleet:
             raise RuntimeError("LocalFleet started twice. This is a bug.")
         if os.name == "nt":
             raise LocalStartFailed(
-                "embedq runs no node on Windows. Use WSL 2, or point EMBEDQ_BROKER_URL and "
-                "EMBEDQ_RESULTS_URL at a Redis whose nodes run on Linux."
+                "embedq runs no worker on Windows. Use WSL 2, or point EMBEDQ_BROKER_URL and "
+                "EMBEDQ_RESULTS_URL at a Redis whose workers run on Linux."
             )
-        command = self._node_command or _default_node()
+        command = self._worker_command or _default_worker()
         try:
-            self._folder = RunFolder.create()
+            self._folder = RuntimeDir.create()
             self._server = choose(self._choice, self._folder.path)
             self._start_processes(self._server, command)
             self._wait_until_ready(self._server)
@@ -277,7 +278,7 @@ class LocalFleet:
         Raises:
             LocalStartFailed: one has ended; the message shows the end of its log.
         """
-        for name, process in (("Redis", self._redis), ("node", self._node)):
+        for name, process in (("Redis", self._redis), ("worker", self._worker)):
             code = process.exit_code() if process else None
             if process and code is not None:
                 raise LocalStartFailed(
@@ -287,11 +288,11 @@ class LocalFleet:
                 )
 
     def close(self) -> None:
-        """End the node, then Redis, and remove their folder; a second call does nothing."""
-        for process in (self._node, self._redis):
+        """End the worker, then Redis, and remove their folder; a second call does nothing."""
+        for process in (self._worker, self._redis):
             if process is not None:
                 process.end()
-        self._node = self._redis = self._server = None
+        self._worker = self._redis = self._server = None
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
@@ -312,18 +313,20 @@ class LocalFleet:
         if server.warning:
             self._warn(server.warning)
         folder = server.socket_path.parent
-        self._redis = Tethered(server.command, folder / "redis.log", grace_s=GRACE_S)
+        self._redis = ManagedProcess(server.command, folder / "redis.log", grace_s=GRACE_S)
         environment = {
             **os.environ,
             **self._environment,
             "EMBEDQ_BROKER_URL": server.broker_url,
             "EMBEDQ_RESULTS_URL": server.results_url,
-            # Two local runs of one user both call their node "local".
-            "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "node"),
+            # Two local runs of one user both call their worker "local".
+            "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "worker"),
             # What Celery's processes leave behind when they are ended goes with our folder.
             "TMPDIR": os.fspath(folder),
         }
-        self._node = Tethered(command, self.log_path, grace_s=GRACE_S, environment=environment)
+        self._worker = ManagedProcess(
+            command, self.log_path, grace_s=GRACE_S, environment=environment
+        )
 
     def _wait_until_ready(self, server: RedisServer) -> None:
         deadline = time.monotonic() + READY_DEADLINE_S
@@ -346,14 +349,15 @@ class LocalFleet:
         return self._server
 
 
-def _default_node() -> tuple[str, ...]:
-    """Return the command of a node on the CPU, once all that it imports is known to be there."""
-    missing = [name for name in NODE_REQUIREMENTS if importlib.util.find_spec(name) is None]
+def _default_worker() -> tuple[str, ...]:
+    """Return the command of a worker on the CPU, once all that it imports is known to be there."""
+    missing = [name for name in WORKER_REQUIREMENTS if importlib.util.find_spec(name) is None]
     if missing:
         raise LocalStartFailed(
-            f"A node on this machine needs {', '.join(missing)}, which this Python does not have. "
+            f"A worker on this machine needs {', '.join(missing)}, which this Python does not "
+            f"have. "
             "Install it: pip install 'embedq[cpu]'."
         )
-    # -P: a celery.py in the current folder must not become part of the node.
-    node = ("embedq_worker", "start", "--name", "local")
-    return (sys.executable, "-P", "-m", *node)
+    # -P: a celery.py in the current folder must not become part of the worker.
+    worker = ("embedq_worker", "start", "--name", "local")
+    return (sys.executable, "-P", "-m", *worker)

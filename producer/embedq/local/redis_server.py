@@ -1,4 +1,6 @@
-"""Which Redis a local run gets, and how it is started: the machine's, a wheel's or a stand-in."""
+"""Which Redis a local run gets, and how it is started: the machine's, a wheel's or an emulated
+NPU.
+"""
 
 from __future__ import annotations
 

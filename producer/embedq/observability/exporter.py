@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from redis import Redis
 from redis.exceptions import RedisError
 
-from embedq.observability.metrics import METRICS, Kind, Sample, of_fleet
+from embedq.observability.metrics import METRICS, Kind, Sample, fleet_samples
 from embedq.observability.status import fetch_status
 
 log = logging.getLogger("embedq.observability.exporter")
@@ -53,7 +53,9 @@ class FleetCollector(Collector):
         began = time.perf_counter()
         samples: list[Sample] = []
         try:
-            samples += of_fleet(fetch_status(self._servers["broker"], self._servers["results"]))
+            samples += fleet_samples(
+                fetch_status(self._servers["broker"], self._servers["results"])
+            )
             here = dict.fromkeys(self._servers, True)
         except RedisError as error:
             log.warning("scrape_failed reason=%s", type(error).__name__)

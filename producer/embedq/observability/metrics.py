@@ -2,7 +2,7 @@
 
 Every metric that embedq exposes: name, kind, labels and meaning. No client library enters here.
 
-Labels are bounded: queues and states are lists of ours, reasons are codes, and of nodes and jobs
+Labels are bounded: queues and states are lists of ours, reasons are codes, and of workers and jobs
 there are at most as many as the limits below say.
 
 A look at the fleet as samples of metrics. Pure: no client library, no Redis, no clock.
@@ -19,8 +19,8 @@ from typing import Final, NamedTuple
 from embedq.observability.status import FleetStatus, JobStatus
 from embedq.protocol.worker import Heartbeat
 
-#: Most nodes that have series of their own, by name; all of them are counted in embedq_nodes.
-MOST_NODES: Final = 256
+#: Most workers that have series of their own, by name; all of them are counted in embedq_workers.
+MOST_WORKERS: Final = 256
 
 
 #: Most jobs that have series of their own, newest first; the others are summed as OTHER_JOBS.
@@ -31,14 +31,14 @@ MOST_JOBS: Final = 20
 OTHER_JOBS: Final = "others"
 
 
-#: Values of the label `state`; a node that is silent has no heartbeat and did not take leave.
+#: Values of the label `state`; a worker that is silent has no heartbeat and did not take leave.
 STATES: Final = ("starting", "healthy", "degraded", "probing", "failed")
 
 
 SILENT: Final = "silent"
 
 
-#: Value of the label `reason` of a node that is as it should be, and of one with an unknown code.
+#: Value of the label `reason` of a worker that is as it should be, and of one with an unknown code.
 NO_REASON, OTHER_REASON = "none", "other"
 
 
@@ -84,77 +84,86 @@ METRICS: Final = (
         ("queue",),
         "Time since the oldest batch of a queue was published; 0 when it is empty.",
     ),
-    Metric("embedq_unacked_messages", _G, (), "Batches that nodes hold."),
+    Metric("embedq_unacked_messages", _G, (), "Batches that workers hold."),
     Metric(
         "embedq_unacked_oldest_age_seconds",
         _G,
         (),
-        "Time since the oldest batch that a node holds was published; 0 when there is none.",
+        "Time since the oldest batch that a worker holds was published; 0 when there is none.",
     ),
     Metric(
         "embedq_unacked_oldest_lease_age_seconds",
         _G,
         (),
-        "Time since the oldest lease was renewed; beyond the visibility timeout its node is dead.",
+        "Time since the oldest lease was renewed; beyond the visibility timeout its worker is "
+        "dead.",
     ),
     Metric("embedq_dead_letters", _G, (), "Texts set aside and kept (embedq dead ls)."),
-    Metric("embedq_nodes", _G, ("state",), "Nodes in each state, or silent."),
-    Metric("embedq_node_up", _G, ("node",), "1 if the node beat lately, 0 if it fell silent."),
+    Metric("embedq_workers", _G, ("state",), "Workers in each state, or silent."),
     Metric(
-        "embedq_node_last_beat_timestamp_seconds", _G, ("node",), "Unix time of the last heartbeat."
+        "embedq_worker_up", _G, ("worker",), "1 if the worker beat lately, 0 if it fell silent."
     ),
     Metric(
-        "embedq_node_info",
+        "embedq_worker_last_beat_timestamp_seconds",
         _G,
-        ("node", "home", "device", "engine", "precision", "model"),
-        "1; what a node is for (home) and what computes there now.",
+        ("worker",),
+        "Unix time of the last heartbeat.",
     ),
     Metric(
-        "embedq_node_state", _G, ("node", "state"), "1 for the state that a node is in, else 0."
-    ),
-    Metric(
-        "embedq_node_reason",
+        "embedq_worker_info",
         _G,
-        ("node", "reason"),
-        "1 for the code of why a node is not healthy, or none; embedq status has the sentence.",
+        ("worker", "assigned_device", "device", "engine", "precision", "model"),
+        "1; what a worker is for (home) and what computes there now.",
     ),
     Metric(
-        "embedq_node_state_since_timestamp_seconds",
+        "embedq_worker_state",
         _G,
-        ("node",),
-        "Unix time of a node's last change of state.",
+        ("worker", "state"),
+        "1 for the state that a worker is in, else 0.",
     ),
-    Metric("embedq_node_batches_total", _C, ("node",), "Batches computed."),
-    Metric("embedq_node_texts_total", _C, ("node",), "Texts computed."),
-    Metric("embedq_node_tokens_total", _C, ("node",), "Tokens of these texts."),
     Metric(
-        "embedq_node_computed_tokens_total",
+        "embedq_worker_reason",
+        _G,
+        ("worker", "reason"),
+        "1 for the code of why a worker is not healthy, or none; embedq status has the sentence.",
+    ),
+    Metric(
+        "embedq_worker_state_since_timestamp_seconds",
+        _G,
+        ("worker",),
+        "Unix time of a worker's last change of state.",
+    ),
+    Metric("embedq_worker_batches_total", _C, ("worker",), "Batches computed."),
+    Metric("embedq_worker_texts_total", _C, ("worker",), "Texts computed."),
+    Metric("embedq_worker_tokens_total", _C, ("worker",), "Tokens of these texts."),
+    Metric(
+        "embedq_worker_computed_tokens_total",
         _C,
-        ("node",),
+        ("worker",),
         "The same with padding; tokens divided by this is how full rows are packed.",
     ),
-    Metric("embedq_node_busy_seconds_total", _C, ("node",), "Time with a batch in hand."),
+    Metric("embedq_worker_busy_seconds_total", _C, ("worker",), "Time with a batch in hand."),
     Metric(
-        "embedq_node_infer_seconds",
+        "embedq_worker_infer_seconds",
         _S,
-        ("node",),
+        ("worker",),
         "Time of inferences on the device, and how many; they may overlap.",
     ),
-    Metric("embedq_node_rerouted_total", _C, ("node",), "Batches handed to another queue."),
+    Metric("embedq_worker_rerouted_total", _C, ("worker",), "Batches handed to another queue."),
     Metric(
-        "embedq_node_redelivered_total",
+        "embedq_worker_redelivered_total",
         _C,
-        ("node",),
+        ("worker",),
         "Batches begun that somebody had begun before.",
     ),
     Metric(
-        "embedq_node_duplicates_total",
+        "embedq_worker_duplicates_total",
         _C,
-        ("node",),
+        ("worker",),
         "Batches computed in vain: the ledger had them already.",
     ),
-    Metric("embedq_node_refused_total", _C, ("node",), "Batches answered as failed."),
-    Metric("embedq_node_set_aside_total", _C, ("node",), "Texts that no process survived."),
+    Metric("embedq_worker_refused_total", _C, ("worker",), "Batches answered as failed."),
+    Metric("embedq_worker_set_aside_total", _C, ("worker",), "Texts that no process survived."),
     Metric("embedq_jobs", _G, (), "Living jobs."),
     Metric("embedq_job_created_timestamp_seconds", _G, ("job",), "Unix time of a job's start."),
     Metric("embedq_job_published_batches", _G, ("job",), "Batches published so far."),
@@ -187,18 +196,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
-#: What nodes count -> the metric it is.
+#: What workers count -> the metric it is.
 TOTALS: Final = {
-    "batches": "embedq_node_batches_total",
-    "texts": "embedq_node_texts_total",
-    "tokens": "embedq_node_tokens_total",
-    "computed_tokens": "embedq_node_computed_tokens_total",
-    "busy_s": "embedq_node_busy_seconds_total",
-    "rerouted": "embedq_node_rerouted_total",
-    "redelivered": "embedq_node_redelivered_total",
-    "duplicates": "embedq_node_duplicates_total",
-    "refused": "embedq_node_refused_total",
-    "set_aside": "embedq_node_set_aside_total",
+    "batches": "embedq_worker_batches_total",
+    "texts": "embedq_worker_texts_total",
+    "tokens": "embedq_worker_tokens_total",
+    "computed_tokens": "embedq_worker_computed_tokens_total",
+    "busy_s": "embedq_worker_busy_seconds_total",
+    "rerouted": "embedq_worker_rerouted_total",
+    "redelivered": "embedq_worker_redelivered_total",
+    "duplicates": "embedq_worker_duplicates_total",
+    "refused": "embedq_worker_refused_total",
+    "set_aside": "embedq_worker_set_aside_total",
 }
 
 
@@ -223,7 +232,7 @@ class Sample:
     count: float = 0.0
 
 
-def of_fleet(found: FleetStatus) -> Iterator[Sample]:
+def fleet_samples(found: FleetStatus) -> Iterator[Sample]:
     """Yield all samples of a look at the fleet."""
     yield Sample("embedq_paused", (), float(found.paused is not None))
     for instance, load in found.memory.items():
@@ -238,44 +247,44 @@ def of_fleet(found: FleetStatus) -> Iterator[Sample]:
     yield Sample("embedq_unacked_oldest_age_seconds", (), found.oldest_in_hand_s)
     yield Sample("embedq_unacked_oldest_lease_age_seconds", (), found.oldest_lease_s)
     yield Sample("embedq_dead_letters", (), found.dead)
-    yield from _of_nodes(found)
+    yield from _of_workers(found)
     yield from _of_jobs(found.jobs, found.at)
 
 
-def _of_nodes(found: FleetStatus) -> Iterator[Sample]:
-    states = Counter(node.state for node in found.nodes)
+def _of_workers(found: FleetStatus) -> Iterator[Sample]:
+    states = Counter(worker.state for worker in found.workers)
     for state in STATES:
-        yield Sample("embedq_nodes", (state,), states[state])
-    yield Sample("embedq_nodes", (SILENT,), len(found.silent))
-    for node in found.nodes[:MOST_NODES]:
-        yield Sample("embedq_node_up", (node.node,), 1)
-        yield Sample("embedq_node_last_beat_timestamp_seconds", (node.node,), node.at)
-        yield from _of_node(node)
-    for name, at in sorted(found.silent.items())[:MOST_NODES]:
-        yield Sample("embedq_node_up", (name,), 0)
-        yield Sample("embedq_node_last_beat_timestamp_seconds", (name,), at)
+        yield Sample("embedq_workers", (state,), states[state])
+    yield Sample("embedq_workers", (SILENT,), len(found.silent))
+    for worker in found.workers[:MOST_WORKERS]:
+        yield Sample("embedq_worker_up", (worker.worker,), 1)
+        yield Sample("embedq_worker_last_beat_timestamp_seconds", (worker.worker,), worker.at)
+        yield from _of_worker(worker)
+    for name, at in sorted(found.silent.items())[:MOST_WORKERS]:
+        yield Sample("embedq_worker_up", (name,), 0)
+        yield Sample("embedq_worker_last_beat_timestamp_seconds", (name,), at)
 
 
-def _of_node(node: Heartbeat) -> Iterator[Sample]:
-    name = (node.node,)
-    model = node.card.label if node.card else ""
-    info = (*name, node.home, node.device, node.engine, node.precision, model)
-    yield Sample("embedq_node_info", info, 1)
+def _of_worker(worker: Heartbeat) -> Iterator[Sample]:
+    name = (worker.worker,)
+    model = worker.model_info.label if worker.model_info else ""
+    info = (*name, worker.assigned_device, worker.device, worker.engine, worker.precision, model)
+    yield Sample("embedq_worker_info", info, 1)
     for state in STATES:
-        yield Sample("embedq_node_state", (*name, state), float(node.state == state))
-    yield Sample("embedq_node_reason", (*name, _code(node)), 1)
-    yield Sample("embedq_node_state_since_timestamp_seconds", name, node.since)
-    totals = node.totals
+        yield Sample("embedq_worker_state", (*name, state), float(worker.state == state))
+    yield Sample("embedq_worker_reason", (*name, _code(worker)), 1)
+    yield Sample("embedq_worker_state_since_timestamp_seconds", name, worker.state_since)
+    totals = worker.totals
     for key, metric in TOTALS.items():
         yield Sample(metric, name, float(totals.get(key, 0)))
     seconds, count = float(totals.get("infer_s", 0)), float(totals.get("inferences", 0))
-    yield Sample("embedq_node_infer_seconds", name, seconds, count)
+    yield Sample("embedq_worker_infer_seconds", name, seconds, count)
 
 
-def _code(node: Heartbeat) -> str:
-    if node.code and len(node.code) <= _LONGEST_CODE and node.code.isidentifier():
-        return node.code
-    return OTHER_REASON if node.reason else NO_REASON
+def _code(worker: Heartbeat) -> str:
+    if worker.code and len(worker.code) <= _LONGEST_CODE and worker.code.isidentifier():
+        return worker.code
+    return OTHER_REASON if worker.reason else NO_REASON
 
 
 def _of_jobs(jobs: list[JobStatus], now: float) -> Iterator[Sample]:

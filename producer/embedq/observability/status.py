@@ -2,10 +2,10 @@
 
 How far a job is, as it stands beside its ledger for whoever looks from outside.
 
-What the fleet looks like at this moment: nodes, queues and jobs, from Redis alone.
+What the fleet looks like at this moment: workers, queues and jobs, from Redis alone.
 
-Costs three round trips however many nodes and jobs there are, and a user of Redis who may only read
-can look too.
+Costs three round trips however many workers and jobs there are, and a user of Redis who may only
+read can look too.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import LARGEST, Heartbeat, plain
+from embedq.protocol.worker import LARGEST, Heartbeat, strip_control_chars
 from embedq.store.dead_letters import DEAD_KEY
 from embedq.store.fleet import (
     FORGET_S,
-    NODES_KEY,
     PAUSED_KEY,
+    WORKERS_KEY,
     Pause,
-    node_key,
-    read_beats,
+    decode_heartbeats,
     read_pause,
+    worker_key,
 )
 from embedq.store.ledger import JOBS_KEY
-from embedq.store.queues import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, Load
+from embedq.store.queues import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, RedisMemory
 
 # KEYS meta; ARGV name value... A job that is gone stays gone: a key written now would have no end.
 _TELL: Final = """
@@ -67,7 +67,7 @@ class Progress:
     planned: int | None
 
 
-def tell(redis: Redis, job: str, *, published: int, planned: int | None) -> None:
+def report_progress(redis: Redis, job: str, *, published: int, planned: int | None) -> None:
     """Write down what only the producer knows."""
     told: list[str | int] = ["published", published]
     if planned is not None:
@@ -75,14 +75,14 @@ def tell(redis: Redis, job: str, *, published: int, planned: int | None) -> None
     redis.eval(_TELL, 1, _key(job, "meta"), *told)
 
 
-def ask(pipe: Pipeline, job: str) -> None:
+def queue_reads(pipe: Pipeline, job: str) -> None:
     """Add the questions about a job to a pipeline."""
     pipe.hmget(_key(job, "meta"), list(_FIELDS))
     pipe.bitcount(_key(job, "bits"))
     pipe.xlen(_key(job, "commits"))
 
 
-def read(answers: Iterator[Any]) -> Progress | None:
+def decode(answers: Iterator[Any]) -> Progress | None:
     """Take the answers about a job from those of a pipeline; None if the job is gone."""
     told, committed, untaken = next(answers), next(answers), next(answers)
     if any(isinstance(answer, Exception) for answer in (told, committed, untaken)):
@@ -91,9 +91,9 @@ def read(answers: Iterator[Any]) -> Progress | None:
     if label is None:
         return None
     return Progress(
-        label=plain(label.decode(errors="replace")),
+        label=strip_control_chars(label.decode(errors="replace")),
         created=_number(created),
-        # Of a producer of another version we know only what its nodes have committed.
+        # Of a producer of another version we know only what its workers have committed.
         published=max(int(_number(published)), int(committed)),
         committed=int(committed),
         untaken=int(untaken),
@@ -149,22 +149,22 @@ class FleetStatus:
 
     Attributes:
         at: Unix time of this look, in seconds.
-        nodes: the living ones, by name.
+        workers: the living ones, by name.
         queues: messages that wait in each queue.
-        in_hand: messages that nodes hold.
+        in_hand: messages that workers hold.
         oldest_lease_s: age of the oldest lease among them.
         jobs: the living ones, oldest first.
         redis: used share of the memory of broker and results; 0 where there is no limit.
         paused: why and since when an operator has paused the fleet; None while it works.
-        silent: name -> Unix time of the last heartbeat of nodes that went without taking leave.
+        silent: name -> Unix time of the last heartbeat of workers that went without taking leave.
         oldest_ready_s: time since the oldest message of each queue was published; 0 when empty.
-        oldest_in_hand_s: the same for what nodes hold.
+        oldest_in_hand_s: the same for what workers hold.
         memory: of broker and results.
         dead: texts set aside.
     """
 
     at: float
-    nodes: list[Heartbeat]
+    workers: list[Heartbeat]
     queues: dict[str, int]
     in_hand: int
     oldest_lease_s: float
@@ -174,7 +174,7 @@ class FleetStatus:
     silent: dict[str, float] = field(default_factory=dict)
     oldest_ready_s: dict[str, float] = field(default_factory=dict)
     oldest_in_hand_s: float = 0.0
-    memory: dict[str, Load] = field(default_factory=dict)
+    memory: dict[str, RedisMemory] = field(default_factory=dict)
     dead: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,20 +196,24 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
     beats, known, paused, dead, holding = _ask_results(results, now)
     seen = {name.decode(errors="replace"): at for name, at in beats}
     alive, jobs = _ask_details(results, list(seen), known, now)
-    living = {node.node for node in alive}
-    memory = {"broker": Load.from_info(carrying), "results": Load.from_info(holding)}
+    living = {worker.worker for worker in alive}
+    memory = {"broker": RedisMemory.from_info(carrying), "results": RedisMemory.from_info(holding)}
     # A Redis that refuses scripts tells no ages.
     ages = [_age(now, at) for at in ages] if isinstance(ages, list) else [0.0] * (len(names) + 1)
     return FleetStatus(
         at=now,
-        nodes=alive,
+        workers=alive,
         queues=dict(zip(names, map(int, lengths), strict=True)),
         in_hand=int(in_hand),
         oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
         jobs=jobs,
         redis={name: round(load.ratio, 4) for name, load in memory.items()},
         paused=read_pause(paused),
-        silent={plain(name): at for name, at in seen.items() if plain(name) not in living},
+        silent={
+            strip_control_chars(name): at
+            for name, at in seen.items()
+            if strip_control_chars(name) not in living
+        },
         oldest_ready_s=dict(zip(names, ages, strict=False)),
         oldest_in_hand_s=ages[-1],
         memory=memory,
@@ -230,7 +234,7 @@ def _ask_broker(broker: Redis, queues: list[str]) -> list[Any]:
 
 def _ask_results(results: Redis, now: float) -> list[Any]:
     pipe = results.pipeline(transaction=False)
-    pipe.zrangebyscore(NODES_KEY, now - FORGET_S, "+inf", withscores=True)
+    pipe.zrangebyscore(WORKERS_KEY, now - FORGET_S, "+inf", withscores=True)
     pipe.zrange(JOBS_KEY, 0, MOST_JOBS - 1, desc=True, withscores=True)
     pipe.get(PAUSED_KEY)
     pipe.hlen(DEAD_KEY)
@@ -241,20 +245,20 @@ def _ask_results(results: Redis, now: float) -> list[Any]:
 def _ask_details(
     results: Redis, names: Sequence[str], known: list[tuple[bytes, float]], now: float
 ) -> tuple[list[Heartbeat], list[JobStatus]]:
-    """Return the living nodes, and the living jobs, oldest first."""
+    """Return the living workers, and the living jobs, oldest first."""
     if not names and not known:
         return [], []
     pipe = results.pipeline(transaction=False)
     for name in names:
-        pipe.get(node_key(name))
+        pipe.get(worker_key(name))
     for job, _ in known:
-        ask(pipe, job.decode(errors="replace"))
+        queue_reads(pipe, job.decode(errors="replace"))
     answers = iter(_but_types(pipe.execute(raise_on_error=False)))
-    alive = read_beats([next(answers) for _ in names])
+    alive = decode_heartbeats([next(answers) for _ in names])
     jobs, faded = [], []
     for job, began in known:
-        if (found := read(answers)) is not None:
-            name = plain(job.decode(errors="replace"))
+        if (found := decode(answers)) is not None:
+            name = strip_control_chars(job.decode(errors="replace"))
             jobs.append(_job(name, found, round(now - began, 1)))
         else:
             faded.append(job)

@@ -1,7 +1,7 @@
 """Spans of OpenTelemetry, or nothing at all: the library is imported only where tracing is on.
 
 A batch is one trace from `submit` to its result. Its context travels in the headers of the message,
-as the official instrumentation of Celery reads it on a node. No text is in any span.
+as the official instrumentation of Celery reads it on a worker. No text is in any span.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class VectorSpec(NamedTuple):
         on_long: policy for texts of more tokens.
         accuracy: accuracy class of the job.
         dtype: how vectors travel and are kept; they are computed in float32 whatever it is.
-        quantised: name of the quantised model that class ``int8`` computes with; else empty.
+        quantized: name of the quantized model that class ``int8`` computes with; else empty.
     """
 
     model: str
@@ -157,7 +157,7 @@ class VectorSpec(NamedTuple):
     on_long: OnLong = OnLong.TRUNCATE
     accuracy: Accuracy = Accuracy.STANDARD
     dtype: Dtype = Dtype.FLOAT32
-    quantised: str = ""
+    quantized: str = ""
 
     def plain(self) -> list[object]:
         """Return the fields in their order, as msgpack takes them."""

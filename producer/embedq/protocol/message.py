@@ -85,8 +85,8 @@ class Header:
             raise MalformedMessage("The message names no schema.")
         if schema > SCHEMA:
             raise UnknownSchema(
-                f"The message has schema {schema}; this node speaks up to {SCHEMA}. "
-                "Upgrade embedq on the node, nodes before producers."
+                f"The message has schema {schema}; this worker speaks up to {SCHEMA}. "
+                "Upgrade embedq on the worker, workers before producers."
             )
         address = cls.address(body)
         if address is None:
@@ -125,7 +125,7 @@ def _bounded(body: Mapping[str, object], key: str, limit: int) -> int:
 def _spec(value: object) -> VectorSpec:
     if not isinstance(value, list | tuple) or len(value) != len(VectorSpec._fields):
         raise MalformedMessage("The vector specification has the wrong number of fields.")
-    model, dim, max_length, prompt, on_long, accuracy, dtype, quantised = value
+    model, dim, max_length, prompt, on_long, accuracy, dtype, quantized = value
     try:
         spec = VectorSpec(
             model,
@@ -135,7 +135,7 @@ def _spec(value: object) -> VectorSpec:
             OnLong(on_long),
             Accuracy(accuracy),
             Dtype(dtype),
-            quantised,
+            quantized,
         )
     except ValueError as error:
         raise MalformedMessage(f"The vector specification is unknown: {error}.") from None
@@ -148,8 +148,8 @@ def _spec(value: object) -> VectorSpec:
         and 0 < max_length <= 1_000_000
         and isinstance(prompt, str)
         and len(prompt) <= 65_536
-        and isinstance(quantised, str)
-        and len(quantised) <= 64
+        and isinstance(quantized, str)
+        and len(quantized) <= 64
     )
     if not right_types:
         raise MalformedMessage("The vector specification has a value of the wrong type or size.")
@@ -193,7 +193,7 @@ class EmbedBatch:
         texts: the texts in the caller's order; a refused one is an empty string.
         spec: what shapes the vectors.
         refused: offset of each text that the producer refused -> its code.
-        rerouted: the batch was handed over from an NPU node.
+        rerouted: the batch was handed over from an NPU worker.
     """
 
     job: str

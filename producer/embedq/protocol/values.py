@@ -269,7 +269,7 @@ class OutcomeTable:
         """Join tables end to end.
 
         Raises:
-            CorruptValue: together they have more kinds than a node ever gives.
+            CorruptValue: together they have more kinds than a worker ever gives.
         """
         kinds: dict[tuple[str, str, str, str], int] = {}
         renumbered = []

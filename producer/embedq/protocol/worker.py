@@ -2,7 +2,7 @@
 
 Records that others wrote into Redis: types checked, words fit for a terminal. Pure.
 
-The card of a model: what its nodes announce of it, so that a producer needs no model file.
+The card of a model: what its workers announce of it, so that a producer needs no model file.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _TYPES: Final[Mapping[object, tuple[type, ...]]] = {
 }
 
 
-def plain(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """Return a text without what moves a cursor or ends a line, and not too long."""
     return _CONTROLS.sub(" ", text[:LONGEST])
 
 
-def checked(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+def validate_fields(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return those fields of a body that a dataclass knows, each of the type that it says.
 
     Texts come back plain, but for those that the class keeps out of its repr: they are content.
@@ -58,7 +58,9 @@ def checked(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{known.name} is {type(value).__name__}, expected {known.type}.")
         if isinstance(value, int | float) and not abs(value) <= LARGEST:
             raise TypeError(f"{known.name} is out of bounds.")
-        found[known.name] = plain(value) if isinstance(value, str) and known.repr else value
+        found[known.name] = (
+            strip_control_chars(value) if isinstance(value, str) and known.repr else value
+        )
     return found
 
 
@@ -67,11 +69,12 @@ MAX_DIM: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What a node announces of the model it serves, so that the SDK needs no model file.
+class ModelInfo:
+    """What a worker announces of the model it serves, so that the SDK needs no model file.
 
     Attributes:
-        label: what ``EMBEDQ_MODEL`` says on the node, with its revision; a name, never an identity.
+        label: what ``EMBEDQ_MODEL`` says on the worker, with its revision; a name, never an
+            identity.
         identity: sha256 in hex of weights, tokenizer and configuration.
         dim: components of a vector.
         max_length: tokens the model takes, special tokens included.
@@ -79,7 +82,7 @@ class ModelCard:
         normalized: vectors have unit length.
         prompts: name -> text put before each input.
         default_prompt: the name used when the caller names none; empty for none.
-        quantised: name of the quantised model for class ``int8``; empty where there is none.
+        quantized: name of the quantized model for class ``int8``; empty where there is none.
     """
 
     label: str
@@ -90,14 +93,14 @@ class ModelCard:
     normalized: bool = True
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
-    quantised: str = ""
+    quantized: str = ""
 
     def to_message(self) -> bytes:
         """Encode the card as msgpack."""
         return bytes(msgpack.packb(asdict(self)))
 
     @classmethod
-    def from_message(cls, raw: bytes) -> ModelCard:
+    def from_message(cls, raw: bytes) -> ModelInfo:
         """Decode a card.
 
         Raises:
@@ -109,57 +112,61 @@ class ModelCard:
             raise MalformedMessage(f"A model card of {len(raw):,} bytes is unreadable.") from error
 
     @classmethod
-    def from_body(cls, body: Mapping[str, Any]) -> ModelCard:
+    def from_body(cls, body: Mapping[str, Any]) -> ModelInfo:
         """Take a card from an unpacked message; fields of a newer version are ignored.
 
         Raises:
             TypeError, AttributeError: it is none.
         """
-        card = cls(**checked(cls, body))
-        if not all(isinstance(word, str) for prompt in card.prompts.items() for word in prompt):
+        model_info = cls(**validate_fields(cls, body))
+        if not all(
+            isinstance(word, str) for prompt in model_info.prompts.items() for word in prompt
+        ):
             raise TypeError("A prompt is no text.")
-        if not 0 < card.dim <= MAX_DIM or card.max_length < 1:
-            raise TypeError(f"A vector of {card.dim:,} components, {card.max_length:,} tokens.")
-        return card
+        if not 0 < model_info.dim <= MAX_DIM or model_info.max_length < 1:
+            raise TypeError(
+                f"A vector of {model_info.dim:,} components, {model_info.max_length:,} tokens."
+            )
+        return model_info
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a node says of itself.
+    """What a worker says of itself.
 
     Attributes:
-        node: name, the same over restarts.
+        worker: name, the same over restarts.
         state: starting, healthy, degraded, probing or failed.
         reason: why, when it is not healthy.
         since: Unix time of the last change of state, in seconds.
         device, engine, precision: what computes here.
-        home: the device that the node is for; another than `device` while it is degraded.
+        home: the device that the worker is for; another than `device` while it is degraded.
         may_return: a degraded NPU will be tried again.
-        card: the model served, or None while there is none.
+        model_info: the model served, or None while there is none.
         code: why it is not healthy, in a word.
         count: how often its NPU was given up in a row.
         probe_at: Unix time at which its NPU is tried again, in seconds; 0 if none is planned.
         at: Unix time of this heartbeat, in seconds.
-        pid: of the node's parent process.
+        pid: of the worker's parent process.
         totals: what its child has computed since it began; names and numbers that only rise.
     """
 
-    node: str
+    worker: str
     state: str
     at: float
-    since: float
+    state_since: float
     pid: int
     reason: str = ""
     device: str = ""
     engine: str = ""
     precision: str = ""
-    card: ModelCard | None = None
-    home: str = ""
-    may_return: bool = False
+    model_info: ModelInfo | None = None
+    assigned_device: str = ""
+    will_retry: bool = False
     code: str = ""
     totals: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    probe_at: float = 0.0
+    failure_count: int = 0
+    next_probe_at: float = 0.0
 
     def to_message(self) -> bytes:
         """Encode as msgpack."""
@@ -173,18 +180,22 @@ class Heartbeat:
             MalformedMessage: the bytes are not a heartbeat.
         """
         try:
-            body = checked(cls, msgpack.unpackb(raw))
-            card = body.pop("card", None)
+            body = validate_fields(cls, msgpack.unpackb(raw))
+            model_info = body.pop("model_info", None)
             totals = body.pop("totals", {})
             if not all(isinstance(total, int | float) for total in totals.values()):
                 raise TypeError("A total is no number.")
-            return cls(**body, totals=totals, card=ModelCard.from_body(card) if card else None)
+            return cls(
+                **body,
+                totals=totals,
+                model_info=ModelInfo.from_body(model_info) if model_info else None,
+            )
         except Exception as error:
             raise MalformedMessage(f"A heartbeat of {len(raw):,} bytes is unreadable.") from error
 
 
-class State(StrEnum):
-    """States of a node."""
+class WorkerState(StrEnum):
+    """States of a worker."""
 
     STARTING = "starting"
     HEALTHY = "healthy"

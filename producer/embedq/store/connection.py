@@ -37,13 +37,13 @@ REPORT_EVERY_S = 10.0
 
 
 #: What helps when there is no Redis.
-WAYS_OUT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
+REDIS_HINT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
 
 
 _GONE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
 
 
-def waits_for(error: Exception) -> str | None:
+def retryable_reason(error: Exception) -> str | None:
     """Say what an error asks us to wait for, or None if waiting cannot help."""
     if isinstance(error, exceptions.AuthenticationError):
         return None
@@ -62,10 +62,10 @@ def waits_for(error: Exception) -> str | None:
     return None
 
 
-def patiently(
+def call_with_retry(
     action: Callable[[], T],
     *,
-    patience_s: float,
+    retry_timeout_s: float,
     on_wait: OnWait,
     where: str,
     advice: str = "",
@@ -88,9 +88,9 @@ def patiently(
         try:
             return action()
         except exceptions.RedisError as error:
-            reason = waits_for(error)
+            reason = retryable_reason(error)
             waited = time.monotonic() - began
-            if reason is None or waited + pause > patience_s:
+            if reason is None or waited + pause > retry_timeout_s:
                 raise QueueUnavailable(_sentence(error, reason, where, waited)) from error
         if waited - reported >= REPORT_EVERY_S:
             on_wait(f"{reason} at {where}; waiting ({waited:.0f} s so far).{advice}")
@@ -110,7 +110,7 @@ def _sentence(error: Exception, reason: str | None, where: str, waited: float) -
     if reason is None:
         return f"Redis at {where} refused a command ({type(error).__name__})."
     after = f" after {waited:.0f} s" if waited >= 1 else ""
-    return f"{reason} at {where}{after}. {WAYS_OUT}."
+    return f"{reason} at {where}{after}. {REDIS_HINT}."
 
 
 #: Seconds to wait for a connection, and for an answer on it.

@@ -1,6 +1,6 @@
 """Dead letters and the attempts of each text.
 
-Texts that a job's careful mode tries one by one, noted where no dying process takes them along.
+Texts that a job's isolation mode tries one by one, noted where no dying process takes them along.
 
 One hash per job, beside its ledger. Each process has notes of its own, because a batch may run
 twice at the same time.
@@ -22,7 +22,7 @@ import msgpack
 from redis import Redis
 
 from embedq.errors import MalformedMessage
-from embedq.protocol.worker import checked
+from embedq.protocol.worker import validate_fields
 
 #: Life of the notes, in seconds: longer than any batch takes text by text.
 ATTEMPT_LOG_TTL_S: Final = 86_400
@@ -39,7 +39,7 @@ return 1
 
 
 @dataclass(frozen=True, slots=True)
-class Notes:
+class TextAttempts:
     """What is noted of a batch.
 
     Attributes:
@@ -53,14 +53,14 @@ class Notes:
     charges: dict[int, int] = field(default_factory=dict)
 
 
-class Suspects:
+class AttemptLog:
     """The notes of one job."""
 
     def __init__(self, client: Redis, job: str) -> None:
         self._redis = client
         self._meta = f"embedq:{{{job}}}:meta"
         self._key = suspects_key(job)
-        self._note = client.register_script(_NOTE)
+        self._record_script = client.register_script(_NOTE)
 
     def start(self, index: int, offset: int, process: str) -> None:
         """Note that a process tries a text on its own."""
@@ -71,18 +71,18 @@ class Suspects:
         fields = [f"{index}@{process}", f"{index}?{process}"]
         self._redis.hdel(self._key, *fields, *([f"{index}:{offset}"] if cleared else []))
 
-    def miss(self, index: int, offset: int, process: str) -> None:
+    def mark_unfinished(self, index: int, offset: int, process: str) -> None:
         """Note that we have seen a start without an end; its process may be dead, or at it."""
         self._redis.hdel(self._key, f"{index}@{process}")
         self._write("HSET", f"{index}?{process}", offset)
 
-    def charge(self, index: int, offset: int, points: int) -> None:
+    def add_failure(self, index: int, offset: int, points: int) -> None:
         """Charge a text with a failure."""
         self._write("HINCRBY", f"{index}:{offset}", points)
 
-    def fetch(self, index: int) -> Notes:
+    def fetch(self, index: int) -> TextAttempts:
         """Return what is noted of a batch."""
-        notes = Notes()
+        notes = TextAttempts()
         kinds = {"@": notes.started, "?": notes.missed}
         raws = cast(dict[bytes, bytes], self._redis.hgetall(self._key))
         for key, value in raws.items():
@@ -97,7 +97,9 @@ class Suspects:
         return notes
 
     def _write(self, verb: str, name: str, value: int) -> None:
-        self._note(keys=[self._meta, self._key], args=[verb, name, value, ATTEMPT_LOG_TTL_S])
+        self._record_script(
+            keys=[self._meta, self._key], args=[verb, name, value, ATTEMPT_LOG_TTL_S]
+        )
 
 
 def suspects_key(job: str) -> str:
@@ -125,7 +127,7 @@ class DeadLetter:
         id: job, batch and offset.
         code: why, as in its outcome.
         reason: why, as a sentence.
-        node: that set it aside.
+        worker: that set it aside.
         at: Unix time, in seconds.
         prompt: that was put before it.
         text: the text itself.
@@ -134,7 +136,7 @@ class DeadLetter:
     id: str
     code: str
     reason: str
-    node: str
+    worker: str
     at: float
     prompt: str = field(default="", repr=False)
     text: str = field(default="", repr=False)
@@ -167,11 +169,19 @@ def drop(redis: Redis, names: Sequence[str]) -> int:
 
 
 def new(
-    job: str, index: int, offset: int, *, code: str, reason: str, node: str, prompt: str, text: str
+    job: str,
+    index: int,
+    offset: int,
+    *,
+    code: str,
+    reason: str,
+    worker: str,
+    prompt: str,
+    text: str,
 ) -> DeadLetter:
     """Make a letter of this moment."""
     name = f"{job}:{index}:{offset}"
-    return DeadLetter(name, code, reason, node, time.time(), prompt, text)
+    return DeadLetter(name, code, reason, worker, time.time(), prompt, text)
 
 
 def _readable(name: str, raw: bytes) -> DeadLetter:
@@ -184,6 +194,6 @@ def _readable(name: str, raw: bytes) -> DeadLetter:
 
 def _from_message(raw: bytes) -> DeadLetter:
     try:
-        return DeadLetter(**checked(DeadLetter, msgpack.unpackb(raw)))
+        return DeadLetter(**validate_fields(DeadLetter, msgpack.unpackb(raw)))
     except Exception as error:
         raise MalformedMessage(f"A dead letter of {len(raw):,} bytes is unreadable.") from error

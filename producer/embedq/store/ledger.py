@@ -31,7 +31,7 @@ from embedq.protocol.contract import MAX_BATCH_TEXTS, MAX_BATCHES
 from embedq.store.dead_letters import suspects_key
 
 # KEYS meta bits tries; ARGV index
-BEGIN: Final = """
+START_ATTEMPT: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {'gone', 0} end
 if redis.call('GETBIT', KEYS[2], ARGV[1]) == 1 then return {'committed', 0} end
 local tries = redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
@@ -79,7 +79,7 @@ return 1
 
 
 # KEYS meta tries; ARGV index
-FORGIVE: Final = """
+UNDO_ATTEMPT: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
 return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
@@ -88,7 +88,7 @@ return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
 
 # KEYS bits commits; ARGV index. A bit without its entry, as after an eviction, would keep the batch
 # from being computed and its producer from ever hearing of it.
-REVIVE: Final = """
+REPAIR_COMMIT: Final = """
 if redis.call('GETBIT', KEYS[1], ARGV[1]) == 0 then return 0 end
 for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
   for i = 1, #entry[2], 2 do
@@ -101,7 +101,7 @@ return 0
 
 
 # KEYS bits commits, n values; ARGV index entry
-FORGET: Final = """
+INVALIDATE: Final = """
 redis.call('XDEL', KEYS[2], ARGV[2])
 if #KEYS > 2 then redis.call('UNLINK', unpack(KEYS, 3)) end
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1], 0) end
@@ -117,7 +117,7 @@ def staged_key(job: str) -> str:
     return f"embedq:{{{job}}}:staged"
 
 
-class Staging:
+class StagedValues:
     """What one execution of a batch has written ahead; one thread at a time."""
 
     def __init__(self, client: Redis, job: str, index: int) -> None:
@@ -164,15 +164,15 @@ class Staging:
 JOBS_KEY: Final = "embedq:jobs"
 
 
-class Verdict(StrEnum):
+class Attempt(StrEnum):
     """What a worker should do with a batch it was handed."""
 
-    GO = "go"
-    GONE = "gone"
-    COMMITTED = "committed"
+    RUN = "go"
+    JOB_EXPIRED = "gone"
+    ALREADY_DONE = "committed"
 
 
-class StagedGone(Exception):
+class StagedValuesExpired(Exception):
     """Values that were written ahead have left Redis; commit again with the values themselves."""
 
 
@@ -203,11 +203,11 @@ class Ledger:
         )
         self._suspects, self._staged = suspects_key(job), staged_key(job)
         self._value_prefix = prefix + "v:"
-        self._begin = client.register_script(BEGIN)
-        self._forgive = client.register_script(FORGIVE)
+        self._start_attempt = client.register_script(START_ATTEMPT)
+        self._undo_attempt = client.register_script(UNDO_ATTEMPT)
         self._commit = client.register_script(COMMIT)
-        self._forget = client.register_script(FORGET)
-        self._revive = client.register_script(REVIVE)
+        self._invalidate = client.register_script(INVALIDATE)
+        self._repair_commit = client.register_script(REPAIR_COMMIT)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
         """Create the job, or find it again; repeating it changes nothing."""
@@ -221,7 +221,7 @@ class Ledger:
         pipe.zadd(JOBS_KEY, {self._job: time.time()}, nx=True)
         pipe.execute()
 
-    def begin(self, index: int) -> tuple[Verdict, int]:
+    def start_attempt(self, index: int) -> tuple[Attempt, int]:
         """Ask whether a batch still wants computing, and count the delivery if so.
 
         Returns:
@@ -229,13 +229,13 @@ class Ledger:
         """
         verdict, tries = cast(
             tuple[bytes, int],
-            self._begin(keys=[self._meta, self._bits, self._tries], args=[index]),
+            self._start_attempt(keys=[self._meta, self._bits, self._tries], args=[index]),
         )
-        return Verdict(verdict.decode()), tries
+        return Attempt(verdict.decode()), tries
 
-    def forgive(self, index: int) -> None:
+    def undo_attempt(self, index: int) -> None:
         """Take back the count of the last delivery: what ended it was not the batch's doing."""
-        self._forgive(keys=[self._meta, self._tries], args=[index])
+        self._undo_attempt(keys=[self._meta, self._tries], args=[index])
 
     def commit(self, index: int, values: Sequence[bytes | str], *, n_texts: int = 0) -> bool | None:
         """Write a batch's values and mark it committed, all or nothing, first writer only.
@@ -249,7 +249,7 @@ class Ledger:
             True if this call committed, False if another had, None if the job is gone.
 
         Raises:
-            StagedGone: a staged value is no longer there; nothing was written.
+            StagedValuesExpired: a staged value is no longer there; nothing was written.
         """
         targets = [self._value_key(index, part) for part in range(len(values))]
         sources = [
@@ -261,7 +261,7 @@ class Ledger:
         keys += targets + sources
         answer = int(cast(int, self._commit(keys=keys, args=[index, n_texts, *sent])))
         if answer == -2:
-            raise StagedGone
+            raise StagedValuesExpired
         return {1: True, 0: False, -1: None}[answer]
 
     def exists(self) -> bool:
@@ -272,9 +272,9 @@ class Ledger:
         """Tell whether a batch has been committed."""
         return bool(self._redis.getbit(self._bits, index))
 
-    def is_coming(self, index: int) -> bool:
+    def has_readable_commit(self, index: int) -> bool:
         """Tell whether a batch has a commit that can be read; if not, it may be committed anew."""
-        return bool(self._revive(keys=[self._bits, self._commits], args=[index]))
+        return bool(self._repair_commit(keys=[self._bits, self._commits], args=[index]))
 
     def read_commits(self, *, count: int, block_ms: int) -> list[Commit]:
         """Return the first commits that were not taken, waiting up to block_ms for one.
@@ -296,7 +296,7 @@ class Ledger:
         keys = self._value_keys(commit)
         return cast(list[bytes | None], self._redis.mget(keys)) if keys else []
 
-    def take(self, commits: Sequence[Commit]) -> None:
+    def acknowledge(self, commits: Sequence[Commit]) -> None:
         """Delete the values and stream entries of batches that the caller now holds."""
         pipe = self._redis.pipeline(transaction=False)
         for commit in commits:
@@ -305,13 +305,13 @@ class Ledger:
             pipe.xdel(self._commits, commit.entry)
         pipe.execute()
 
-    def forget(self, commit: Commit) -> None:
+    def invalidate(self, commit: Commit) -> None:
         """Take a commit back with all that is left of it, so that the batch can be computed again.
 
-        At once, and before it is published: a node that commits it again uses the same keys.
+        At once, and before it is published: a worker that commits it again uses the same keys.
         """
         keys = [self._bits, self._commits, *self._value_keys(commit)]
-        self._forget(keys=keys, args=[commit.index, commit.entry])
+        self._invalidate(keys=keys, args=[commit.index, commit.entry])
 
     def keep_alive(self, ttl_s: int) -> None:
         """Put off the end of the job's keys."""
@@ -344,7 +344,7 @@ class Ledger:
 
 
 def _commit(entry: bytes, body: dict[bytes, bytes]) -> Commit:
-    """Read an entry; one that no node wrote is of no batch, or of one without values."""
+    """Read an entry; one that no worker wrote is of no batch, or of one without values."""
     index = _number(body.get(b"i"), MAX_BATCHES - 1)
     n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS)  # each holds a row or more
     return Commit(entry, -1 if index is None else index, n_values or 0)

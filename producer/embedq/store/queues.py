@@ -1,6 +1,6 @@
 """Queue depth, unacknowledged messages and memory of Redis.
 
-The broker seen from outside Celery: what waits, what a node holds, how full it is.
+The broker seen from outside Celery: what waits, what a worker holds, how full it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from embedq.protocol.contract import Queue
-from embedq.store.fleet import PAUSED_KEY, fetch_alive
+from embedq.store.fleet import PAUSED_KEY, list_live_workers
 
 #: Hash of kombu's that holds every message popped and not acknowledged.
 UNACKED_KEY: Final = "unacked"
@@ -68,7 +68,7 @@ return ages
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class RedisMemory:
     """How full a Redis is.
 
     Attributes:
@@ -85,21 +85,21 @@ class Load:
         return self.used / self.limit if self.limit else 0.0
 
     @classmethod
-    def from_info(cls, info: object) -> Load:
+    def from_info(cls, info: object) -> RedisMemory:
         """Read the answer to INFO; a Redis that refuses it counts as empty."""
         if not isinstance(info, dict):
             return cls(0, 0)
         return cls(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
 
 
-class Broker:
+class QueueInspector:
     """The queues as Redis holds them."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._look = redis.register_script(_LOOK)
 
-    def look(self, task_ids: Iterable[str], results: Redis) -> View:
+    def snapshot(self, task_ids: Iterable[str], results: Redis) -> QueueSnapshot:
         """Return what the reconciler needs to know of these tasks.
 
         Args:
@@ -112,8 +112,8 @@ class Broker:
             self._look(keys=[UNACKED_KEY, *queues], args=list(task_ids)),
         )
         found, oldest = answer
-        probing = any(node.state == "probing" for node in fetch_alive(results))
-        return View(
+        probing = any(worker.state == "probing" for worker in list_live_workers(results))
+        return QueueSnapshot(
             in_hand=frozenset(task.decode() for task in found),
             oldest={
                 queue: float(published) if published else None
@@ -122,22 +122,22 @@ class Broker:
             settled=not probing and not results.exists(PAUSED_KEY),
         )
 
-    def load(self) -> Load:
+    def memory(self) -> RedisMemory:
         """Return how full this Redis is; one that does not tell counts as empty."""
         try:
-            return Load.from_info(self._redis.info("memory"))
+            return RedisMemory.from_info(self._redis.info("memory"))
         except ResponseError:
-            return Load(0, 0)
+            return RedisMemory(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class QueueSnapshot:
     """What Redis holds at one moment.
 
     Attributes:
-        in_hand: ids of the tasks that some node has popped and not acknowledged.
+        in_hand: ids of the tasks that some worker has popped and not acknowledged.
         oldest: queue -> Unix time at which its oldest message was published; None when empty.
-        settled: no node is probing and nobody has paused the queues.
+        settled: no worker is probing and nobody has paused the queues.
     """
 
     in_hand: frozenset[str]

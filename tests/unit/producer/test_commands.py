@@ -24,7 +24,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> FakeRedis:
     """A Redis with one text set aside, which is what the commands open."""
     redis = FakeRedis()
     letter = dead_letters.new(
-        "job", 0, 1, code="poison", reason="", node="n", prompt="", text="a text"
+        "job", 0, 1, code="poison", reason="", worker="n", prompt="", text="a text"
     )
     dead_letters.add(redis, letter)
     monkeypatch.setattr(operations, "_results", lambda: redis)
@@ -91,9 +91,9 @@ def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) ->
 def test_brackets_are_no_markup() -> None:
     """Names, reasons and outputs are shown as they are; `[/dev/accel]` ended the command."""
     now = 1000.0
-    node = Heartbeat("n[a]", "degraded", now, now, 1, reason="cannot open [/dev/accel/accel0]")
+    worker = Heartbeat("n[a]", "degraded", now, now, 1, reason="cannot open [/dev/accel/accel0]")
     job = JobStatus("j[b]", "out[v2].npy", 0, 0, 1.0)
-    found = FleetStatus(now, [node], {}, 0, 0.0, [job], {}, None, silent={"s[/c]": now})
+    found = FleetStatus(now, [worker], {}, 0, 0.0, [job], {}, None, silent={"s[/c]": now})
     shown = io.StringIO()
 
     Console(width=200, file=shown).print(operations.render(found))

@@ -19,7 +19,7 @@ from embedq.protocol.contract import (
     refusal,
 )
 from embedq.protocol.message import EmbedBatch, Header, message_headers
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "שלום", "مرحبا", "日本語", "a" * 50_000, "line\nbreak"]
@@ -68,7 +68,7 @@ def test_everything_beside_the_texts_comes_back() -> None:
         {"on_long": OnLong.ERROR},
         {"accuracy": Accuracy.EXACT},
         {"dtype": "float16"},
-        {"quantised": "copy"},
+        {"quantized": "copy"},
     ],
     ids=lambda change: str(*change),
 )
@@ -144,13 +144,13 @@ def test_largest_batch_is_sent() -> None:
 
 def test_model_card_survives_the_wire_and_newer_fields() -> None:
     """A card comes back, also from a version that knows more fields."""
-    card = ModelCard("label", "ab" * 32, 384, 256, prompts={"query": "query: "})
-    newer = msgpack.packb({**msgpack.unpackb(card.to_message()), "colour": "blue"})
+    model_info = ModelInfo("label", "ab" * 32, 384, 256, prompts={"query": "query: "})
+    newer = msgpack.packb({**msgpack.unpackb(model_info.to_message()), "color": "blue"})
 
-    assert ModelCard.from_message(card.to_message()) == card
-    assert ModelCard.from_message(newer) == card
+    assert ModelInfo.from_message(model_info.to_message()) == model_info
+    assert ModelInfo.from_message(newer) == model_info
     with pytest.raises(MalformedMessage):
-        ModelCard.from_message(b"\xc1")
+        ModelInfo.from_message(b"\xc1")
 
 
 def test_flipped_bit_never_gives_other_texts() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from embedq.bulk.estimate import SAMPLE, Estimate, sample_of
-from embedq.bulk.request import Request
+from embedq.bulk.request import EmbedRequest
 from embedq.jobs.batches import guess_tokens
 
 ESTIMATE = Estimate(
@@ -24,11 +24,11 @@ ESTIMATE = Estimate(
 )
 
 
-def request(folder: Path, n: int) -> Request:
+def request(folder: Path, n: int) -> EmbedRequest:
     """Write n numbered lines, each as long as its number says."""
     source = folder / "in.txt"
     source.write_text("".join(f"{i}{'x' * (i % 50)}\n" for i in range(n)))
-    return Request((str(source),), folder / "out.npy")
+    return EmbedRequest((str(source),), folder / "out.npy")
 
 
 def test_small_input_is_its_own_sample(tmp_path: Path) -> None:

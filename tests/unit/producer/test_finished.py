@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedq.errors import CorruptValue
-from embedq.jobs.batches import Rows, Slice, assemble
+from embedq.jobs.batches import TextBatch, VectorBuffer, decode_result
 from embedq.protocol.contract import Dtype, Outcome, Status, VectorSpec
 from embedq.protocol.values import OutcomeTable, Vectors, encode, encode_failure
 
@@ -15,7 +15,7 @@ SPEC = VectorSpec("ab" * 32, 3, 256, dtype=Dtype.FLOAT16)
 def test_rows_stand_in_the_order_they_came(planned: int | None) -> None:
     """Whether as many come as were planned, more or fewer."""
     batches: list[Vectors] = [np.full((n, 3), n, np.float32) for n in (4, 1, 0, 3)]
-    rows = Rows(SPEC, planned)
+    rows = VectorBuffer(SPEC, planned)
     for batch in batches:
         rows.append(batch)
 
@@ -25,14 +25,14 @@ def test_rows_stand_in_the_order_they_came(planned: int | None) -> None:
 
 def test_no_rows_have_the_dimension_of_the_spec() -> None:
     """An empty list of texts gives [0, D]."""
-    assert Rows(SPEC, 0).vectors().shape == (0, 3)
+    assert VectorBuffer(SPEC, 0).vectors().shape == (0, 3)
 
 
 PLAIN = VectorSpec("ab" * 32, 3, 256)
 
 
 def value(n: int, *, dim: int = 3, dtype: Dtype = Dtype.FLOAT32, fill: float = 1) -> bytes:
-    """Return a value of n rows, as a node would store it."""
+    """Return a value of n rows, as a worker would store it."""
     rows: Vectors = np.full((n, dim), fill, np.float32)
     outcomes = OutcomeTable.from_outcomes([Outcome()] * n)
     return encode(rows, outcomes, PLAIN.fingerprint(), dtype)
@@ -76,10 +76,10 @@ def of_kinds(name: str) -> bytes:
 def test_values_that_make_no_batch_are_corrupt(values: tuple[bytes | None, ...]) -> None:
     """Each is whole by itself, and not what was asked for: the batch is computed again."""
     n = 400 if values and len(values[0] or b"") > 1000 else 4
-    piece = Slice(0, 0, ["text"] * n, {})
+    piece = TextBatch(0, 0, ["text"] * n, {})
 
     with pytest.raises(CorruptValue):
-        assemble(piece, values, PLAIN, PLAIN.fingerprint())
+        decode_result(piece, values, PLAIN, PLAIN.fingerprint())
 
 
 def test_failed_text_needs_no_vector() -> None:
@@ -88,6 +88,6 @@ def test_failed_text_needs_no_vector() -> None:
     rows = np.array([[1, 0, 0], [np.nan] * 3], np.float32)
     stored = encode(rows, OutcomeTable.from_outcomes(outcomes), PLAIN.fingerprint())
 
-    batch = assemble(Slice(0, 0, ["a", "b"], {}), [stored], PLAIN, PLAIN.fingerprint())
+    batch = decode_result(TextBatch(0, 0, ["a", "b"], {}), [stored], PLAIN, PLAIN.fingerprint())
 
     assert batch.failures() == {1: "set_aside"}

@@ -61,13 +61,13 @@ def test_outputs_hold_the_rounded_values(
     tmp_path: Path, client: Client, shared_redis: RedisProcess, ending: str
 ) -> None:
     """npy as float16; the others as the same numbers. An update keeps and adds such rows."""
-    from embedq.bulk.request import Request
+    from embedq.bulk.request import EmbedRequest
     from embedq.bulk.run import EmbedRun
     from embedq.bulk.update import UpdateRun
     from embedq.cli.console import RunDisplay
 
     source, output = tmp_path / "in.txt", tmp_path / f"out.{ending}"
-    request = Request(inputs=(str(source),), output=output)
+    request = EmbedRequest(inputs=(str(source),), output=output)
     with Client(settings=shared_redis.settings(dtype="float16")) as half:
         for kind, texts in ((EmbedRun, TEXTS[:50]), (UpdateRun, TEXTS[10:80])):
             source.write_text("\n".join(texts) + "\n")

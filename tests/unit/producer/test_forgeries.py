@@ -42,7 +42,7 @@ def message(of: list[str] = TEXTS, /, **changes: Any) -> dict[str, Any]:
 
 def test_newer_schema_is_refused_with_a_sentence() -> None:
     """A message of a newer version names both versions and the next step."""
-    with pytest.raises(UnknownSchema, match=rf"schema {SCHEMA + 1}; this node .* {SCHEMA}\. Upg"):
+    with pytest.raises(UnknownSchema, match=rf"schema {SCHEMA + 1}; this worker .* {SCHEMA}\. Upg"):
         EmbedBatch.from_message(message(v=SCHEMA + 1, texts=b"of the future"))
 
 

@@ -89,7 +89,7 @@ def test_redis_keeps_to_its_folder(bare: Path) -> None:
 
 def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """On Windows nothing is started; the error names what works instead."""
-    fleet = LocalFleet(node_command=["true"], warn=print)
+    fleet = LocalFleet(worker_command=["true"], warn=print)
     monkeypatch.setattr(os, "name", "nt")
 
     with pytest.raises(LocalStartFailed, match="Use WSL 2"):
@@ -98,7 +98,7 @@ def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the worker's requirements the error is one pip command."""
-    monkeypatch.setattr("embedq.local.fleet.NODE_REQUIREMENTS", ("nowhere_to_be_found", "os"))
+    monkeypatch.setattr("embedq.local.fleet.WORKER_REQUIREMENTS", ("nowhere_to_be_found", "os"))
 
     with pytest.raises(LocalStartFailed, match=r"needs nowhere_to_be_found.*embedq\[cpu\]"):
         LocalFleet(warn=print).start()
@@ -106,7 +106,7 @@ def test_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_nothing_is_known_before_the_start() -> None:
     """An address asked for too early is a mistake of the caller, and says so."""
-    fleet = LocalFleet(node_command=["true"], warn=print)
+    fleet = LocalFleet(worker_command=["true"], warn=print)
 
     with pytest.raises(RuntimeError, match="with"):
         _ = fleet.broker_url

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from embedq.bulk import writers
-from embedq.bulk.checkpoint import Manifest, Spool
-from embedq.bulk.writers import finish, format_of, require_writable, sidecar_path
+from embedq.bulk.checkpoint import Manifest, PartialWriter
+from embedq.bulk.writers import finalize, format_of, require_writable, sidecar_path
 from embedq.errors import InputError
 from embedq.protocol.values import Vectors
 
@@ -23,9 +23,9 @@ ITEMS = [
 ]
 
 
-def spooled(output: Path, vectors: Vectors = VECTORS) -> Spool:
+def spooled(output: Path, vectors: Vectors = VECTORS) -> PartialWriter:
     """Return complete spools of an output."""
-    spool = Spool(output, Manifest(settings={}, inputs={}))
+    spool = PartialWriter(output, Manifest(settings={}, inputs={}))
     spool.write(vectors, [json.dumps(item) + "\n" for item in ITEMS[: len(vectors)]])
     spool.sync()
     spool.close()
@@ -36,7 +36,7 @@ def test_npy_has_its_sidecar_and_nothing_else(tmp_path: Path) -> None:
     """Rows and items are files of their own, in the same order; spools are gone."""
     output = tmp_path / "out.npy"
 
-    written = finish(output, spooled(output), 3, 3)
+    written = finalize(output, spooled(output), 3, 3)
 
     assert written == [output, sidecar_path(output)]
     assert np.array_equal(np.load(output), VECTORS, equal_nan=True)
@@ -48,7 +48,7 @@ def test_npy_without_rows_is_an_empty_array(tmp_path: Path) -> None:
     """An input without texts gives [0, D]."""
     output = tmp_path / "out.npy"
 
-    finish(output, spooled(output, VECTORS[:0]), 0, 3)
+    finalize(output, spooled(output, VECTORS[:0]), 0, 3)
 
     assert np.load(output).shape == (0, 3)
 
@@ -56,7 +56,7 @@ def test_npy_without_rows_is_an_empty_array(tmp_path: Path) -> None:
 def test_npy_can_be_mapped(tmp_path: Path) -> None:
     """The rows are aligned, so that a large output need not be read to be used."""
     output = tmp_path / "out.npy"
-    finish(output, spooled(output), 3, 3)
+    finalize(output, spooled(output), 3, 3)
 
     mapped = np.load(output, mmap_mode="r")
 
@@ -68,7 +68,7 @@ def test_jsonl_has_vectors_in_its_items(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(writers, "CHUNK_ROWS", 2)
     output = tmp_path / "out.jsonl"
 
-    finish(output, spooled(output), 3, 3)
+    finalize(output, spooled(output), 3, 3)
 
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line.pop("vector") for line in lines] == [[1, 0, 0], [0, 0.5, 0.25], None]

@@ -8,7 +8,7 @@ import pytest
 from redis import exceptions
 
 from embedq.errors import QueueUnavailable
-from embedq.store.connection import patiently, waits_for
+from embedq.store.connection import call_with_retry, retryable_reason
 
 
 class Flaky:
@@ -43,7 +43,7 @@ class Flaky:
 )
 def test_only_what_may_pass_is_waited_for(error: Exception, reason: str | None) -> None:
     """A lost, loading, full or read-only Redis may come back; a wrong password will not."""
-    assert waits_for(error) == reason
+    assert retryable_reason(error) == reason
 
 
 def test_action_is_repeated_until_it_answers() -> None:
@@ -51,7 +51,7 @@ def test_action_is_repeated_until_it_answers() -> None:
     told: list[str] = []
     flaky = Flaky(exceptions.ConnectionError("a"), exceptions.OutOfMemoryError("b"))
 
-    answer = patiently(flaky, patience_s=10, on_wait=told.append, where="redis://host")
+    answer = call_with_retry(flaky, retry_timeout_s=10, on_wait=told.append, where="redis://host")
 
     assert answer == "answer"
     assert told == ["Redis cannot be reached at redis://host; waiting (0 s so far)."]
@@ -63,7 +63,9 @@ def test_patience_ends_with_the_next_step() -> None:
     began = time.monotonic()
 
     with pytest.raises(QueueUnavailable, match=r"at redis://host.*Start Redis, or set EMBEDQ_BR"):
-        patiently(Flaky(*errors), patience_s=0.5, on_wait=lambda _: None, where="redis://host")
+        call_with_retry(
+            Flaky(*errors), retry_timeout_s=0.5, on_wait=lambda _: None, where="redis://host"
+        )
 
     assert time.monotonic() - began < 2
 
@@ -73,7 +75,7 @@ def test_without_patience_an_action_is_tried_once() -> None:
     flaky = Flaky(*[exceptions.ConnectionError("refused")] * 3)
 
     with pytest.raises(QueueUnavailable):
-        patiently(flaky, patience_s=0, on_wait=pytest.fail, where="")
+        call_with_retry(flaky, retry_timeout_s=0, on_wait=pytest.fail, where="")
 
     assert len(flaky.errors) == 2
 
@@ -81,9 +83,9 @@ def test_without_patience_an_action_is_tried_once() -> None:
 def test_what_cannot_pass_is_not_waited_for() -> None:
     """A refused password ends at once, and says so."""
     with pytest.raises(QueueUnavailable, match="refused the password"):
-        patiently(
+        call_with_retry(
             Flaky(exceptions.AuthenticationError("x")),
-            patience_s=60,
+            retry_timeout_s=60,
             on_wait=lambda _: None,
             where="",
         )
@@ -92,15 +94,17 @@ def test_what_cannot_pass_is_not_waited_for() -> None:
 def test_other_errors_pass_through() -> None:
     """An error that is not of Redis is not ours to wait for."""
     with pytest.raises(KeyError):
-        patiently(Flaky(KeyError("bug")), patience_s=60, on_wait=lambda _: None, where="")
+        call_with_retry(
+            Flaky(KeyError("bug")), retry_timeout_s=60, on_wait=lambda _: None, where=""
+        )
 
 
 def test_user_who_may_not_is_told_who_may() -> None:
     """Each user of Redis can do its own work only, so the way out is another user's URLs."""
     with pytest.raises(QueueUnavailable, match="redis://host does not allow this to its user"):
-        patiently(
+        call_with_retry(
             Flaky(exceptions.NoPermissionError("no permissions")),
-            patience_s=60,
+            retry_timeout_s=60,
             on_wait=lambda _: None,
             where="redis://host",
         )

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq.bulk.run import HASH_CHARACTERS, Piece, pieces, text_hash
-from embedq.jobs.batches import Document, Slice, split
+from embedq.bulk.run import HASH_CHARACTERS, InputBatch, iter_batches, text_hash
+from embedq.jobs.batches import Document, TextBatch, split
 from embedq.protocol.contract import MAX_TEXT_BYTES, refusal
 
 TEXTS = st.one_of(st.text(), st.none(), st.integers(), st.just("a\0b"), st.just("\ud800"))
 DOCUMENTS = st.lists(st.builds(Document, st.one_of(st.text(), st.integers()), TEXTS), max_size=60)
 
 
-def cut(documents: Iterable[Document]) -> list[Piece]:
-    def few(texts: Iterable[object]) -> Iterator[Slice]:
+def cut(documents: Iterable[Document]) -> list[InputBatch]:
+    def few(texts: Iterable[object]) -> Iterator[TextBatch]:
         return split(texts, max_texts=8, max_tokens=200, max_length=256)
 
-    return list(pieces(documents, few))
+    return list(iter_batches(documents, few))
 
 
 @given(DOCUMENTS)
@@ -63,7 +63,7 @@ def test_documents_are_pulled_one_batch_ahead_at_most() -> None:
             pulled += 1
             yield Document(number, "text")
 
-    stream = pieces(
+    stream = iter_batches(
         documents(), lambda texts: split(texts, max_texts=8, max_tokens=999, max_length=9)
     )
     given_out = sum(len(next(stream).slice) for _ in range(10))

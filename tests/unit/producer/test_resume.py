@@ -13,8 +13,8 @@ import pytest
 from embedq.bulk.checkpoint import (
     MANIFEST_VERSION,
     Manifest,
-    Spool,
-    claimed,
+    PartialWriter,
+    lock_output,
     manifest_path,
     npy_header,
 )
@@ -49,7 +49,7 @@ def test_missing_manifest_is_none(tmp_path: Path) -> None:
 
 def test_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
     """A manifest of the same version may say more."""
-    assert Manifest.load(saved(tmp_path, colour="blue")) == MANIFEST
+    assert Manifest.load(saved(tmp_path, color="blue")) == MANIFEST
 
 
 def test_newer_manifest_is_refused(tmp_path: Path) -> None:
@@ -79,25 +79,25 @@ def test_damaged_manifest_is_refused(content: str, tmp_path: Path) -> None:
 def test_change_is_named_then_and_now(now: Manifest, words: str) -> None:
     """A setting or input that differs is told with both values and the ways out."""
     with pytest.raises(InputError, match=f"{words}.*--restart"):
-        MANIFEST.refuse_change(now)
+        MANIFEST.check_compatible(now)
 
 
 def test_same_request_goes_on() -> None:
     """The same settings and inputs are no change, however far the run is."""
-    MANIFEST.refuse_change(replace(MANIFEST, rows=0, batches=0, job="other"))
+    MANIFEST.check_compatible(replace(MANIFEST, rows=0, batches=0, job="other"))
 
 
 def test_spool_is_cut_to_what_the_manifest_vouches_for(tmp_path: Path) -> None:
     """Rows after the last checkpoint are dropped; the spool goes on behind it."""
     output = tmp_path / "out.npy"
-    first = Spool(output, replace(MANIFEST, batches=0))
+    first = PartialWriter(output, replace(MANIFEST, batches=0))
     first.write(np.ones((2, 3), np.float32), ["a\n", "b\n"])
     vectors_bytes, items_bytes = first.sync()
     first.write(np.zeros((9, 3), np.float32), ["lost\n"] * 9)
     first.close()
 
     safe = replace(MANIFEST, vectors_bytes=vectors_bytes, items_bytes=items_bytes)
-    again = Spool(output, safe)
+    again = PartialWriter(output, safe)
     again.write(np.full((1, 3), 2, np.float32), ["c\n"])
     again.close()
 
@@ -109,7 +109,7 @@ def test_spool_is_cut_to_what_the_manifest_vouches_for(tmp_path: Path) -> None:
 def test_spool_shorter_than_its_manifest_is_refused(tmp_path: Path) -> None:
     """A spool that something else cut is not gone on from."""
     with pytest.raises(InputError, match="shorter than its manifest says"):
-        Spool(tmp_path / "out.npy", replace(MANIFEST, vectors_bytes=1000))
+        PartialWriter(tmp_path / "out.npy", replace(MANIFEST, vectors_bytes=1000))
 
 
 def test_second_writer_is_kept_off(tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ def test_second_writer_is_kept_off(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
 
     with (
-        claimed(output),
+        lock_output(output),
         pytest.raises(InputError, match="another embedq is writing this output"),
-        claimed(output),
+        lock_output(output),
     ):
         pytest.fail("claimed twice")
-    with claimed(output):
+    with lock_output(output):
         pass
 
     assert list(tmp_path.iterdir()) == []

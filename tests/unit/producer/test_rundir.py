@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from embedq.errors import LocalStartFailed
-from embedq.local.fleet import MAX_SOCKET_PATH_BYTES, RESERVED_BYTES, RunFolder
+from embedq.local.fleet import MAX_SOCKET_PATH_BYTES, RESERVED_BYTES, RuntimeDir
 
 #: Makes a folder, says where, and is killed before it can remove it.
 KILLED_OWNER = """
 import os, signal
-from embedq.local.fleet import RunFolder
-print(RunFolder.create().path, flush=True)
+from embedq.local.fleet import RuntimeDir
+print(RuntimeDir.create().path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -33,7 +33,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_folder_is_private_and_removed(base: Path) -> None:
     """The folder is below TMPDIR, for its owner only, and goes with remove(), twice if need be."""
-    folder = RunFolder.create()
+    folder = RuntimeDir.create()
 
     assert folder.path.parent == base
     assert folder.path.stat().st_mode & 0o777 == 0o700
@@ -49,7 +49,7 @@ def test_unfit_tmpdir_falls_back(unfit: str, monkeypatch: pytest.MonkeyPatch) ->
     """A TMPDIR that is too long for a socket, absent or odd is passed over for /tmp."""
     monkeypatch.setenv("TMPDIR", unfit)
 
-    folder = RunFolder.create()
+    folder = RuntimeDir.create()
     socket_path = folder.path / "redis.sock"
     folder.remove()
 
@@ -64,7 +64,7 @@ def test_longest_base_leaves_room_for_a_socket(base: Path, monkeypatch: pytest.M
     longest.mkdir()
     monkeypatch.setenv("TMPDIR", str(longest))
 
-    folder = RunFolder.create()
+    folder = RuntimeDir.create()
     socket_path = folder.path / "redis.sock"
     folder.remove()
 
@@ -77,7 +77,7 @@ def test_nowhere_to_write_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     with pytest.raises(LocalStartFailed, match="Set TMPDIR"):
-        RunFolder.create()
+        RuntimeDir.create()
 
 
 def test_folder_of_a_killed_run_is_swept(base: Path) -> None:
@@ -89,14 +89,14 @@ def test_folder_of_a_killed_run_is_swept(base: Path) -> None:
     assert left.parent == base
     assert left.is_dir()
 
-    RunFolder.create().remove()
+    RuntimeDir.create().remove()
 
     assert not left.exists()
 
 
 def test_living_and_strange_folders_are_left_alone(base: Path) -> None:
     """A sweep touches neither the folder of a living run nor one that it cannot tell for dead."""
-    living = RunFolder.create()
+    living = RuntimeDir.create()
     strange = base / "embedq-notes"
     strange.mkdir()
     target = base / "target"
@@ -105,7 +105,7 @@ def test_living_and_strange_folders_are_left_alone(base: Path) -> None:
     link = base / "embedq-link"
     link.symlink_to(target)
 
-    RunFolder.create().remove()
+    RuntimeDir.create().remove()
 
     assert living.path.is_dir()
     assert strange.is_dir()

@@ -22,12 +22,12 @@ def test_defaults_need_no_environment() -> None:
 
 def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable replaces the default, an argument the variable; None means not given."""
-    monkeypatch.setenv("EMBEDQ_WINDOW", "7")
+    monkeypatch.setenv("EMBEDQ_MAX_IN_FLIGHT", "7")
     monkeypatch.setenv("EMBEDQ_MODEL", "folder")
 
     settings = ProducerSettings.load(model="other", window=None)
 
-    assert (settings.window, settings.model) == (7, "other")
+    assert (settings.max_in_flight, settings.model) == (7, "other")
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,17 @@ def test_typo_in_a_name_names_the_nearest(
     [
         ("ACCURACY", "exakt", "EMBEDQ_ACCURACY: .*exact.*, got exakt. Did you mean exact?"),
         ("RESULTS_TTL_S", "1", "EMBEDQ_RESULTS_TTL_S: expected at least 60 s, got 1."),
-        ("WINDOW", "many", "EMBEDQ_WINDOW: expected a whole number of batches, got many."),
+        (
+            "MAX_IN_FLIGHT",
+            "many",
+            "EMBEDQ_MAX_IN_FLIGHT: expected a whole number of batches, got many.",
+        ),
         ("BATCH_TEXTS", "9999", "EMBEDQ_BATCH_TEXTS: expected at most 4096 texts, got 9999."),
-        ("NODE_WAIT_S", "soon", "EMBEDQ_NODE_WAIT_S: expected a number of s, got soon."),
+        (
+            "STARTUP_TIMEOUT_S",
+            "soon",
+            "EMBEDQ_STARTUP_TIMEOUT_S: expected a number of s, got soon.",
+        ),
         ("BROKER_URL", "", "EMBEDQ_BROKER_URL: expected redis://host:port/db, .*, got ."),
         ("BROKER_URL", "localhost:6379", "EMBEDQ_BROKER_URL: expected .*, got localhost:6379."),
         ("BROKER_URL", "unix:///a?db=0", r"virtual_host=db, got unix:///a\?db=0."),

@@ -8,66 +8,66 @@ import pytest
 from redis.exceptions import ConnectionError as Gone
 
 from embedq import Client
-from embedq.discovery import StrictWatch, may_serve_strict
-from embedq.errors import NoNode, SettingsError, StrictUnavailable
+from embedq.discovery import NpuAvailability, can_serve_strict
+from embedq.errors import NoWorker, SettingsError, StrictUnavailable
 from embedq.protocol.worker import Heartbeat
 from embedq.settings import ProducerSettings
 
 
-def node(
+def worker(
     state: str = "healthy", home: str = "npu", device: str = "npu", *, may_return: bool = False
 ) -> Heartbeat:
-    """Return what a node says of itself."""
+    """Return what a worker says of itself."""
     return Heartbeat(
         "n",
         state,
         at=0,
-        since=0,
+        state_since=0,
         pid=1,
-        home=home,
+        assigned_device=home,
         device=device,
         reason="It lied.",
-        may_return=may_return,
+        will_retry=may_return,
     )
 
 
 @pytest.mark.parametrize(
     ("heartbeat", "serves"),
     [
-        (node(), True),
-        (node("starting", device=""), True),
-        (node("starting", home="", device=""), True),
-        (node("probing", device=""), True),
-        (node("degraded", device="cpu"), False),
-        (node("degraded", device="cpu", may_return=True), True),
-        (node("failed", device=""), False),
-        (node(home="cpu", device="cpu"), False),
-        (node(home="", device="cpu"), False),
+        (worker(), True),
+        (worker("starting", device=""), True),
+        (worker("starting", home="", device=""), True),
+        (worker("probing", device=""), True),
+        (worker("degraded", device="cpu"), False),
+        (worker("degraded", device="cpu", may_return=True), True),
+        (worker("failed", device=""), False),
+        (worker(home="cpu", device="cpu"), False),
+        (worker(home="", device="cpu"), False),
     ],
 )
-def test_nodes_that_are_worth_waiting_for(heartbeat: Heartbeat, serves: bool) -> None:
+def test_workers_that_are_worth_waiting_for(heartbeat: Heartbeat, serves: bool) -> None:
     """An NPU that serves, comes up or will be tried again; never a CPU."""
-    assert may_serve_strict(heartbeat) is serves
+    assert can_serve_strict(heartbeat) is serves
 
 
 def test_job_is_given_up_with_the_reason() -> None:
     """The message says what became of the NPUs, and what to do."""
-    watch = StrictWatch(lambda: [node("degraded", device="cpu")], wait_s=0)
-    watch.look()
+    watch = NpuAvailability(lambda: [worker("degraded", device="cpu")], wait_s=0)
+    watch.check()
 
-    with pytest.raises(StrictUnavailable, match=r"Node n is degraded: It lied\.") as caught:
-        watch.look()
+    with pytest.raises(StrictUnavailable, match=r"Worker n is degraded: It lied\.") as caught:
+        watch.check()
 
-    assert isinstance(caught.value, NoNode)
-    assert "EMBEDQ_NODE_WAIT_S" in str(caught.value)
+    assert isinstance(caught.value, NoWorker)
+    assert "EMBEDQ_STARTUP_TIMEOUT_S" in str(caught.value)
 
 
 def test_job_waits_while_an_npu_may_come() -> None:
     """Each sight of an NPU begins the wait anew."""
-    watch = StrictWatch(lambda: [node("starting", device="")], wait_s=0)
+    watch = NpuAvailability(lambda: [worker("starting", device="")], wait_s=0)
 
     for _ in range(3):
-        watch.look()
+        watch.check()
 
 
 def test_redis_that_is_gone_is_no_missing_npu() -> None:
@@ -80,9 +80,9 @@ def test_redis_that_is_gone_is_no_missing_npu() -> None:
             raise answer
         return answer
 
-    watch = StrictWatch(fetch, wait_s=0)
+    watch = NpuAvailability(fetch, wait_s=0)
     for _ in range(3):
-        watch.look()
+        watch.check()
 
 
 def test_strict_and_exact_are_refused_as_settings() -> None:

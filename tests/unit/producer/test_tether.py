@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import embedq.local.fleet
-from embedq.local.fleet import TETHER_MARGIN_S, Tethered
+from embedq.local.fleet import TETHER_MARGIN_S, ManagedProcess
 
 TETHER = Path(embedq.local.fleet.__file__).with_name("process_guard.py")
 #: Seconds after which a process that should be gone counts as left behind.
@@ -135,7 +135,7 @@ def test_it_imports_little() -> None:
 
 def test_end_waits_for_no_fork_of_its_owner(tmp_path: Path) -> None:
     """A fork of the owner keeps the other end of stdin open; the command ends all the same."""
-    process = Tethered(["sleep", "1000"], tmp_path / "log", grace_s=0)
+    process = ManagedProcess(["sleep", "1000"], tmp_path / "log", grace_s=0)
     reader, writer = os.pipe()
     fork = os.fork()
     if fork == 0:

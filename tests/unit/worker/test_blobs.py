@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedq_worker.engines.model_cache import BLOB, META, BlobKey, BlobStore
-from embedq_worker.errors import CompileFailed, Reason
+from embedq_worker.engines.model_cache import BLOB, META, CacheKey, CompiledModelCache
+from embedq_worker.errors import CompileFailed, FailureReason
 
 MODEL = "ab" * 32
-KEY = BlobKey(MODEL, {"device": "NPU", "shapes": "[1, 256]"}, {"openvino": "1", "driver": "7"})
+KEY = CacheKey(MODEL, {"device": "NPU", "shapes": "[1, 256]"}, {"openvino": "1", "driver": "7"})
 CONTENT = np.arange(5000, dtype=np.uint8)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BlobStore:
+def store(tmp_path: Path) -> CompiledModelCache:
     """An empty store."""
-    return BlobStore(tmp_path / "cache", MODEL)
+    return CompiledModelCache(tmp_path / "cache", MODEL)
 
 
-def test_stored_blob_comes_back(store: BlobStore) -> None:
+def test_stored_blob_comes_back(store: CompiledModelCache) -> None:
     """The same bytes, from a folder that only this user may enter."""
     assert store.load(KEY) is None
 
@@ -43,23 +43,25 @@ def test_stored_blob_comes_back(store: BlobStore) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        replace(KEY, versions={**KEY.versions, "driver": "8"}),
-        replace(KEY, versions={**KEY.versions, "openvino": "2"}),
-        replace(KEY, what={**KEY.what, "shapes": "[1, 512]"}),
-        replace(KEY, what={**KEY.what, "graph": "2"}),
+        replace(KEY, environment={**KEY.environment, "driver": "8"}),
+        replace(KEY, environment={**KEY.environment, "openvino": "2"}),
+        replace(KEY, request={**KEY.request, "shapes": "[1, 512]"}),
+        replace(KEY, request={**KEY.request, "graph": "2"}),
     ],
 )
-def test_blob_of_another_driver_or_shape_is_not_found(store: BlobStore, other: BlobKey) -> None:
+def test_blob_of_another_driver_or_shape_is_not_found(
+    store: CompiledModelCache, other: CacheKey
+) -> None:
     """Whatever a compiled model depends on is part of its name."""
     store.store(KEY, CONTENT)
 
     assert store.load(other) is None
 
 
-def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: BlobStore) -> None:
+def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: CompiledModelCache) -> None:
     """The same question with other versions is stale; other questions stay."""
-    wide = replace(KEY, what={**KEY.what, "shapes": "[1, 512]"})
-    updated = replace(KEY, versions={**KEY.versions, "driver": "8"})
+    wide = replace(KEY, request={**KEY.request, "shapes": "[1, 512]"})
+    updated = replace(KEY, environment={**KEY.environment, "driver": "8"})
     store.store(KEY, CONTENT)
     store.store(wide, CONTENT)
 
@@ -70,7 +72,7 @@ def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: BlobStore) -> 
     assert store.load(updated) is not None
 
 
-def test_half_written_blob_of_a_killed_process_goes_in_the_end(store: BlobStore) -> None:
+def test_half_written_blob_of_a_killed_process_goes_in_the_end(store: CompiledModelCache) -> None:
     """Each is as large as a model; one that somebody writes just now is left alone."""
     abandoned, begun = store.folder / "new-a", store.folder / "new-b"
     for folder in (abandoned, begun):
@@ -126,7 +128,7 @@ def empty(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, flip, open_up, link, scribble, rename, empty])
 def test_damaged_or_foreign_blob_is_refused(
-    store: BlobStore, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    store: CompiledModelCache, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is named in the log, and a new one takes its place."""
     store.store(KEY, CONTENT)
@@ -134,7 +136,7 @@ def test_damaged_or_foreign_blob_is_refused(
     damage(store.folder / KEY.folder)
 
     assert store.load(KEY) is None
-    assert "blob_refused" in caplog.text
+    assert "cache_entry_invalid" in caplog.text
     assert store.store(KEY, CONTENT)
     assert store.load(KEY) is not None
 
@@ -143,12 +145,12 @@ def test_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is read from it or written to it, and serving goes on without."""
-    BlobStore(tmp_path / "cache", MODEL).store(KEY, CONTENT)
+    CompiledModelCache(tmp_path / "cache", MODEL).store(KEY, CONTENT)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
 
-    store = BlobStore(tmp_path / "cache", MODEL)
+    store = CompiledModelCache(tmp_path / "cache", MODEL)
 
-    assert "not a folder of this user" in store.trouble
+    assert "not a folder of this user" in store.error
     assert store.load(KEY) is None
     assert not store.store(KEY, CONTENT)
     assert "cache_unusable" in caplog.text
@@ -160,22 +162,22 @@ def test_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
     (cache / "compiled").mkdir(parents=True)
     (cache / "compiled").chmod(0o777)
 
-    assert "chmod 700" in BlobStore(cache, MODEL).trouble
+    assert "chmod 700" in CompiledModelCache(cache, MODEL).error
 
 
 def test_unwritable_folder_is_told(tmp_path: Path) -> None:
     """A file where the folder should be, as good as a read-only disk: told, not raised."""
     (tmp_path / "cache").write_text("in the way")
 
-    store = BlobStore(tmp_path / "cache", MODEL)
+    store = CompiledModelCache(tmp_path / "cache", MODEL)
 
-    assert store.trouble
+    assert store.error
     with store.lock(KEY, 1.0):
         assert not store.store(KEY, CONTENT)
 
 
 def test_full_disk_leaves_no_half_of_a_blob(
-    store: BlobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: CompiledModelCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A blob that does not fit is not kept, and what was written of it is removed."""
 
@@ -186,11 +188,11 @@ def test_full_disk_leaves_no_half_of_a_blob(
 
     assert not store.store(KEY, CONTENT)
 
-    assert "blob_not_kept reason=No space left" in caplog.text
+    assert "cache_write_failed reason=No space left" in caplog.text
     assert list(store.folder.iterdir()) == []
 
 
-def test_lock_makes_the_second_wait(store: BlobStore) -> None:
+def test_lock_makes_the_second_wait(store: CompiledModelCache) -> None:
     """Who comes second gets the lock when the first is done."""
     order: list[str] = []
     inside, leave = threading.Event(), threading.Event()
@@ -212,7 +214,7 @@ def test_lock_makes_the_second_wait(store: BlobStore) -> None:
     assert order == ["first", "second"]
 
 
-def test_lock_that_is_never_given_back_has_a_deadline(store: BlobStore) -> None:
+def test_lock_that_is_never_given_back_has_a_deadline(store: CompiledModelCache) -> None:
     """A compiler that hangs elsewhere is a CompileFailed here, not a hang."""
     with (
         store.lock(KEY, 1.0),
@@ -221,4 +223,4 @@ def test_lock_that_is_never_given_back_has_a_deadline(store: BlobStore) -> None:
     ):
         pass
 
-    assert caught.value.reason is Reason.COMPILE_DEADLINE
+    assert caught.value.reason is FailureReason.COMPILE_DEADLINE

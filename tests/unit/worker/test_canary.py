@@ -7,7 +7,7 @@ import pytest
 
 from embedq.testing import stub_vectors
 from embedq_worker.engines.stub import StubTokenizer
-from embedq_worker.errors import InferFailed, Reason
+from embedq_worker.errors import FailureReason, InferFailed
 from embedq_worker.inference.embedder import CANARY_TEXT, Canary
 
 
@@ -20,4 +20,4 @@ def test_vector_too_large_to_be_compared_is_wrong(length: float) -> None:
     with pytest.raises(InferFailed) as found:
         canary.check(np.sign(vector) * np.float32(length))
 
-    assert found.value.reason is Reason.WRONG_CANARY
+    assert found.value.reason is FailureReason.WRONG_CANARY

@@ -1,4 +1,4 @@
-"""Careful mode blames a text only for what the text did."""
+"""Isolation mode blames a text only for what the text did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from embedq.protocol.values import OutcomeTable, Vectors
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
-from embedq_worker.errors import EngineError, InferFailed, Reason
+from embedq_worker.errors import EngineError, FailureReason, InferFailed
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.pool_process.isolation import (
@@ -23,7 +23,7 @@ from embedq_worker.pool_process.isolation import (
     OUTSIDE_POINTS,
     OWN_POINTS,
     DeviceFault,
-    embed_carefully,
+    embed_isolated,
 )
 
 TEXTS = ["first", "second", "third"]
@@ -53,7 +53,7 @@ class Notebook:
         """Add points."""
         self.points[offset] = self.points.get(offset, 0) + points
 
-    def set_aside(self, offset: int, reason: str) -> None:
+    def dead_letter(self, offset: int, reason: str) -> None:
         """Keep the offset."""
         self.aside.append(offset)
 
@@ -81,10 +81,10 @@ def engine(
 
 
 def test_text_that_always_fails_is_set_aside() -> None:
-    """Three failures of its own are enough; its neighbours have their vectors."""
+    """Three failures of its own are enough; its neighbors have their vectors."""
     notes = Notebook()
 
-    vectors, outcomes = embed_carefully(BATCH, engine(lambda text: text == "second"), notes)
+    vectors, outcomes = embed_isolated(BATCH, engine(lambda text: text == "second"), notes)
 
     assert notes.aside == [1]
     assert outcomes[1].code == Code.SET_ASIDE
@@ -96,7 +96,7 @@ def test_engine_that_fails_everything_blames_no_text() -> None:
     notes = Notebook()
 
     with pytest.raises(EngineError):
-        embed_carefully(BATCH, engine(lambda text: True), notes)
+        embed_isolated(BATCH, engine(lambda text: True), notes)
 
     assert notes.points == {}
     assert notes.aside == []
@@ -106,7 +106,7 @@ def test_text_under_suspicion_is_cleared_by_its_vector() -> None:
     """Whatever ended the processes before: a text that is embedded is innocent."""
     notes = Notebook({0: MAX_POINTS - OUTSIDE_POINTS})
 
-    vectors, _ = embed_carefully(BATCH, engine(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, engine(lambda text: False), notes)
 
     assert notes.points == {}
     assert np.array_equal(vectors, stub_vectors(TEXTS))
@@ -116,7 +116,7 @@ def test_unlucky_batch_has_the_bytes_of_any_other_run() -> None:
     """Texts that are good alone are embedded together, as they are where nothing was killed."""
     expected, _ = engine(lambda text: False)(BATCH, False)
 
-    vectors, outcomes = embed_carefully(BATCH, engine(lambda text: False), Notebook())
+    vectors, outcomes = embed_isolated(BATCH, engine(lambda text: False), Notebook())
 
     assert vectors.tobytes() == expected.tobytes()
     assert outcomes.count_failed() == 0
@@ -127,7 +127,7 @@ def test_what_ended_a_process_is_not_put_together_again(offset: int) -> None:
     """A text that once ended a process, or the whole batch that did, costs no second one."""
     notes = Notebook({offset: OWN_POINTS})
 
-    vectors, _ = embed_carefully(BATCH, engine(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, engine(lambda text: False), notes)
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
@@ -141,27 +141,27 @@ def test_texts_that_only_fail_together_have_their_vectors() -> None:
             raise EngineError("It failed.")
         return sound(batch, on_cpu)
 
-    vectors, _ = embed_carefully(BATCH, embed, Notebook())
+    vectors, _ = embed_isolated(BATCH, embed, Notebook())
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
 def test_device_that_fails_all_together_is_not_trusted_with_each_alone() -> None:
-    """The node must hear of it and hand the batch on: a wrong canary speaks of every vector."""
+    """The worker must hear of it and hand the batch on: a wrong canary speaks of every vector."""
     sound = engine(lambda text: False)
 
     def embed(batch: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
         if len(batch.texts) > 1:
-            raise DeviceFault(InferFailed("Wrong.", Reason.WRONG_CANARY))
+            raise DeviceFault(InferFailed("Wrong.", FailureReason.WRONG_CANARY))
         return sound(batch, on_cpu)
 
     with pytest.raises(DeviceFault):
-        embed_carefully(BATCH, embed, Notebook())
+        embed_isolated(BATCH, embed, Notebook())
 
 
 @pytest.mark.model
 def test_real_engine_gives_an_unlucky_batch_the_same_bytes() -> None:
-    """Alone, a text's sums differ in the last bits; careful mode does not hand those out."""
+    """Alone, a text's sums differ in the last bits; isolation mode does not hand those out."""
     model = real_model()
     engine = open_engine("onnxruntime", model, 1)
     embedder = Embedder(Tokenizer(model.tokenizer_path, model.max_length), engine, token_budget=512)
@@ -169,7 +169,7 @@ def test_real_engine_gives_an_unlucky_batch_the_same_bytes() -> None:
     batch = EmbedBatch("job", 0, [" ".join(WORDS[: 1 + i % 10]) for i in range(40)], spec)
     expected, _ = embedder.embed(batch)
 
-    careful, outcomes = embed_carefully(batch, lambda each, _: embedder.embed(each), Notebook())
+    careful, outcomes = embed_isolated(batch, lambda each, _: embedder.embed(each), Notebook())
     alone = np.concatenate([embedder.embed(replace(batch, texts=[t]))[0] for t in batch.texts])
     embedder.close()
     engine.close()
@@ -184,6 +184,6 @@ def test_text_that_ended_three_processes_is_not_tried_again() -> None:
     """At the limit a text is set aside before it stops another process."""
     notes = Notebook({2: 3 * OWN_POINTS})
 
-    embed_carefully(BATCH, engine(lambda text: text == "third"), notes)
+    embed_isolated(BATCH, engine(lambda text: text == "third"), notes)
 
     assert notes.aside == [2]

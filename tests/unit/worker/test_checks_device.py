@@ -11,7 +11,7 @@ from tests.device_trees import DeviceTree
 
 from embedq_worker.cli import check_npu
 from embedq_worker.cli.check_npu import DRIVER, LOADER, OLD_DRIVER, Line, driver_age, lines, survey
-from embedq_worker.device.placement import claim
+from embedq_worker.device.placement import acquire
 from embedq_worker.settings import WorkerSettings
 
 PCI = "0000:00:0b.0"
@@ -24,7 +24,7 @@ def tree(tmp_path: Path) -> DeviceTree:
 
 
 def settings(folder: Path, **given: object) -> WorkerSettings:
-    """Return settings of a node whose locks are in a folder."""
+    """Return settings of a worker whose locks are in a folder."""
     return WorkerSettings.load(lock_dir=folder / "locks", **given)
 
 
@@ -56,14 +56,14 @@ def test_machine_for_the_cpu_has_no_lines(tree: DeviceTree, tmp_path: Path) -> N
 
 
 def test_whole_chain_is_shown(tree: DeviceTree, tmp_path: Path) -> None:
-    """Plugin, loader, driver, node and lock each have a line."""
+    """Plugin, loader, driver, worker and lock each have a line."""
     pytest.importorskip("openvino")
     tree.add(0)
 
     found = look(tree, tmp_path, (LOADER, DRIVER))
 
     assert list(found) == ["npu plugin", "loader", "driver", "npu node", "npu lock"]
-    assert all(line.ok and not line.mend for line in found.values()), found
+    assert all(line.ok and not line.fix for line in found.values()), found
     assert "NPU 4000" in found["npu node"].detail
 
 
@@ -85,7 +85,7 @@ def test_missing_or_old_library_has_its_package(
     line = look(tree, tmp_path, libraries)[name]
 
     assert not line.ok
-    assert mend in line.mend
+    assert mend in line.fix
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_missing_or_old_library_has_its_package(
     ],
 )
 def test_driver_tells_its_age(version: str, shown: list[str], ok: bool) -> None:
-    """The plugin's version of a driver is the time of its build; stand-ins tell none."""
+    """The plugin's version of a driver is the time of its build; emulated NPUs tell none."""
     found = list(driver_age(version))
 
     assert [line.detail.partition(";")[0] for line in found] == shown
-    assert all(line.ok is ok and bool(line.mend) is not ok for line in found)
+    assert all(line.ok is ok and bool(line.fix) is not ok for line in found)
 
 
 def test_every_red_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_every_red_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> Non
     found = look(tree, tmp_path, (), device="npu")
 
     assert not found["npu node"].ok
-    assert all(line.mend for line in found.values() if not line.ok)
+    assert all(line.fix for line in found.values() if not line.ok)
 
 
 def test_platform_without_a_plugin_ends_the_look(tree: DeviceTree, tmp_path: Path) -> None:
@@ -132,13 +132,13 @@ def test_missing_plugin_is_named(
     assert "missing" in look(tree, tmp_path, ())["npu plugin"].detail
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert look(tree, tmp_path, ())["npu plugin"].mend == "pip install 'embedq[npu]'"
+    assert look(tree, tmp_path, ())["npu plugin"].fix == "pip install 'embedq[npu]'"
 
 
 def test_held_lock_names_the_holder(tree: DeviceTree, tmp_path: Path) -> None:
-    """`check` beside a running node says which one has the device."""
+    """`check` beside a running worker says which one has the device."""
     tree.add(0)
-    with claim(PCI, tmp_path / "locks", node="busy"):
+    with acquire(PCI, tmp_path / "locks", worker="busy"):
         line = look(tree, tmp_path, (LOADER, DRIVER))["npu lock"]
 
     assert not line.ok
@@ -148,7 +148,7 @@ def test_held_lock_names_the_holder(tree: DeviceTree, tmp_path: Path) -> None:
 def test_survey_shows_every_npu_and_the_choice(tree: DeviceTree, tmp_path: Path) -> None:
     """`devices` lists what is there, usable or not, and what start would do with it."""
     tree.add(0)
-    tree.add(1, "0000:00:0c.0", node=False)
+    tree.add(1, "0000:00:0c.0", device_file=False)
 
     found = survey(settings(tmp_path, device="cpu"), roots=tree.roots)
 

@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from embedq.protocol.worker import State
-from embedq_worker.errors import DeviceLost, Reason
-from embedq_worker.main_process.status import NodeState, StateFile
+from embedq.protocol.worker import WorkerState
+from embedq_worker.errors import DeviceLost, FailureReason
+from embedq_worker.main_process.status import StatusFile, WorkerStatus
 from embedq_worker.pool_process.process import Child
 from embedq_worker.settings import WorkerSettings
 
 
-@pytest.mark.parametrize("before", [None, *State])
+@pytest.mark.parametrize("before", [None, *WorkerState])
 def test_child_knows_whether_the_one_before_it_came_up(
-    before: State | None, tmp_path: Path
+    before: WorkerState | None, tmp_path: Path
 ) -> None:
-    """Only one that died while it was starting counts; the first child of a node has none."""
+    """Only one that died while it was starting counts; the first child of a worker has none."""
     settings = WorkerSettings.load(name="one", runtime_dir=tmp_path / "run")
     if before:
-        StateFile(settings.runtime_dir, "one").write(NodeState(before, 0.0, 1))
+        StatusFile(settings.runtime_dir, "one").write(WorkerStatus(before, 0.0, 1))
 
     child = Child(settings)
 
-    assert child.follows_early_death == (before is State.STARTING)
+    assert child.follows_early_death == (before is WorkerState.STARTING)
 
 
 def taken(run: Path) -> None:
@@ -50,12 +50,12 @@ def test_child_that_cannot_tell_of_a_lost_device_stops_serving_all_the_same(
     child = Child(settings)
     befalls(settings.runtime_dir)
 
-    with child.calling_engine():
-        code, _ = child.doubts(DeviceLost("Gone.", Reason.DEVICE_LOST))
+    with child.engine_call():
+        code, _ = child.record_failure(DeviceLost("Gone.", FailureReason.DEVICE_LOST))
 
-    assert code == Reason.DEVICE_LOST
-    assert child.serving is None
-    assert child.state.state is State.DEGRADED
+    assert code == FailureReason.DEVICE_LOST
+    assert child.engines is None
+    assert child.state.state is WorkerState.DEGRADED
 
 
 def test_child_is_ready_once_its_parent_can_know(
@@ -65,12 +65,12 @@ def test_child_is_ready_once_its_parent_can_know(
     settings = WorkerSettings.load(name="one", runtime_dir=tmp_path / "run")
     child = Child(settings)
     full(settings.runtime_dir)
-    child.idles("No reason.")
+    child.report_idle("No reason.")
     monkeypatch.setattr(time, "sleep", lambda _: settings.runtime_dir.unlink())
 
-    child.tell_until_heard()
+    child.write_with_retry()
 
-    assert StateFile(settings.runtime_dir, "one").read() == child.state
+    assert StatusFile(settings.runtime_dir, "one").read() == child.state
 
 
 def test_child_tells_again_once_it_can(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_child_tells_again_once_it_can(tmp_path: Path) -> None:
     child = Child(settings)
     shutil.rmtree(settings.runtime_dir)
 
-    child.idles("No reason.")
+    child.report_idle("No reason.")
 
-    assert StateFile(settings.runtime_dir, "one").read() == child.state
+    assert StatusFile(settings.runtime_dir, "one").read() == child.state
     assert settings.runtime_dir.stat().st_mode & 0o777 == 0o700

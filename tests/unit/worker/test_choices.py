@@ -1,4 +1,4 @@
-"""A wrong word or two settings that exclude each other never start a node."""
+"""A wrong word or two settings that exclude each other never start a worker."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def test_what_can_be_meant_is_taken(given: dict[str, object]) -> None:
     WorkerSettings.load(**given)
 
 
-def test_name_says_what_the_node_is_for() -> None:
-    """Two nodes of a machine must not share a name."""
+def test_name_says_what_the_worker_is_for() -> None:
+    """Two workers of a machine must not share a name."""
     names = {device: WorkerSettings.load(device=device).name for device in ("cpu", "npu", "stub")}
 
     assert all(name.endswith(f"-{device}") for device, name in names.items())

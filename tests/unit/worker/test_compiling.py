@@ -16,19 +16,23 @@ import pytest
 from tests.model_fixtures import tiny_model
 from tests.servers import wait_for
 
-from embedq_worker.engines.compiler import Job, compile_in_child
-from embedq_worker.engines.openvino_runtime import CPU, Target
-from embedq_worker.errors import CompileFailed, ModelError, Reason
+from embedq_worker.engines.compiler import CompileRequest, compile_in_child
+from embedq_worker.engines.openvino_runtime import CPU, DeviceTarget
+from embedq_worker.errors import CompileFailed, FailureReason, ModelError
 from embedq_worker.model.resolve import Model
 
 PREAMBLE = "import json, os, signal, sys, time; job = json.load(sys.stdin); "
 
 
-def job_of(model: Model, target: Target = CPU, **others: str) -> Job:
-    """Describe a compile of the tiny model for the CPU, which needs no plugin of a stand-in."""
+def job_of(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRequest:
+    """Describe a compile of the tiny model for the CPU, which needs no plugin of an emulated
+    NPU.
+    """
     shapes = {"input_ids": [1, 24], "position_ids": [1, 24], "segment_ids": [1, 24]}
-    job = Job.of(model, model.folder / "cache", target, {**shapes, "segments": [12]}, {})
-    return Job(**{**{name: getattr(job, name) for name in Job.__slots__}, **others})
+    job = CompileRequest.of(model, model.folder / "cache", target, {**shapes, "segments": [12]}, {})
+    return CompileRequest(
+        **{**{name: getattr(job, name) for name in CompileRequest.__slots__}, **others}
+    )
 
 
 def compiler(script: str) -> list[str]:
@@ -65,17 +69,17 @@ def test_compiler_that_dies_is_a_crash(model: Model, script: str, words: str) ->
     with pytest.raises(CompileFailed, match=words) as caught:
         compile_in_child(job_of(model), 30, compiler(quiet + script))
 
-    assert caught.value.reason is Reason.COMPILE_CRASHED
+    assert caught.value.reason is FailureReason.COMPILE_CRASHED
 
 
 def test_compiler_that_hangs_is_stopped(model: Model) -> None:
     """After the deadline the child and what it started are killed."""
     began = time.monotonic()
 
-    with pytest.raises(CompileFailed, match="EMBEDQ_COMPILE_DEADLINE_S") as caught:
+    with pytest.raises(CompileFailed, match="EMBEDQ_COMPILE_TIMEOUT_S") as caught:
         compile_in_child(job_of(model), 0.5, compiler("time.sleep(60)"))
 
-    assert caught.value.reason is Reason.COMPILE_DEADLINE
+    assert caught.value.reason is FailureReason.COMPILE_DEADLINE
     assert time.monotonic() - began < 10
 
 
@@ -87,9 +91,9 @@ def test_real_child_compiles(model: Model) -> None:
 def test_refusal_comes_back_as_a_sentence(model: Model) -> None:
     """A device that the child does not find is a CompileFailed that names it."""
     with pytest.raises(CompileFailed, match="NPU") as caught:
-        compile_in_child(job_of(model, Target()), 60)
+        compile_in_child(job_of(model, DeviceTarget()), 60)
 
-    assert caught.value.reason is Reason.COMPILE_FAILED
+    assert caught.value.reason is FailureReason.COMPILE_FAILED
 
 
 def test_model_that_changed_meanwhile_is_not_compiled(model: Model) -> None:
@@ -127,7 +131,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_compiler_whose_parent_died_before_it_looked_does_not_begin(tmp_path: Path) -> None:
     """Nobody holds the device's lock for it any more, and no deadline ends it."""
     os.mkfifo(tmp_path / "config.json")  # whoever opens it waits for ever
-    job = Job(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), {}, {}, {})
+    job = CompileRequest(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), {}, {}, {})
     message = json.dumps({**asdict(job), "blob_fd": 1})
 
     command = [sys.executable, "-c", ORPHANING, message]

@@ -11,13 +11,13 @@ from tests.device_trees import IDS, DeviceTree
 
 from embedq_worker.device import discovery
 from embedq_worker.device.discovery import (
-    Machine,
     Npu,
-    Roots,
+    NpuInventory,
+    SysfsRoots,
     choose,
     discover,
-    no_plugin,
     pci_address,
+    unsupported_platform,
     verify_opened,
 )
 from embedq_worker.errors import DeviceForbidden, NoDevice, SeveralDevices, WrongDevice
@@ -43,7 +43,7 @@ def test_npu_is_found_with_address_and_architecture(tree: DeviceTree, architectu
 
     [found] = discover(tree.roots).visible
 
-    assert (found.node, found.pci, found.driver) == (node, FIRST, "intel_vpu")
+    assert (found.device_file, found.pci, found.driver) == (node, FIRST, "intel_vpu")
     assert found.architecture == architecture
     assert found.describe() == f"accel0 NPU {architecture} at {FIRST}"
 
@@ -61,12 +61,12 @@ def test_accelerators_of_others_are_left_out(tree: DeviceTree) -> None:
     """Gaudi and friends use /dev/accel too."""
     tree.add(0, vendor=0x1DA3)
 
-    assert discover(tree.roots) == Machine()
+    assert discover(tree.roots) == NpuInventory()
 
 
 def test_machine_without_sysfs_has_no_npu(tmp_path: Path) -> None:
     """A missing tree is an empty one."""
-    roots = Roots(dev=tmp_path / "no", sys=tmp_path / "no")
+    roots = SysfsRoots(dev=tmp_path / "no", sys=tmp_path / "no")
 
     with pytest.raises(NoDevice, match="enable it in the BIOS"):
         choose(discover(roots))
@@ -74,7 +74,7 @@ def test_machine_without_sysfs_has_no_npu(tmp_path: Path) -> None:
 
 def test_node_that_a_container_lacks_is_named(tree: DeviceTree) -> None:
     """The kernel shows every NPU in /sys; one without its node was not passed on."""
-    node = tree.add(0, node=False)
+    node = tree.add(0, device_file=False)
 
     with pytest.raises(NoDevice, match=f"not visible here.*{node}") as caught:
         choose(discover(tree.roots))
@@ -95,14 +95,14 @@ def test_several_npus_are_refused_with_the_recipe(tree: DeviceTree) -> None:
     tree.add(0, FIRST)
     tree.add(1, SECOND)
 
-    with pytest.raises(SeveralDevices, match=r"one container per node.*NPU_NODE") as caught:
+    with pytest.raises(SeveralDevices, match=r"one container per NPU.*NPU_DEVICE_FILE") as caught:
         choose(discover(tree.roots))
 
     assert FIRST in str(caught.value) and SECOND in str(caught.value)
 
 
 def test_named_npu_is_the_one_that_the_driver_opens(tree: DeviceTree) -> None:
-    """EMBEDQ_NPU_NODE settles it only for the first, which is what the driver would open."""
+    """EMBEDQ_NPU_DEVICE_FILE settles it only for the first, which is what the driver would open."""
     first = tree.add(2, FIRST)
     second = tree.add(10, SECOND)
     machine = discover(tree.roots)
@@ -151,7 +151,7 @@ def test_device_that_does_not_open_says_the_mend(
     monkeypatch.setattr(os, "open", refuse)  # root may open everything
 
     with pytest.raises(error, match=mend):
-        discovery.require_access(found)
+        discovery.check_access(found)
 
 
 def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
@@ -161,7 +161,7 @@ def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
     node.unlink()
 
     with pytest.raises(NoDevice, match="No such file"):
-        discovery.require_access(found)
+        discovery.check_access(found)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,10 @@ def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
 )
 def test_platform_without_a_plugin_is_said_so(system: str, machine: str) -> None:
     """ARM and macOS have no NPU plugin: a finding of the review of the daemon embedq comes from."""
-    assert no_plugin(system, machine) == (
+    assert unsupported_platform(system, machine) == (
         f"OpenVINO has no NPU plugin for this platform ({system}, {machine})."
     )
-    assert no_plugin("linux", "x86_64") == ""
+    assert unsupported_platform("linux", "x86_64") == ""
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_opened_device_must_be_the_claimed_one() -> None:
     """The lock of one device is no right to compute on another."""
     verify_opened(npu(), "{domain: 0 bus: 0 device: 0xb function: 0}")
 
-    with pytest.raises(WrongDevice, match="this node holds accel0 NPU 4000"):
+    with pytest.raises(WrongDevice, match="this worker holds accel0 NPU 4000"):
         verify_opened(npu(), "{domain: 1 bus: 3 device: 0x1f function: 7}")
     with pytest.raises(WrongDevice, match="no address"):
         verify_opened(npu(), "")

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import pytest
 
-from embedq.protocol.worker import State
-from embedq_worker.errors import Reason
-from embedq_worker.main_process.device_health import LEARN_FROM, Deaths, Failures, Pace
-from embedq_worker.main_process.status import NodeState
+from embedq.protocol.worker import WorkerState
+from embedq_worker.errors import FailureReason
+from embedq_worker.main_process.device_health import (
+    LEARN_FROM,
+    CrashLoopDetector,
+    FailureWindow,
+    SlowdownDetector,
+)
+from embedq_worker.main_process.status import WorkerStatus
 
 
-@pytest.mark.parametrize("reason", [Reason.DEVICE_LOST, Reason.NOT_FINITE, Reason.WRONG_SHADOW])
-def test_lost_and_wrong_devices_are_not_forgiven(reason: Reason) -> None:
+@pytest.mark.parametrize(
+    "reason", [FailureReason.DEVICE_LOST, FailureReason.NOT_FINITE, FailureReason.SHADOW_MISMATCH]
+)
+def test_lost_and_wrong_devices_are_not_forgiven(reason: FailureReason) -> None:
     """One is enough, however many failures are allowed."""
-    assert Failures(100, 60).are_too_many(reason, 0.0)
+    assert FailureWindow(100, 60).are_too_many(reason, 0.0)
 
 
 def test_failures_are_forgiven_until_there_are_too_many() -> None:
     """The third within a minute is one too many; those of an hour ago are forgotten."""
-    failures = Failures(3, 60)
+    failures = FailureWindow(3, 60)
 
-    answers = [failures.are_too_many(Reason.INFER_FAILED, at) for at in (0, 30, 61, 62)]
+    answers = [failures.are_too_many(FailureReason.INFER_FAILED, at) for at in (0, 30, 61, 62)]
 
     assert answers == [False, False, False, True]
 
 
 def test_device_that_has_become_slow_is_found() -> None:
     """Five batches in a row over five times as long as at first; one slow batch is nothing."""
-    pace = Pace(5.0, 5)
+    pace = SlowdownDetector(5.0, 5)
 
     began = [pace.is_slow(0.1) for _ in range(LEARN_FROM)]
     blips = [pace.is_slow(seconds) for seconds in (9.0, 0.1, 9.0, 9.0, 9.0, 9.0)]
@@ -38,26 +45,26 @@ def test_device_that_has_become_slow_is_found() -> None:
 
 def test_device_that_comes_back_slow_is_found() -> None:
     """A new process knows from the one before it how fast the device was."""
-    pace = Pace(5.0, 2, known_s=0.1)
+    pace = SlowdownDetector(5.0, 2, known_s=0.1)
 
     assert [pace.is_slow(0.9), pace.is_slow(0.9)] == [False, True]
 
 
 def test_factor_of_zero_never_calls_a_device_slow() -> None:
     """The trigger can be switched off."""
-    pace = Pace(0.0, 1)
+    pace = SlowdownDetector(0.0, 1)
 
     assert not any(pace.is_slow(10.0**n) for n in range(20))
 
 
-def child(pid: int, state: State = State.STARTING) -> NodeState:
+def child(pid: int, state: WorkerState = WorkerState.STARTING) -> WorkerStatus:
     """Return what a child says of itself."""
-    return NodeState(state, 0.0, pid)
+    return WorkerStatus(state, 0.0, pid)
 
 
 def test_children_that_die_before_they_are_ready_are_a_loop() -> None:
     """The fifth replacement of a child that never came up is one too many."""
-    deaths = Deaths(5, 60)
+    deaths = CrashLoopDetector(5, 60)
 
     answers = []
     for pid in range(1, 7):
@@ -69,11 +76,11 @@ def test_children_that_die_before_they_are_ready_are_a_loop() -> None:
 
 def test_children_that_served_are_no_early_loop() -> None:
     """What dies under a batch is another matter than what never comes up."""
-    deaths = Deaths(5, 60)
+    deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 20):
         deaths.note(child(pid), now_s=pid)
-        deaths.note(child(pid, State.HEALTHY), now_s=pid)
+        deaths.note(child(pid, WorkerState.HEALTHY), now_s=pid)
 
     assert deaths.is_loop
     assert not deaths.is_early_loop
@@ -81,17 +88,20 @@ def test_children_that_served_are_no_early_loop() -> None:
 
 def test_child_that_came_up_ends_a_row_of_deaths() -> None:
     """Only children that die one after the other are a loop, however long each takes."""
-    deaths = Deaths(5, 60)
+    deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 40):
-        deaths.note(child(pid, State.HEALTHY if pid % 5 == 0 else State.STARTING), now_s=99 * pid)
+        deaths.note(
+            child(pid, WorkerState.HEALTHY if pid % 5 == 0 else WorkerState.STARTING),
+            now_s=99 * pid,
+        )
 
         assert not deaths.is_early_loop
 
 
 def test_rare_deaths_are_no_loop() -> None:
     """One a window may go on for ever."""
-    deaths = Deaths(5, 60)
+    deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 20):
         deaths.note(child(pid), now_s=pid * 60)
@@ -99,9 +109,9 @@ def test_rare_deaths_are_no_loop() -> None:
     assert not deaths.is_loop
 
 
-def test_children_that_the_node_ended_itself_do_not_count() -> None:
+def test_children_that_the_worker_ended_itself_do_not_count() -> None:
     """Replacing a child is no death."""
-    deaths = Deaths(1, 60)
+    deaths = CrashLoopDetector(1, 60)
 
     deaths.note(child(1), now_s=0)
     deaths.note(child(2), now_s=1, ended=1)

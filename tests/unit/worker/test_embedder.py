@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from embedq.protocol.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq.testing import stub_vectors
-from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_card
-from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
+from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
+from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_model_info
+from embedq_worker.errors import DeviceLost, EngineError, FailureReason, InferFailed
 from embedq_worker.inference.embedder import CANARY_TEXT, Canary, Embedder
-from embedq_worker.inference.planning import Pace
+from embedq_worker.inference.planning import ChunkSchedule
 from embedq_worker.inference.stats import EngineStats
 
-SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 OK = Outcome(device=Device.STUB, precision=Precision.F32)
 
 
@@ -45,7 +45,9 @@ class WideStub(StubEngine):
 @pytest.fixture
 def embedder() -> Iterator[Embedder]:
     """An embedder over the stub, with chunks of 10 texts."""
-    embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=64, pace=Pace(10, 1, 10, 10))
+    embedder = Embedder(
+        StubTokenizer(), StubEngine(), token_budget=64, pace=ChunkSchedule(10, 1, 10, 10)
+    )
     yield embedder
     embedder.close()
 
@@ -61,7 +63,9 @@ def batch_of(texts: list[str], **options: object) -> EmbedBatch:
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
 def test_vectors_come_back_in_order(texts: list[str]) -> None:
     """Row i is the vector of text i, however texts are sorted and grouped."""
-    embedder = Embedder(StubTokenizer(), WideStub(), token_budget=32, pace=Pace(7, 2, 20, 3))
+    embedder = Embedder(
+        StubTokenizer(), WideStub(), token_budget=32, pace=ChunkSchedule(7, 2, 20, 3)
+    )
 
     vectors, outcomes = embedder.embed(batch_of(texts))
     embedder.close()
@@ -78,7 +82,9 @@ def test_grouping_depends_on_the_batch_alone() -> None:
 
     for _ in range(2):
         engine = WideStub()
-        embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=Pace(25, 2, 50, 10))
+        embedder = Embedder(
+            StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(25, 2, 50, 10)
+        )
         embedder.embed(batch_of(texts))
         embedder.close()
         asked.append(sorted(engine.asked))
@@ -95,7 +101,7 @@ def test_empty_batch_is_embedded(embedder: Embedder) -> None:
 
 
 def test_refused_text_has_no_vector(embedder: Embedder) -> None:
-    """A text refused on the way has a row of NaN and its code; its neighbours are served."""
+    """A text refused on the way has a row of NaN and its code; its neighbors are served."""
     vectors, outcomes = embedder.embed(
         batch_of(["one", "", "two"], refused={1: Code.NUL_CHARACTER})
     )
@@ -220,10 +226,10 @@ def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
         assert found[name] == stub_vectors([f"{name} {i}" for i in range(100)]).tobytes()
 
 
-FORMS = (RowForm.packed(256), RowForm.packed(300), RowForm.buckets(256))
+FORMS = (RowSpec.packed(256), RowSpec.packed(300), RowSpec.buckets(256))
 
 
-def static_embedder(form: RowForm, engine: StubEngine | None = None) -> Embedder:
+def static_embedder(form: RowSpec, engine: StubEngine | None = None) -> Embedder:
     """Make an embedder that gives its engine static rows, with a canary in each batch."""
     embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=form)
     embedder.canary = Canary(
@@ -235,7 +241,7 @@ def static_embedder(form: RowForm, engine: StubEngine | None = None) -> Embedder
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=400), max_size=60))
-def test_static_rows_give_every_text_its_vector(form: RowForm, texts: list[str]) -> None:
+def test_static_rows_give_every_text_its_vector(form: RowSpec, texts: list[str]) -> None:
     """Packed or in buckets, row i is the vector of text i, and the canary takes nobody's place."""
     embedder = static_embedder(form)
 
@@ -247,8 +253,8 @@ def test_static_rows_give_every_text_its_vector(form: RowForm, texts: list[str])
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_static_rows_leave_out_what_failed(form: RowForm) -> None:
-    """Refused and too long texts take no room in a row; their neighbours are served."""
+def test_static_rows_leave_out_what_failed(form: RowSpec) -> None:
+    """Refused and too long texts take no room in a row; their neighbors are served."""
     embedder = static_embedder(form)
     texts = ["one", "", "word " * 300, "two"]
 
@@ -290,9 +296,10 @@ class WrongFrom(StubEngine):
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "reason"), [(1.0, Reason.WRONG_CANARY), (float("nan"), Reason.NOT_FINITE)]
+    ("spoilt", "reason"),
+    [(1.0, FailureReason.WRONG_CANARY), (float("nan"), FailureReason.NOT_FINITE)],
 )
-def test_wrong_canary_refuses_the_batch(spoilt: float, reason: Reason) -> None:
+def test_wrong_canary_refuses_the_batch(spoilt: float, reason: FailureReason) -> None:
     """No vector of a batch is handed out whose canary came out wrong."""
     embedder = static_embedder(FORMS[0], WrongFrom(spoilt))
 
@@ -305,7 +312,7 @@ def test_wrong_canary_refuses_the_batch(spoilt: float, reason: Reason) -> None:
 
 def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
     """Tokens of the texts against all that was computed; several calls add up."""
-    packed = static_embedder(RowForm.packed(100))
+    packed = static_embedder(RowSpec.packed(100))
     stats = EngineStats()
 
     packed.embed(batch_of(["word " * 48] * 3), stats)
@@ -343,7 +350,7 @@ class PairedStub(StubEngine):
 def test_stats_of_concurrent_callers_are_their_own() -> None:
     """Each caller is charged for its own inferences, not for those of the other."""
     engine = PairedStub()
-    embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=Pace(10, 1, 10, 10))
+    embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(10, 1, 10, 10))
     short, long = EngineStats(), EngineStats()
 
     with ThreadPoolExecutor(1) as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from embedq_worker.engines.openvino_errors import compile_failed, infer_failed
-from embedq_worker.errors import DeviceLost, EngineError, InferFailed, Reason
+from embedq_worker.errors import DeviceLost, EngineError, FailureReason, InferFailed
 
 LOST = (
     "Exception from src/inference/src/cpp/infer_request.cpp:224:\n"
@@ -17,29 +17,37 @@ LOST = (
 @pytest.mark.parametrize(
     ("text", "kind", "reason"),
     [
-        (LOST, DeviceLost, Reason.DEVICE_LOST),
-        ("L0 zeCommandQueueExecuteCommandLists result: 0x70000001", DeviceLost, Reason.DEVICE_LOST),
-        ("result: ZE_RESULT_ERROR_UNKNOWN, code 0x7ffffffe", DeviceLost, Reason.DEVICE_UNKNOWN),
-        ("result: ZE_RESULT_NOT_READY, code 0x1", DeviceLost, Reason.DEVICE_UNKNOWN),
+        (LOST, DeviceLost, FailureReason.DEVICE_LOST),
+        (
+            "L0 zeCommandQueueExecuteCommandLists result: 0x70000001",
+            DeviceLost,
+            FailureReason.DEVICE_LOST,
+        ),
+        (
+            "result: ZE_RESULT_ERROR_UNKNOWN, code 0x7ffffffe",
+            DeviceLost,
+            FailureReason.DEVICE_UNKNOWN,
+        ),
+        ("result: ZE_RESULT_NOT_READY, code 0x1", DeviceLost, FailureReason.DEVICE_UNKNOWN),
         (
             "L0 pfnAppendGraphExecute result: ZE_RESULT_ERROR_UNINITIALIZED, code 0x78000001 - "
             "driver is not initialized . ",
             DeviceLost,
-            Reason.DEVICE_UNKNOWN,
+            FailureReason.DEVICE_UNKNOWN,
         ),
         (
             "L0 zeMemAllocHost result: ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY, code 0x70000003",
             InferFailed,
-            Reason.OUT_OF_MEMORY,
+            FailureReason.OUT_OF_MEMORY,
         ),
-        ("Infer Request is busy", InferFailed, Reason.DEVICE_ERROR),
-        ("something new", InferFailed, Reason.DEVICE_ERROR),
+        ("Infer Request is busy", InferFailed, FailureReason.DEVICE_ERROR),
+        ("something new", InferFailed, FailureReason.DEVICE_ERROR),
         ("result: ZE_RESULT_ERROR_INVALID_ARGUMENT, code 0x78000004", InferFailed, "device_error"),
-        ("", InferFailed, Reason.DEVICE_ERROR),
+        ("", InferFailed, FailureReason.DEVICE_ERROR),
     ],
 )
 def test_failed_inference_has_kind_and_reason(
-    text: str, kind: type[EngineError], reason: Reason
+    text: str, kind: type[EngineError], reason: FailureReason
 ) -> None:
     """A device that is gone asks for a new process; everything else is a failed inference."""
     error = infer_failed(RuntimeError(text))
@@ -61,37 +69,37 @@ def test_message_keeps_the_cause_and_drops_the_places() -> None:
     [
         (
             "VCL compiler loading failed, aborting. Error: Cannot load library x.so",
-            Reason.NO_COMPILER,
+            FailureReason.NO_COMPILER,
             "intel-driver-compiler-npu",
         ),
         (
             "Could not find an NPU device. The driver compiler requires a valid device to be "
             "present in the system.",
-            Reason.NO_COMPILER,
+            FailureReason.NO_COMPILER,
             "intel-level-zero-npu",
         ),
         (
             "L0 pfnCreate2 result: ZE_RESULT_ERROR_INVALID_NATIVE_BINARY, code 0x7800000f",
-            Reason.BLOB_REFUSED,
+            FailureReason.CACHE_ENTRY_INVALID,
             "Importing failed",
         ),
         (
             "L0 createGraph result: ZE_RESULT_ERROR_UNSUPPORTED_VERSION, code 0x78000002. ERROR! "
             "MAPPED_INFERENCE_VERSION is NOT compatible with the ELF Expected: 6.1.0 vs received: "
             "7.0.0",
-            Reason.DRIVER_MISMATCH,
+            FailureReason.DRIVER_MISMATCH,
             "of one release",
         ),
         (
             "L0 pfnCreate2 result: ZE_RESULT_ERROR_UNINITIALIZED, code 0x78000001 - driver is not "
             "initialized . ",
-            Reason.DEVICE_UNKNOWN,
+            FailureReason.DEVICE_UNKNOWN,
             "not initialized",
         ),
-        ("to_shape was called on a dynamic shape", Reason.COMPILE_REFUSED, "dynamic shape"),
+        ("to_shape was called on a dynamic shape", FailureReason.COMPILE_REFUSED, "dynamic shape"),
     ],
 )
-def test_failed_compile_has_a_reason(text: str, reason: Reason, words: str) -> None:
+def test_failed_compile_has_a_reason(text: str, reason: FailureReason, words: str) -> None:
     """A missing compiler and an old driver come with the packages to install; a stale blob is told
     from the rest. Source of the text about versions: linux-npu-driver issue 28.
     """

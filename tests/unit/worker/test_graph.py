@@ -28,7 +28,7 @@ from embedq.protocol.contract import Precision
 from embedq_worker.engines.base import RaggedTokens, TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.model.bert import build_graph, load_tensors
 from embedq_worker.model.onnx_graph import adapt_onnx, describe_onnx
@@ -256,9 +256,9 @@ def test_damaged_weights_name_the_file(tmp_path: Path, damage: Any) -> None:
 def test_foreign_model_is_masked_and_pooled(
     tmp_path: Path, opset: int, int_type: int, run: Infer
 ) -> None:
-    """Vectors per token are averaged without padding and normalised, in any operator set."""
+    """Vectors per token are averaged without padding and normalized, in any operator set."""
     table = write_foreign(tmp_path, opset=opset, int_type=int_type)
-    model = load_model(tmp_path, "foreign", Digests(tmp_path))
+    model = load_model(tmp_path, "foreign", DigestCache(tmp_path))
     texts = some_texts(64, (2, 9, 5))
 
     vectors = run(model, padded(texts))[:, 0]
@@ -270,9 +270,9 @@ def test_foreign_model_is_masked_and_pooled(
 
 
 def test_pooled_output_is_taken_as_it_is(tmp_path: Path) -> None:
-    """An output `sentence_embedding` [B, D] is neither pooled nor normalised again."""
+    """An output `sentence_embedding` [B, D] is neither pooled nor normalized again."""
     table = write_foreign(tmp_path, output="sentence_embedding")
-    model = load_model(tmp_path, "foreign", Digests(tmp_path))
+    model = load_model(tmp_path, "foreign", DigestCache(tmp_path))
     texts = some_texts(64, (2, 9, 5))
 
     vectors = infer(model, padded(texts))
@@ -301,12 +301,12 @@ def test_foreign_model_we_cannot_serve_is_refused(
 
 @pytest.mark.parametrize("damaged", [b"", b"not a packed model"])
 def test_damaged_copy_is_refused_and_not_replaced(tmp_path: Path, damaged: bytes) -> None:
-    """Class int8 is never served with the plain graph because the quantised one is empty."""
+    """Class int8 is never served with the plain graph because the quantized one is empty."""
     pytest.importorskip("openvino")
     from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
     with pytest.raises(CompileFailed, match="no packed model"):
-        OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantised=damaged)
+        OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantized=damaged)
 
 
 def test_first_layer_is_looked_up_where_the_table_is_small(
@@ -316,7 +316,7 @@ def test_first_layer_is_looked_up_where_the_table_is_small(
     model = tiny_model(tmp_path)
 
     def products() -> int:
-        weights = build_graph(model, look_up=True).weights.values()
+        weights = build_graph(model, precompute_first_layer=True).weights.values()
         return sum(weight.shape == (32, 96) for weight in weights)
 
     assert products() == 1

@@ -12,17 +12,22 @@ from tests.model_fixtures import tiny_model
 
 from embedq_worker.engines import compiler as loading
 from embedq_worker.engines import model_cache
-from embedq_worker.engines.base import RowForm
-from embedq_worker.engines.compiler import Job, Loader, compile_in_child, shapes_of
+from embedq_worker.engines.base import RowSpec
+from embedq_worker.engines.compiler import (
+    CompiledModelLoader,
+    CompileRequest,
+    compile_in_child,
+    shapes_of,
+)
 from embedq_worker.engines.model_cache import Bytes
 from embedq_worker.engines.openvino_errors import compile_failed
 from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
-from embedq_worker.engines.openvino_runtime import CPU, Runtime, Target
-from embedq_worker.errors import CompileFailed, NoDevice, Reason
+from embedq_worker.engines.openvino_runtime import CPU, DeviceTarget, Runtime
+from embedq_worker.errors import CompileFailed, FailureReason, NoDevice
 from embedq_worker.model import bert
 from embedq_worker.model.resolve import Model
 
-FORM = RowForm.packed(24)
+FORM = RowSpec.packed(24)
 SHAPES = shapes_of(FORM, 24)
 SEGFAULT = (
     "import os, resource, signal; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
@@ -43,15 +48,15 @@ class Compiler:
         self.asked = 0
         self._graph = bert.build_graph(model)
 
-    def __call__(self, job: Job, deadline_s: float) -> Bytes:
+    def __call__(self, job: CompileRequest, deadline_s: float) -> Bytes:
         self.asked += 1
         blob = Runtime(CPU).compile(self._graph, job.properties, job.shapes).export()
         return np.frombuffer(bytearray(blob), np.uint8)
 
 
-def loader(model: Model, cache: Path, compiler: loading.Compile) -> Loader:
+def loader(model: Model, cache: Path, compiler: loading.Compile) -> CompiledModelLoader:
     """Make a loader for the CPU, which is a device of its own name."""
-    return Loader(Runtime(CPU), model, {}, cache, compiler)
+    return CompiledModelLoader(Runtime(CPU), model, {}, cache, compiler)
 
 
 def test_model_is_compiled_once(model: Model, tmp_path: Path) -> None:
@@ -110,7 +115,7 @@ def test_truncated_blob_is_compiled_again(model: Model, tmp_path: Path) -> None:
     assert compiler.asked == 2
 
 
-def test_cache_that_is_not_ours_does_not_stop_a_node(model: Model, tmp_path: Path) -> None:
+def test_cache_that_is_not_ours_does_not_stop_a_worker(model: Model, tmp_path: Path) -> None:
     """Without a usable folder the model is compiled at each start, and serves."""
     (tmp_path / "cache").write_text("in the way")
     compiler = Compiler(model)
@@ -130,7 +135,7 @@ def test_crashed_compiler_leaves_nothing_behind(model: Model, tmp_path: Path) ->
     compiler = Compiler(model)
     loader(model, tmp_path, compiler).load(SHAPES, 30.0).create_request()
 
-    assert caught.value.reason is Reason.COMPILE_CRASHED
+    assert caught.value.reason is FailureReason.COMPILE_CRASHED
     assert compiler.asked == 1
 
 
@@ -140,7 +145,7 @@ def test_missing_device_is_told(model: Model, tmp_path: Path) -> None:
         pytest.skip("this machine has an NPU")
 
     with pytest.raises(NoDevice, match="CPU"):
-        open_npu(model, NpuOptions(Target()), tmp_path)
+        open_npu(model, NpuOptions(DeviceTarget()), tmp_path)
 
 
 def test_version_of_the_graph_is_part_of_the_name() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.model_fixtures import tiny_model
 
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.selection import ROUNDS, TEXTS, race
+from embedq_worker.inference.selection import ROUNDS, TEXTS, benchmark
 
 
 class Runner:
@@ -34,7 +34,7 @@ def test_best_round_counts_and_a_hopeless_engine_runs_once(tmp_path: Path) -> No
     steady, disturbed, hopeless = Runner(2, 2, 2, 2), Runner(2.5, 1.4, 9, 9), Runner(3)
     runners = {"steady": steady, "disturbed": disturbed, "hopeless": hopeless}
 
-    found = race(cast(dict[str, Embedder], runners), model, clock=lambda: Runner.now)
+    found = benchmark(cast(dict[str, Embedder], runners), model, clock=lambda: Runner.now)
 
     assert found == pytest.approx({"steady": 2, "disturbed": 1.4, "hopeless": 3})
     assert (steady.rounds, disturbed.rounds, hopeless.rounds) == (2, ROUNDS, 1)
@@ -42,7 +42,7 @@ def test_best_round_counts_and_a_hopeless_engine_runs_once(tmp_path: Path) -> No
 
 def test_no_engine_no_race(tmp_path: Path) -> None:
     """Where none was proven there is nothing to measure."""
-    assert race({}, tiny_model(tmp_path)) == {}
+    assert benchmark({}, tiny_model(tmp_path)) == {}
 
 
 def test_race_is_run_over_texts_as_prose_has_them() -> None:

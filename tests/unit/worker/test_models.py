@@ -20,11 +20,11 @@ from tests.model_fixtures import (
     write_tiny,
 )
 
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 from embedq_worker.errors import ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
-from embedq_worker.model.config import read_traits
+from embedq_worker.model.config import read_model_config
 from embedq_worker.model.resolve import Kind, load_model
 
 
@@ -36,7 +36,7 @@ def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
 
 
 def test_folder_is_described(tmp_path: Path) -> None:
-    """A folder of sentence-transformers gives all that a node announces."""
+    """A folder of sentence-transformers gives all that a worker announces."""
     write_tiny(tmp_path / "m", pooling="cls")
     usage = {"prompts": {"query": "query: ", "empty": ""}, "default_prompt_name": "query"}
     write_json(tmp_path / "m" / "config_sentence_transformers.json", usage)
@@ -46,7 +46,7 @@ def test_folder_is_described(tmp_path: Path) -> None:
     assert model.kind is Kind.BERT
     assert model.packable
     assert not model.pinned
-    assert model.card() == ModelCard(
+    assert model.model_info() == ModelInfo(
         label=str(tmp_path / "m"),
         identity=model.identity,
         dim=32,
@@ -56,7 +56,7 @@ def test_folder_is_described(tmp_path: Path) -> None:
         prompts={"query": "query: "},
         default_prompt="query",
     )
-    assert ModelCard.from_message(model.card().to_message()) == model.card()
+    assert ModelInfo.from_message(model.model_info().to_message()) == model.model_info()
 
 
 def test_texts_in_lower_case_are_the_tokenizers_business(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_texts_in_lower_case_are_the_tokenizers_business(tmp_path: Path) -> None
     limits = {"max_seq_length": TINY_MAX_LENGTH, "do_lower_case": True}
     write_json(tmp_path / "sentence_bert_config.json", limits)
     path = tmp_path / "tokenizer.json"
-    read_traits(tmp_path)
+    read_model_config(tmp_path)
     steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
     write_json(path, {**json.loads(path.read_text()), "normalizer": steps})
-    read_traits(tmp_path)
+    read_model_config(tmp_path)
     path.write_text(path.read_text().replace("Lowercase", "NFKC"))
 
     with pytest.raises(ModelError, match="do_lower_case is true"):
-        read_traits(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_length_of_the_sentence_file_wins(tmp_path: Path) -> None:
@@ -80,11 +80,11 @@ def test_length_of_the_sentence_file_wins(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 40})
 
-    assert read_traits(tmp_path).max_length == TINY_MAX_LENGTH
+    assert read_model_config(tmp_path).max_length == TINY_MAX_LENGTH
     write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 4000})
-    assert read_traits(tmp_path).max_length == TINY["max_position_embeddings"]
+    assert read_model_config(tmp_path).max_length == TINY["max_position_embeddings"]
     (tmp_path / "sentence_bert_config.json").unlink()
-    assert read_traits(tmp_path).max_length == 40
+    assert read_model_config(tmp_path).max_length == 40
 
 
 def test_bare_encoder_has_documented_defaults(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_bare_encoder_has_documented_defaults(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 10**30})
 
-    traits = read_traits(tmp_path)
+    traits = read_model_config(tmp_path)
 
     assert (traits.pooling, traits.normalize, traits.max_length) == ("mean", True, 512)
 
@@ -109,7 +109,7 @@ def test_pooling_in_one_word_is_read(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
 
-    assert read_traits(tmp_path).pooling == "cls"
+    assert read_model_config(tmp_path).pooling == "cls"
 
 
 @pytest.mark.parametrize(
@@ -227,18 +227,19 @@ def test_identity_ignores_label_and_path(tmp_path: Path) -> None:
 def test_identity_follows_what_shapes_vectors(
     tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    """Weights, tokenizer, pooling, normalisation, length and prompts all change the identity."""
+    """Weights, tokenizer, pooling, normalization, length and prompts all change the identity."""
     before = tiny_model(tmp_path).identity
 
     change(tmp_path)
 
     assert (
-        resolve_module.load_model(tmp_path, "tiny", Digests(tmp_path / "other")).identity != before
+        resolve_module.load_model(tmp_path, "tiny", DigestCache(tmp_path / "other")).identity
+        != before
     )
 
 
 def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have 2 GB, and every start describes it twice: in the node and in its child."""
+    """It may have 2 GB, and every start describes it twice: in the worker and in its child."""
     write_foreign(tmp_path)
     loads: list[Path] = []
     load = onnx.load
@@ -249,7 +250,7 @@ def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(onnx, "load", counted)
 
-    load_model(tmp_path, "m", Digests(tmp_path / "cache"))
+    load_model(tmp_path, "m", DigestCache(tmp_path / "cache"))
 
     assert len(loads) == 1
 
@@ -261,11 +262,11 @@ def test_identity_follows_weights_beside_a_foreign_model(tmp_path: Path, place: 
     path = tmp_path / "onnx" / "model.onnx"
     proto = onnx.load(path)
     onnx.save(proto, path, save_as_external_data=True, location=place, size_threshold=100)
-    before = load_model(tmp_path, "foreign", Digests(tmp_path / "cache")).identity
+    before = load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache")).identity
 
     (path.parent / place).write_bytes(bytes((path.parent / place).stat().st_size))
 
-    assert load_model(tmp_path, "foreign", Digests(tmp_path / "cache")).identity != before
+    assert load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache")).identity != before
 
 
 @pytest.mark.parametrize("place", ["../weights.bin", "/dev/zero"])
@@ -282,7 +283,7 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
     onnx.save(proto, path)
 
     with pytest.raises(ModelError, match=re.escape(f"keeps weights in {place}")):
-        load_model(tmp_path, "foreign", Digests(tmp_path / "cache"))
+        load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache"))
 
 
 def test_identity_ignores_what_does_not(tmp_path: Path) -> None:

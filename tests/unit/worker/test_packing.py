@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_worker.engines.base import RaggedTokens, RowForm
+from embedq_worker.engines.base import RaggedTokens, RowSpec
 from embedq_worker.inference.packing import build_padded, build_rows, build_shared
 from embedq_worker.inference.planning import plan_packed
 
@@ -48,7 +48,7 @@ def test_build_padded_has_the_types_of_the_graph() -> None:
     assert list(batch.segments) == [1]
 
 
-PACKED = RowForm.packed(32)
+PACKED = RowSpec.packed(32)
 
 
 @given(st.lists(st.integers(2, 32), max_size=60), st.integers(1, 9))
@@ -104,12 +104,12 @@ def test_shared_rows_are_the_packed_ones_side_by_side() -> None:
 )
 def test_shared_rows_take_the_longest_text(longest: int, widths: tuple[int, ...]) -> None:
     """Widths are powers of two, and the last takes the longest text in whole lanes."""
-    assert RowForm.shared(longest).widths == widths
+    assert RowSpec.shared(longest).widths == widths
 
 
 def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:
     """One text of 17 tokens lies in a row of 32, and one of 40 in the widest."""
-    form = RowForm.buckets(40)
+    form = RowSpec.buckets(40)
 
     rows = build_rows(ragged([2, 16, 17, 32, 40]), [[0], [1], [2], [3], [4]], 0, form)
     shapes = [row.input_ids.shape for row in rows]

@@ -1,4 +1,4 @@
-"""An engine is opened on the device that the node was given, and on no other."""
+"""An engine is opened on the device that the worker was given, and on no other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def opening(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
 
 
 def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node that was given an NPU never serves from its CPU in silence."""
+    """A worker that was given an NPU never serves from its CPU in silence."""
     opened = Opened(Device.CPU)
     opening(monkeypatch, opened)
 
@@ -69,7 +69,7 @@ def test_runtime_that_opened_another_npu_is_refused(
     opened = Opened(Device.NPU, {"device_pci_info": address})
     opening(monkeypatch, opened)
 
-    with pytest.raises(WrongDevice, match="this node holds accel0 NPU 4000"):
+    with pytest.raises(WrongDevice, match="this worker holds accel0 NPU 4000"):
         opener.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 

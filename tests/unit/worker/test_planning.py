@@ -11,27 +11,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.model_fixtures import docstrings, real_model
 
-from embedq_worker.engines.base import LANES, RowForm
+from embedq_worker.engines.base import SIMD_WIDTH, RowSpec
 from embedq_worker.inference.planning import (
-    FAST,
+    CPU_CHUNKS,
     LONG_TAIL,
     MIN_BUDGET,
-    STEADY,
+    NPU_CHUNKS,
     WORTH_SHARING,
+    ChunkSchedule,
     Group,
-    Pace,
+    place_canary,
     plan_packed,
     plan_padded,
     plan_rows,
     plan_shared,
     plan_window,
-    seat_last,
 )
 from embedq_worker.inference.tokenizer import Tokenizer
 
 LENGTHS = st.lists(st.integers(2, 300), max_size=200)
-ROW = RowForm.packed(256)
-SHARED = RowForm.shared(256)
+ROW = RowSpec.packed(256)
+SHARED = RowSpec.shared(256)
 FITTING = st.lists(st.integers(2, 256), max_size=300)
 
 
@@ -116,7 +116,7 @@ def test_shared_plan_places_every_text_once(lengths: list[int], budget: int, str
 def test_shared_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
     """A group of several rows keeps it, but for the tokens that fill up the lanes."""
     for group in plan_shared(lengths, SHARED, budget, streams):
-        filled_up = 0 if is_shared(group) else LANES - LONG_TAIL
+        filled_up = 0 if is_shared(group) else SIMD_WIDTH - LONG_TAIL
         assert len(group.rows) == 1 or (group.width - filled_up) * len(group.rows) <= budget
 
 
@@ -145,8 +145,12 @@ def test_plan_that_costs_less_is_taken() -> None:
 
 def test_long_tail_is_filled_up_and_a_short_one_is_not() -> None:
     """What a CPU would do number by number is padded where that costs less."""
-    assert [group.width for group in plan_shared([LANES * 4 - 1], SHARED, 512)] == [LANES * 4]
-    assert [group.width for group in plan_shared([LANES * 4 + 1], SHARED, 512)] == [LANES * 4 + 1]
+    assert [group.width for group in plan_shared([SIMD_WIDTH * 4 - 1], SHARED, 512)] == [
+        SIMD_WIDTH * 4
+    ]
+    assert [group.width for group in plan_shared([SIMD_WIDTH * 4 + 1], SHARED, 512)] == [
+        SIMD_WIDTH * 4 + 1
+    ]
 
 
 def test_last_groups_of_shared_rows_shrink_for_streams() -> None:
@@ -171,7 +175,7 @@ def test_prose_shares_rows_with_little_padding() -> None:
     texts = docstrings()[:512]
     lengths = Tokenizer(model.tokenizer_path, model.max_length).tokenize(texts).lengths
 
-    plan = plan_shared(lengths, RowForm.shared(model.max_length), 512)
+    plan = plan_shared(lengths, RowSpec.shared(model.max_length), 512)
 
     computed = sum(group.width * len(group.rows) for group in plan)
     assert sum(map(is_shared, plan)) > len(plan) / 2
@@ -219,7 +223,7 @@ def test_packed_plan_needs_no_more_rows_than_best_fit_decreasing(
 @given(st.lists(st.integers(0, 8), max_size=60))
 def test_texts_of_one_token_and_none_find_rows(lengths: list[int]) -> None:
     """A tokenizer without special tokens may give them; then the segments of a row bind."""
-    form = RowForm.packed(8)
+    form = RowSpec.packed(8)
 
     plan = plan_packed(lengths, form)
 
@@ -247,7 +251,7 @@ def test_rider_costs_a_row_only_where_none_has_room(lengths: list[int], size: in
     plan = plan_packed(lengths, ROW)
     rider = len(lengths)
 
-    seated = seat_last(plan, [*lengths, size], ROW, rider)
+    seated = place_canary(plan, [*lengths, size], ROW, rider)
 
     assert seated[-1][-1] == rider
     assert sorted(int(i) for row in seated for i in row) == list(range(rider + 1))
@@ -257,10 +261,10 @@ def test_rider_costs_a_row_only_where_none_has_room(lengths: list[int], size: in
 
 def test_rider_of_a_bucket_has_a_row_of_its_own() -> None:
     """A row of a bucket takes one text, so the canary comes last and alone."""
-    form = RowForm.buckets(64)
+    form = RowSpec.buckets(64)
     plan = plan_rows([5, 20], form)
 
-    seated = seat_last(plan, [5, 20, 9], form, 2)
+    seated = place_canary(plan, [5, 20, 9], form, 2)
 
     assert [list(row) for row in seated] == [[1], [0], [2]]
 
@@ -273,14 +277,19 @@ def test_pad_share_on_docstrings(n: int) -> None:
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     lengths = tokenizer.tokenize(docstrings()[:n]).lengths
 
-    plan = seat_last(plan_packed(lengths, ROW), np.append(lengths, 21), ROW, n)
+    plan = place_canary(plan_packed(lengths, ROW), np.append(lengths, 21), ROW, n)
 
     computed = 256 * len(plan)
     assert 1 - int(lengths.sum()) / computed <= 0.02
 
 
-@given(st.integers(0, 5000), st.sampled_from([FAST, STEADY, Pace(1, 1, 1, 1), Pace(7, 3, 50, 5)]))
-def test_chunks_cover_every_text_once(n: int, pace: Pace) -> None:
+@given(
+    st.integers(0, 5000),
+    st.sampled_from(
+        [NPU_CHUNKS, CPU_CHUNKS, ChunkSchedule(1, 1, 1, 1), ChunkSchedule(7, 3, 50, 5)]
+    ),
+)
+def test_chunks_cover_every_text_once(n: int, pace: ChunkSchedule) -> None:
     """Chunks are never empty and add up, whatever the number of texts."""
     sizes = pace.sizes(n)
 
@@ -290,7 +299,7 @@ def test_chunks_cover_every_text_once(n: int, pace: Pace) -> None:
 
 def test_fast_pace_begins_and_ends_small() -> None:
     """The engine waits for 32 texts at most, and at most 64 are left to encode at the end."""
-    sizes = FAST.sizes(4096)
+    sizes = NPU_CHUNKS.sizes(4096)
 
     assert sizes[0] == 32
     assert sizes[-1] <= 64
@@ -316,7 +325,7 @@ def windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
 @given(FITTING, st.integers(1, 40))
 def test_windows_place_every_text_once(lengths: list[int], first: int) -> None:
     """Whatever waits for company goes with a later window, and the last leaves nobody."""
-    rows = windows(lengths, Pace(first, 2, 80, first).sizes(len(lengths)))
+    rows = windows(lengths, ChunkSchedule(first, 2, 80, first).sizes(len(lengths)))
 
     assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
     assert all(sum(lengths[text] for text in row) <= 256 for row in rows)
@@ -329,6 +338,6 @@ def test_windows_waste_little_on_real_texts() -> None:
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     lengths = tokenizer.tokenize(docstrings()).lengths.tolist()
 
-    rows = windows(lengths, FAST.sizes(len(lengths)))
+    rows = windows(lengths, NPU_CHUNKS.sizes(len(lengths)))
 
     assert sum(lengths) / (256 * len(rows)) >= 0.98

@@ -76,10 +76,10 @@ def test_broken_map_is_refused_with_its_name(text: str, monkeypatch: pytest.Monk
         WorkerSettings.load()
 
 
-def test_standin_without_an_npu_node_is_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in plays the NPU; on a CPU node the setting would do nothing."""
-    monkeypatch.setenv("EMBEDQ_NPU_STANDIN", "alias")
+def test_standin_without_an_npu_worker_is_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An emulated NPU plays the NPU; on a CPU worker the setting would do nothing."""
+    monkeypatch.setenv("EMBEDQ_NPU_EMULATION", "alias")
     monkeypatch.setenv("EMBEDQ_DEVICE", "cpu")
 
-    with pytest.raises(SettingsError, match="EMBEDQ_NPU_STANDIN"):
+    with pytest.raises(SettingsError, match="EMBEDQ_NPU_EMULATION"):
         WorkerSettings.load()

@@ -1,4 +1,4 @@
-"""What may be concluded from a node's pulse: pure rules, and the file."""
+"""What may be concluded from a worker's pulse: pure rules, and the file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from embedq_worker.main_process import status
-from embedq_worker.main_process.liveness import BROKER_WAIT_S, GRACE_S, Pulse, read_all, write
-from embedq_worker.main_process.status import Tally
+from embedq_worker.main_process.liveness import BROKER_WAIT_S, GRACE_S, Liveness, read_all, write
+from embedq_worker.main_process.status import Counters
 
-PULSE = Pulse("node", at=100.0, state="healthy", connected=True, engine_deadline_s=300.0)
+PULSE = Liveness("worker", at=100.0, state="healthy", connected=True, engine_timeout_s=300.0)
 
 
 @pytest.mark.parametrize("state", ["starting", "healthy", "degraded", "probing"])
-def test_a_node_in_any_state_lives(state: str) -> None:
-    """A degraded node serves, and one that starts or probes will: none is to be started anew."""
-    assert PULSE._replace(state=state).objection(120.0, 30.0) is None
+def test_a_worker_in_any_state_lives(state: str) -> None:
+    """A degraded worker serves, and one that starts or probes will: none is to be started anew."""
+    assert PULSE._replace(state=state).unhealthy_reason(120.0, 30.0) is None
 
 
 @pytest.mark.parametrize(
@@ -29,48 +29,48 @@ def test_a_node_in_any_state_lives(state: str) -> None:
         ({}, 50.0, "before this machine was started"),
     ],
 )
-def test_stale_stuck_and_looping_nodes_are_unwell(
+def test_stale_stuck_and_looping_workers_are_unwell(
     changed: dict[str, object], now_s: float, words: str
 ) -> None:
     """Silence, an engine past its deadline, a crash loop and a file of another boot are reasons."""
-    objection = PULSE._replace(**changed).objection(now_s, 30.0)  # type: ignore[arg-type] # a test's keywords
+    objection = PULSE._replace(**changed).unhealthy_reason(now_s, 30.0)  # type: ignore[arg-type] # a test's keywords
 
     assert objection is not None and words in objection
 
 
 def test_lost_broker_is_no_reason_to_start_anew() -> None:
-    """A node without its broker lives, is not ready, and may be silent for one long try."""
+    """A worker without its broker lives, is not ready, and may be silent for one long try."""
     waiting = PULSE._replace(connected=False)
 
-    assert waiting.objection(100 + 30 + BROKER_WAIT_S, 30.0) is None
-    assert not waiting.may_serve()
-    assert PULSE.may_serve()
+    assert waiting.unhealthy_reason(100 + 30 + BROKER_WAIT_S, 30.0) is None
+    assert not waiting.is_ready()
+    assert PULSE.is_ready()
 
 
 def test_long_batch_is_not_stuck_while_its_engine_rests() -> None:
-    """A batch that waits for Redis is old, and nothing is wrong with its node."""
-    assert PULSE._replace(batch_since=-5_000.0).objection(101.0, 30.0) is None
+    """A batch that waits for Redis is old, and nothing is wrong with its worker."""
+    assert PULSE._replace(batch_since=-5_000.0).unhealthy_reason(101.0, 30.0) is None
 
 
 def test_pulse_survives_its_file_and_garbage_is_left_out(tmp_path: Path) -> None:
     """A pulse comes back from its file; files that are none hide no other."""
     write(tmp_path, PULSE)
-    for name, content in {"a": b"", "b": b"[]", "c": b'{"node": 1}', "d": b"\xff"}.items():
+    for name, content in {"a": b"", "b": b"[]", "c": b'{"worker": 1}', "d": b"\xff"}.items():
         (tmp_path / f"{name}.pulse").write_bytes(content)
 
     assert list(read_all(tmp_path)) == [PULSE]
-    assert list(read_all(tmp_path, "node")) == [PULSE]
+    assert list(read_all(tmp_path, "worker")) == [PULSE]
     assert list(read_all(tmp_path, "other")) == []
 
 
 def test_tally_tells_the_counts_of_a_child(tmp_path: Path) -> None:
     """The parent reads totals and counts of its child; a new one begins at zero."""
-    mine = Tally(rerouted=7)
-    mine.open(tmp_path, "node")
+    mine = Counters(rerouted=7)
+    mine.open(tmp_path, "worker")
     mine.redelivered += 2
     mine.write({"texts": 5})
 
-    told = status.read(tmp_path, "node").totals
+    told = status.read(tmp_path, "worker").totals
 
     assert (told["texts"], told["redelivered"], told["rerouted"]) == (5, 2, 0)
     assert status.read(tmp_path, "nobody").totals == {}

@@ -1,4 +1,4 @@
-"""A quantised copy is kept with its report, is what it was, and is served to class int8 alone."""
+"""A quantized copy is kept with its report, is what it was, and is served to class int8 alone."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from embedq_worker.cli.quantize import (
     sample_texts,
 )
 from embedq_worker.engines.factory import open_engine
-from embedq_worker.engines.model_cache import BLOB, Quality, QuantisedStore
-from embedq_worker.errors import NotQuantised
+from embedq_worker.engines.model_cache import BLOB, QuantizationReport, QuantizedModelStore
+from embedq_worker.errors import NotQuantized
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.opener import Opener, open_serving
-from embedq_worker.inference.serving import Serving
+from embedq_worker.inference.opener import EngineOpener, open_serving
+from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
-QUALITY = Quality(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "NNCF 3.4.0")
+QUALITY = QuantizationReport(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "NNCF 3.4.0")
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +40,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def opener(model: Model, cache: Path) -> Opener:
-    """Make an opener for a node on the CPU."""
+def opener(model: Model, cache: Path) -> EngineOpener:
+    """Make an opener for a worker on the CPU."""
     values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2}
-    return Opener(WorkerSettings(**values), model)
+    return EngineOpener(WorkerSettings(**values), model)
 
 
 def test_copy_comes_back_as_it_was_kept(model: Model, tmp_path: Path) -> None:
     """Name, graph and report survive the disk."""
-    store = QuantisedStore(tmp_path / "cache", model)
+    store = QuantizedModelStore(tmp_path / "cache", model)
 
     assert store.keep("ab" * 32, b"graph", QUALITY)
 
-    found = QuantisedStore(tmp_path / "cache", model).load()
+    found = QuantizedModelStore(tmp_path / "cache", model).load()
     assert found is not None
-    assert (found.name, found.graph, found.quality) == ("ab" * 8, b"graph", QUALITY)
+    assert (found.name, found.graph, found.report) == ("ab" * 8, b"graph", QUALITY)
     assert store.current() == "ab" * 8
 
 
 def test_newer_copy_takes_the_place_of_the_older(model: Model, tmp_path: Path) -> None:
-    """A node has one copy of a model: two would give two vectors for a text."""
-    store = QuantisedStore(tmp_path / "cache", model)
+    """A worker has one copy of a model: two would give two vectors for a text."""
+    store = QuantizedModelStore(tmp_path / "cache", model)
     store.keep("ab" * 32, b"old", QUALITY)
 
     store.keep("cd" * 32, b"new", QUALITY)
@@ -72,9 +72,9 @@ def test_newer_copy_takes_the_place_of_the_older(model: Model, tmp_path: Path) -
 
 def test_announced_copy_is_the_served_one(model: Model, tmp_path: Path) -> None:
     """Where a folder with a copy was copied over another, one of the two counts, everywhere."""
-    store = QuantisedStore(tmp_path / "cache", model)
+    store = QuantizedModelStore(tmp_path / "cache", model)
     for name in ("ab", "cd"):
-        other = QuantisedStore(tmp_path / name, model)
+        other = QuantizedModelStore(tmp_path / name, model)
         other.keep(name * 32, name.encode(), QUALITY)
         shutil.copytree(other.folder, store.folder, dirs_exist_ok=True)
 
@@ -84,24 +84,24 @@ def test_announced_copy_is_the_served_one(model: Model, tmp_path: Path) -> None:
     assert found.graph == found.name[:2].encode()
 
 
-def test_node_never_serves_a_copy_made_after_it_started(model: Model, tmp_path: Path) -> None:
+def test_worker_never_serves_a_copy_made_after_it_started(model: Model, tmp_path: Path) -> None:
     """It has announced the one before, and vectors of two copies must not mix."""
     values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": tmp_path, "threads": 2}
-    store = QuantisedStore(tmp_path, model)
+    store = QuantizedModelStore(tmp_path, model)
     store.keep("ab" * 32, b"old", QUALITY)
-    node = open_serving(WorkerSettings(**values), model)
+    worker = open_serving(WorkerSettings(**values), model)
     store.keep("cd" * 32, b"new", QUALITY)
 
-    with pytest.raises(NotQuantised, match=f"{'ab' * 8} .*Start the node again"):
-        node.proven_for(Accuracy.INT8)
+    with pytest.raises(NotQuantized, match=f"{'ab' * 8} .*Start the worker again"):
+        worker.engine_for(Accuracy.INT8)
 
-    assert node.card.quantised == "ab" * 8
-    node.close()
+    assert worker.model_info.quantized == "ab" * 8
+    worker.close()
 
 
 def test_copy_that_was_changed_is_not_served(model: Model, tmp_path: Path) -> None:
     """One byte of difference, or a file that others may write, and there is no copy."""
-    store = QuantisedStore(tmp_path / "cache", model)
+    store = QuantizedModelStore(tmp_path / "cache", model)
     store.keep("ab" * 32, b"graph", QUALITY)
     (blob,) = tmp_path.rglob(BLOB)
 
@@ -112,12 +112,12 @@ def test_copy_that_was_changed_is_not_served(model: Model, tmp_path: Path) -> No
 
     assert writable is None
     assert store.load() is None
-    with pytest.raises(NotQuantised, match="embedq-worker quantize"):
+    with pytest.raises(NotQuantized, match="embedq-worker quantize"):
         opener(model, tmp_path / "cache").open_int8()
 
 
 def test_figures_of_a_comparison() -> None:
-    """Cosines and neighbours by hand: of three texts, the last two have lost one of two."""
+    """Cosines and neighbors by hand: of three texts, the last two have lost one of two."""
     angles = np.deg2rad([0, 10, 20, 30, 170.0] * 3)
     trusted = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     found = trusted.copy()
@@ -163,21 +163,21 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         sample_texts([str(tmp_path / "nowhere.txt")], 24)
 
 
-def test_node_without_a_copy_refuses_class_int8(model: Model, tmp_path: Path) -> None:
+def test_worker_without_a_copy_refuses_class_int8(model: Model, tmp_path: Path) -> None:
     """It says what to run, again and again, and goes on with the other classes."""
     opened = opener(model, tmp_path)
     standard = opened.open_cpu(Accuracy.STANDARD)
-    node = Serving(model.card(), standard, lambda: standard, opened.open_int8)
+    worker = EngineSet(model.model_info(), standard, lambda: standard, opened.open_int8)
 
     for _ in range(2):
-        with pytest.raises(NotQuantised, match="embedq-worker quantize"):
-            node.proven_for(Accuracy.INT8)
+        with pytest.raises(NotQuantized, match="embedq-worker quantize"):
+            worker.engine_for(Accuracy.INT8)
 
-    assert node.proven_for(Accuracy.STANDARD) is standard
-    node.close()
+    assert worker.engine_for(Accuracy.STANDARD) is standard
+    worker.close()
 
 
-def test_graph_is_quantised_and_computes(model: Model, tmp_path: Path) -> None:
+def test_graph_is_quantized_and_computes(model: Model, tmp_path: Path) -> None:
     """NNCF's graph has the vectors of the model within what eight bits leave of random weights."""
     if importlib.util.find_spec("nncf") is None:
         if os.environ.get("CI"):

@@ -11,13 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
-from embedq_worker.engines.infer_requests import INPUTS, Counters, Pool, Slot, request_count
-from embedq_worker.errors import DeviceLost, InferFailed, Reason
+from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
+from embedq_worker.engines.infer_requests import (
+    INPUTS,
+    Counters,
+    PinnedRequest,
+    RequestPool,
+    request_count,
+)
+from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
 from embedq_worker.inference.packing import build_rows
 from embedq_worker.settings import Binding
 
-FORM = RowForm.packed(8)
+FORM = RowSpec.packed(8)
 DIM = 4
 
 
@@ -69,9 +75,9 @@ def make_tensor(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Tensor:
     return Tensor(np.zeros(shape, dtype))
 
 
-def slot_of(request: FakeRequest, binding: Binding = Binding.PINNED) -> Slot:
+def slot_of(request: FakeRequest, binding: Binding = Binding.PINNED) -> PinnedRequest:
     """Make a slot."""
-    return Slot(request, binding, make_tensor)
+    return PinnedRequest(request, binding, make_tensor)
 
 
 def row(first: int) -> TokenBatch:
@@ -160,7 +166,7 @@ def test_row_of_another_shape_is_a_bug() -> None:
     tokens = RaggedTokens(np.ones(9, np.int32), np.array([0, 9]), np.zeros(1, np.uint32))
 
     with pytest.raises(RuntimeError, match="This is a bug"):
-        slot_of(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowForm.packed(16))[0], 1.0)
+        slot_of(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowSpec.packed(16))[0], 1.0)
 
 
 def test_missed_deadline_is_a_lost_device() -> None:
@@ -171,12 +177,12 @@ def test_missed_deadline_is_a_lost_device() -> None:
     with pytest.raises(DeviceLost, match=r"within 0\.5 s") as caught:
         slot_of(request).run(row(1), 0.5)
 
-    assert caught.value.reason is Reason.DEADLINE
+    assert caught.value.reason is FailureReason.DEADLINE
 
 
 def test_more_callers_than_requests_wait() -> None:
     """Sixteen callers share two requests; none fails and none shares one."""
-    pool = Pool([slot_of(FakeRequest()) for _ in range(2)])
+    pool = RequestPool([slot_of(FakeRequest()) for _ in range(2)])
 
     def ask(first: int) -> float:
         with pool.checkout() as slot:
@@ -192,7 +198,7 @@ def test_more_callers_than_requests_wait() -> None:
 def test_failed_inference_gives_the_request_back() -> None:
     """After an error that is not a lost device, the same request serves again."""
     request = FakeRequest()
-    pool = Pool([slot_of(request)])
+    pool = RequestPool([slot_of(request)])
     request.error = "odd"
     with pytest.raises(InferFailed), pool.checkout() as slot:
         slot.run(row(1), 1.0)
@@ -205,9 +211,9 @@ def test_failed_inference_gives_the_request_back() -> None:
 
 def test_lost_device_ends_the_wait_of_all() -> None:
     """Callers that wait for a request of a lost device hear of it, and so do later ones."""
-    pool = Pool([slot_of(FakeRequest())])
+    pool = RequestPool([slot_of(FakeRequest())])
     waiting = threading.Event()
-    heard: list[Reason] = []
+    heard: list[FailureReason] = []
 
     def ask() -> None:
         waiting.set()
@@ -221,10 +227,10 @@ def test_lost_device_ends_the_wait_of_all() -> None:
     with pytest.raises(DeviceLost), pool.checkout():
         caller.start()
         waiting.wait(5)
-        raise DeviceLost("gone", Reason.DEADLINE)
+        raise DeviceLost("gone", FailureReason.DEADLINE)
     caller.join(5)
 
-    assert heard == [Reason.DEADLINE]
+    assert heard == [FailureReason.DEADLINE]
     assert pool.lost
     with pytest.raises(DeviceLost, match="gone"), pool.checkout():
         pass
@@ -232,7 +238,7 @@ def test_lost_device_ends_the_wait_of_all() -> None:
 
 def test_closed_pool_says_so() -> None:
     """After close nobody gets a request."""
-    pool = Pool([slot_of(FakeRequest())])
+    pool = RequestPool([slot_of(FakeRequest())])
     pool.close()
 
     with pytest.raises(InferFailed, match="closed"), pool.checkout():
@@ -242,7 +248,7 @@ def test_closed_pool_says_so() -> None:
 def test_every_request_is_warmed_and_none_of_it_counted() -> None:
     """The first inference of each request records its commands; counting starts after it."""
     requests = [FakeRequest() for _ in range(3)]
-    pool = Pool([slot_of(request) for request in requests])
+    pool = RequestPool([slot_of(request) for request in requests])
 
     seconds = pool.warm(row(1), 1.0)
 

@@ -11,14 +11,14 @@ from celery.exceptions import Ignore, Reject
 
 from embedq.protocol.contract import PUBLISHED_HEADER, Queue
 from embedq_worker.main_process import rerouting
-from embedq_worker.main_process.status import TALLY
+from embedq_worker.main_process.status import COUNTERS
 
 PUBLISHED = 1_700_000_000.5
 BODY = {"job": "ab" * 8, "index": 3, "texts": ["one", "two"]}
 
 
 def app_with(broker: str) -> Celery:
-    """Return an app with a task, as a node's child has it."""
+    """Return an app with a task, as a worker's child has it."""
     app = Celery("test", broker=broker, set_as_current=False)
     app.conf.update(
         task_publish_retry=False,
@@ -53,7 +53,7 @@ def hand_over(app: Celery, queue: str = Queue.NPU, **changes: object) -> NoRetur
         id="id-of-it", args=(body,), delivery_info=delivery, **{PUBLISHED_HEADER: PUBLISHED}
     )
     try:
-        rerouting.hand_over(task, body, "device_lost", "The device is gone.")
+        rerouting.reroute_or_requeue(task, body, "device_lost", "The device is gone.")
     finally:
         task.pop_request()
 
@@ -70,7 +70,7 @@ def queued(app: Celery) -> dict[str, list[Any]]:
 
 def test_batch_goes_on_as_the_same_one(app: Celery) -> None:
     """Id, texts and age stay; Celery acknowledges it as neither done nor failed."""
-    before = TALLY.rerouted
+    before = COUNTERS.rerouted
 
     with pytest.raises(Ignore):
         hand_over(app)
@@ -81,7 +81,7 @@ def test_batch_goes_on_as_the_same_one(app: Celery) -> None:
     assert message.headers[PUBLISHED_HEADER] == PUBLISHED
     args, kwargs, _ = message.payload
     assert (args, kwargs) == ([{**BODY, "rerouted": True}], {})
-    assert TALLY.rerouted == before + 1
+    assert COUNTERS.rerouted == before + 1
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_no_batch_travels_in_a_circle(app: Celery, queue: str, changes: dict[str
 def test_batch_that_cannot_be_published_stays_ours() -> None:
     """A broker that is gone in this very moment costs a redelivery, never the batch."""
     app = app_with("redis://127.0.0.1:1/0")
-    before = TALLY.rerouted
+    before = COUNTERS.rerouted
 
     with pytest.raises(Reject) as caught:
         hand_over(app)
 
     assert caught.value.requeue  # type: ignore[attr-defined] # not in celery-types
-    assert TALLY.rerouted == before
+    assert COUNTERS.rerouted == before
     app.close()

@@ -12,7 +12,7 @@ import pytest
 from embedq.errors import EmbedqError, SettingsError
 from embedq.testing import stub_vectors
 from embedq_worker.engines.stub import EXIT_STATUS, FaultScript, StubEngine, StubTokenizer
-from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, InferFailed, Reason
+from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, FailureReason, InferFailed
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.selftest import GOLDEN, run
@@ -58,13 +58,13 @@ def test_faults_come_and_go_while_the_engine_lives(script: FaultScript) -> None:
 @pytest.mark.parametrize(
     ("kind", "error", "reason"),
     [
-        ("device_lost", DeviceLost, Reason.DEVICE_LOST),
-        ("device_unknown", DeviceLost, Reason.DEVICE_UNKNOWN),
-        ("out_of_memory", InferFailed, Reason.OUT_OF_MEMORY),
+        ("device_lost", DeviceLost, FailureReason.DEVICE_LOST),
+        ("device_unknown", DeviceLost, FailureReason.DEVICE_UNKNOWN),
+        ("out_of_memory", InferFailed, FailureReason.OUT_OF_MEMORY),
     ],
 )
 def test_driver_faults_have_the_reason_of_the_real_ones(
-    kind: str, error: type[EngineError], reason: Reason, script: FaultScript
+    kind: str, error: type[EngineError], reason: FailureReason, script: FaultScript
 ) -> None:
     """They are said in Level Zero's words and told apart as OpenVINO's errors are."""
     script.replace(f"infer={kind}")

@@ -13,7 +13,7 @@ from embedq.protocol.contract import Accuracy, Precision
 from embedq_worker.inference.selection import (
     FILE_NAME,
     Candidate,
-    Memory,
+    TuningCache,
     candidates,
     choose,
     fastest,
@@ -78,7 +78,7 @@ class Stopwatch:
 
 def test_choice_is_kept(tmp_path: Path) -> None:
     """The second start does not measure, even if it would measure otherwise."""
-    memory = Memory(tmp_path / "cache")
+    memory = TuningCache(tmp_path / "cache")
     watch = Stopwatch({BF16: 1.0, F32: 2.0})
     assert choose([BF16, F32], "key", memory, watch) == (BF16, "measured")
 
@@ -92,7 +92,7 @@ def test_choice_is_kept(tmp_path: Path) -> None:
 
 def test_other_key_is_measured_anew(tmp_path: Path) -> None:
     """Another model, version, CPU or number of cores is another question."""
-    memory = Memory(tmp_path)
+    memory = TuningCache(tmp_path)
     watch = Stopwatch({BF16: 1.0, F32: 2.0})
 
     for cores in ("2", "4", "2"):
@@ -103,7 +103,7 @@ def test_other_key_is_measured_anew(tmp_path: Path) -> None:
 
 def test_kept_engine_that_is_gone_is_not_chosen(tmp_path: Path) -> None:
     """Without OpenVINO, what was kept for it does not count."""
-    memory = Memory(tmp_path)
+    memory = TuningCache(tmp_path)
     choose([BF16, F32, ORT], "key", memory, Stopwatch({BF16: 1.0, ORT: 2.0}))
 
     assert choose([F32, ORT], "key", memory, Stopwatch({ORT: 1.0})) == (ORT, "measured")
@@ -113,7 +113,7 @@ def test_single_candidate_is_not_measured(tmp_path: Path) -> None:
     """A pinned engine needs no measurement and no memory."""
     watch = Stopwatch({})
 
-    assert choose([ORT], "key", Memory(tmp_path / "none"), watch) == (ORT, "only")
+    assert choose([ORT], "key", TuningCache(tmp_path / "none"), watch) == (ORT, "only")
     assert watch.asked == 0
     assert not (tmp_path / "none").exists()
 
@@ -123,13 +123,16 @@ def test_choice_that_cannot_be_kept_is_not_measured(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     watch = Stopwatch({F32: 1.0})
 
-    assert choose([BF16, F32], "key", Memory(tmp_path / "cache"), watch) == (BF16, "unmeasured")
+    assert choose([BF16, F32], "key", TuningCache(tmp_path / "cache"), watch) == (
+        BF16,
+        "unmeasured",
+    )
     assert watch.asked == 0
 
 
 def test_nothing_proven_leaves_the_last_resort(tmp_path: Path) -> None:
     """Where no engine passed, the fallback is tried again and says why it cannot serve."""
-    assert choose([BF16, ORT], "key", Memory(tmp_path), Stopwatch({})) == (ORT, "unmeasured")
+    assert choose([BF16, ORT], "key", TuningCache(tmp_path), Stopwatch({})) == (ORT, "unmeasured")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"key": 3}', '{"key": {"engine": "x"}}'])
@@ -137,27 +140,29 @@ def test_damaged_memory_is_measured_over(tmp_path: Path, content: str) -> None:
     """A file that is not ours, or half of one, costs a measurement."""
     (tmp_path / FILE_NAME).write_text(content)
 
-    chosen, why = choose([BF16, F32], "key", Memory(tmp_path), Stopwatch({F32: 1.0}))
+    chosen, why = choose([BF16, F32], "key", TuningCache(tmp_path), Stopwatch({F32: 1.0}))
 
     assert (chosen, why) == (F32, "measured")
 
 
 def test_memory_that_others_may_write_is_not_read(tmp_path: Path) -> None:
     """Somebody else does not choose our engine."""
-    memory = Memory(tmp_path)
+    memory = TuningCache(tmp_path)
     choose([BF16, F32], "key", memory, Stopwatch({BF16: 1.0}))
     (tmp_path / FILE_NAME).chmod(0o666)
 
     assert choose([BF16, F32], "key", memory, Stopwatch({F32: 1.0}))[0] == F32
 
 
-def test_nodes_that_start_together_measure_once(tmp_path: Path) -> None:
+def test_workers_that_start_together_measure_once(tmp_path: Path) -> None:
     """Who comes second waits for the answer of the first instead of disturbing it."""
     watch = Stopwatch({BF16: 1.0, F32: 2.0})
 
-    with ThreadPoolExecutor(4) as nodes:
+    with ThreadPoolExecutor(4) as workers:
         found = list(
-            nodes.map(lambda _: choose([BF16, F32], "key", Memory(tmp_path), watch), range(4))
+            workers.map(
+                lambda _: choose([BF16, F32], "key", TuningCache(tmp_path), watch), range(4)
+            )
         )
 
     assert watch.asked == 1

@@ -11,7 +11,7 @@ from tests.model_fixtures import real_model, tiny_model
 
 from embedq.protocol.contract import Accuracy, Precision
 from embedq.testing import stub_vectors
-from embedq_worker.engines.base import RowForm, TokenBatch
+from embedq_worker.engines.base import RowSpec, TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.inference import selftest
@@ -37,7 +37,7 @@ def run(
     engine: StubEngine,
     reference: npt.NDArray[np.float32] | None = None,
     accuracy: Accuracy = Accuracy.STANDARD,
-    form: RowForm | None = None,
+    form: RowSpec | None = None,
 ) -> Report:
     """Run the self-test of a stub engine."""
     embedder = Embedder(StubTokenizer(), engine, token_budget=4096, form=form)
@@ -152,7 +152,7 @@ def test_each_accuracy_class_has_its_floor(share: float, standard: bool, exact: 
     assert [report.passed for report in reports] == [standard, exact]
 
 
-def test_changed_order_of_neighbours_fails() -> None:
+def test_changed_order_of_neighbors_fails() -> None:
     """An engine that keeps cosines and swaps who is nearer to whom is caught."""
     trusted = stub_vectors(GOLDEN)
     trusted[1] = trusted[0] + 0.030 * trusted[2] + 0.001 * trusted[3]
@@ -176,7 +176,7 @@ def test_changed_order_of_neighbours_fails() -> None:
 
 def test_packed_rows_pass() -> None:
     """Alone and in company is alone and packed for an engine of packed rows."""
-    report = run(StubEngine(), stub_vectors(GOLDEN), form=RowForm.packed(256))
+    report = run(StubEngine(), stub_vectors(GOLDEN), form=RowSpec.packed(256))
 
     assert report.passed, report.reason
     assert report.max_deviation == 0

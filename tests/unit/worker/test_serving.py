@@ -13,11 +13,11 @@ from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Precision
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
-from embedq_worker.errors import CompileFailed, EngineError, Reason
+from embedq_worker.errors import CompileFailed, EngineError, FailureReason
 from embedq_worker.inference.embedder import Vectors
-from embedq_worker.inference.opener import Opener
-from embedq_worker.inference.selection import Candidate, Memory
-from embedq_worker.inference.serving import Serving
+from embedq_worker.inference.opener import EngineOpener
+from embedq_worker.inference.selection import Candidate, TuningCache
+from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
 
@@ -28,48 +28,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def opener(model: Model, cache: Path, **settings: object) -> Opener:
-    """Make an opener for a node on the CPU."""
+def opener(model: Model, cache: Path, **settings: object) -> EngineOpener:
+    """Make an opener for a worker on the CPU."""
     values = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2, **settings}
-    return Opener(WorkerSettings(**values), model)  # type: ignore[arg-type]
+    return EngineOpener(WorkerSettings(**values), model)  # type: ignore[arg-type]
 
 
-def serve(opened: Opener, model: Model) -> Serving:
+def serve(opened: EngineOpener, model: Model) -> EngineSet:
     """Serve class standard with what opens."""
     standard = opened.open_cpu(Accuracy.STANDARD)
-    return Serving(model.card(), standard, lambda: opened.open_cpu(Accuracy.EXACT))
+    return EngineSet(model.model_info(), standard, lambda: opened.open_cpu(Accuracy.EXACT))
 
 
 def test_f32_engine_serves_both_classes(model: Model, tmp_path: Path) -> None:
     """One engine is enough where it is exact; nothing else is opened."""
-    node = serve(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
+    worker = serve(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
 
-    exact = node.proven_for(Accuracy.EXACT)
-    node.close()
+    exact = worker.engine_for(Accuracy.EXACT)
+    worker.close()
 
-    assert exact.engine is node.standard.engine
-    assert (node.standard.engine.name, node.standard.engine.precision) == (
+    assert exact.engine is worker.standard.engine
+    assert (worker.standard.engine.name, worker.standard.engine.precision) == (
         "onnxruntime",
         Precision.F32,
     )
 
 
 def test_bf16_engine_is_joined_by_an_exact_one(model: Model, tmp_path: Path) -> None:
-    """A node whose standard engine rounds opens a second for exact, at the first exact batch."""
+    """A worker whose standard engine rounds opens a second for exact, at the first exact batch."""
     opened = opener(model, tmp_path, precision=PrecisionChoice.BF16)
     try:
-        node = serve(opened, model)
+        worker = serve(opened, model)
     except CompileFailed:
         pytest.skip("this CPU has no bf16")
-    assert node.proven_for(Accuracy.STANDARD).engine.precision is Precision.BF16
+    assert worker.engine_for(Accuracy.STANDARD).engine.precision is Precision.BF16
 
-    exact = node.proven_for(Accuracy.EXACT)
+    exact = worker.engine_for(Accuracy.EXACT)
 
     assert exact.engine.precision is Precision.F32
     assert exact.report.min_cosine >= 0.99999
-    assert node.proven_for(Accuracy.EXACT) is exact
-    assert node.standard.engine.precision is Precision.BF16
-    node.close()
+    assert worker.engine_for(Accuracy.EXACT) is exact
+    assert worker.standard.engine.precision is Precision.BF16
+    worker.close()
 
 
 def test_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
 
 
 def test_precision_that_no_engine_has_is_refused(model: Model, tmp_path: Path) -> None:
-    """int8 by a setting, without a quantised model, is a SettingsError with both names."""
+    """int8 by a setting, without a quantized model, is a SettingsError with both names."""
     opened = opener(model, tmp_path, precision=PrecisionChoice.INT8)
 
     with pytest.raises(SettingsError, match="EMBEDQ_PRECISION=int8"):
@@ -100,10 +100,10 @@ def test_kept_engine_that_does_not_open_gives_way(
     """Where OpenVINO was chosen and now refuses, onnxruntime serves and says that it fell back."""
 
     def refuse(*_: object) -> None:
-        raise CompileFailed("not today", Reason.COMPILE_REFUSED)
+        raise CompileFailed("not today", FailureReason.COMPILE_REFUSED)
 
     monkeypatch.setattr(
-        Memory, "recall", lambda self, key, among: Candidate(EngineChoice.OPENVINO, Precision.F32)
+        TuningCache, "get", lambda self, key, among: Candidate(EngineChoice.OPENVINO, Precision.F32)
     )
     monkeypatch.setattr("embedq_worker.engines.openvino_cpu.OpenVinoCpuEngine.__init__", refuse)
 
@@ -116,7 +116,7 @@ def test_kept_engine_that_does_not_open_gives_way(
 def test_engine_that_lies_is_not_served(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong vectors end in an EngineError with the reason, never in a node that serves."""
+    """Wrong vectors end in an EngineError with the reason, never in a worker that serves."""
     honest = OnnxRuntimeEngine.infer
 
     def double(self: OnnxRuntimeEngine, batch: TokenBatch) -> Vectors:
@@ -127,7 +127,7 @@ def test_engine_that_lies_is_not_served(
     with pytest.raises(EngineError, match="unit length") as caught:
         opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME).open_cpu(Accuracy.STANDARD)
 
-    assert caught.value.reason is Reason.SELFTEST_FAILED
+    assert caught.value.reason is FailureReason.SELFTEST_FAILED
 
 
 #: Opens an engine in a process of its own: model, cache, engine.
@@ -135,20 +135,20 @@ OPEN_CPU = """
 import sys
 from pathlib import Path
 from embedq.protocol.contract import Accuracy
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import load_model
-from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.settings import WorkerSettings
 
 folder, cache, engine = sys.argv[1:]
 settings = WorkerSettings(device="cpu", engine=engine, cache_dir=Path(cache))
-opener = Opener(settings, load_model(Path(folder), "tiny", Digests(Path(cache))))
+opener = EngineOpener(settings, load_model(Path(folder), "tiny", DigestCache(Path(cache))))
 proven = opener.open_cpu(Accuracy.STANDARD)
 print(proven.engine.name, "openvino" in sys.modules)
 """
 
 
-def test_node_pinned_to_onnxruntime_never_imports_openvino(model: Model, tmp_path: Path) -> None:
+def test_worker_pinned_to_onnxruntime_never_imports_openvino(model: Model, tmp_path: Path) -> None:
     """Installed and not wanted, it costs nothing; not installed: see test_engine_nodes.py."""
     arguments = [str(model.folder), str(tmp_path), "onnxruntime"]
     done = subprocess.run(

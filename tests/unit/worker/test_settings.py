@@ -1,4 +1,4 @@
-"""Settings of a node: defaults that work, and mistakes told by name."""
+"""Settings of a worker: defaults that work, and mistakes told by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedq_worker.settings import WorkerSettings, default_lock_dir
 
 
 def test_defaults_need_no_environment() -> None:
-    """A node starts without any setting, under a name that a restart keeps."""
+    """A worker starts without any setting, under a name that a restart keeps."""
     settings = WorkerSettings.load()
 
     assert settings.name == WorkerSettings.load().name
@@ -20,8 +20,8 @@ def test_defaults_need_no_environment() -> None:
 
 
 def test_settings_of_the_sdk_are_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One environment can serve producer and node."""
-    monkeypatch.setenv("EMBEDQ_WINDOW", "8")
+    """One environment can serve producer and worker."""
+    monkeypatch.setenv("EMBEDQ_MAX_IN_FLIGHT", "8")
 
     WorkerSettings.load()
 

@@ -9,11 +9,11 @@ from embedq.protocol.contract import Accuracy, Device, OnLong, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq.testing import STUB_DIM, stub_vectors
 from embedq_worker.engines.stub import STUB_IDENTITY, StubEngine, StubTokenizer
-from embedq_worker.errors import CompileFailed, EngineError, ModelError, Reason
+from embedq_worker.errors import CompileFailed, EngineError, FailureReason, ModelError
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.serving import Proven
-from embedq_worker.inference.verifier import Shadow
+from embedq_worker.inference.serving import VerifiedEngine
+from embedq_worker.inference.verifier import ShadowCheck
 
 TEXTS = ["one", "two", "three"]
 BATCH = EmbedBatch(
@@ -24,16 +24,16 @@ BATCH = EmbedBatch(
 )
 
 
-def reference() -> Proven:
+def reference() -> VerifiedEngine:
     """Open what is trusted."""
     engine = StubEngine(device=Device.CPU)
     embedder = Embedder(StubTokenizer(), engine, token_budget=512)
-    return Proven(engine, embedder, selftest.run(embedder, None), "only")
+    return VerifiedEngine(engine, embedder, selftest.run(embedder, None), "only")
 
 
 def test_right_vectors_pass() -> None:
     """Every text of a sound device agrees with its shadow."""
-    shadow = Shadow(1, reference)
+    shadow = ShadowCheck(1, reference)
 
     for _ in range(10):
         shadow.check(BATCH, stub_vectors(TEXTS))
@@ -47,7 +47,7 @@ def test_device_whose_vectors_drift_is_found(
     wrong: np.ndarray[tuple[int, int], np.dtype[np.float32]],
 ) -> None:
     """Vectors of other texts, or of none, are outside the class, whichever text is looked at."""
-    shadow = Shadow(1, reference)
+    shadow = ShadowCheck(1, reference)
     middle_apart = np.array(wrong)
     middle_apart[1] = -middle_apart[1]
 
@@ -55,13 +55,13 @@ def test_device_whose_vectors_drift_is_found(
         shadow.check(BATCH, middle_apart)
     shadow.close()
 
-    assert found.value.reason is Reason.WRONG_SHADOW
+    assert found.value.reason is FailureReason.SHADOW_MISMATCH
 
 
 def test_only_the_nth_batch_is_checked() -> None:
     """The others cost nothing."""
     opened = []
-    shadow = Shadow(3, lambda: opened.append(1) or reference())  # type: ignore[func-returns-value] # append's None
+    shadow = ShadowCheck(3, lambda: opened.append(1) or reference())  # type: ignore[func-returns-value] # append's None
 
     counts = []
     for _ in range(6):
@@ -74,18 +74,18 @@ def test_only_the_nth_batch_is_checked() -> None:
 
 def test_batch_without_a_vector_is_left_alone() -> None:
     """There is nothing to compare where every text was refused."""
-    Shadow(1, reference).check(BATCH, np.full((3, STUB_DIM), np.nan, np.float32))
+    ShadowCheck(1, reference).check(BATCH, np.full((3, STUB_DIM), np.nan, np.float32))
 
 
 @pytest.mark.parametrize(
     "error",
-    [CompileFailed("No.", Reason.COMPILE_REFUSED), ModelError("The file is gone.")],
+    [CompileFailed("No.", FailureReason.COMPILE_REFUSED), ModelError("The file is gone.")],
     ids=["engine", "model"],
 )
 def test_shadow_that_does_not_open_is_no_sign_against_the_device(error: Exception) -> None:
     """The job goes on without it; the log says so."""
 
-    def refuse() -> Proven:
+    def refuse() -> VerifiedEngine:
         raise error
 
-    Shadow(1, refuse).check(BATCH, stub_vectors(TEXTS))
+    ShadowCheck(1, refuse).check(BATCH, stub_vectors(TEXTS))

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from tests.model_fixtures import write_tiny
 
 from embedq_worker.errors import ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model import sources
 from embedq_worker.model.resolve import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
@@ -48,7 +48,7 @@ def pinned_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel folder whose model is tiny, and pinned in place of the real one."""
     folder = tmp_path / "wheels" / WHEEL_PACKAGE / "model"
     write_tiny(folder)
-    digests = Digests(tmp_path / "pins")
+    digests = DigestCache(tmp_path / "pins")
     monkeypatch.setattr(
         resolve_module, "PINNED", {name: digests.of(folder / name) for name in PINNED}
     )
@@ -71,7 +71,7 @@ def test_installed_wheel_is_found_without_importing_it(
     monkeypatch.undo()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = pinned_tiny / WHEEL_PACKAGE
-    digests = Digests(tmp_path / "pins")
+    digests = DigestCache(tmp_path / "pins")
     pins = {name: digests.of(folder / "model" / name) for name in PINNED}
     monkeypatch.setattr(resolve_module, "PINNED", pins)
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -99,7 +99,7 @@ def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -
         resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
 
     assert resolve_module.PINNED[name] in str(caught.value)
-    assert Digests(tmp_path / "again").of(path) in str(caught.value)
+    assert DigestCache(tmp_path / "again").of(path) in str(caught.value)
 
 
 def test_model_that_is_nowhere_lists_the_choices(tmp_path: Path) -> None:

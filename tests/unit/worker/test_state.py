@@ -9,34 +9,38 @@ import msgpack
 import pytest
 
 from embedq.errors import SettingsError
-from embedq.protocol.worker import ModelCard, State
+from embedq.protocol.worker import ModelInfo, WorkerState
 from embedq_worker.files import private_dir
-from embedq_worker.main_process.status import NodeState, StateFile
+from embedq_worker.main_process.status import StatusFile, WorkerStatus
 
-STATE = NodeState(
-    State.HEALTHY, since=12.5, pid=7, device="cpu", card=ModelCard("label", "ab" * 32, 384, 256)
+STATE = WorkerStatus(
+    WorkerState.HEALTHY,
+    state_since=12.5,
+    pid=7,
+    device="cpu",
+    model_info=ModelInfo("label", "ab" * 32, 384, 256),
 )
 
 
 def test_state_comes_back(tmp_path: Path) -> None:
     """What the child writes is what the parent reads, and no other file is left."""
-    file = StateFile(tmp_path / "run", "node")
+    file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
 
     assert file.read() == STATE
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["node.state"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["worker.state"]
 
 
 def test_last_state_wins(tmp_path: Path) -> None:
     """A change replaces the file, with the moment and the reason."""
-    file = StateFile(tmp_path / "run", "node")
+    file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
 
-    failed = STATE.now(State.FAILED, "no model")
+    failed = STATE.transition(WorkerState.FAILED, "no model")
     file.write(failed)
 
     assert file.read() == failed
-    assert failed.since > STATE.since
+    assert failed.state_since > STATE.state_since
 
 
 @pytest.mark.parametrize(
@@ -53,15 +57,15 @@ def test_last_state_wins(tmp_path: Path) -> None:
 )
 def test_unreadable_file_is_no_state(content: bytes, tmp_path: Path) -> None:
     """Half a file, another format or an unknown state read as nothing, and never raise."""
-    file = StateFile(tmp_path / "run", "node")
-    (tmp_path / "run" / "node.state").write_bytes(content)
+    file = StatusFile(tmp_path / "run", "worker")
+    (tmp_path / "run" / "worker.state").write_bytes(content)
 
     assert file.read() is None
 
 
 def test_removed_and_missing_file_is_no_state(tmp_path: Path) -> None:
     """Removing is safe to repeat."""
-    file = StateFile(tmp_path / "run", "node")
+    file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
 
     file.remove()
@@ -72,9 +76,9 @@ def test_removed_and_missing_file_is_no_state(tmp_path: Path) -> None:
 
 def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     """A file that says more is still read."""
-    file = StateFile(tmp_path / "run", "node")
+    file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
-    path = tmp_path / "run" / "node.state"
+    path = tmp_path / "run" / "worker.state"
     path.write_bytes(msgpack.packb({**msgpack.unpackb(path.read_bytes()), "mood": "good"}))
 
     assert file.read() == STATE

@@ -16,12 +16,12 @@ from embedq.protocol.message import EmbedBatch
 from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
 from embedq_worker.engines.base import RaggedTokens, TokenBatch
 from embedq_worker.engines.factory import open_engine
-from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_card
+from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, stub_model_info
 from embedq_worker.errors import InferFailed
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.packing import build_padded
 
-SPEC = VectorSpec(stub_card().identity, stub_card().dim, stub_card().max_length)
+SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 
 
 def infer(texts: list[str], engine: StubEngine | None = None) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_open_engine_knows_the_stub_without_a_model() -> None:
     """The stub opens without a model, with the dimension of its card."""
     engine = open_engine("stub", None)
 
-    assert (engine.name, engine.dim) == ("stub", stub_card().dim)
+    assert (engine.name, engine.dim) == ("stub", stub_model_info().dim)
 
 
 def test_open_engine_refuses_an_unknown_name() -> None:

@@ -16,12 +16,12 @@ from embedq_worker import exit_codes
 
 #: Seconds that any one thing may take on a busy machine.
 DEADLINE_S = 20.0
-#: What each script begins with: `say` writes a line, `Node` is the supervisor's.
+#: What each script begins with: `say` writes a line, `SupervisedProcess` is the supervisor's.
 PREAMBLE = """
 import os, signal, sys, time
 from embedq_worker import exit_codes
 from embedq_worker.main_process import supervisor
-from embedq_worker.main_process.supervisor import Node
+from embedq_worker.main_process.supervisor import SupervisedProcess
 supervisor.FIRST_PAUSE_S = 0.001
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -31,9 +31,11 @@ def until(number, code):
 
 
 @contextmanager
-def supervised(body: str, nodes: str = "[Node(run)]") -> Iterator[subprocess.Popen[str]]:
-    """Run a script whose function `run` is the node."""
-    script = f"{PREAMBLE}{body}\nsys.exit(supervisor.supervise({nodes}))"
+def supervised(
+    body: str, workers: str = "[SupervisedProcess(run)]"
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a script whose function `run` is the worker."""
+    script = f"{PREAMBLE}{body}\nsys.exit(supervisor.supervise({workers}))"
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
@@ -77,8 +79,10 @@ def test_final_code_is_passed_on_without_a_restart(code: int) -> None:
         assert rest(process) == ["ran"]
 
 
-def test_node_that_dies_is_started_again() -> None:
-    """A node killed by a signal, or ended by an error, comes back; each start knows its number."""
+def test_worker_that_dies_is_started_again() -> None:
+    """A worker killed by a signal, or ended by an error, comes back; each start knows its
+    number.
+    """
     body = """
 def run(arguments):
     say(*arguments)
@@ -91,7 +95,7 @@ def run(arguments):
 
 
 def test_crash_loop_ends_with_its_own_code() -> None:
-    """A node that keeps dying gets one start without its NPU, and refuses it if it has none."""
+    """A worker that keeps dying gets one start without its NPU, and refuses it if it has none."""
     body = """
 def run(arguments):
     say(*arguments)
@@ -106,13 +110,13 @@ def run(arguments):
 
 
 def test_crash_loop_without_the_npu_ends_too() -> None:
-    """A node that dies on its CPU as well is kept off."""
+    """A worker that dies on its CPU as well is kept off."""
     with supervised("def run(arguments): os.kill(os.getpid(), signal.SIGKILL)") as process:
         assert process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
 
 
-def test_strict_node_without_a_proven_npu_is_not_started_again() -> None:
-    """It has nothing else to serve with; other nodes degrade without ending."""
+def test_strict_worker_without_a_proven_npu_is_not_started_again() -> None:
+    """It has nothing else to serve with; other workers degrade without ending."""
     body = """
 def run(arguments):
     say(*arguments)
@@ -124,8 +128,8 @@ def run(arguments):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_stop_reaches_the_node_as_sigterm(sent: signal.Signals) -> None:
-    """However the end is asked for, the node ends in good order and its code is the answer."""
+def test_stop_reaches_the_worker_as_sigterm(sent: signal.Signals) -> None:
+    """However the end is asked for, the worker ends in good order and its code is the answer."""
     body = """
 def run(arguments):
     until(signal.SIGTERM, 0); say("up")
@@ -139,7 +143,7 @@ def run(arguments):
         assert rest(process) == [f"got {signal.SIGTERM}"]
 
 
-def test_second_interrupt_ends_the_node_now() -> None:
+def test_second_interrupt_ends_the_worker_now() -> None:
     """Ctrl-C once ends in good order, twice at once, as Celery has it."""
     body = """
 def run(arguments):
@@ -156,8 +160,8 @@ def run(arguments):
         assert rest(process) == [f"got {signal.SIGQUIT}"]
 
 
-def test_stop_before_the_node_can_listen_is_a_good_end() -> None:
-    """A node that dies of SIGTERM while it still imports had nothing in hand."""
+def test_stop_before_the_worker_can_listen_is_a_good_end() -> None:
+    """A worker that dies of SIGTERM while it still imports had nothing in hand."""
     with supervised(
         "def run(arguments):\n    say('up')\n    while True: signal.pause()"
     ) as process:
@@ -168,14 +172,16 @@ def test_stop_before_the_node_can_listen_is_a_good_end() -> None:
 
 
 def test_stop_during_a_pause_starts_nothing() -> None:
-    """A node that waits for its restart is ended by SIGTERM at once."""
+    """A worker that waits for its restart is ended by SIGTERM at once."""
     body = """
 supervisor.FIRST_PAUSE_S = supervisor.LONGEST_PAUSE_S = 600
 def run(arguments): say("ran"); os._exit(1)
 """
     with supervised(body) as process:
         assert line(process) == "ran"
-        assert "node_died node=node reason='exit code 1' restart_in_s=600" in event(process)
+        assert "worker_process_exited worker=worker reason='exit code 1' restart_in_s=600" in event(
+            process
+        )
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0
@@ -184,7 +190,7 @@ def run(arguments): say("ran"); os._exit(1)
 
 @pytest.mark.parametrize("platform", sorted({sys.platform, "darwin"}))
 def test_killed_supervisor_leaves_nothing(platform: str) -> None:
-    """kill -9 of the supervisor ends a deaf node too; by a pipe where no kernel does it."""
+    """kill -9 of the supervisor ends a deaf worker too; by a pipe where no kernel does it."""
     body = (
         f"supervisor.sys = type('sys', (), {{'platform': {platform!r}}})"
         + """
@@ -201,8 +207,8 @@ def run(arguments):
         assert rest(process) == []  # the pipe is at its end: nobody holds it any more
 
 
-def test_dead_node_leaves_no_process_of_its_group() -> None:
-    """What a node forked dies with it, also a compiler that nobody waits for."""
+def test_dead_worker_leaves_no_process_of_its_group() -> None:
+    """What a worker forked dies with it, also a compiler that nobody waits for."""
     body = """
 def run(arguments):
     if os.fork() == 0:
@@ -247,8 +253,8 @@ def run(arguments):
         assert process.wait(DEADLINE_S) == 0
 
 
-def test_one_of_two_nodes_may_end_alone() -> None:
-    """With --all a machine without an NPU keeps its node on the CPU, and ends well with it."""
+def test_one_of_two_workers_may_end_alone() -> None:
+    """With --all a machine without an NPU keeps its worker on the CPU, and ends well with it."""
     body = """
 def run(arguments):
     part = arguments[1]
@@ -256,10 +262,12 @@ def run(arguments):
     until(signal.SIGTERM, 0); say("cpu up")
     while True: signal.pause()
 """
-    nodes = "[Node(run, ('--part', 'npu')), Node(run, ('--part', 'cpu'))]"
-    with supervised(body, nodes) as process:
+    workers = (
+        "[SupervisedProcess(run, ('--part', 'npu')), SupervisedProcess(run, ('--part', 'cpu'))]"
+    )
+    with supervised(body, workers) as process:
         assert {line(process), line(process)} == {"npu ends", "cpu up"}
-        assert "node_ended node=npu exit_code=6" in event(process)
+        assert "node_ended worker=npu exit_code=6" in event(process)
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0

@@ -18,10 +18,10 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from embedq_worker.engines.base import RaggedTokens
 from embedq_worker.errors import EngineError, ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.inference import tokenizer
 from embedq_worker.inference.tokenizer import Tokenizer
-from embedq_worker.inference.verifier import Prover
+from embedq_worker.inference.verifier import EngineVerifier
 from embedq_worker.model.resolve import load_model
 from embedq_worker.settings import WorkerSettings
 
@@ -164,11 +164,11 @@ def test_token_without_weights_is_refused(tmp_path: Path, foreign: bool) -> None
     if foreign:
         write_foreign(tmp_path)
         model.weights.unlink()
-        model = load_model(tmp_path, "foreign", Digests(tmp_path / "cache"))
+        model = load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache"))
     tokenizer = HfTokenizer.from_file(str(model.tokenizer_path))
-    Prover(SETTINGS, model)
+    EngineVerifier(SETTINGS, model)
     tokenizer.add_special_tokens(["[DOC]"])
     tokenizer.save(str(model.tokenizer_path))
 
     with pytest.raises(ModelError, match="has a token 44, and the weights know 44"):
-        Prover(SETTINGS, model)
+        EngineVerifier(SETTINGS, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from embedq_worker.inference.stats import EngineStats, Meter
+from embedq_worker.inference.stats import EngineMeter, EngineStats
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 def test_inferences_that_overlap_count_once_as_busy() -> None:
     """Two inferences of 3 s that share 2 s are 6 s of inference and 4 s of a busy engine."""
     clock = Clock()
-    meter = Meter(clock)
+    meter = EngineMeter(clock)
     first, second = ExitStack(), ExitStack()
 
     first.enter_context(meter.inferring())
@@ -39,7 +39,7 @@ def test_inferences_that_overlap_count_once_as_busy() -> None:
 def test_inference_under_way_counts_until_now() -> None:
     """A long inference shows as busy before it ends, and only once when it has."""
     clock = Clock()
-    meter = Meter(clock)
+    meter = EngineMeter(clock)
 
     with meter.inferring():
         clock.now += 5
@@ -52,7 +52,7 @@ def test_inference_under_way_counts_until_now() -> None:
 def test_failed_inference_ends() -> None:
     """An engine that raises is no longer busy."""
     clock = Clock()
-    meter = Meter(clock)
+    meter = EngineMeter(clock)
 
     try:
         with meter.inferring():
@@ -65,7 +65,7 @@ def test_failed_inference_ends() -> None:
 
 def test_batches_add_up_and_a_copy_stays() -> None:
     """What was handed out before does not change with the next batch."""
-    meter = Meter()
+    meter = EngineMeter()
     meter.add(texts=3, tokens=30, computed_tokens=40, inferences=2)
     before = meter.totals()
 

@@ -16,7 +16,7 @@ from kombu import transport as kombu_transport
 
 from embedq.protocol.contract import MAX_BATCH_BYTES, MAX_RAW_BYTES, TASK_NAME
 from embedq_worker.main_process import transport
-from embedq_worker.main_process.transport import MAX_LEVELS, MAX_MESSAGE_BYTES, objection
+from embedq_worker.main_process.transport import MAX_LEVELS, MAX_MESSAGE_BYTES, validate_message
 
 BATCH = {"v": 1, "job": "job", "i": 0, "texts": b"packed"}
 EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
@@ -60,8 +60,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_message_of_ours_passes() -> None:
     """What the SDK publishes is let through, also when Celery publishes it again."""
-    assert objection(message()) is None
-    assert objection(message(retries=3, root_id="job:0:digest", shadow=None)) is None
+    assert validate_message(message()) is None
+    assert validate_message(message(retries=3, root_id="job:0:digest", shadow=None)) is None
 
 
 def test_largest_batch_passes() -> None:
@@ -70,8 +70,8 @@ def test_largest_batch_passes() -> None:
         [[{**BATCH, "texts": bytes(MAX_RAW_BYTES + MAX_RAW_BYTES // 128)}], {}, EMBED]
     )
 
-    assert objection(largest) is None
-    assert objection(largest + b" " * (MAX_MESSAGE_BYTES - len(largest) + 1))
+    assert validate_message(largest) is None
+    assert validate_message(largest + b" " * (MAX_MESSAGE_BYTES - len(largest) + 1))
     assert 2 * MAX_BATCH_BYTES > MAX_MESSAGE_BYTES
 
 
@@ -80,7 +80,7 @@ def test_largest_batch_passes() -> None:
 )
 def test_body_that_is_no_msgpack_is_refused(body: bytes) -> None:
     """Pickle, garbage, nothing, a promise of four billion items and a deep nest are refused."""
-    assert objection(message(body=body)) == "its body is not msgpack in base64"
+    assert validate_message(message(body=body)) == "its body is not msgpack in base64"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_body_that_is_no_msgpack_is_refused(body: bytes) -> None:
 )
 def test_call_of_another_shape_is_refused(payload: object) -> None:
     """A call has one batch and nothing else."""
-    assert objection(message(payload))
+    assert validate_message(message(payload))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_call_of_another_shape_is_refused(payload: object) -> None:
 )
 def test_work_for_other_tasks_is_refused(payload: object) -> None:
     """Keywords, callbacks and chains are never followed."""
-    assert objection(message(payload)) == "it carries work for other tasks"
+    assert validate_message(message(payload)) == "it carries work for other tasks"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_work_for_other_tasks_is_refused(payload: object) -> None:
 )
 def test_header_that_celery_would_act_on_is_refused(header: dict[str, Any]) -> None:
     """Each header is one that embedq writes, or the message is refused."""
-    assert objection(message(**header))
+    assert validate_message(message(**header))
 
 
 def nested(levels: int) -> list[Any]:
@@ -145,31 +145,31 @@ def nested(levels: int) -> list[Any]:
 
 @pytest.mark.parametrize("levels", [9, 100, 750, 900])
 def test_message_of_many_levels_is_refused(levels: int) -> None:
-    """It can be read as JSON, but not be pickled for a child, which would end the node."""
-    assert "levels" in str(objection(message(x=nested(levels))))
+    """It can be read as JSON, but not be pickled for a child, which would end the worker."""
+    assert "levels" in str(validate_message(message(x=nested(levels))))
 
 
 def test_message_of_few_levels_passes() -> None:
     """Headers of others may hold a little more than ours."""
-    assert objection(message(x=nested(MAX_LEVELS - 2))) is None
+    assert validate_message(message(x=nested(MAX_LEVELS - 2))) is None
 
 
 @pytest.mark.parametrize("key", ["delivery_tag", "routing_key", "exchange", "correlation_id", "id"])
 def test_name_that_redis_cannot_take_is_refused(key: str) -> None:
-    """JSON can hold half a character, and a node would end over it when it writes it down."""
+    """JSON can hold half a character, and a worker would end over it when it writes it down."""
     raw = json.loads(message())
     places = (raw["properties"], raw["properties"]["delivery_info"], raw["headers"])
     place = next((place for place in places if key in place), raw["properties"])
 
     place[key] = "\ud800"
 
-    assert objection(json.dumps(raw).encode()) is not None
+    assert validate_message(json.dumps(raw).encode()) is not None
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
 def test_garbage_is_refused_in_a_sentence(raw: bytes) -> None:
     """No bytes at all raise anything, and the answer quotes none of them."""
-    answer = objection(raw)
+    answer = validate_message(raw)
 
     assert answer is not None
     assert answer.startswith(("it ", "its ", "body"))
@@ -178,14 +178,14 @@ def test_garbage_is_refused_in_a_sentence(raw: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_any_body_is_judged(body: bytes) -> None:
     """No body raises anything."""
-    objection(message(body=body))
+    validate_message(message(body=body))
 
 
 @pytest.mark.parametrize(
     "url", ["redis://h/0", "rediss://h/0", "redis+socket:///tmp/x.sock", "redis://a/0;redis://b/0"]
 )
 def test_every_redis_url_gets_the_hardened_transport(url: str, installed: None) -> None:
-    """However Redis is named, a node's connection checks what it pops."""
+    """However Redis is named, a worker's connection checks what it pops."""
     assert Connection(url).get_transport_cls() is transport.Transport
 
 

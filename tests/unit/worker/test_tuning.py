@@ -10,12 +10,12 @@ from tests.model_fixtures import tiny_model
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy
 from embedq_worker.cli.tune import MIN_ROUNDS, Wanted, run
-from embedq_worker.inference.opener import Opener
-from embedq_worker.inference.selection import Layout, decide, layouts, timings
+from embedq_worker.inference.opener import EngineOpener
+from embedq_worker.inference.selection import CpuConfig, decide, layouts, timings
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, EngineChoice, WorkerSettings
 
-USUAL, OTHER = Layout(2, 2, 512), Layout(2, 1, 1024)
+USUAL, OTHER = CpuConfig(2, 2, 512), CpuConfig(2, 1, 1024)
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def settings(model: Model, cache: Path, **others: object) -> WorkerSettings:
-    """Return the settings of a node on two cores with onnxruntime."""
+    """Return the settings of a worker on two cores with onnxruntime."""
     values = {"device": DeviceChoice.CPU, "engine": EngineChoice.ONNXRUNTIME, **others}
     return WorkerSettings(model=str(model.folder), cache_dir=cache, **values)  # type: ignore[arg-type]
 
 
-def chosen(usual: list[float], other: list[float]) -> Layout:
+def chosen(usual: list[float], other: list[float]) -> CpuConfig:
     """Decide between two layouts by their seconds."""
     return decide(timings({USUAL: usual, OTHER: other}, USUAL), USUAL)
 
@@ -60,7 +60,7 @@ def test_layouts_share_the_cores() -> None:
     for cores in (1, 2, 8):
         found = layouts(cores, 512)
 
-        assert found[0] == Layout(cores, cores, 512)
+        assert found[0] == CpuConfig(cores, cores, 512)
         assert len(set(found)) == len(found)
         assert all(1 <= each.streams <= each.cores == cores for each in found)
 
@@ -72,7 +72,7 @@ def test_layouts_share_the_cores() -> None:
 )  # fmt: skip
 def test_entry_that_does_not_fit_is_not_used(entry: dict[str, object]) -> None:
     """One for more cores than there are, or half of one."""
-    assert Layout.from_entry(entry, 2) is None
+    assert CpuConfig.from_entry(entry, 2) is None
 
 
 def test_tuned_layout_is_used_and_settings_win(model: Model, tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_tuned_layout_is_used_and_settings_win(model: Model, tmp_path: Path) -> 
     mine = settings(model, tmp_path)
 
     found = run(mine, wanted, print)
-    proven = Opener(mine, model).open_cpu(Accuracy.STANDARD)
+    proven = EngineOpener(mine, model).open_cpu(Accuracy.STANDARD)
     pinned = settings(model, tmp_path, streams=1, token_budget=300)
-    other = Opener(pinned, model).open_cpu(Accuracy.STANDARD)
+    other = EngineOpener(pinned, model).open_cpu(Accuracy.STANDARD)
 
     assert found.kept and len(found.timings[0].seconds) == MIN_ROUNDS
     assert proven.layout == found.chosen._replace(source="tuned")

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from embedq_worker.inference import tokenizer
-from embedq_worker.inference.tokenizer import Tokenizer, Words, as_bytes
+from embedq_worker.inference.tokenizer import Tokenizer, WordCache, as_bytes
 
 #: What texts are put together from: words, all signs, special tokens, accents before and after
 #: their letters, scripts with and without spaces, blanks and controls that Python and the library
@@ -100,7 +100,7 @@ def split_at_spaces(tokenizer: HfTokenizer) -> None:
 def test_tokenizers_that_join_words_agree(
     small: Path, tmp_path: Path, how: Callable[[HfTokenizer], object]
 ) -> None:
-    """A word's tokens depend on its neighbours there, so texts are asked for as a whole."""
+    """A word's tokens depend on its neighbors there, so texts are asked for as a whole."""
     path = change(small, tmp_path / "tokenizer.json", how)
 
     texts = ["the queue", "The Queue", "a queue,the queues", "queue,"]
@@ -123,7 +123,7 @@ class Library:
 def test_library_is_asked_once_for_a_word() -> None:
     """The second text of the same words costs it nothing."""
     library = Library()
-    known = Words(library, [])
+    known = WordCache(library, [])
     known.encode(["to be or not to be"])
     asked = list(library.asked)
 
@@ -135,7 +135,7 @@ def test_library_is_asked_once_for_a_word() -> None:
 
 def test_word_that_looks_like_a_sign_stays_whole() -> None:
     """Where the sign put between new words comes out of one of them, each is asked for alone."""
-    known = Words(Library(), [])
+    known = WordCache(Library(), [])
 
     assert known.encode(["one t\u201awo three"]) == [as_bytes([ord(c) for c in "onet,wothree"])]
 
@@ -144,7 +144,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is full all is forgotten and learnt anew; the ids are the same."""
     monkeypatch.setattr(tokenizer, "MOST_BYTES", 10 * tokenizer.ENTRY_BYTES)
     library = Library()
-    known = Words(library, [])
+    known = WordCache(library, [])
     for _ in range(2):
         for number in range(100):
             assert known.encode([f"n{number}"]) == [as_bytes([ord(c) for c in f"n{number}"])]
@@ -157,7 +157,7 @@ def test_longest_texts_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "MOST_CHARACTERS", 10)
     library = Library()
 
-    found = Words(library, []).encode(["to be or not", "to be"])
+    found = WordCache(library, []).encode(["to be or not", "to be"])
 
     assert "to be or not" in library.asked
     assert found == [as_bytes([ord(c) for c in whole]) for whole in ("tobeornot", "tobe")]

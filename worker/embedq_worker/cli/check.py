@@ -23,13 +23,13 @@ from redis.exceptions import ResponseError
 
 from embedq.errors import EmbedqError
 from embedq.settings import mask_password
-from embedq.store.connection import open_redis, patiently
+from embedq.store.connection import call_with_retry, open_redis
 from embedq_worker.cli import check_npu
-from embedq_worker.device.placement import place
-from embedq_worker.engines.model_cache import QuantisedStore
+from embedq_worker.device.placement import choose_placement
+from embedq_worker.engines.model_cache import QuantizedModelStore
 from embedq_worker.files import private_dir
-from embedq_worker.inference.opener import Opener, claim_device, open_placed
-from embedq_worker.inference.serving import Serving
+from embedq_worker.inference.opener import EngineOpener, claim_device, open_placed
+from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
 
@@ -39,7 +39,7 @@ class Level(StrEnum):
 
     OK = "ok"
     WARN = "warn"
-    RED = "red"
+    FAIL = "red"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Check:
     level: Level
     detail: str
     seconds: float
-    mend: str = ""
+    fix: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Return the check for JSON."""
@@ -86,7 +86,7 @@ def look(url: str) -> Finding:
             config = {}
         return info, config
 
-    info, config = patiently(ask, patience_s=0, on_wait=lambda _: None, where=shown)
+    info, config = call_with_retry(ask, retry_timeout_s=0, on_wait=lambda _: None, where=shown)
     client.close()
     limit = int(info.get("maxmemory", 0))
     policy = info.get("maxmemory_policy") or config.get("maxmemory-policy", "unknown")
@@ -98,7 +98,7 @@ def look(url: str) -> Finding:
     )
     if policy not in ("noeviction", "unknown"):
         mend = "It may evict batches: CONFIG SET maxmemory-policy noeviction."
-        return detail, Level.RED, mend
+        return detail, Level.FAIL, mend
     if not info.get("aof_enabled"):
         return detail, Level.WARN, "A restart loses what is queued: CONFIG SET appendonly yes."
     if not limit:
@@ -106,7 +106,7 @@ def look(url: str) -> Finding:
     return detail, Level.OK, ""
 
 
-#: Packages whose version decides how a node behaves.
+#: Packages whose version decides how a worker behaves.
 PACKAGES: Final = ("embedq", "celery", "kombu", "redis", "onnxruntime", "openvino", "tokenizers")
 
 
@@ -142,17 +142,17 @@ def run(settings: WorkerSettings) -> Iterator[Check]:
 
     looked = _check("model", model)
     yield looked
-    if looked.level is not Level.RED:
+    if looked.level is not Level.FAIL:
         yield from _engine(settings, found[0])
 
 
 def _device(settings: WorkerSettings) -> Iterator[Check]:
     """Yield the lines about the NPU; what auto can do without is a warning."""
-    bad = Level.RED if check_npu.wants_npu(settings) else Level.WARN
+    bad = Level.FAIL if check_npu.wants_npu(settings) else Level.WARN
     began = time.monotonic()
     for line in check_npu.lines(settings):
         level = Level.OK if line.ok else bad
-        yield Check(line.name, level, line.detail, time.monotonic() - began, line.mend)
+        yield Check(line.name, level, line.detail, time.monotonic() - began, line.fix)
         began = time.monotonic()
 
 
@@ -162,10 +162,10 @@ def _folders(settings: WorkerSettings) -> Finding:
 
 
 def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
-    opened: list[Serving] = []
+    opened: list[EngineSet] = []
 
     def engine() -> Finding:
-        placement = place(settings)
+        placement = choose_placement(settings)
         claim = claim_device(settings, placement)
         serving = open_placed(settings, placement, model)
         opened.append(serving)
@@ -185,19 +185,19 @@ def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
             f"smallest cosine {report.min_cosine:.6f}, {report.inversions} inversions"
         )
         yield Check("self-test", Level.OK, figures, report.seconds)
-        if model is not None and serving.card.quantised:
+        if model is not None and serving.model_info.quantized:
             yield _check("int8", lambda: _int8(settings, model))
 
 
 def _int8(settings: WorkerSettings, model: Model) -> Finding:
-    """Prove the quantised copy, and show the report that was made with it."""
-    kept = QuantisedStore(settings.cache_dir, model).describe()
-    proven = Opener(settings, model).open_int8()
+    """Prove the quantized copy, and show the report that was made with it."""
+    kept = QuantizedModelStore(settings.cache_dir, model).describe()
+    proven = EngineOpener(settings, model).open_int8()
     proven.close()
     return f"{kept}; self-test smallest cosine {proven.report.min_cosine:.4f}", Level.OK, ""
 
 
-def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
+def _runtime(settings: WorkerSettings, serving: EngineSet) -> Iterator[Check]:
     """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
     standard = serving.standard
     details = {**standard.engine.details, "chosen": standard.why}
@@ -208,7 +208,7 @@ def _runtime(settings: WorkerSettings, serving: Serving) -> Iterator[Check]:
     yield Check("runtime", Level.OK, shown, 0.0)
     # A warning and not red: this driver has just passed the self-test.
     for line in check_npu.driver_age(details.get("npu_driver_version", "")):
-        yield Check(line.name, Level.OK if line.ok else Level.WARN, line.detail, 0.0, line.mend)
+        yield Check(line.name, Level.OK if line.ok else Level.WARN, line.detail, 0.0, line.fix)
     wishes = [*settings.npu_properties]
     wishes += ["NPU_COMMANDLIST_MODE"] if settings.npu_commandlist_mode else []
     unknown = [word for word in ignored.split() if word.partition("=")[0] in wishes]
@@ -222,8 +222,8 @@ def _check(name: str, look: Callable[[], Finding]) -> Check:
     try:
         detail, level, mend = look()
     except EmbedqError as error:
-        detail, mend = check_npu.halves(error)
-        level, mend = Level.RED, mend or _NEXT_STEPS.get(name, _ANY_STEP)
+        detail, mend = check_npu.split_fix(error)
+        level, mend = Level.FAIL, mend or _NEXT_STEPS.get(name, _ANY_STEP)
     return Check(name, level, detail, time.monotonic() - began, mend)
 
 
@@ -242,7 +242,7 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     detail = f"{free / 1e9:,.1f} GB free at {folder}"
     if free < NO_SPACE:
-        return detail, Level.RED, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
+        return detail, Level.FAIL, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
     if free < LITTLE_SPACE:
         return detail, Level.WARN, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
     return detail, Level.OK, ""

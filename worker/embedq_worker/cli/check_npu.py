@@ -16,16 +16,16 @@ from embedq.errors import EmbedqError
 from embedq_worker.device.discovery import (
     OLDEST,
     Npu,
-    Roots,
+    SysfsRoots,
     build_day,
+    check_access,
     choose,
     discover,
     is_too_old,
-    no_plugin,
-    require_access,
+    unsupported_platform,
 )
-from embedq_worker.device.placement import holder, place
-from embedq_worker.settings import DeviceChoice, Standin, WorkerSettings
+from embedq_worker.device.placement import choose_placement, current_holder
+from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
 #: Opens what the NPU plugin opens; the name of the second changed with the driver's releases.
 LOADER: Final = "libze_loader.so.1"
@@ -59,7 +59,7 @@ class Line(NamedTuple):
     name: str
     ok: bool
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 def wants_npu(settings: WorkerSettings) -> bool:
@@ -70,34 +70,34 @@ def wants_npu(settings: WorkerSettings) -> bool:
 def lines(
     settings: WorkerSettings,
     *,
-    roots: Roots = Roots(),  # noqa: B008 # frozen
+    roots: SysfsRoots = SysfsRoots(),  # noqa: B008 # frozen
     load: Callable[[str], object] = ctypes.CDLL,
     system_lacks: str | None = None,
 ) -> Iterator[Line]:
-    """Yield what stands between this node and an NPU, each line before those that depend on it.
+    """Yield what stands between this worker and an NPU, each line before those that depend on it.
 
     Args:
-        settings: of the node; one on the CPU that no NPU surrounds gets no line.
+        settings: of the worker; one on the CPU that no NPU surrounds gets no line.
         roots: where the kernel shows devices.
         load: opens a library, or raises OSError.
         system_lacks: why no NPU can work here; None finds out.
     """
     if settings.device in (DeviceChoice.CPU, DeviceChoice.STUB):
         return
-    if settings.npu_standin is not Standin.NONE:
-        shown = f"EMBEDQ_NPU_STANDIN={settings.npu_standin}: no NPU, a rehearsal on the CPU"
+    if settings.npu_emulation is not Emulation.NONE:
+        shown = f"EMBEDQ_NPU_EMULATION={settings.npu_emulation}: no NPU, a rehearsal on the CPU"
         yield Line("npu", True, shown)
         return
     machine = discover(roots)
     if not (wants_npu(settings) or machine.visible or machine.hidden or machine.driverless):
         return
-    lacking = no_plugin() if system_lacks is None else system_lacks
+    lacking = unsupported_platform() if system_lacks is None else system_lacks
     yield _plugin(lacking)
     if lacking:
         return
     yield _library("loader", load, LOADER, "Install libze1 (Debian, Ubuntu) or level-zero,")
     yield _driver(load)
-    yield from _node(settings, roots)
+    yield from _worker(settings, roots)
 
 
 def _plugin(lacking: str) -> Line:
@@ -112,11 +112,11 @@ def _plugin(lacking: str) -> Line:
     return Line("npu plugin", True, str(plugin))
 
 
-def _library(name: str, load: Callable[[str], object], library: str, mend: str) -> Line:
+def _library(name: str, load: Callable[[str], object], library: str, fix: str) -> Line:
     try:
         load(library)
     except OSError as error:
-        return Line(name, False, str(error), f"{mend} {_NO_NPU}")
+        return Line(name, False, str(error), f"{fix} {_NO_NPU}")
     return Line(name, True, library)
 
 
@@ -137,7 +137,7 @@ def driver_age(version: str) -> Iterator[Line]:
     """Yield a line about the age of the driver that has opened the NPU, if it tells its own.
 
     Args:
-        version: what the plugin says, `NPU_DRIVER_VERSION`; empty on a stand-in.
+        version: what the plugin says, `NPU_DRIVER_VERSION`; empty on an emulated NPU.
     """
     day = build_day(version)
     if day is None:
@@ -150,25 +150,25 @@ def driver_age(version: str) -> Iterator[Line]:
         yield Line("driver age", True, shown)
 
 
-def _node(settings: WorkerSettings, roots: Roots) -> Iterator[Line]:
+def _worker(settings: WorkerSettings, roots: SysfsRoots) -> Iterator[Line]:
     try:
-        npu = choose(discover(roots), settings.npu_node)
-        require_access(npu)
+        npu = choose(discover(roots), settings.npu_device_file)
+        check_access(npu)
     except EmbedqError as error:
-        yield Line("npu node", False, *halves(error))
+        yield Line("npu node", False, *split_fix(error))
         return
     found = f"{npu.describe()}, driver {npu.driver or 'unknown'}, may be opened"
     yield Line("npu node", True, found)
     try:
-        held = holder(npu.pci, settings.lock_dir)
+        held = current_holder(npu.pci, settings.lock_dir)
     except EmbedqError as error:
-        yield Line("npu lock", False, *halves(error))
+        yield Line("npu lock", False, *split_fix(error))
         return
-    mend = "That node computes on it; stop it first, or start this one with --device cpu."
+    mend = "That worker computes on it; stop it first, or start this one with --device cpu."
     yield Line("npu lock", not held, f"held by {held}" if held else "free", mend if held else "")
 
 
-def halves(error: EmbedqError) -> tuple[str, str]:
+def split_fix(error: EmbedqError) -> tuple[str, str]:
     """Split a message into what happened and what to do, which is all after the first sentence."""
     head, _, tail = str(error).partition(". ")
     return (f"{head}.", tail) if tail else (head, "")
@@ -176,10 +176,10 @@ def halves(error: EmbedqError) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The NPUs of a machine and what a node would do with them.
+    """The NPUs of a machine and what a worker would do with them.
 
     Attributes:
-        npus: one map for each, with node, pci, architecture, driver, and why it cannot be used.
+        npus: one map for each, with worker, pci, architecture, driver, and why it cannot be used.
         device: what `start` would compute on; empty if it would refuse.
         reason: why.
     """
@@ -196,17 +196,17 @@ class Survey:
         """Yield the survey for people."""
         for npu in self.npus:
             name = f"NPU {npu['architecture']}" if npu["architecture"] else "NPU of unknown kind"
-            yield f"{npu['node']}  {name} at {npu['pci']}  {npu['problem'] or 'usable'}"
+            yield f"{npu['device_file']}  {name} at {npu['pci']}  {npu['problem'] or 'usable'}"
         yield f"start would compute on: {self.device or 'nothing'}. {self.reason}"
 
 
-def survey(settings: WorkerSettings, *, roots: Roots = Roots()) -> Survey:  # noqa: B008 # frozen
+def survey(settings: WorkerSettings, *, roots: SysfsRoots = SysfsRoots()) -> Survey:  # noqa: B008 # frozen
     """Look at every NPU, and choose as `start` would."""
     machine = discover(roots)
     npus = [_describe(npu, settings) for npu in machine.visible]
     npus += [{**_facts(npu), "problem": "not visible here"} for npu in machine.hidden]
     try:
-        placement = place(settings, roots=roots)
+        placement = choose_placement(settings, roots=roots)
     except EmbedqError as error:
         return Survey(tuple(npus), "", str(error))
     return Survey(tuple(npus), str(placement.device), placement.reason)
@@ -214,8 +214,8 @@ def survey(settings: WorkerSettings, *, roots: Roots = Roots()) -> Survey:  # no
 
 def _describe(npu: Npu, settings: WorkerSettings) -> dict[str, str]:
     try:
-        require_access(npu)
-        held = holder(npu.pci, settings.lock_dir)
+        check_access(npu)
+        held = current_holder(npu.pci, settings.lock_dir)
     except EmbedqError as error:
         return {**_facts(npu), "problem": str(error)}
     return {**_facts(npu), "problem": f"held by {held}" if held else ""}
@@ -223,7 +223,7 @@ def _describe(npu: Npu, settings: WorkerSettings) -> dict[str, str]:
 
 def _facts(npu: Npu) -> dict[str, str]:
     return {
-        "node": str(npu.node),
+        "device_file": str(npu.device_file),
         "pci": npu.pci,
         "architecture": npu.architecture,
         "driver": npu.driver,

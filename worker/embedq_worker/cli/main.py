@@ -4,7 +4,7 @@
 
 What computes is imported by the command that needs it, so that `--help` stays quick.
 
-`embedq-worker`: start a node, show its settings; the group of all commands.
+`embedq-worker`: start a worker, show its settings; the group of all commands.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def warm(as_json: bool, **options: str | None) -> None:
     """Compile the model for the device and prove it, so that the next start finds it done."""
     settings = load(options)
     process.send_native_to_stderr()
-    from embedq_worker.device.placement import place
+    from embedq_worker.device.placement import choose_placement
     from embedq_worker.inference import opener
 
     began = time.monotonic()
     try:
-        placement = place(settings)
+        placement = choose_placement(settings)
         claim = opener.claim_device(settings, placement)
         opened = opener.open_placed(settings, placement)
     except EmbedqError as error:
         fail(error)
     engine = opened.standard.engine
     shown = {
-        "model": opened.card.label,
+        "model": opened.model_info.label,
         "engine": engine.name,
         "device": str(engine.device),
         "precision": str(engine.precision),
@@ -75,7 +75,7 @@ def warm(as_json: bool, **options: str | None) -> None:
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Keep the result only if this share of top-10 neighbours stays.",
+    help="Keep the result only if this share of top-10 neighbors stays.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def quantize(
@@ -152,11 +152,11 @@ def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None
     """Count how often the NPU's tensors moved and its command lists changed; best is never."""
     settings = load(options)
     from embedq_worker.cli import trace_binding as trace_binding_module
-    from embedq_worker.device.placement import place
+    from embedq_worker.device.placement import choose_placement
     from embedq_worker.inference import opener
 
     try:
-        placement = place(settings)
+        placement = choose_placement(settings)
         claim = opener.claim_device(settings, placement)
         found = trace_binding_module.trace(settings, placement.device, inferences)
     except EmbedqError as error:
@@ -167,14 +167,14 @@ def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None
     sys.exit(exit_codes.OK if found.is_pinned else exit_codes.CHECK)
 
 
-#: What the extra `cpu` brings and every node imports.
+#: What the extra `cpu` brings and every worker imports.
 _OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
-    help="Serve a sentence-embedding model from a queue, one node per device.",
+    help="Serve a sentence-embedding model from a queue, one worker per device.",
 )
 def cli() -> None:
     """Group of all commands."""
@@ -190,7 +190,7 @@ for _command in (
 
 @cli.command(epilog=EPILOG)
 @model_options
-@click.option("--name", help="Name of the node, unique in the fleet.  [EMBEDQ_NAME]")
+@click.option("--name", help="Name of the worker, unique in the fleet.  [EMBEDQ_NAME]")
 @click.option("--threads", type=int, help="Cores for the engine, 0 for all.  [EMBEDQ_THREADS]")
 @click.option(
     "--log-level",
@@ -198,21 +198,23 @@ for _command in (
     help="How much to say.  [EMBEDQ_LOG_LEVEL]",
 )
 @click.option("--strict", is_flag=True, default=None, help="NPU or nothing.  [EMBEDQ_STRICT]")
-@click.option("--all", "_all", is_flag=True, help="One node on the NPU and one on the CPU.")
+@click.option("--all", "_all", is_flag=True, help="One worker on the NPU and one on the CPU.")
 @click.option("--part", hidden=True)
 @click.option("--attempt", type=int, default=0, hidden=True)
 @click.option("--npu-off", is_flag=True, hidden=True)
 def start(
     _all: bool, part: str | None, attempt: int, npu_off: bool, **options: str | int | bool | None
 ) -> None:
-    """Start a node and keep it running: load the model, prove it, then take batches."""
+    """Start a worker and keep it running: load the model, prove it, then take batches."""
     from embedq_worker.main_process import start as start_module
 
     export(options)
     try:
         if part:
-            start_module.take_part(part)
-        code = start_module.start(WorkerSettings.load(), attempt=attempt, npu_off=npu_off)
+            start_module.configure_part(part)
+        code = start_module.start(
+            WorkerSettings.load(), attempt=attempt, npu_disabled_reason=npu_off
+        )
     except EmbedqError as error:
         fail(error)
     sys.exit(code)

@@ -1,6 +1,6 @@
 """Commands for operators: degrade, recover, pause, resume, check, health.
 
-`embedq-worker devices | check | health`: how this machine and its nodes are.
+`embedq-worker devices | check | health`: how this machine and its workers are.
 
 `embedq-worker degrade | recover | pause | resume`: what an operator may want of a fleet.
 """
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from embedq.errors import EmbedqError, QueueUnavailable, SettingsError, nearest
+from embedq.errors import EmbedqError, QueueUnavailable, SettingsError, did_you_mean
 from embedq_worker import exit_codes, process
 from embedq_worker.cli.common import EPILOG, load, model_options
 
 if TYPE_CHECKING:
     from redis import Redis
 
-_COLOURS = {"ok": "green", "warn": "yellow", "red": "red"}
+_COLORS = {"ok": "green", "warn": "yellow", "red": "red"}
 
 
 @click.command(epilog=EPILOG)
@@ -55,10 +55,10 @@ def check(as_json: bool, **options: str | None) -> None:
     for result in check_module.run(settings):
         done.append(result)
         if not as_json:
-            mark = click.style(f"{result.level:<4}", fg=_COLOURS[result.level])
+            mark = click.style(f"{result.level:<4}", fg=_COLORS[result.level])
             click.echo(f"{result.name:<10} {mark}  {result.detail}  ({result.seconds:.2f} s)")
-            if result.mend:
-                click.echo(f"{'':<10}       {result.mend}")
+            if result.fix:
+                click.echo(f"{'':<10}       {result.fix}")
     ok = all(result.level != "red" for result in done)
     if as_json:
         click.echo(json.dumps({"ok": ok, "checks": [result.as_dict() for result in done]}))
@@ -68,7 +68,7 @@ def check(as_json: bool, **options: str | None) -> None:
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1)
 def health(arguments: tuple[str, ...]) -> None:
-    """Say whether the nodes of this machine live; containers ask this."""
+    """Say whether the workers of this machine live; containers ask this."""
     from embedq_worker.main_process.liveness import main
 
     sys.exit(main(list(arguments)))
@@ -81,40 +81,40 @@ MAX_REASON = 200
 _REASON = click.option(
     "--reason",
     default="",
-    help="Why, in your words; shown wherever the node is.",
+    help="Why, in your words; shown wherever the worker is.",
 )
 
 
 @click.command(epilog=exit_codes.EPILOG)
-@click.argument("node")
+@click.argument("worker")
 @_REASON
-def degrade(node: str, reason: str) -> None:
-    """Keep NODE off its NPU until `recover`; one without an NPU takes nothing more."""
-    from embedq.store.fleet import Wanted, give
+def degrade(worker: str, reason: str) -> None:
+    """Keep WORKER off its NPU until `recover`; one without an NPU takes nothing more."""
+    from embedq.store.fleet import DesiredState, set_desired_state
 
     reason = _bounded(reason or "An operator took it out of service.")
     with _results() as redis:
-        _require(redis, node)
-        give(redis, node, Wanted.DEGRADED, reason)
-    click.echo(f"{node} is kept off its NPU until: embedq-worker recover {node}")
+        _require(redis, worker)
+        set_desired_state(redis, worker, DesiredState.DEGRADED, reason)
+    click.echo(f"{worker} is kept off its NPU until: embedq-worker recover {worker}")
 
 
 @click.command(epilog=exit_codes.EPILOG)
-@click.argument("node")
-def recover(node: str) -> None:
-    """Undo `degrade`, or have a degraded NODE try its NPU now instead of at its next probe."""
-    from embedq.store.fleet import Wanted, give
+@click.argument("worker")
+def recover(worker: str) -> None:
+    """Undo `degrade`, or have a degraded WORKER try its NPU now instead of at its next probe."""
+    from embedq.store.fleet import DesiredState, set_desired_state
 
     with _results() as redis:
-        _require(redis, node)
-        give(redis, node, Wanted.HEALTHY, "")
-    click.echo(f"{node} tries its NPU now, and serves with it if it proves itself.")
+        _require(redis, worker)
+        set_desired_state(redis, worker, DesiredState.HEALTHY, "")
+    click.echo(f"{worker} tries its NPU now, and serves with it if it proves itself.")
 
 
 @click.command(epilog=exit_codes.EPILOG)
 @_REASON
 def pause(reason: str) -> None:
-    """Let every node finish the batch it holds and take nothing more, until `resume`."""
+    """Let every worker finish the batch it holds and take nothing more, until `resume`."""
     from embedq.store.fleet import pause as pause_fleet
 
     with _results() as redis:
@@ -163,15 +163,16 @@ def _results() -> Iterator[Redis]:
         sys.exit(exit_codes.SETTINGS if isinstance(error, SettingsError) else exit_codes.FAILURE)
 
 
-def _require(redis: Redis, node: str) -> None:
-    """Refuse a node that nobody has heard of; one that is down now may have orders."""
-    from embedq.store.fleet import fetch_known
+def _require(redis: Redis, worker: str) -> None:
+    """Refuse a worker that nobody has heard of; one that is down now may have orders."""
+    from embedq.store.fleet import list_workers
 
-    known = fetch_known(redis)
-    if node not in known:
+    known = list_workers(redis)
+    if worker not in known:
         shown = ", ".join(known) or "none"
         raise SettingsError(
-            f"No node {node} was seen in the last day.{nearest(node, known)} Seen: {shown}."
+            f"No worker {worker} was seen in the last day.{did_you_mean(worker, known)} Seen: "
+            f"{shown}."
         )
 
 

@@ -1,12 +1,12 @@
 """embedq-worker quantize.
 
-Texts out of a user's file for quantising: some to calibrate with, others to judge by.
+Texts out of a user's file for quantizing: some to calibrate with, others to judge by.
 
-Quantises a model to int8 with NNCF, and judges the copy before anybody is served by it.
+Quantizes a model to int8 with NNCF, and judges the copy before anybody is served by it.
 
 The only file that imports ``nncf``, inside a function: it costs two seconds.
 
-`embedq-worker quantize` from file to report: sample, quantise, prove, judge, keep.
+`embedq-worker quantize` from file to report: sample, quantize, prove, judge, keep.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from embedq.protocol.message import EmbedBatch
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.model_cache import (
     NAME_LENGTH,
-    Quality,
-    Quantised,
-    QuantisedStore,
+    QuantizationReport,
+    QuantizedModel,
+    QuantizedModelStore,
     calibration_digest,
 )
-from embedq_worker.errors import EngineError, Reason
+from embedq_worker.errors import EngineError, FailureReason
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.planning import plan_padded
 from embedq_worker.inference.selftest import GOLDEN
@@ -147,7 +147,7 @@ def sample_texts(
     if len(chosen) < MIN_TEXTS:
         raise InputError(
             f"{', '.join(inputs)}: {len(chosen):,} different texts that can be embedded, of "
-            f"{at:,} documents; quantising needs at least {MIN_TEXTS}, and {wanted:,} are better. "
+            f"{at:,} documents; quantizing needs at least {MIN_TEXTS}, and {wanted:,} are better. "
             "Give it a file of texts like those that you will embed."
         )
     rng.shuffle(chosen)
@@ -161,8 +161,8 @@ def _documents(inputs: Sequence[str], text_field: str, format: str | None) -> It
     return read(expand(inputs), fields=fields, format=format, skip_bad_lines=True)
 
 
-#: Neighbours that are compared.
-NEIGHBOURS: Final = 10
+#: Neighbors that are compared.
+NEIGHBORS: Final = 10
 
 
 #: Texts that the report names.
@@ -181,25 +181,25 @@ Vectors = npt.NDArray[np.float32]
 
 
 def require_nncf() -> None:
-    """Check that what quantises is installed.
+    """Check that what quantizes is installed.
 
     Raises:
         SettingsError: it is not; the message says how to get it.
     """
     if importlib.util.find_spec("nncf") is None or importlib.util.find_spec("openvino") is None:
         raise SettingsError(
-            "Quantising needs NNCF and OpenVINO, which are not installed. Run: "
+            "Quantizing needs NNCF and OpenVINO, which are not installed. Run: "
             "pip install 'embedq[quantize]'. Serving the result needs only OpenVINO."
         )
 
 
 def quantize_graph(
     model: Model, lines: Sequence[Line], tell: Callable[[str], None] = lambda _: None
-) -> Quantised:
-    """Quantise a model by NNCF's post-training method; its quality is still to be judged.
+) -> QuantizedModel:
+    """Quantize a model by NNCF's post-training method; its quality is still to be judged.
 
     Args:
-        model: what to quantise.
+        model: what to quantize.
         lines: texts for calibration.
         tell: gets progress.
 
@@ -219,7 +219,7 @@ def quantize_graph(
     texts = [*(line.text for line in lines), *GOLDEN]
     graph = Runtime(CPU).read(build_graph(model))
     feeds = [_feed(batch) for batch in _batches(model, texts)]
-    tell(f"quantising with {method}: {len(feeds):,} inferences for statistics, and then biases")
+    tell(f"quantizing with {method}: {len(feeds):,} inferences for statistics, and then biases")
     try:
         with redirect_stdout(sys.stderr):  # it shows its progress where results belong
             made = nncf.quantize(
@@ -232,10 +232,12 @@ def quantize_graph(
                 model_type=nncf.ModelType.TRANSFORMER,
             )
     except Exception as error:  # NNCF's own classes have no common parent
-        reason = f"NNCF cannot quantise {model.label}: {type(error).__name__}: {error}"
-        raise EngineError(reason, Reason.COMPILE_REFUSED) from error
+        reason = f"NNCF cannot quantize {model.label}: {type(error).__name__}: {error}"
+        raise EngineError(reason, FailureReason.COMPILE_REFUSED) from error
     name = calibration_digest(texts, method)
-    return Quantised(name, pack_ir(made), Quality(len(lines), 0, 0.0, 0.0, 0.0, (), method))
+    return QuantizedModel(
+        name, pack_ir(made), QuantizationReport(len(lines), 0, 0.0, 0.0, 0.0, (), method)
+    )
 
 
 def compare(found: Vectors, trusted: Vectors, lines: Sequence[int]) -> dict[str, Any]:
@@ -274,13 +276,13 @@ def embed_lines(
 
 
 def _overlaps(found: Vectors, trusted: Vectors) -> npt.NDArray[np.float64]:
-    """Return the share of its nearest neighbours that each text keeps, [n]."""
-    count = min(NEIGHBOURS, len(found) - 1)
-    both = zip(_neighbours(found, count), _neighbours(trusted, count), strict=True)
+    """Return the share of its nearest neighbors that each text keeps, [n]."""
+    count = min(NEIGHBORS, len(found) - 1)
+    both = zip(_neighbors(found, count), _neighbors(trusted, count), strict=True)
     return np.array([len(set(now) & set(before)) / count for now, before in both])
 
 
-def _neighbours(vectors: Vectors, count: int) -> list[list[int]]:
+def _neighbors(vectors: Vectors, count: int) -> list[list[int]]:
     near = vectors @ vectors.T  # [n, n]
     np.fill_diagonal(near, -2)
     order: list[list[int]] = np.argsort(-near, axis=1, kind="stable")[:, :count].tolist()
@@ -326,7 +328,7 @@ class Result(NamedTuple):
     """What came of it.
 
     Attributes:
-        model, name: of what was quantised, and of the copy.
+        model, name: of what was quantized, and of the copy.
         quality: the report.
         folder: where it is kept.
         problem: why it is not; empty if it is.
@@ -335,37 +337,37 @@ class Result(NamedTuple):
 
     model: str
     name: str
-    quality: Quality
+    report: QuantizationReport
     folder: Path
     problem: str
     warnings: tuple[str, ...]
 
     @property
     def kept(self) -> bool:
-        """Whether nodes will serve it."""
+        """Whether workers will serve it."""
         return not self.problem
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        shown = {**self._asdict(), "quality": self.quality.as_dict(), "folder": str(self.folder)}
+        shown = {**self._asdict(), "quality": self.report.as_dict(), "folder": str(self.folder)}
         return {**shown, "kept": self.kept}
 
     def lines(self) -> Iterator[str]:
         """Yield the result for people."""
-        yield f"{self.model}, quantised copy {self.name}"
-        yield self.quality.summary()
+        yield f"{self.model}, quantized copy {self.name}"
+        yield self.report.summary()
         yield "The texts that changed most:"
-        for line, cosine, overlap in self.quality.changed:
-            yield f"  line {line:,}: cosine {cosine:.4f}, {overlap:.0%} of its neighbours stayed"
+        for line, cosine, overlap in self.report.changed:
+            yield f"  line {line:,}: cosine {cosine:.4f}, {overlap:.0%} of its neighbors stayed"
         yield from self.warnings
         if self.problem:
             yield f"Not kept: {self.problem}"
         else:
-            yield f"Kept in {self.folder}. Start the node again to serve jobs of class int8."
+            yield f"Kept in {self.folder}. Start the worker again to serve jobs of class int8."
 
 
 def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
-    """Quantise the model of a node.
+    """Quantize the model of a worker.
 
     Raises:
         InputError: the file cannot be read, or has too few texts.
@@ -374,10 +376,10 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
     """
     model = find_model(settings)
     if model is None:
-        raise SettingsError("The stub has no model to quantise. Unset EMBEDQ_DEVICE.")
-    store = QuantisedStore(settings.cache_dir, model)
-    if store.trouble:
-        raise SettingsError(f"A quantised model cannot be kept: {store.trouble}.")
+        raise SettingsError("The stub has no model to quantize. Unset EMBEDQ_DEVICE.")
+    store = QuantizedModelStore(settings.cache_dir, model)
+    if store.error:
+        raise SettingsError(f"A quantized model cannot be kept: {store.error}.")
     sample = sample_texts(
         wanted.inputs,
         model.max_length,
@@ -390,18 +392,18 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
         f"{sample.read:,} documents read, {len(sample.calibration):,} texts for calibration, "
         f"{len(sample.held_out):,} held out"
     )
-    return _quantise(settings, wanted, model, store, sample, tell)
+    return _quantize(settings, wanted, model, store, sample, tell)
 
 
-def _quantise(
+def _quantize(
     settings: WorkerSettings,
     wanted: Wanted,
     model: Model,
-    store: QuantisedStore,
+    store: QuantizedModelStore,
     sample: Sample,
     tell: Tell,
 ) -> Result:
-    opener = Opener(settings, model)
+    opener = EngineOpener(settings, model)
     made = quantize_graph(model, sample.calibration, tell)
     proven = opener.open_int8(made)
     try:
@@ -415,7 +417,7 @@ def _quantise(
     finally:
         exact.close()
     figures = compare(found, trusted, [line.number for line in sample.held_out])
-    quality = replace(made.quality, **figures)
+    quality = replace(made.report, **figures)
     problem = ""
     if quality.overlap < wanted.min_overlap:
         problem = (

@@ -18,7 +18,7 @@ import numpy as np
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Device
-from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
+from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
 from embedq_worker.errors import EngineError
 from embedq_worker.inference.packing import build_rows
 from embedq_worker.process import die_with_parent
@@ -72,7 +72,7 @@ class Trace:
         for name, value in {**self.counters, **self.plugin}.items():
             yield f"{name.replace('_', ' '):<16}{value:>8,}"
         if not self.plugin_lines:
-            yield "The plugin said nothing of these inferences: a stand-in has no command lists."
+            yield "The plugin said nothing of them: an emulated NPU has no command lists."
         yield "Nothing moved." if self.is_pinned else "Tensors moved, or command lists changed."
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def trace(settings: WorkerSettings, device: Device, inferences: int) -> Trace:
 
     Args:
         settings: what the environment says.
-        device: where the node would compute.
+        device: where the worker would compute.
         inferences: how many.
 
     Raises:
@@ -94,9 +94,9 @@ def trace(settings: WorkerSettings, device: Device, inferences: int) -> Trace:
     """
     if device is not Device.NPU:
         raise SettingsError(
-            f"Only an NPU has tensors to trace; this node computes on {device}. Use --device npu."
+            f"Only an NPU has tensors to trace; this worker computes on {device}. Use --device npu."
         )
-    deadline_s = settings.compile_deadline_s + inferences * (settings.infer_deadline_s or 2.0)
+    deadline_s = settings.compile_timeout_s + inferences * (settings.infer_timeout_s or 2.0)
     environment = {**os.environ, "OV_NPU_LOG_LEVEL": "LOG_DEBUG"}
     try:
         done = subprocess.run(
@@ -136,7 +136,7 @@ def main() -> None:
     # Imported by the child only: the parent needs no runtime.
     from embedq_worker import process
     from embedq_worker.engines.openvino_npu import OpenVinoNpuEngine
-    from embedq_worker.inference.opener import Opener
+    from embedq_worker.inference.opener import EngineOpener
     from embedq_worker.model.resolve import find_model
 
     die_with_parent()  # which holds the lock of the NPU
@@ -144,8 +144,8 @@ def main() -> None:
     process.set_up(str(settings.log_level))
     model = find_model(settings)
     if model is None:
-        raise SystemExit("Only an NPU, or its stand-in, can be traced.")
-    engine = Opener(settings, model).open_npu().engine
+        raise SystemExit("Only an NPU, or its emulated NPU, can be traced.")
+    engine = EngineOpener(settings, model).open_npu().engine
     assert isinstance(engine, OpenVinoNpuEngine)
     asked = int(sys.argv[1])
     before = asdict(engine.counters())
@@ -157,7 +157,7 @@ def main() -> None:
     os._exit(0)  # not through destructors: the answer is given
 
 
-def _row(form: RowForm, number: int) -> TokenBatch:
+def _row(form: RowSpec, number: int) -> TokenBatch:
     """Build a row that differs from the one before in tokens and in length."""
     width = form.widths[-1]
     length = 2 + number % (width - 1)

@@ -11,14 +11,14 @@ from embedq.protocol.contract import Accuracy, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq_worker.engines.base import Engine
 from embedq_worker.inference.embedder import CANARY_TEXT, Embedder
-from embedq_worker.inference.opener import Opener
+from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.selection import (
     DEFAULT_TOKEN_BUDGET,
     Candidate,
-    Layout,
-    Layouts,
-    Memory,
+    CpuConfig,
+    CpuConfigs,
     Timing,
+    TuningCache,
     decide,
     layouts,
     timings,
@@ -74,7 +74,7 @@ class Result(NamedTuple):
     engine: str
     texts: int
     timings: tuple[Timing, ...]
-    chosen: Layout
+    chosen: CpuConfig
     kept: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
         raise SettingsError(
             f"--reserve-cores {wanted.reserve} leaves none of {settings.cores()} cores."
         )
-    opener = Opener(settings, model)
+    opener = EngineOpener(settings, model)
     is_int8 = wanted.accuracy is Accuracy.INT8
     first = opener.open_int8() if is_int8 else opener.open_cpu(wanted.accuracy)
     one = Candidate(EngineChoice(first.engine.name), first.engine.precision)
@@ -142,22 +142,22 @@ def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
     chosen = decide(found, found[0].layout) if enough else found[0].layout
     if not enough:
         tell("Too few rounds in the time: the machine is busy. Tune it while it is idle.")
-    key = Layouts(settings, model).key(one, wanted.accuracy)
-    kept = Memory(settings.cache_dir).keep_entry(key, chosen.entry())
+    key = CpuConfigs(settings, model).key(one, wanted.accuracy)
+    kept = TuningCache(settings.cache_dir).put_entry(key, chosen.entry())
     return Result(f"{one.engine} {one.precision}", wanted.texts, tuple(found), chosen, kept)
 
 
 def _measure(
-    opener: Opener,
+    opener: EngineOpener,
     model: Model,
     one: Candidate,
-    tried: Sequence[Layout],
+    tried: Sequence[CpuConfig],
     wanted: Wanted,
     tell: Tell,
 ) -> list[Timing]:
     """Time all layouts in turn, round after round; engines of as many streams are shared."""
     engines: dict[int, Engine] = {}
-    embedders: dict[Layout, Embedder] = {}
+    embedders: dict[CpuConfig, Embedder] = {}
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     try:
         for layout in tried:
@@ -174,12 +174,12 @@ def _measure(
 
 
 def _rounds(
-    embedders: Mapping[Layout, Embedder], model: Model, wanted: Wanted, tell: Tell
-) -> dict[Layout, list[float]]:
+    embedders: Mapping[CpuConfig, Embedder], model: Model, wanted: Wanted, tell: Tell
+) -> dict[CpuConfig, list[float]]:
     # Texts of 21 to 105 tokens, in no order, as docstrings are.
     texts = [CANARY_TEXT * (1 + 7 * i % 5) for i in range(wanted.texts)]
     batch = EmbedBatch("tune", 0, texts, VectorSpec(model.identity, model.dim, model.max_length))
-    seconds: dict[Layout, list[float]] = {layout: [] for layout in embedders}
+    seconds: dict[CpuConfig, list[float]] = {layout: [] for layout in embedders}
     for embedder in embedders.values():  # the first inferences of an engine allocate
         embedder.embed(batch)
     deadline = time.monotonic() + wanted.seconds

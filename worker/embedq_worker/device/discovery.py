@@ -34,12 +34,13 @@ PLUGIN_MACHINES: Final = ("x86_64", "AMD64")
 
 
 _RECIPE: Final = (
-    "A process can only use the first NPU it sees, so run one container per node "
-    "(--device /dev/accel/accelN), or one node per private mount namespace with EMBEDQ_NPU_NODE."
+    "A process can only use the first NPU it sees, so run one container per NPU "
+    "(--device /dev/accel/accelN), or one node per private mount namespace with "
+    "EMBEDQ_NPU_DEVICE_FILE."
 )
 
 
-def no_plugin(system: str = sys.platform, machine: str = "") -> str:
+def unsupported_platform(system: str = sys.platform, machine: str = "") -> str:
     """Say why no NPU can work on this platform; empty where one can."""
     machine = machine or platform.machine()
     if system == "linux" and machine in PLUGIN_MACHINES:
@@ -47,7 +48,7 @@ def no_plugin(system: str = sys.platform, machine: str = "") -> str:
     return f"OpenVINO has no NPU plugin for this platform ({system}, {machine})."
 
 
-def choose(machine: Machine, named: Path | None = None) -> Npu:
+def choose(machine: NpuInventory, named: Path | None = None) -> Npu:
     """Return the one NPU that this process can use.
 
     Args:
@@ -66,14 +67,16 @@ def choose(machine: Machine, named: Path | None = None) -> Npu:
         if len(machine.visible) > 1:
             raise SeveralDevices(f"Several NPUs are visible: {shown}. {_RECIPE}")
         return first
-    if all(npu.node != named for npu in machine.visible):
-        raise NoDevice(f"EMBEDQ_NPU_NODE: no NPU has the node {named}; there is {shown}.")
-    if first.node != named:
-        raise SeveralDevices(f"EMBEDQ_NPU_NODE: {named} is not the first of {shown}. {_RECIPE}")
+    if all(npu.device_file != named for npu in machine.visible):
+        raise NoDevice(f"EMBEDQ_NPU_DEVICE_FILE: no NPU has the node {named}; there is {shown}.")
+    if first.device_file != named:
+        raise SeveralDevices(
+            f"EMBEDQ_NPU_DEVICE_FILE: {named} is not the first of {shown}. {_RECIPE}"
+        )
     return first
 
 
-def require_access(npu: Npu) -> None:
+def check_access(npu: Npu) -> None:
     """Open the node as a driver would, and close it.
 
     Raises:
@@ -81,17 +84,19 @@ def require_access(npu: Npu) -> None:
         NoDevice: the device vanished or does not answer.
     """
     try:
-        os.close(os.open(npu.node, os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(npu.device_file, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         if error.errno == errno.EPERM:  # the cgroup's word; a missing group is EACCES
             raise DeviceForbidden(
-                f"{npu.node}: this container may not open it. Pass it with `devices:` or --device; "
+                f"{npu.device_file}: this container may not open it. Pass it with `devices:` or "
+                f"--device; "
                 "a volume shows the node and gives no right to it."
             ) from None
         if error.errno == errno.EACCES:
-            raise DeviceForbidden(_wrong_group(npu.node)) from None
+            raise DeviceForbidden(_wrong_group(npu.device_file)) from None
         raise NoDevice(
-            f"{npu.node}: {error.strerror}. Look into dmesg for intel_vpu, then: modprobe -r "
+            f"{npu.device_file}: {error.strerror}. Look into dmesg for intel_vpu, then: modprobe "
+            f"-r "
             "intel_vpu; modprobe intel_vpu"
         ) from None
 
@@ -109,18 +114,18 @@ def verify_opened(claimed: Npu, opened_pci: str) -> None:
     """
     if pci_address(opened_pci) != claimed.pci:
         raise WrongDevice(
-            f"The runtime opened the device at {opened_pci or 'no address'}; this node holds "
+            f"The runtime opened the device at {opened_pci or 'no address'}; this worker holds "
             f"{claimed.describe()}. {_RECIPE}"
         )
 
 
-def _why_none(machine: Machine) -> str:
+def _why_none(machine: NpuInventory) -> str:
     if machine.hidden:
         shown = ", ".join(npu.describe() for npu in machine.hidden)
-        node = machine.hidden[0].node
+        device_file = machine.hidden[0].device_file
         return (
             f"The kernel drives {shown}, and the node is not visible here. In a container pass "
-            f"it on: `devices: [{node}]` or --device {node}."
+            f"it on: `devices: [{device_file}]` or --device {device_file}."
         )
     if machine.driverless:
         return (
@@ -130,14 +135,15 @@ def _why_none(machine: Machine) -> str:
     return "This machine shows no NPU. If it has one, enable it in the BIOS (NPU, VPU, AI Boost)."
 
 
-def _wrong_group(node: Path) -> str:
-    found = node.stat()
+def _wrong_group(device_file: Path) -> str:
+    found = device_file.stat()
     try:
         group = grp.getgrgid(found.st_gid).gr_name
     except KeyError:  # a container without the host's groups
         group = str(found.st_gid)
     return (
-        f"{node}: no permission; it belongs to group {group} ({stat.filemode(found.st_mode)}). "
+        f"{device_file}: no permission; it belongs to group {group} "
+        f"({stat.filemode(found.st_mode)}). "
         f"Run: usermod -aG {group} $USER and log in anew; in a container add "
         f"--group-add {found.st_gid} (the group is usually `render`)."
     )
@@ -190,7 +196,7 @@ _OPENVINO = re.compile(r"\{domain: (\d+) bus: (\d+) device: 0x([0-9a-fA-F]+) fun
 
 
 @dataclass(frozen=True, slots=True)
-class Roots:
+class SysfsRoots:
     """Where the kernel shows devices; tests build trees of their own."""
 
     dev: Path = Path("/dev")
@@ -208,7 +214,7 @@ class Npu:
         driver: name of the kernel driver.
     """
 
-    node: Path
+    device_file: Path
     pci: str
     device_id: int
     driver: str = ""
@@ -221,11 +227,11 @@ class Npu:
     def describe(self) -> str:
         """Name it for a line of a log."""
         known = f"NPU {self.architecture}" if self.architecture else f"NPU id {self.device_id:#06x}"
-        return f"{self.node.name} {known} at {self.pci}"
+        return f"{self.device_file.name} {known} at {self.pci}"
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class NpuInventory:
     """The NPUs as this process sees them.
 
     Attributes:
@@ -239,16 +245,16 @@ class Machine:
     driverless: tuple[str, ...] = ()
 
 
-def discover(roots: Roots = Roots()) -> Machine:  # frozen
+def discover(roots: SysfsRoots = SysfsRoots()) -> NpuInventory:  # frozen
     """Look at all accelerators; those that are not Intel's NPUs are left out."""
     visible: list[Npu] = []
     hidden: list[Npu] = []
     for entry in sorted(_entries(roots.sys / "class/accel"), key=_number):
         npu = _npu(entry, roots)
         if npu is not None:
-            (visible if _has_node(npu.node, entry) else hidden).append(npu)
+            (visible if _has_device_file(npu.device_file, entry) else hidden).append(npu)
     driven = {npu.pci for npu in (*visible, *hidden)}
-    return Machine(tuple(visible), tuple(hidden), tuple(_driverless(roots.sys, driven)))
+    return NpuInventory(tuple(visible), tuple(hidden), tuple(_driverless(roots.sys, driven)))
 
 
 def pci_address(text: str) -> str:
@@ -263,22 +269,22 @@ def pci_address(text: str) -> str:
     return f"{domain:04x}:{bus:02x}:{device:02x}.{function}"
 
 
-def _npu(entry: Path, roots: Roots) -> Npu | None:
+def _npu(entry: Path, roots: SysfsRoots) -> Npu | None:
     device = (entry / "device").resolve()
     if _hex(device / "vendor") != INTEL:
         return None
     driver = (device / "driver").resolve().name if (device / "driver").exists() else ""
-    node = roots.dev / "accel" / entry.name
-    return Npu(node, pci_address(device.name), _hex(device / "device"), driver)
+    device_file = roots.dev / "accel" / entry.name
+    return Npu(device_file, pci_address(device.name), _hex(device / "device"), driver)
 
 
-def _has_node(node: Path, entry: Path) -> bool:
+def _has_device_file(device_file: Path, entry: Path) -> bool:
     """Tell whether the node is there and is this device: a masked one is some other file."""
     try:
-        found = node.stat()
+        found = device_file.stat()
         major, _, minor = (entry / "dev").read_text().strip().partition(":")
     except OSError:
-        return node.exists()
+        return device_file.exists()
     return not stat.S_ISCHR(found.st_mode) or found.st_rdev == os.makedev(int(major), int(minor))
 
 

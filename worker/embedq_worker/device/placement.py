@@ -5,7 +5,7 @@ One process per device: an exclusive lock, whose file tells who holds it.
 The kernel gives a lock back when its holder dies, so nothing here can go stale: a file that names a
 dead process is simply free.
 
-On which device a node computes, and why: the one answer that start, check and devices give.
+On which device a worker computes, and why: the one answer that start, check and devices give.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ from typing import Final, Self
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Device
-from embedq_worker.device.discovery import Npu, Roots, choose, discover, no_plugin, require_access
+from embedq_worker.device.discovery import (
+    Npu,
+    SysfsRoots,
+    check_access,
+    choose,
+    discover,
+    unsupported_platform,
+)
 from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnproven
 from embedq_worker.files import wait_for_lock
-from embedq_worker.settings import DeviceChoice, Standin, StubDevice, WorkerSettings
+from embedq_worker.settings import DeviceChoice, Emulation, StubDevice, WorkerSettings
 
 _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Claim:
+class DeviceLock:
     """A device held; it is given back by `release` or by the end of this process."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -54,13 +61,13 @@ class Claim:
         self.release()
 
 
-def claim(pci: str, lock_dir: Path, *, node: str = "", wait_s: float = 0.0) -> Claim:
+def acquire(pci: str, lock_dir: Path, *, worker: str = "", wait_s: float = 0.0) -> DeviceLock:
     """Take the device at a PCI address for this process alone.
 
     Args:
         pci: its address; device numbers differ between host and container, addresses do not.
         lock_dir: folder that all who could use the device see.
-        node: name that the holder goes by, for the message of whoever comes second.
+        worker: name that the holder goes by, for the message of whoever comes second.
         wait_s: how long a predecessor may take to die.
 
     Raises:
@@ -76,18 +83,18 @@ def claim(pci: str, lock_dir: Path, *, node: str = "", wait_s: float = 0.0) -> C
         os.close(descriptor)
         raise DeviceBusy(_busy(pci, holder, path), holder) from None
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {node}\n".encode(), 0)
-    return Claim(path, descriptor)
+    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {worker}\n".encode(), 0)
+    return DeviceLock(path, descriptor)
 
 
-def holder(pci: str, lock_dir: Path) -> str:
-    """Tell who holds a device, as `pid host node`; empty if nobody does.
+def current_holder(pci: str, lock_dir: Path) -> str:
+    """Tell who holds a device, as `pid host worker`; empty if nobody does.
 
     Raises:
         SettingsError: as claim.
     """
     try:
-        claim(pci, lock_dir).release()
+        acquire(pci, lock_dir).release()
     except DeviceBusy as busy:
         return busy.holder
     return ""
@@ -95,12 +102,12 @@ def holder(pci: str, lock_dir: Path) -> str:
 
 def _busy(pci: str, holder: str, path: Path) -> str:
     pid, _, rest = holder.partition(" ")
-    host, _, node = rest.partition(" ")
-    named = f"process {pid} on {host}" + (f" (node {node})" if node else "")
+    host, _, worker = rest.partition(" ")
+    named = f"process {pid} on {host}" + (f" (worker {worker})" if worker else "")
     who = named if pid.isdigit() else "another process"
     return (
         f"The NPU at {pci} is held by {who}; one process can use it at a time. "
-        f"Stop that one, or start this node with --device cpu. Lock: {path}"
+        f"Stop that one, or start this worker with --device cpu. Lock: {path}"
     )
 
 
@@ -146,40 +153,40 @@ def _shared_dir(path: Path) -> Path:
 
 
 #: The real trees.
-_ROOTS: Final = Roots()
+_ROOTS: Final = SysfsRoots()
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a node computes.
+    """Where a worker computes.
 
     Attributes:
         device: what its engine is to run on.
-        home: what the node is for; another than `device` while it is degraded.
+        home: what the worker is for; another than `device` while it is degraded.
         reason: why this device; a sentence.
         npu: the NPU to claim, if the engine is to run on it.
     """
 
     device: Device
-    home: Device
+    assigned_device: Device
     reason: str
     npu: Npu | None = None
 
     @property
     def degraded(self) -> bool:
-        """Whether the node computes on the CPU in place of its NPU."""
-        return self.home is Device.NPU and self.device is Device.CPU
+        """Whether the worker computes on the CPU in place of its NPU."""
+        return self.assigned_device is Device.NPU and self.device is Device.CPU
 
 
-def place(
+def choose_placement(
     settings: WorkerSettings,
     *,
-    npu_off: str = "",
+    npu_disabled_reason: str = "",
     wait_s: float = 0.0,
-    roots: Roots = _ROOTS,
+    roots: SysfsRoots = _ROOTS,
     system_lacks: str | None = None,
 ) -> Placement:
-    """Choose the device of a node.
+    """Choose the device of a worker.
 
     Args:
         settings: what was asked for.
@@ -189,24 +196,24 @@ def place(
         system_lacks: why no NPU can work here; None finds out.
 
     Raises:
-        DeviceError: an NPU is wanted, and none may be used, or it failed and the node is strict.
+        DeviceError: an NPU is wanted, and none may be used, or it failed and the worker is strict.
     """
     if settings.device is DeviceChoice.STUB:
         home = Device.NPU if settings.stub_device is StubDevice.NPU else Device.STUB
-        if npu_off and home is Device.NPU and not settings.strict:
-            return Placement(Device.CPU, home, npu_off)
+        if npu_disabled_reason and home is Device.NPU and not settings.strict:
+            return Placement(Device.CPU, home, npu_disabled_reason)
         return Placement(Device.STUB, home, "EMBEDQ_DEVICE=stub")
     if settings.device is DeviceChoice.CPU:
         return Placement(Device.CPU, Device.CPU, "EMBEDQ_DEVICE=cpu")
-    if settings.npu_standin is not Standin.NONE and not npu_off:
-        return Placement(Device.NPU, Device.NPU, f"EMBEDQ_NPU_STANDIN={settings.npu_standin}")
-    if npu_off and settings.strict:
-        raise NpuUnproven(f"{npu_off} EMBEDQ_STRICT keeps this node off the CPU.")
-    if npu_off and (settings.device is DeviceChoice.NPU or discover(roots).visible):
-        return Placement(Device.CPU, Device.NPU, npu_off)
+    if settings.npu_emulation is not Emulation.NONE and not npu_disabled_reason:
+        return Placement(Device.NPU, Device.NPU, f"EMBEDQ_NPU_EMULATION={settings.npu_emulation}")
+    if npu_disabled_reason and settings.strict:
+        raise NpuUnproven(f"{npu_disabled_reason} EMBEDQ_STRICT keeps this worker off the CPU.")
+    if npu_disabled_reason and (settings.device is DeviceChoice.NPU or discover(roots).visible):
+        return Placement(Device.CPU, Device.NPU, npu_disabled_reason)
     try:
         npu = find_npu(settings, roots=roots, system_lacks=system_lacks)
-        claim(npu.pci, settings.lock_dir, node=settings.name, wait_s=wait_s).release()
+        acquire(npu.pci, settings.lock_dir, worker=settings.name, wait_s=wait_s).release()
     except DeviceError as error:
         if settings.device is DeviceChoice.NPU or settings.strict:
             raise
@@ -215,19 +222,19 @@ def place(
 
 
 def find_npu(
-    settings: WorkerSettings, *, roots: Roots = _ROOTS, system_lacks: str | None = None
+    settings: WorkerSettings, *, roots: SysfsRoots = _ROOTS, system_lacks: str | None = None
 ) -> Npu:
     """Return the NPU that this process could use.
 
     Raises:
         DeviceError: there is none; the message has the mend.
     """
-    if lacking := no_plugin() if system_lacks is None else system_lacks:
+    if lacking := unsupported_platform() if system_lacks is None else system_lacks:
         raise NoDevice(f"{lacking} Start with --device cpu.")
-    npu = choose(discover(roots), settings.npu_node)
+    npu = choose(discover(roots), settings.npu_device_file)
     if importlib.util.find_spec("openvino") is None:
         raise NoDevice(
             f"{npu.describe()} needs openvino, which is missing: pip install 'embedq[npu]'"
         )
-    require_access(npu)
+    check_access(npu)
     return npu

@@ -93,7 +93,7 @@ class Engine(Protocol):
     @property
     def concurrency(self) -> int: ...
     @property
-    def form(self) -> RowForm: ...
+    def form(self) -> RowSpec: ...
     @property
     def details(self) -> Mapping[str, str]: ...
 
@@ -133,10 +133,10 @@ MIN_SHARED: Final = 64
 #: Numbers that one instruction of a CPU takes: OpenVINO works through what is left of a row after
 #: these one by one. Attention over 9 rows of 60 tokens took 2.8 times as long in bf16, and 1.9
 #: times in f32, as over 8 of 64 (2026.4 on Zen 5, 2026-11-27).
-LANES: Final = 16
+SIMD_WIDTH: Final = 16
 
 
-class Form(StrEnum):
+class RowFormat(StrEnum):
     """How texts lie in token batches."""
 
     PADDED = "padded"
@@ -146,7 +146,7 @@ class Form(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class RowForm:
+class RowSpec:
     """The token batches that an engine takes.
 
     Attributes:
@@ -157,43 +157,43 @@ class RowForm:
             several texts; empty for ``padded``.
     """
 
-    form: Form = Form.PADDED
+    form: RowFormat = RowFormat.PADDED
     widths: tuple[int, ...] = ()
 
     @classmethod
-    def shared(cls, max_length: int) -> RowForm:
+    def shared(cls, max_length: int) -> RowSpec:
         """Describe rows that texts share: powers of two up to what takes the longest text."""
-        longest = next_lanes(max_length)
+        longest = round_up_to_simd(max_length)
         widths = []
         width = MIN_SHARED
         while width < longest:
             widths.append(width)
             width *= 2
-        return cls(Form.SHARED, (*widths, longest))
+        return cls(RowFormat.SHARED, (*widths, longest))
 
     @classmethod
-    def packed(cls, width: int) -> RowForm:
+    def packed(cls, width: int) -> RowSpec:
         """Describe packed rows of this many tokens."""
-        return cls(Form.PACKED, (width,))
+        return cls(RowFormat.PACKED, (width,))
 
     @classmethod
-    def buckets(cls, max_length: int) -> RowForm:
+    def buckets(cls, max_length: int) -> RowSpec:
         """Describe rows of one text, padded to a power of two or to the longest text there is."""
         widths = []
         width = MIN_BUCKET
         while width < max_length:
             widths.append(width)
             width *= 2
-        return cls(Form.BUCKETS, (*widths, max_length))
+        return cls(RowFormat.BUCKETS, (*widths, max_length))
 
     @property
     def is_static(self) -> bool:
         """Say whether every token batch has one of a few shapes."""
-        return self.form in (Form.PACKED, Form.BUCKETS)
+        return self.form in (RowFormat.PACKED, RowFormat.BUCKETS)
 
     def segments(self, width: int) -> int:
         """Return how many texts a row of this width has room for: each has two tokens or more."""
-        return max(1, width // 2) if self.form in (Form.PACKED, Form.SHARED) else 1
+        return max(1, width // 2) if self.form in (RowFormat.PACKED, RowFormat.SHARED) else 1
 
     def width_for(self, n_tokens: int) -> int:
         """Return the smallest width that takes this many tokens."""
@@ -219,7 +219,7 @@ class TokenBatch:
     members: Ints
 
     @classmethod
-    def one_text(cls, width: int, form: RowForm) -> TokenBatch:
+    def one_text(cls, width: int, form: RowSpec) -> TokenBatch:
         """Build a row [1, width] that one text of zeros fills, to warm a request up."""
         members = np.full((1, form.segments(width)), -1, np.int64)
         members[0, 0] = 0
@@ -237,6 +237,6 @@ class TokenBatch:
         return int(np.count_nonzero(self.members >= 0))
 
 
-def next_lanes(width: int) -> int:
+def round_up_to_simd(width: int) -> int:
     """Return the next width that leaves nothing after whole LANES."""
-    return -(-width // LANES) * LANES
+    return -(-width // SIMD_WIDTH) * SIMD_WIDTH

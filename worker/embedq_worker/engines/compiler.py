@@ -29,11 +29,11 @@ import numpy.typing as npt
 
 from embedq.errors import EmbedqError
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowForm
-from embedq_worker.engines.model_cache import GRAPH_VERSION, BlobKey, BlobStore
-from embedq_worker.engines.openvino_runtime import Compiled, Runtime, Target
-from embedq_worker.errors import CompileFailed, ModelError, Reason
-from embedq_worker.files import Digests
+from embedq_worker.engines.base import RowSpec
+from embedq_worker.engines.model_cache import GRAPH_VERSION, CacheKey, CompiledModelCache
+from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
+from embedq_worker.errors import CompileFailed, FailureReason, ModelError
+from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import Model, load_model
 from embedq_worker.process import die_with_parent
 
@@ -42,14 +42,14 @@ COMMAND: Final = (sys.executable, "-m", "embedq_worker.engines.compiler")
 
 
 #: Most characters of the child's own words in a message.
-LAST_WORDS: Final = 300
+MAX_ERROR_TAIL: Final = 300
 
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class CompileRequest:
     """What to compile.
 
     Attributes:
@@ -73,10 +73,10 @@ class Job:
         cls,
         model: Model,
         cache_dir: Path,
-        target: Target,
+        target: DeviceTarget,
         shapes: Mapping[str, list[int]],
         properties: Mapping[str, str],
-    ) -> Job:
+    ) -> CompileRequest:
         """Describe a job in types of JSON."""
         return cls(
             os.fspath(model.folder),
@@ -89,7 +89,9 @@ class Job:
         )
 
 
-def compile_in_child(job: Job, deadline_s: float, command: Sequence[str] = COMMAND) -> Bytes:
+def compile_in_child(
+    job: CompileRequest, deadline_s: float, command: Sequence[str] = COMMAND
+) -> Bytes:
     """Compile in a child process and return the blob.
 
     Args:
@@ -117,8 +119,8 @@ def compile_in_child(job: Job, deadline_s: float, command: Sequence[str] = COMMA
         except subprocess.TimeoutExpired:
             raise CompileFailed(
                 f"Compiling {job.label} did not end within {deadline_s:.0f} s and was stopped. "
-                "Update the NPU driver, or allow more in EMBEDQ_COMPILE_DEADLINE_S.",
-                Reason.COMPILE_DEADLINE,
+                "Update the NPU driver, or allow more in EMBEDQ_COMPILE_TIMEOUT_S.",
+                FailureReason.COMPILE_DEADLINE,
             ) from None
         finally:
             _end(child)
@@ -127,7 +129,7 @@ def compile_in_child(job: Job, deadline_s: float, command: Sequence[str] = COMMA
         return np.frombuffer(bytearray(file.read()), np.uint8)
 
 
-def _raise_failure(job: Job, status: int, out: bytes, errors: bytes) -> None:
+def _raise_failure(job: CompileRequest, status: int, out: bytes, errors: bytes) -> None:
     try:
         answer = json.loads(out)
     except ValueError:
@@ -137,12 +139,12 @@ def _raise_failure(job: Job, status: int, out: bytes, errors: bytes) -> None:
     if answer.get("kind") == "model":
         raise ModelError(str(answer["message"]))
     if "message" in answer:
-        raise CompileFailed(str(answer["message"]), Reason(answer["reason"]))
-    words = " ".join(errors.decode(errors="replace").split())[-LAST_WORDS:]
+        raise CompileFailed(str(answer["message"]), FailureReason(answer["reason"]))
+    words = " ".join(errors.decode(errors="replace").split())[-MAX_ERROR_TAIL:]
     died = f"died of {_signal(-status)}" if status < 0 else f"ended with status {status}"
     raise CompileFailed(
         f"The compiler {died} while it compiled {job.label}. {words}".strip(),
-        Reason.COMPILE_CRASHED,
+        FailureReason.COMPILE_CRASHED,
     )
 
 
@@ -172,12 +174,12 @@ def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
     from embedq_worker.model.bert import build_graph
 
     began = time.monotonic()
-    fields = {name: message[name] for name in Job.__slots__}
-    job = Job(**fields)
-    model = load_model(Path(job.folder), job.label, Digests(Path(job.cache_dir)))
+    fields = {name: message[name] for name in CompileRequest.__slots__}
+    job = CompileRequest(**fields)
+    model = load_model(Path(job.folder), job.label, DigestCache(Path(job.cache_dir)))
     if model.identity != job.identity:
         raise ModelError(f"{job.folder} has changed since it was checked. Start anew.")
-    runtime = Runtime(Target(**job.target))
+    runtime = Runtime(DeviceTarget(**job.target))
     graph = build_graph(model)
     blob = runtime.compile(graph, job.properties, job.shapes).export()
     # A blob that crashes the plugin must do so here and not in the process that serves.
@@ -201,7 +203,7 @@ def main() -> None:
     except ModelError as error:
         answer = {"kind": "model", "message": str(error)}
     except EmbedqError as error:
-        reason = getattr(error, "reason", Reason.COMPILE_FAILED)
+        reason = getattr(error, "reason", FailureReason.COMPILE_FAILED)
         answer = {"kind": "engine", "message": str(error), "reason": str(reason)}
     json.dump(answer, answer_to)
     answer_to.flush()
@@ -213,21 +215,21 @@ log = logging.getLogger("embedq.worker")
 
 
 #: Reasons of a refusal that tell nothing about the blob: the next process may import it.
-NOT_THE_BLOB: Final = frozenset({Reason.DEVICE_LOST, Reason.OUT_OF_MEMORY})
+NOT_THE_BLOB: Final = frozenset({FailureReason.DEVICE_LOST, FailureReason.OUT_OF_MEMORY})
 
 
 #: Compiles a job within so many seconds.
-Compile = Callable[[Job, float], Bytes]
+Compile = Callable[[CompileRequest, float], Bytes]
 
 
-def shapes_of(form: RowForm, width: int) -> dict[str, list[int]]:
+def shapes_of(form: RowSpec, width: int) -> dict[str, list[int]]:
     """Return the static shapes of the graph's inputs."""
     row = [1, width]
     segments = [form.segments(width)]
     return {"input_ids": row, "position_ids": row, "segment_ids": row, "segments": segments}
 
 
-class Loader:
+class CompiledModelLoader:
     """Brings compiled models from the cache, or from a compiler."""
 
     def __init__(
@@ -247,7 +249,7 @@ class Loader:
             cache_dir: where compiled models are kept.
             compile_in_child: what compiles, with the deadline in seconds as its second argument.
         """
-        self.store = BlobStore(cache_dir, model.identity)
+        self.store = CompiledModelCache(cache_dir, model.identity)
         self.compiled = 0
         self._runtime, self._model, self._cache_dir = runtime, model, cache_dir
         self._properties = properties
@@ -265,14 +267,14 @@ class Loader:
         if found:
             return found
         with self.store.lock(key, deadline_s):
-            found = self._cached(key)  # another node may have compiled it meanwhile
+            found = self._cached(key)  # another worker may have compiled it meanwhile
             if found:
                 return found
             blob = self._compile(shapes, deadline_s)
             self.store.store(key, blob)
         return self._runtime.import_blob(blob, self._properties)
 
-    def _cached(self, key: BlobKey) -> Compiled | None:
+    def _cached(self, key: CacheKey) -> Compiled | None:
         blob = self.store.load(key)
         if blob is None:
             return None
@@ -281,14 +283,14 @@ class Loader:
         except CompileFailed as error:
             if error.reason in NOT_THE_BLOB:
                 raise
-            log.warning("blob_refused folder=%s reason=%s", key.folder, error)
+            log.warning("cache_entry_invalid folder=%s reason=%s", key.folder, error)
             self.store.discard(key)
             return None
 
     def _compile(self, shapes: Mapping[str, list[int]], deadline_s: float) -> Bytes:
         self.compiled += 1
         target = self._runtime.target
-        job = Job.of(self._model, self._cache_dir, target, shapes, self._properties)
+        job = CompileRequest.of(self._model, self._cache_dir, target, shapes, self._properties)
         began = time.monotonic()
         log.info("compile_started device=%s shape=%s", target.device, shapes["input_ids"])
         blob = self._compile_in_child(job, deadline_s)
@@ -300,17 +302,17 @@ class Loader:
         )
         return blob
 
-    def _key(self, shapes: Mapping[str, list[int]]) -> BlobKey:
+    def _key(self, shapes: Mapping[str, list[int]]) -> CacheKey:
         target = self._runtime.target
         what = {
             "device": target.device,
-            "standin": target.standin,
+            "standin": target.emulation,
             "shapes": str(sorted(shapes.items())),
             "properties": str(sorted({**self._properties, **target.forced}.items())),
             "graph": str(GRAPH_VERSION),
         }
         versions = {"openvino": openvino_runtime.VERSION, **self._runtime.traits()}
-        return BlobKey(self._model.identity, what, versions)
+        return CacheKey(self._model.identity, what, versions)
 
 
 if __name__ == "__main__":

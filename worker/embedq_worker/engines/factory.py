@@ -25,7 +25,7 @@ def open_engine(
     model: Model | None,
     threads: int = 0,
     precision: Precision = Precision.F32,
-    quantised: bytes | None = None,
+    quantized: bytes | None = None,
     streams: int = 0,
 ) -> Engine:
     """Open the engine of this name on the CPU and load the model into it.
@@ -35,7 +35,7 @@ def open_engine(
         model: the model to load; only the stub does without.
         threads: cores to use, 0 for all this process may use.
         precision: the arithmetic; onnxruntime and the stub know one only.
-        quantised: the graph for ``int8``.
+        quantized: the graph for ``int8``.
         streams: inferences at a time, 0 for one per core.
 
     Raises:
@@ -57,7 +57,7 @@ def open_engine(
     if name == "openvino":
         from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
-        return OpenVinoCpuEngine(model, precision, threads or available_cores(), quantised, streams)
+        return OpenVinoCpuEngine(model, precision, threads or available_cores(), quantized, streams)
     from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(model, threads, streams)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.openvino_errors import infer_failed
-from embedq_worker.errors import DeviceLost, InferFailed, Reason
+from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
 from embedq_worker.settings import Binding
 
 Vectors = npt.NDArray[np.float32]
@@ -72,7 +72,7 @@ class Counters:
         return cls(*map(sum, zip(*map(astuple, parts), strict=True))) if parts else cls()
 
 
-class Slot:
+class PinnedRequest:
     """One request with its tensors; one caller at a time, which the pool sees to."""
 
     def __init__(
@@ -122,7 +122,7 @@ class Slot:
             raise infer_failed(error) from error
         if not done:
             raise DeviceLost(
-                f"An inference did not end within {deadline_s:.1f} s.", Reason.DEADLINE
+                f"An inference did not end within {deadline_s:.1f} s.", FailureReason.DEADLINE
             )
         self.counters.inferences += 1
         # Asked for anew: a plugin may put results elsewhere, and an old place holds old vectors.
@@ -165,11 +165,11 @@ FALLBACK_REQUESTS: Final = 4
 MOST_REQUESTS: Final = 8
 
 
-class Pool:
+class RequestPool:
     """The requests of one shape. A caller that finds none free waits; it never fails for that."""
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self._slots: Sequence[Slot] = tuple(slots)
+    def __init__(self, slots: Sequence[PinnedRequest]) -> None:
+        self._slots: Sequence[PinnedRequest] = tuple(slots)
         self._free = list(slots)
         self._changed = threading.Condition()
         self._fault: DeviceLost | None = None
@@ -194,7 +194,7 @@ class Pool:
             Seconds of the slowest, with all of them in flight as in service.
         """
 
-        def run(slot: Slot) -> float:
+        def run(slot: PinnedRequest) -> float:
             began = time.perf_counter()
             slot.run(batch, deadline_s)
             slot.counters.inferences = 0
@@ -204,7 +204,7 @@ class Pool:
             return max(callers.map(run, self._slots))
 
     @contextmanager
-    def checkout(self) -> Iterator[Slot]:
+    def checkout(self) -> Iterator[PinnedRequest]:
         """Lend a request, waiting for one; after a lost device nobody gets or waits for one.
 
         Raises:
@@ -234,7 +234,7 @@ class Pool:
                 self._free.clear()
             self._changed.notify_all()
 
-    def _take(self) -> Slot:
+    def _take(self) -> PinnedRequest:
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._fault or self._closed)
             if self._fault:
@@ -243,7 +243,7 @@ class Pool:
                 raise InferFailed("The openvino engine is closed.")
             return self._free.pop()
 
-    def _give_back(self, slot: Slot) -> None:
+    def _give_back(self, slot: PinnedRequest) -> None:
         with self._changed:
             if not self._closed:
                 self._free.append(slot)

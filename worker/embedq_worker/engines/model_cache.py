@@ -6,7 +6,7 @@ OpenVINO's own cache does not know the driver, so the name is ours. A
 blob is used only if this user alone could have written it and nothing about it has changed; any
 other is compiled again. Losing the folder costs a compile, nothing else.
 
-The quantised copy of a model: one file in the cache, with the report of its quality inside.
+The quantized copy of a model: one file in the cache, with the report of its quality inside.
 
 It is made by `embedq-worker quantize` and by nothing else. One copy of a model is kept; its name is
 part of what a job of class ``int8`` asks for, so that vectors of two copies never mix.
@@ -32,8 +32,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq_worker.errors import CompileFailed, Reason
-from embedq_worker.files import Digests, folder_error, locked
+from embedq_worker.errors import CompileFailed, FailureReason
+from embedq_worker.files import DigestCache, folder_error, locked
 from embedq_worker.model.resolve import Model
 
 log = logging.getLogger("embedq.worker")
@@ -59,7 +59,7 @@ ABANDONED_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class BlobKey:
+class CacheKey:
     """What a compiled model depends on.
 
     Attributes:
@@ -69,62 +69,62 @@ class BlobKey:
     """
 
     model: str
-    what: Mapping[str, str]
-    versions: Mapping[str, str]
+    request: Mapping[str, str]
+    environment: Mapping[str, str]
 
     @property
     def folder(self) -> str:
         """Name the folder: what was asked for, then what answered."""
-        return f"{_digest(self.what)}-{_digest(self.versions)}"
+        return f"{_digest(self.request)}-{_digest(self.environment)}"
 
     def fields(self) -> dict[str, Any]:
         """Return everything in clear."""
         return {
             "model": self.model,
-            "what": dict(sorted(self.what.items())),
-            "versions": dict(sorted(self.versions.items())),
+            "what": dict(sorted(self.request.items())),
+            "versions": dict(sorted(self.environment.items())),
         }
 
 
-class BlobStore:
+class CompiledModelCache:
     """The compiled models of one model identity."""
 
     def __init__(self, cache_dir: Path, model: str) -> None:
         """Make the folder, or note why there is none: serving does not need it."""
-        self._digests = Digests(cache_dir)
+        self._digests = DigestCache(cache_dir)
         self.folder = cache_dir / "compiled" / model[:16]
         #: Why nothing is kept; empty if all is well.
-        self.trouble = ""
+        self.error = ""
         for folder in (cache_dir, cache_dir / "compiled", self.folder):
-            self.trouble = self.trouble or _make_private(folder)
-        if self.trouble:
-            log.warning("cache_unusable reason=%s", self.trouble)
+            self.error = self.error or _make_private(folder)
+        if self.error:
+            log.warning("cache_unusable reason=%s", self.error)
 
-    def load(self, key: BlobKey) -> Bytes | None:
+    def load(self, key: CacheKey) -> Bytes | None:
         """Return a compiled model, or None if there is none to be trusted."""
         folder = self.folder / key.folder
-        if self.trouble or not folder.exists():
+        if self.error or not folder.exists():
             return None
         try:
             return self._load(folder, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("blob_refused folder=%s reason=%s", folder.name, error)
+            log.warning("cache_entry_invalid folder=%s reason=%s", folder.name, error)
             return None
 
-    def find(self, what: Mapping[str, str]) -> list[BlobKey]:
+    def find(self, what: Mapping[str, str]) -> list[CacheKey]:
         """Return what is kept for the same, by whatever versions; none of it is checked yet."""
-        found: list[BlobKey] = []
+        found: list[CacheKey] = []
         for folder in sorted(self.folder.glob(f"{_digest(what)}-*")):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 meta = json.loads((folder / META).read_text())
-                key = BlobKey(str(meta["model"]), dict(meta["what"]), dict(meta["versions"]))
+                key = CacheKey(str(meta["model"]), dict(meta["what"]), dict(meta["versions"]))
                 if folder.name == key.folder:
                     found.append(key)
         return found
 
-    def store(self, key: BlobKey, blob: Bytes) -> bool:
+    def store(self, key: CacheKey, blob: Bytes) -> bool:
         """Keep a compiled model and drop those for the same by another runtime or driver."""
-        if self.trouble:
+        if self.error:
             return False
         target = self.folder / key.folder
         fresh = None
@@ -143,9 +143,9 @@ class BlobStore:
         except OSError as error:
             if fresh:
                 shutil.rmtree(fresh, ignore_errors=True)
-            log.warning("blob_not_kept reason=%s", error.strerror or error)
+            log.warning("cache_write_failed reason=%s", error.strerror or error)
             return False
-        for other in self.folder.glob(f"{_digest(key.what)}-*"):
+        for other in self.folder.glob(f"{_digest(key.request)}-*"):
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
         return True
@@ -156,18 +156,18 @@ class BlobStore:
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(left, ignore_errors=True)
 
-    def discard(self, key: BlobKey) -> None:
+    def discard(self, key: CacheKey) -> None:
         """Remove a compiled model; a missing one is fine."""
         shutil.rmtree(self.folder / key.folder, ignore_errors=True)
 
     @contextmanager
-    def lock(self, key: BlobKey, deadline_s: float) -> Iterator[None]:
-        """Hold the right to compile this: nodes that start together compile once.
+    def lock(self, key: CacheKey, deadline_s: float) -> Iterator[None]:
+        """Hold the right to compile this: workers that start together compile once.
 
         Raises:
             CompileFailed: another process holds it past the deadline.
         """
-        if self.trouble:
+        if self.error:
             yield
             return
         try:
@@ -176,10 +176,10 @@ class BlobStore:
         except TimeoutError:
             raise CompileFailed(
                 f"Another process compiles the same model and took over {deadline_s:.0f} s.",
-                Reason.COMPILE_DEADLINE,
+                FailureReason.COMPILE_DEADLINE,
             ) from None
 
-    def _load(self, folder: Path, key: BlobKey) -> Bytes:
+    def _load(self, folder: Path, key: CacheKey) -> Bytes:
         path = folder / BLOB
         for place in (folder, path, folder / META):
             found = place.lstat()
@@ -220,16 +220,16 @@ _MAGIC: Final = b"EQI8"
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """How a quantised model compares with fp32 on texts that it was not calibrated with.
+class QuantizationReport:
+    """How a quantized model compares with fp32 on texts that it was not calibrated with.
 
     Attributes:
         calibration_texts, held_out_texts: how many there were.
         cosine_mean, cosine_min: between the vectors of a text.
-        overlap: share of the ten nearest neighbours that stay among them; with fewer than eleven
+        overlap: share of the ten nearest neighbors that stay among them; with fewer than eleven
             texts, of all others, and then it says nothing.
         changed: (line of the file, cosine, overlap) of the texts that changed most.
-        method: what quantised it, with its version.
+        method: what quantized it, with its version.
     """
 
     calibration_texts: int
@@ -245,7 +245,7 @@ class Quality:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Quality:
+    def from_dict(cls, found: Mapping[str, Any]) -> QuantizationReport:
         """Read a report; raises TypeError or ValueError for what is none."""
         known = {key: found[key] for key in (f.name for f in fields(cls)) if key in found}
         lines = tuple((int(n), float(c), float(o)) for n, c, o in known.pop("changed", ()))
@@ -261,8 +261,8 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class Quantised:
-    """A quantised copy.
+class QuantizedModel:
+    """A quantized copy.
 
     Attributes:
         name: tells it from every other copy of the same model.
@@ -272,21 +272,21 @@ class Quantised:
 
     name: str
     graph: bytes
-    quality: Quality
+    report: QuantizationReport
 
 
-class QuantisedStore:
-    """The quantised copy of one model in a node's cache."""
+class QuantizedModelStore:
+    """The quantized copy of one model in a worker's cache."""
 
     def __init__(self, cache_dir: Path, model: Model) -> None:
         self._model = model
-        self._store = BlobStore(cache_dir, model.identity)
+        self._store = CompiledModelCache(cache_dir, model.identity)
         self._what = {"device": "cpu", "precision": "int8", "graph": str(GRAPH_VERSION)}
 
     @property
-    def trouble(self) -> str:
+    def error(self) -> str:
         """Why nothing can be kept; empty if all is well."""
-        return self._store.trouble
+        return self._store.error
 
     @property
     def folder(self) -> Path:
@@ -298,7 +298,7 @@ class QuantisedStore:
         found = self._keys()
         return _name(found[-1]) if found else ""
 
-    def load(self, name: str = "") -> Quantised | None:
+    def load(self, name: str = "") -> QuantizedModel | None:
         """Read the copy, if this is its name or none is given; None for none to be trusted."""
         wanted = name or self.current()
         key = next((key for key in self._keys() if _name(key) == wanted), None)
@@ -308,15 +308,15 @@ class QuantisedStore:
         try:
             return _unpack(wanted, raw.tobytes())
         except (ValueError, TypeError, KeyError, struct.error) as error:
-            log.warning("quantised_refused folder=%s reason=%s", key.folder, error)
+            log.warning("quantized_refused folder=%s reason=%s", key.folder, error)
         return None
 
     def describe(self) -> str:
         """Say what is kept and how good it is, in a line; empty for nothing."""
         found = self.load()
-        return f"{found.name}: {found.quality.summary()}" if found else ""
+        return f"{found.name}: {found.report.summary()}" if found else ""
 
-    def keep(self, calibration: str, graph: bytes, quality: Quality) -> bool:
+    def keep(self, calibration: str, graph: bytes, quality: QuantizationReport) -> bool:
         """Put a copy in the place of the one before; False if the cache cannot be written.
 
         Args:
@@ -328,12 +328,12 @@ class QuantisedStore:
         raw = b"".join((_MAGIC, struct.pack("<I", len(report)), report, graph))
         return self._store.store(self._key(calibration), np.frombuffer(raw, np.uint8))
 
-    def _key(self, calibration: str) -> BlobKey:
-        return BlobKey(self._model.identity, self._what, {"calibration": calibration})
+    def _key(self, calibration: str) -> CacheKey:
+        return CacheKey(self._model.identity, self._what, {"calibration": calibration})
 
-    def _keys(self) -> list[BlobKey]:
+    def _keys(self) -> list[CacheKey]:
         """Return what is kept, the newest last: several while one is replaced, or copied here."""
-        found: list[tuple[int, str, BlobKey]] = []
+        found: list[tuple[int, str, CacheKey]] = []
         for key in self._store.find(self._what):
             with suppress(OSError):
                 age = (self._store.folder / key.folder / BLOB).stat().st_mtime_ns
@@ -351,14 +351,14 @@ def calibration_digest(texts: list[str], method: str) -> str:
     return state.hexdigest()
 
 
-def _name(key: BlobKey) -> str:
-    return key.versions["calibration"][:NAME_LENGTH]
+def _name(key: CacheKey) -> str:
+    return key.environment["calibration"][:NAME_LENGTH]
 
 
-def _unpack(name: str, raw: bytes) -> Quantised:
+def _unpack(name: str, raw: bytes) -> QuantizedModel:
     start = len(_MAGIC) + 4
     size = struct.unpack_from("<I", raw, len(_MAGIC))[0]
     if not raw.startswith(_MAGIC) or size > min(MAX_REPORT_BYTES, len(raw) - start):
-        raise ValueError("it is not a quantised model of ours")
-    quality = Quality.from_dict(json.loads(raw[start : start + size]))
-    return Quantised(name, raw[start + size :], quality)
+        raise ValueError("it is not a quantized model of ours")
+    quality = QuantizationReport.from_dict(json.loads(raw[start : start + size]))
+    return QuantizedModel(name, raw[start + size :], quality)

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from embedq.protocol.contract import Device, Precision
-from embedq_worker.engines.base import RowForm, TokenBatch, available_cores
+from embedq_worker.engines.base import RowSpec, TokenBatch, available_cores
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.model.bert import build_graph
-from embedq_worker.model.onnx_graph import Graph
+from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
 
 
@@ -23,7 +23,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     device = Device.CPU
     precision = Precision.F32
-    form = RowForm()
+    form = RowSpec()
 
     def __init__(self, model: Model, threads: int = 0, streams: int = 0) -> None:
         """Build the graph and load it.
@@ -43,7 +43,7 @@ class OnnxRuntimeEngine:
         self.details = {"streams": str(self.concurrency)}
         graph = build_graph(model)
         # The session reads the graph's weights in place, so they live as long as it does.
-        self._opened: tuple[ort.InferenceSession, Graph] | None = (
+        self._opened: tuple[ort.InferenceSession, OnnxModel] | None = (
             _open(graph, model.label, cores // self.concurrency),
             graph,
         )
@@ -76,7 +76,7 @@ class OnnxRuntimeEngine:
         self._opened = None
 
 
-def _open(graph: Graph, label: str, threads: int) -> ort.InferenceSession:
+def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     # One thread inside an inference and one caller per core. Two threads inside and one caller

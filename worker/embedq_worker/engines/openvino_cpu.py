@@ -1,6 +1,6 @@
 """OpenVINO on the CPU.
 
-Unit length in f32, for vectors that were normalised in fewer bits. Pure.
+Unit length in f32, for vectors that were normalized in fewer bits. Pure.
 
 The CPU through OpenVINO: dynamic batches, one stream for each core.
 """
@@ -15,16 +15,17 @@ import numpy.typing as npt
 
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowForm, TokenBatch
+from embedq_worker.engines.base import RowSpec, TokenBatch
 from embedq_worker.engines.infer_requests import OUTPUT
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.engines.openvino_runtime import CPU, Compiled, Runtime
-from embedq_worker.errors import CompileFailed, InferFailed, Reason
+from embedq_worker.errors import CompileFailed, FailureReason, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model
 
 #: Largest deviation that 16 bits explain: 5e-4 in f16 and 4e-3 in bf16 (all-MiniLM-L6-v2 on the
-#: alias stand-in and on the CPU, measured 2026-11-22). A larger one is a fault, and stays visible.
+#: alias emulated NPU and on the CPU, measured 2026-11-22). A larger one is a fault, and stays
+#: visible.
 ROUNDING: Final = 1e-2
 
 
@@ -54,7 +55,7 @@ class OpenVinoCpuEngine:
         model: Model,
         precision: Precision,
         threads: int,
-        quantised: bytes | None = None,
+        quantized: bytes | None = None,
         streams: int = 0,
     ) -> None:
         """Build the graph and compile it.
@@ -63,7 +64,7 @@ class OpenVinoCpuEngine:
             model: what to serve.
             precision: ``f32``, ``bf16`` or ``int8``.
             threads: cores to use.
-            quantised: the graph for ``int8``, whose other operators are in bf16 or f32.
+            quantized: the graph for ``int8``, whose other operators are in bf16 or f32.
             streams: inferences at a time, 0 for one per core.
 
         Raises:
@@ -72,12 +73,12 @@ class OpenVinoCpuEngine:
         """
         self.dim = model.dim
         self.precision = precision
-        self.form = RowForm.shared(model.max_length) if model.packable else RowForm()
+        self.form = RowSpec.shared(model.max_length) if model.packable else RowSpec()
         streams = min(streams or threads, threads)
         self.concurrency = streams
         self.details = {"openvino": openvino_runtime.VERSION, "streams": str(streams)}
         self._normalize = model.normalize and precision is not Precision.F32
-        self._compiled: Compiled | None = _compile(model, precision, threads, quantised, streams)
+        self._compiled: Compiled | None = _compile(model, precision, threads, quantized, streams)
         self._free: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(streams):
             self._free.put(self._compiled.create_request())
@@ -112,40 +113,41 @@ class OpenVinoCpuEngine:
 
 
 def _compile(
-    model: Model, precision: Precision, threads: int, quantised: bytes | None, streams: int
+    model: Model, precision: Precision, threads: int, quantized: bytes | None, streams: int
 ) -> Compiled:
-    if precision not in PRECISIONS or (precision is Precision.INT8) != (quantised is not None):
+    if precision not in PRECISIONS or (precision is Precision.INT8) != (quantized is not None):
         raise CompileFailed(
-            f"OpenVINO on the CPU computes in f32 or bf16 here, and with a quantised model in int8,"
+            f"OpenVINO on the CPU computes in f32 or bf16 here, and with a quantized model in int8,"
             f" not in {precision}. Set EMBEDQ_PRECISION to auto.",
-            Reason.COMPILE_REFUSED,
+            FailureReason.COMPILE_REFUSED,
         )
     runtime = Runtime(CPU)
     has_bf16 = "BF16" in runtime.get("OPTIMIZATION_CAPABILITIES")
     if precision is Precision.BF16 and not has_bf16:
         # OpenVINO would emulate it, at a seventieth of the speed of f32 (Cascade Lake, 2026.4).
         raise CompileFailed(
-            "This CPU has no bf16. Set EMBEDQ_PRECISION to auto or f32.", Reason.COMPILE_REFUSED
+            "This CPU has no bf16. Set EMBEDQ_PRECISION to auto or f32.",
+            FailureReason.COMPILE_REFUSED,
         )
     hint = str(precision)
-    if quantised is not None:
-        # For the operators between the quantised ones.
+    if quantized is not None:
+        # For the operators between the quantized ones.
         hint = "bf16" if has_bf16 else "f32"
     wanted = {
         "INFERENCE_PRECISION_HINT": hint,
         # Small inferences on one stream per core win (measured on two cores).
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
-        # Two nodes on one machine would be pinned to the same cores.
+        # Two workers on one machine would be pinned to the same cores.
         "ENABLE_CPU_PINNING": "NO",
     }
     properties = {key: value for key, value in wanted.items() if key in runtime.supported}
-    graph = build_graph(model, look_up=True) if quantised is None else quantised
+    graph = build_graph(model, precompute_first_layer=True) if quantized is None else quantized
     compiled = runtime.compile(graph, properties)
     found = compiled.get("INFERENCE_PRECISION_HINT")
     if found != hint:
         raise CompileFailed(
             f"This CPU computes in {found or 'an unknown precision'}, not in {hint}.",
-            Reason.COMPILE_REFUSED,
+            FailureReason.COMPILE_REFUSED,
         )
     return compiled

@@ -10,22 +10,22 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, InferFailed, Reason
+from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, FailureReason, InferFailed
 
 #: Level Zero's results by name. UNKNOWN and NOT_READY are in the class of DEVICE_LOST: the driver
 #: says them for a context that a reset has killed. So is UNINITIALIZED, which it says as well for
 #: one that is full (linux-npu-driver issue 149).
-RESULTS: Final[Mapping[str, Reason]] = {
-    "DEVICE_LOST": Reason.DEVICE_LOST,
-    "DEVICE_REQUIRES_RESET": Reason.DEVICE_LOST,
-    "DEVICE_IN_LOW_POWER_STATE": Reason.DEVICE_LOST,
-    "UNKNOWN": Reason.DEVICE_UNKNOWN,
-    "NOT_READY": Reason.DEVICE_UNKNOWN,
-    "UNINITIALIZED": Reason.DEVICE_UNKNOWN,
-    "OUT_OF_HOST_MEMORY": Reason.OUT_OF_MEMORY,
-    "OUT_OF_DEVICE_MEMORY": Reason.OUT_OF_MEMORY,
-    "INVALID_NATIVE_BINARY": Reason.BLOB_REFUSED,
-    "UNSUPPORTED_VERSION": Reason.DRIVER_MISMATCH,
+RESULTS: Final[Mapping[str, FailureReason]] = {
+    "DEVICE_LOST": FailureReason.DEVICE_LOST,
+    "DEVICE_REQUIRES_RESET": FailureReason.DEVICE_LOST,
+    "DEVICE_IN_LOW_POWER_STATE": FailureReason.DEVICE_LOST,
+    "UNKNOWN": FailureReason.DEVICE_UNKNOWN,
+    "NOT_READY": FailureReason.DEVICE_UNKNOWN,
+    "UNINITIALIZED": FailureReason.DEVICE_UNKNOWN,
+    "OUT_OF_HOST_MEMORY": FailureReason.OUT_OF_MEMORY,
+    "OUT_OF_DEVICE_MEMORY": FailureReason.OUT_OF_MEMORY,
+    "INVALID_NATIVE_BINARY": FailureReason.CACHE_ENTRY_INVALID,
+    "UNSUPPORTED_VERSION": FailureReason.DRIVER_MISMATCH,
 }
 
 
@@ -55,7 +55,9 @@ FIT_DRIVER: Final = (
 
 
 #: Reasons for which only a new process can use the device again.
-LOST: Final = frozenset({Reason.DEVICE_LOST, Reason.DEVICE_UNKNOWN, Reason.DEADLINE})
+LOST: Final = frozenset(
+    {FailureReason.DEVICE_LOST, FailureReason.DEVICE_UNKNOWN, FailureReason.DEADLINE}
+)
 
 
 _NAME = re.compile(r"ZE_RESULT_(?:ERROR_)?([A-Z][A-Z_]*[A-Z])")
@@ -64,18 +66,18 @@ _NAME = re.compile(r"ZE_RESULT_(?:ERROR_)?([A-Z][A-Z_]*[A-Z])")
 _CODE = re.compile(r"\b0x7[0-9a-fA-F]{7}\b")
 
 
-def reason_of(text: str) -> Reason:
+def reason_of(text: str) -> FailureReason:
     """Find why an inference or a device failed; a text that nobody knows is a device error."""
     names = _NAME.findall(text) or [
         CODES[int(code, 16)] for code in _CODE.findall(text) if int(code, 16) in CODES
     ]
     found = [RESULTS[name] for name in names if name in RESULTS]
-    return found[-1] if found else Reason.DEVICE_ERROR
+    return found[-1] if found else FailureReason.DEVICE_ERROR
 
 
 def infer_failed(error: Exception) -> EngineError:
     """Translate what came out of an inference."""
-    text = last_words(str(error))
+    text = root_cause(str(error))
     reason = reason_of(str(error))
     if reason in LOST:
         return DeviceLost(f"The device is gone: {text}", reason)
@@ -93,17 +95,17 @@ def compile_failed(text: str, doing: str) -> CompileFailed:
         return CompileFailed(
             f"{doing} failed: no NPU compiler, or no NPU for the driver's. On Linux it comes with "
             "the driver: install intel-driver-compiler-npu beside intel-level-zero-npu.",
-            Reason.NO_COMPILER,
+            FailureReason.NO_COMPILER,
         )
     reason = reason_of(text)
-    reason = Reason.COMPILE_REFUSED if reason is Reason.DEVICE_ERROR else reason
-    words = last_words(text)
-    if reason is Reason.DRIVER_MISMATCH:
+    reason = FailureReason.COMPILE_REFUSED if reason is FailureReason.DEVICE_ERROR else reason
+    words = root_cause(text)
+    if reason is FailureReason.DRIVER_MISMATCH:
         words = f"{words.rstrip('. ')}. {FIT_DRIVER}"
     return CompileFailed(f"{doing} failed: {words}", reason)
 
 
-def last_words(text: str) -> str:
+def root_cause(text: str) -> str:
     """Return the cause out of OpenVINO's stack of exceptions, without the places it passed."""
     lines = [line.strip() for line in text.splitlines()]
     causes = [line for line in lines if line and not line.startswith(("Exception from ", "At:"))]

@@ -20,11 +20,11 @@ import numpy.typing as npt
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowForm, TokenBatch
-from embedq_worker.engines.compiler import Compile, Loader, compile_in_child, shapes_of
-from embedq_worker.engines.infer_requests import Counters, Pool, Slot, request_count
+from embedq_worker.engines.base import RowSpec, TokenBatch
+from embedq_worker.engines.compiler import Compile, CompiledModelLoader, compile_in_child, shapes_of
+from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
 from embedq_worker.engines.openvino_cpu import unit_lengths
-from embedq_worker.engines.openvino_runtime import Compiled, Runtime, Target
+from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import DeviceLost
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import Binding
@@ -108,19 +108,19 @@ class NpuOptions:
         binding: where tensors lie.
         commandlist_mode: for plugins that know it; empty for none.
         properties: further ones for the plugin.
-        compile_deadline_s: seconds until a compiler counts as hung.
-        infer_deadline_s: the same for an inference; 0 measures it.
+        compile_timeout_s: seconds until a compiler counts as hung.
+        infer_timeout_s: the same for an inference; 0 measures it.
         compile_in_child: what compiles.
     """
 
-    target: Target
+    target: DeviceTarget
     row_tokens: int = 0
     requests: int = 0
     binding: Binding = Binding.PINNED
     commandlist_mode: str = ""
     properties: Mapping[str, str] = field(default_factory=dict)
-    compile_deadline_s: float = 600.0
-    infer_deadline_s: float = 0.0
+    compile_timeout_s: float = 600.0
+    infer_timeout_s: float = 0.0
     compile_in_child: Compile = compile_in_child
 
 
@@ -134,7 +134,7 @@ class OpenVinoNpuEngine:
         self,
         compiled: Mapping[int, Compiled],
         model: Model,
-        form: RowForm,
+        form: RowSpec,
         options: NpuOptions,
         details: Mapping[str, str],
     ) -> None:
@@ -157,12 +157,12 @@ class OpenVinoNpuEngine:
         self.precision = precision_of(first.get("INFERENCE_PRECISION_HINT"), Precision.F16)
         optimal = first.get("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.concurrency = request_count(optimal, options.requests)
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[int, RequestPool] = {}
         self._deadlines: dict[int, float] = {}
         for width in compiled:
             slowest = self._open_pool(width, options.binding)
             measured = max(MIN_DEADLINE_S, DEADLINE_FACTOR * slowest)
-            self._deadlines[width] = options.infer_deadline_s or measured
+            self._deadlines[width] = options.infer_timeout_s or measured
         self.details = {
             **details,
             "requests": str(self.concurrency),
@@ -199,8 +199,8 @@ class OpenVinoNpuEngine:
         model = self._compiled[width]
         make = model.runtime.host_tensor
         requests = [model.create_request() for _ in range(self.concurrency)]
-        slots = [Slot(request, binding, make, model.inputs) for request in requests]
-        pool = self._pools[width] = Pool(slots)
+        slots = [PinnedRequest(request, binding, make, model.inputs) for request in requests]
+        pool = self._pools[width] = RequestPool(slots)
         try:
             return pool.warm(TokenBatch.one_text(width, self.form), WARM_DEADLINE_S)
         except DeviceLost:
@@ -220,11 +220,13 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     runtime = Runtime(options.target)
     driver = runtime.get("NPU_DRIVER_VERSION")
     if is_too_old(driver):
-        log.warning("driver_old built=%s oldest=%s", build_day(driver), OLDEST)
+        log.warning("driver_outdated built=%s oldest=%s", build_day(driver), OLDEST)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
     form = _form(model, options.row_tokens)
-    loader = Loader(runtime, model, properties.applied, cache_dir, options.compile_in_child)
-    deadline_s = options.compile_deadline_s
+    loader = CompiledModelLoader(
+        runtime, model, properties.applied, cache_dir, options.compile_in_child
+    )
+    deadline_s = options.compile_timeout_s
     compiled = {width: loader.load(shapes_of(form, width), deadline_s) for width in form.widths}
     details = {
         **{name.lower(): value for name, value in runtime.traits().items() if value},
@@ -232,17 +234,17 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
         "openvino": openvino_runtime.VERSION,
         "rows": f"{form.form} {'x'.join(map(str, form.widths))}",
         "blob": "compiled" if loader.compiled else "cached",
-        "cache": loader.store.trouble or str(loader.store.folder),
+        "cache": loader.store.error or str(loader.store.folder),
     }
-    if options.target.standin:
-        details["standin"] = options.target.standin
+    if options.target.emulation:
+        details["standin"] = options.target.emulation
     engine = OpenVinoNpuEngine(compiled, model, form, options, details)
     shown = " ".join(f"{key}={value!r}" for key, value in engine.details.items())
     log.info("npu_opened seconds=%.2f %s", time.monotonic() - began, shown)
     return engine
 
 
-def _form(model: Model, row_tokens: int) -> RowForm:
+def _form(model: Model, row_tokens: int) -> RowSpec:
     if not model.packable:
-        return RowForm.buckets(model.max_length)
-    return RowForm.packed(max(row_tokens, model.max_length))
+        return RowSpec.buckets(model.max_length)
+    return RowSpec.packed(max(row_tokens, model.max_length))

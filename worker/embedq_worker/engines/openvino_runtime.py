@@ -1,10 +1,10 @@
 """The only file that imports openvino.
 
-What stands behind the word npu: the real device, or a stand-in that takes the same code path.
+What stands behind the word npu: the real device, or an emulated NPU that takes the same code path.
 
 OpenVINO in our words. The only file that imports ``openvino``; the engines stand on it.
 
-Whoever imports this file has imported the runtime: the parent of a node never does, for an NPU
+Whoever imports this file has imported the runtime: the parent of a worker never does, for an NPU
 context does not survive a fork.
 """
 
@@ -27,11 +27,11 @@ from embedq_worker.engines.openvino_errors import compile_failed
 from embedq_worker.errors import NoDevice
 
 if TYPE_CHECKING:
-    from embedq_worker.model.onnx_graph import Graph
+    from embedq_worker.model.onnx_graph import OnnxModel
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class DeviceTarget:
     """An OpenVINO device and what must be done before it answers.
 
     Attributes:
@@ -39,15 +39,15 @@ class Target:
             device is lost, without a word.
         library: plugin to register under that name first; empty for those OpenVINO knows.
         plugins: file with further plugins; empty for none.
-        forced: properties that make a stand-in, sent unfiltered.
-        standin: name of the stand-in; empty for a real NPU.
+        forced: properties that make an emulated NPU, sent unfiltered.
+        standin: name of the emulated NPU; empty for a real NPU.
     """
 
     device: str = "NPU"
     library: str = ""
     plugins: str = ""
     forced: Mapping[str, str] = field(default_factory=dict)
-    standin: str = ""
+    emulation: str = ""
 
     def to_message(self) -> dict[str, Any]:
         """Describe the target for another process, in types of JSON."""
@@ -55,20 +55,20 @@ class Target:
 
 
 #: The CPU of OpenVINO, as itself.
-CPU: Final = Target("CPU")
+CPU: Final = DeviceTarget("CPU")
 
 
-#: The real NPU, and the stand-ins that need nothing but OpenVINO.
-TARGETS: Final[Mapping[str, Target]] = {
-    "none": Target(),
-    "alias": Target("NPUCPU", library="openvino_intel_cpu_plugin", standin="alias"),
-    "npuw": Target(
+#: The real NPU, and the emulated NPUs that need nothing but OpenVINO.
+TARGETS: Final[Mapping[str, DeviceTarget]] = {
+    "none": DeviceTarget(),
+    "alias": DeviceTarget("NPUCPU", library="openvino_intel_cpu_plugin", emulation="alias"),
+    "npuw": DeviceTarget(
         forced={
             "NPU_USE_NPUW": "YES",
             "NPUW_DEVICES": "CPU",
             "NPUW_ONLINE_PIPELINE": "NONE",
         },
-        standin="npuw",
+        emulation="npuw",
     ),
 }
 
@@ -79,7 +79,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # N
 
 
 # OpenVINO looks up the types of numpy once, under a lock that it keeps while Python may run another
-# thread. If that one asks for a type too, both wait for ever (2026.4; a node hung so in its
+# thread. If that one asks for a type too, both wait for ever (2026.4; a worker hung so in its
 # self-test). So they are looked up here, where nobody else asks.
 _ = ov.Tensor(np.zeros(1, np.int64), shared_memory=True).get_element_type().to_dtype()
 
@@ -108,7 +108,7 @@ _IR: Final = b"EQIR"
 class Runtime:
     """One device of OpenVINO in this process."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: DeviceTarget) -> None:
         """Find the device.
 
         Raises:
@@ -149,7 +149,7 @@ class Runtime:
 
     def compile(
         self,
-        graph: Graph | bytes,
+        graph: OnnxModel | bytes,
         properties: Mapping[str, str],
         shapes: Mapping[str, list[int]] | None = None,
     ) -> Compiled:
@@ -157,7 +157,7 @@ class Runtime:
 
         Args:
             graph: ours, or what pack_ir made.
-            properties: for the plugin; those of a stand-in are added.
+            properties: for the plugin; those of an emulated NPU are added.
             shapes: of the inputs by name; None leaves them dynamic.
 
         Raises:
@@ -175,7 +175,7 @@ class Runtime:
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
 
-    def read(self, graph: Graph | bytes) -> Any:
+    def read(self, graph: OnnxModel | bytes) -> Any:
         """Read a graph, or what pack_ir made, into OpenVINO's own form; raises RuntimeError."""
         if not isinstance(graph, bytes):
             return _with_weights(self._core.read_model(graph.with_weights_as_inputs()), graph)
@@ -213,7 +213,7 @@ class Runtime:
 class Compiled:
     """A model on a device."""
 
-    def __init__(self, model: Any, runtime: Runtime, source: Graph | Bytes | None) -> None:
+    def __init__(self, model: Any, runtime: Runtime, source: OnnxModel | Bytes | None) -> None:
         self._model = model
         self.runtime = runtime
         self.inputs = _names(model)
@@ -260,7 +260,7 @@ def pack_ir(model: Any) -> bytes:
     return b"".join((_IR, struct.pack("<I", len(described)), described, weights))
 
 
-def _with_weights(model: Any, graph: Graph) -> Any:
+def _with_weights(model: Any, graph: OnnxModel) -> Any:
     """Put constants in the place of the inputs that stand for weights.
 
     They are read in place: opening the CPU's engine took 0.26 s this way, and 0.68 s and 150 MB

@@ -1,6 +1,6 @@
 """Stub engine and its fault script.
 
-The fault script of the stub device: a file that breaks it while nodes run.
+The fault script of the stub device: a file that breaks it while workers run.
 
 For tests and rehearsals. EMBEDQ_STUB_FAULTS names the file; it is read before each start of the
 device and before each inference, so whoever replaces it switches faults on and off at once. A file
@@ -51,11 +51,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedq.errors import SettingsError, nearest
+from embedq.errors import SettingsError, did_you_mean
 from embedq.protocol.contract import Device, Precision
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 from embedq.testing import STUB_DIM, stub_hashes, vectors_of_hashes
-from embedq_worker.engines.base import RaggedTokens, RowForm, TokenBatch
+from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
 from embedq_worker.engines.openvino_errors import compile_failed, infer_failed
 from embedq_worker.errors import InferFailed
 from embedq_worker.files import replace_private
@@ -179,7 +179,7 @@ def _parse(line: str) -> Fault:
     word, *others = line.split()
     when, _, kind = word.partition("=")
     if when not in (INIT, INFER) or kind not in SCRIPT_FAULTS or (when == INIT and kind in SPOILT):
-        hint = nearest(kind, SCRIPT_FAULTS)
+        hint = did_you_mean(kind, SCRIPT_FAULTS)
         raise SettingsError(
             f"EMBEDQ_STUB_FAULTS: expected init=FAULT or infer=FAULT, got {word}.{hint}"
         )
@@ -246,8 +246,8 @@ QUEUED: Final = 4
 _FAULT_MARK: Final = 0xFFFF_FFFF
 
 
-def stub_card(tokenizer: bytes = b"") -> ModelCard:
-    """Return what a node with a stub engine announces.
+def stub_model_info(tokenizer: bytes = b"") -> ModelInfo:
+    """Return what a worker with a stub engine announces.
 
     Args:
         tokenizer: content of another tokenizer.json than the stub's own; vectors differ with it.
@@ -255,12 +255,12 @@ def stub_card(tokenizer: bytes = b"") -> ModelCard:
     identity = STUB_IDENTITY
     if tokenizer:
         identity = hashlib.sha256(identity.encode() + tokenizer).hexdigest()
-    return ModelCard(
+    return ModelInfo(
         label="stub",
         identity=identity,
         dim=STUB_DIM,
         max_length=STUB_MAX_LENGTH,
-        quantised="stub",
+        quantized="stub",
     )
 
 
@@ -298,7 +298,7 @@ class StubEngine:
     name = "stub"
     precision = Precision.F32
     concurrency = 1
-    form = RowForm()
+    form = RowSpec()
     details: Mapping[str, str] = MappingProxyType({})
 
     def __init__(

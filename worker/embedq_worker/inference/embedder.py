@@ -28,19 +28,26 @@ import numpy.typing as npt
 from embedq.protocol.contract import Code, Device, OnLong, Status
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable
-from embedq_worker.engines.base import AnyTokenizer, Engine, Form, RaggedTokens, RowForm, TokenBatch
-from embedq_worker.errors import InferFailed, Reason
+from embedq_worker.engines.base import (
+    AnyTokenizer,
+    Engine,
+    RaggedTokens,
+    RowFormat,
+    RowSpec,
+    TokenBatch,
+)
+from embedq_worker.errors import FailureReason, InferFailed
 from embedq_worker.inference.packing import Indices, build_padded, build_rows, build_shared
 from embedq_worker.inference.planning import (
-    FAST,
-    STEADY,
-    Pace,
+    CPU_CHUNKS,
+    NPU_CHUNKS,
+    ChunkSchedule,
+    place_canary,
     plan_padded,
     plan_shared,
     plan_window,
-    seat_last,
 )
-from embedq_worker.inference.stats import EngineStats, Meter
+from embedq_worker.inference.stats import EngineMeter, EngineStats
 
 #: The text: a whole sentence, yet short enough to find a seat in the last row of most batches.
 CANARY_TEXT: Final = (
@@ -74,7 +81,7 @@ class Canary:
             InferFailed: the device computes wrong vectors.
         """
         if not np.isfinite(found).all():
-            raise InferFailed("The canary's vector is not finite.", Reason.NOT_FINITE)
+            raise InferFailed("The canary's vector is not finite.", FailureReason.NOT_FINITE)
         with np.errstate(over="ignore", invalid="ignore"):
             lengths = float(np.linalg.norm(found) * np.linalg.norm(self.vector))
             cosine = float(found @ self.vector) / max(lengths, 1e-12)
@@ -83,25 +90,25 @@ class Canary:
             raise InferFailed(
                 f"The canary's vector has cosine {cosine:.5f} to the reference; the floor is "
                 f"{MIN_COSINE}. The device computes wrong vectors.",
-                Reason.WRONG_CANARY,
+                FailureReason.WRONG_CANARY,
             )
 
 
 Vectors = npt.NDArray[np.float32]
 
 
-class Sink(Protocol):
+class RowSink(Protocol):
     """Takes rows as they become final, while others are still computed."""
 
-    def settle(self, answer: Answer, rows: Indices) -> None:
+    def on_rows_final(self, answer: BatchResultBuilder, rows: Indices) -> None:
         """Note that these rows are final; called from one thread, and must not wait."""
 
 
-class Answer:
+class BatchResultBuilder:
     """Collects what becomes of a batch; rows of different texts may be filled from any thread."""
 
     def __init__(
-        self, batch: EmbedBatch, engine: Engine, stats: EngineStats, sink: Sink | None = None
+        self, batch: EmbedBatch, engine: Engine, stats: EngineStats, sink: RowSink | None = None
     ) -> None:
         n = len(batch.texts)
         self._sink = sink
@@ -117,17 +124,17 @@ class Answer:
         self._failed[list(self._codes)] = True
         accepted = self.accepted()
         self.last = int(accepted[-1]) if len(accepted) else -1
-        self.settle(np.nonzero(self._failed)[0])
+        self.on_rows_final(np.nonzero(self._failed)[0])
 
     def accepted(self) -> Indices:
         """Return the rows that have not failed."""
         return np.nonzero(~self._failed)[0]
 
-    def wanted(self, rows: Indices) -> Indices:
+    def pending(self, rows: Indices) -> Indices:
         """Return the places within ``rows`` that have not failed."""
         return np.nonzero(~self._failed[rows])[0]
 
-    def count(self, rows: Indices, tokens: RaggedTokens) -> None:
+    def count_token_batch(self, rows: Indices, tokens: RaggedTokens) -> None:
         """Note the tokens of these rows, and fail those that are too long if the job says so."""
         self._n_tokens[rows] = tokens.lengths
         self._n_dropped[rows] = tokens.n_dropped
@@ -136,17 +143,17 @@ class Answer:
             self._codes |= dict.fromkeys(too_long.tolist(), Code.TOO_MANY_TOKENS.value)
             self._failed[too_long] = True
             self._n_tokens[too_long] = 0
-            self.settle(too_long)
+            self.on_rows_final(too_long)
 
     def charge(self, batch: TokenBatch) -> None:
         """Note that this token batch is computed."""
         self._stats.inferences += 1
         self._stats.computed_tokens += batch.input_ids.size
 
-    def settle(self, rows: Indices) -> None:
+    def on_rows_final(self, rows: Indices) -> None:
         """Note that nothing more will happen to these rows."""
         if self._sink is not None and len(rows):
-            self._sink.settle(self, rows)
+            self._sink.on_rows_final(self, rows)
 
     def finish(self) -> tuple[Vectors, OutcomeTable]:
         """Refuse to hand out a vector that is not finite: a device's fault, never a text's.
@@ -159,7 +166,7 @@ class Answer:
             raise InferFailed(
                 f"Engine {self._engine.name} on {self._engine.device} gave {wrong:,} of "
                 f"{len(self.accepted()):,} vectors that are not finite.",
-                Reason.NOT_FINITE,
+                FailureReason.NOT_FINITE,
             )
         self._stats.tokens += int(self._n_tokens.sum())
         return self.vectors, self.outcomes(0, len(self.vectors))
@@ -204,8 +211,8 @@ class Embedder:
         engine: Engine,
         *,
         token_budget: int,
-        pace: Pace | None = None,
-        form: RowForm | None = None,
+        pace: ChunkSchedule | None = None,
+        form: RowSpec | None = None,
     ) -> None:
         """Start the threads that infer and the one that tokenizes.
 
@@ -222,14 +229,14 @@ class Embedder:
         #: Rides in every batch once it is set.
         self.canary: Canary | None = None
         #: How busy the engine is.
-        self.meter = Meter()
+        self.meter = EngineMeter()
         self._token_budget = token_budget
-        self._pace = pace or (STEADY if engine.device is Device.CPU else FAST)
+        self._pace = pace or (CPU_CHUNKS if engine.device is Device.CPU else NPU_CHUNKS)
         self._inferring = ThreadPoolExecutor(engine.concurrency, "embedq-infer")
         self._tokenizing = ThreadPoolExecutor(1, "embedq-tokenize")
 
     def embed(
-        self, batch: EmbedBatch, stats: EngineStats | None = None, sink: Sink | None = None
+        self, batch: EmbedBatch, stats: EngineStats | None = None, sink: RowSink | None = None
     ) -> tuple[Vectors, OutcomeTable]:
         """Embed a batch.
 
@@ -246,8 +253,8 @@ class Embedder:
             EngineError: the tokenizer failed.
         """
         stats = stats or EngineStats()
-        own = Meter()  # the engine's meter counts the other callers as well
-        answer = Answer(batch, self.engine, stats, sink)
+        own = EngineMeter()  # the engine's meter counts the other callers as well
+        answer = BatchResultBuilder(batch, self.engine, stats, sink)
         plan = self._plan_rows if self.form.is_static else self._plan_groups
         inferences: deque[Future[Indices]] = deque()
         most = AHEAD * self.engine.concurrency
@@ -256,9 +263,9 @@ class Embedder:
                 answer.charge(work.batch)
                 inferences.append(self._inferring.submit(self._infer, work, answer.vectors, own))
                 while inferences and (inferences[0].done() or len(inferences) > most):
-                    answer.settle(inferences.popleft().result())
+                    answer.on_rows_final(inferences.popleft().result())
             while inferences:
-                answer.settle(inferences.popleft().result())
+                answer.on_rows_final(inferences.popleft().result())
         finally:
             _abandon(inferences)
             measured = own.totals()
@@ -272,7 +279,7 @@ class Embedder:
         self._inferring.shutdown(cancel_futures=True)
 
     def _tokenize(
-        self, batch: EmbedBatch, answer: Answer
+        self, batch: EmbedBatch, answer: BatchResultBuilder
     ) -> Iterator[tuple[Indices, RaggedTokens]]:
         """Yield rows of the batch with their tokens; later chunks are under way meanwhile.
 
@@ -290,21 +297,21 @@ class Embedder:
         # The first here, and the others once it is on its way: the engine waits for it, and two
         # threads at Python's one lock would take twice as long (7 ms instead of 3).
         tokens = tokenize(chunks[0])
-        answer.count(chunks[0], tokens)
+        answer.count_token_batch(chunks[0], tokens)
         yield chunks[0], tokens
         for rows, tokens in zip(
             chunks[1:], self._tokenizing.map(tokenize, chunks[1:]), strict=True
         ):
-            answer.count(rows, tokens)
+            answer.count_token_batch(rows, tokens)
             yield rows, tokens
 
-    def _plan_groups(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
+    def _plan_groups(self, batch: EmbedBatch, answer: BatchResultBuilder) -> Iterator[_Work]:
         """Group each chunk as it comes; groups shrink at the end of the batch, not of a chunk."""
         for rows, tokens in self._tokenize(batch, answer):
             streams = self.engine.concurrency if rows[-1] == answer.last else 1
             grouped = build_groups(
                 tokens,
-                answer.wanted(rows),
+                answer.pending(rows),
                 self.tokenizer.pad_id,
                 self.form,
                 self._token_budget,
@@ -313,7 +320,7 @@ class Embedder:
             for group in grouped:
                 yield _Work(group, rows)
 
-    def _plan_rows(self, batch: EmbedBatch, answer: Answer) -> Iterator[_Work]:
+    def _plan_rows(self, batch: EmbedBatch, answer: BatchResultBuilder) -> Iterator[_Work]:
         """Assign texts to static rows, window by window; a row that is not full yet waits for one.
 
         The canary rides in the last row of the batch.
@@ -321,7 +328,7 @@ class Embedder:
         rows, tokens = np.empty(0, np.intp), RaggedTokens.join([])
         asked = False
         for new_rows, new_tokens in self._tokenize(batch, answer):
-            wanted = answer.wanted(new_rows)
+            wanted = answer.pending(new_rows)
             n_waiting = len(rows)
             rows = np.concatenate([rows, new_rows[wanted]])
             tokens = RaggedTokens.join([tokens, new_tokens.take(wanted)])
@@ -332,12 +339,12 @@ class Embedder:
             ahead = tokens
             if last and self.canary and asked:
                 ahead = RaggedTokens.join([tokens, self.canary.tokens])
-                plan = seat_last(plan, ahead.lengths, self.form, rider=len(rows))
+                plan = place_canary(plan, ahead.lengths, self.form, canary=len(rows))
             for row in build_rows(ahead, plan, self.tokenizer.pad_id, self.form):
                 yield _Work(row, rows)
             rows, tokens = rows[window.kept], tokens.take(window.kept)
 
-    def _infer(self, work: _Work, vectors: Vectors, own: Meter) -> Indices:
+    def _infer(self, work: _Work, vectors: Vectors, own: EngineMeter) -> Indices:
         """Infer one token batch, ask the canary, put each vector in its row; return these rows."""
         batch, rows = work
         with self.meter.inferring(), own.inferring():
@@ -355,7 +362,7 @@ def build_groups(
     tokens: RaggedTokens,
     texts: Indices,
     pad_id: int,
-    form: RowForm,
+    form: RowSpec,
     token_budget: int,
     streams: int = 1,
 ) -> Iterator[TokenBatch]:
@@ -370,7 +377,7 @@ def build_groups(
         streams: that are to finish together; 1 if more comes.
     """
     lengths = tokens.lengths[texts]
-    if form.form is Form.SHARED:
+    if form.form is RowFormat.SHARED:
         for width, rows in plan_shared(lengths, form, token_budget, streams):
             yield build_shared(tokens, [texts[row] for row in rows], pad_id, width)
     else:

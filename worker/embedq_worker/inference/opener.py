@@ -1,13 +1,13 @@
 """Open what a placement asks for.
 
-Opens the engines of a node: none serves that has not been proven.
+Opens the engines of a worker: none serves that has not been proven.
 
 Serves with the stub, which computes nothing, as if it were a device with a model.
 
-The model and the device that a node was given, opened as what serves with them.
+The model and the device that a worker was given, opened as what serves with them.
 
-Every process that computes comes through here: a node's child, a probe, and the commands that warm,
-check and measure. None of them needs Celery for it.
+Every process that computes comes through here: a worker's child, a probe, and the commands that
+warm, check and measure. None of them needs Celery for it.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Device, Precision
 from embedq.testing import stub_vectors
 from embedq_worker.device.discovery import verify_opened
-from embedq_worker.device.placement import Claim, Placement, claim
+from embedq_worker.device.placement import DeviceLock, Placement, acquire
 from embedq_worker.engines.base import AnyTokenizer, Engine
 from embedq_worker.engines.factory import open_engine
-from embedq_worker.engines.model_cache import Quantised, QuantisedStore
+from embedq_worker.engines.model_cache import QuantizedModel, QuantizedModelStore
 from embedq_worker.engines.stub import (
     STUB_MAX_LENGTH,
     FaultScript,
     StubEngine,
     StubTokenizer,
-    stub_card,
+    stub_model_info,
 )
-from embedq_worker.errors import DeviceError, EngineError, NotQuantised, Reason
+from embedq_worker.errors import DeviceError, EngineError, FailureReason, NotQuantized
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import CANARY_TEXT, Canary, Embedder
 from embedq_worker.inference.selection import (
+    BENCHMARK_VERSION,
     DEFAULT_TOKEN_BUDGET,
-    RACE_VERSION,
     Candidate,
-    Layout,
-    Layouts,
-    Memory,
+    CpuConfig,
+    CpuConfigs,
+    TuningCache,
+    benchmark,
     candidates,
     choose,
     engine_versions,
     machine_key,
-    race,
 )
 from embedq_worker.inference.selftest import GOLDEN
-from embedq_worker.inference.serving import Proven, Serving
-from embedq_worker.inference.verifier import Prover, Shadow
+from embedq_worker.inference.serving import EngineSet, VerifiedEngine
+from embedq_worker.inference.verifier import EngineVerifier, ShadowCheck
 from embedq_worker.model import resolve
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
@@ -61,16 +61,16 @@ from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, 
 log = logging.getLogger("embedq.worker")
 
 
-#: What makes a quantised copy.
-QUANTIZE: Final = "Run on this node: embedq-worker quantize FILE, and start it again."
+#: What makes a quantized copy.
+QUANTIZE: Final = "Run on this worker: embedq-worker quantize FILE, and start it again."
 
 
 #: What serves class int8.
 INT8: Final = Candidate(EngineChoice.OPENVINO, Precision.INT8)
 
 
-class Opener:
-    """Opens engines for one model by the settings of a node.
+class EngineOpener:
+    """Opens engines for one model by the settings of a worker.
 
     Attributes:
         prover: proves what is opened.
@@ -79,11 +79,11 @@ class Opener:
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
         self._settings = settings
         self._model = model
-        self.prover = Prover(settings, model)
-        self._layouts = Layouts(settings, model)
+        self.prover = EngineVerifier(settings, model)
+        self._layouts = CpuConfigs(settings, model)
 
-    def open_npu(self) -> Proven:
-        """Open the NPU, or its stand-in, with a canary in every batch.
+    def open_npu(self) -> VerifiedEngine:
+        """Open the NPU, or its emulated NPU, with a canary in every batch.
 
         Raises:
             ModelError, DeviceError, EngineError: it does not open, or fails its self-test.
@@ -94,25 +94,25 @@ class Opener:
 
         settings = self._settings
         if settings.precision is PrecisionChoice.INT8:
-            raise SettingsError("EMBEDQ_PRECISION=int8 needs a quantised model. Use auto.")
+            raise SettingsError("EMBEDQ_PRECISION=int8 needs a quantized model. Use auto.")
         options = NpuOptions(
-            target=TARGETS[settings.npu_standin],
+            target=TARGETS[settings.npu_emulation],
             row_tokens=settings.row_tokens,
             requests=settings.npu_requests,
             binding=settings.npu_binding,
             commandlist_mode=str(settings.npu_commandlist_mode or ""),
             properties=settings.npu_properties,
-            compile_deadline_s=settings.compile_deadline_s,
-            infer_deadline_s=settings.infer_deadline_s,
+            compile_timeout_s=settings.compile_timeout_s,
+            infer_timeout_s=settings.infer_timeout_s,
         )
         reference = self.prover.reference()
         engine = open_npu(self._model, options, settings.cache_dir)
-        proven = self.prover.prove(engine, Accuracy.STANDARD, reference, "only")
+        proven = self.prover.verify(engine, Accuracy.STANDARD, reference, "only")
         tokens = self.prover.tokenizer.tokenize([CANARY_TEXT])
         proven.embedder.canary = Canary(tokens, reference[GOLDEN.index(CANARY_TEXT)])
         return proven
 
-    def open_cpu(self, accuracy: Accuracy) -> Proven:
+    def open_cpu(self, accuracy: Accuracy) -> VerifiedEngine:
         """Open the engine for an accuracy class on this CPU: pinned, kept, or measured now.
 
         Raises:
@@ -126,13 +126,13 @@ class Opener:
             if settings.precision is PrecisionChoice.INT8:
                 raise SettingsError(
                     "EMBEDQ_PRECISION=int8: int8 is a class that a job asks for (--accuracy int8), "
-                    "beside what the node computes otherwise. Set EMBEDQ_PRECISION to auto."
+                    "beside what the worker computes otherwise. Set EMBEDQ_PRECISION to auto."
                 )
             raise SettingsError(
                 f"EMBEDQ_ENGINE={settings.engine} and EMBEDQ_PRECISION={settings.precision}: no "
                 "engine of this machine computes so. Set both to auto."
             )
-        memory = Memory(settings.cache_dir)
+        memory = TuningCache(settings.cache_dir)
         measure = functools.partial(self._measure, accuracy)
         chosen, why = choose(among, self._key(accuracy, among), memory, measure)
         log.info(
@@ -145,73 +145,77 @@ class Opener:
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
-    def quantised(self) -> str:
-        """Name the quantised copy that class ``int8`` would be served with; empty for none."""
+    def quantized(self) -> str:
+        """Name the quantized copy that class ``int8`` would be served with; empty for none."""
         if importlib.util.find_spec("openvino") is None:
             return ""
-        return QuantisedStore(self._settings.cache_dir, self._model).current()
+        return QuantizedModelStore(self._settings.cache_dir, self._model).current()
 
-    def open_int8(self, quantised: Quantised | None = None, name: str = "") -> Proven:
-        """Open the quantised copy of the model.
+    def open_int8(self, quantized: QuantizedModel | None = None, name: str = "") -> VerifiedEngine:
+        """Open the quantized copy of the model.
 
         Args:
-            quantised: the copy; None for the one that is kept.
+            quantized: the copy; None for the one that is kept.
             name: that the copy which is kept must have; empty for any.
 
         Raises:
-            NotQuantised: none is kept, or it does not open or fails its self-test.
+            NotQuantized: none is kept, or it does not open or fails its self-test.
             ModelError: the files of the model are damaged.
         """
-        copy = quantised or self._kept(name)
+        copy = quantized or self._kept(name)
         try:
             if importlib.util.find_spec("openvino") is None:
-                raise NotQuantised("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
+                raise NotQuantized("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
             layout = self._layouts.of(INT8, Accuracy.INT8)
             engine = open_engine(
                 "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
             )
-            why = f"quantised {copy.name}"
-            return self.prover.prove(engine, Accuracy.INT8, self.prover.reference(), why, layout)
-        except NotQuantised:
+            why = f"quantized {copy.name}"
+            return self.prover.verify(engine, Accuracy.INT8, self.prover.reference(), why, layout)
+        except NotQuantized:
             raise
         except EngineError as error:
-            raise NotQuantised(f"The quantised copy cannot serve: {error} {QUANTIZE}") from error
+            raise NotQuantized(f"The quantized copy cannot serve: {error} {QUANTIZE}") from error
 
-    def _kept(self, name: str = "") -> Quantised:
-        copy = QuantisedStore(self._settings.cache_dir, self._model).load(name)
+    def _kept(self, name: str = "") -> QuantizedModel:
+        copy = QuantizedModelStore(self._settings.cache_dir, self._model).load(name)
         if copy is not None:
             return copy
         if name:
-            raise NotQuantised(
-                f"The quantised copy {name} of {self._model.label}, which this node announced, is "
-                "damaged, or another has taken its place. Start the node again, or quantise again."
+            raise NotQuantized(
+                f"The quantized copy {name} of {self._model.label}, which this worker announced, "
+                f"is "
+                "damaged, or another has taken its place. Start the worker again, or quantize "
+                "again."
             )
-        raise NotQuantised(f"There is no quantised copy of {self._model.label}. {QUANTIZE}")
+        raise NotQuantized(f"There is no quantized copy of {self._model.label}. {QUANTIZE}")
 
-    def _open_first(self, among: Sequence[Candidate], accuracy: Accuracy, why: str) -> Proven:
+    def _open_first(
+        self, among: Sequence[Candidate], accuracy: Accuracy, why: str
+    ) -> VerifiedEngine:
         """Open the first that can be proven; the others are there for when it cannot."""
         for one in among[:-1]:
             try:
                 return self._open(one, accuracy, why)
             except EngineError as error:
-                log.warning("engine_refused engine=%s reason=%s", one.engine, error)
+                log.warning("engine_rejected engine=%s reason=%s", one.engine, error)
                 why = "fallback"
         return self._open(among[-1], accuracy, why)
 
-    def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> Proven:
+    def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
         trusted = one.engine is EngineChoice.ONNXRUNTIME
         reference = None if trusted else self.prover.reference()
         layout = self._layouts.of(one, accuracy)
         engine = open_engine(
             one.engine, self._model, layout.cores, one.precision, streams=layout.streams
         )
-        return self.prover.prove(engine, accuracy, reference, why, layout)
+        return self.prover.verify(engine, accuracy, reference, why, layout)
 
-    def open_layout(self, one: Candidate, layout: Layout) -> Engine:
+    def open_layout(self, one: Candidate, layout: CpuConfig) -> Engine:
         """Open an engine with a layout that is to be measured; it is not proven.
 
         Raises:
-            NotQuantised, ModelError, EngineError: it does not open.
+            NotQuantized, ModelError, EngineError: it does not open.
         """
         graph = self._kept().graph if one.precision is Precision.INT8 else None
         return open_engine(
@@ -220,21 +224,21 @@ class Opener:
 
     def _measure(self, accuracy: Accuracy, among: Sequence[Candidate]) -> Mapping[Candidate, float]:
         """Time those that can be proven for a class."""
-        opened: dict[Candidate, Proven] = {}
+        opened: dict[Candidate, VerifiedEngine] = {}
         try:
             for one in among:
                 try:
                     opened[one] = self._open(one, accuracy, "measured")
                 except EngineError as error:
-                    log.info("engine_refused engine=%s reason=%s", one.engine, error)
-            return race({one: proven.embedder for one, proven in opened.items()}, self._model)
+                    log.info("engine_rejected engine=%s reason=%s", one.engine, error)
+            return benchmark({one: proven.embedder for one, proven in opened.items()}, self._model)
         finally:
             for proven in opened.values():
                 proven.close()
 
     def _key(self, accuracy: Accuracy, among: Sequence[Candidate]) -> str:
         return machine_key(
-            race=str(RACE_VERSION),
+            race=str(BENCHMARK_VERSION),
             model=self._model.identity,
             accuracy=str(accuracy),
             among=str([(str(one.engine), str(one.precision)) for one in among]),
@@ -244,7 +248,7 @@ class Opener:
         )
 
 
-def serve_stub(settings: WorkerSettings) -> Serving:
+def serve_stub(settings: WorkerSettings) -> EngineSet:
     """Serve with the stub; on the CPU, where a degraded one goes, it has no faults.
 
     Raises:
@@ -253,17 +257,17 @@ def serve_stub(settings: WorkerSettings) -> Serving:
     _, content = _stub_tokenizer(settings.stub_tokenizer)
     if settings.device is DeviceChoice.CPU:
         sound = _open_stub(settings, Device.CPU)
-        return Serving(stub_card(content), sound, lambda: sound, lambda: sound)
+        return EngineSet(stub_model_info(content), sound, lambda: sound, lambda: sound)
     script = FaultScript(settings.stub_faults) if settings.stub_faults else None
     proven = _open_stub(settings, Device.STUB, script)
     quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
-    shadow = Shadow(settings.shadow_every, lambda: _open_stub(quick, Device.CPU))
-    return Serving(stub_card(content), proven, lambda: proven, lambda: proven, shadow)
+    shadow = ShadowCheck(settings.shadow_check_every, lambda: _open_stub(quick, Device.CPU))
+    return EngineSet(stub_model_info(content), proven, lambda: proven, lambda: proven, shadow)
 
 
 def _open_stub(
     settings: WorkerSettings, device: Device, script: FaultScript | None = None
-) -> Proven:
+) -> VerifiedEngine:
     engine = StubEngine(
         delay_s=settings.stub_delay_s,
         texts_per_s=settings.stub_texts_per_s,
@@ -276,8 +280,8 @@ def _open_stub(
     # Real tokens give the stub other hashes than those of the words that it is known by.
     report = selftest.run(embedder, None, None if content else stub_vectors(GOLDEN))
     if not report.passed:
-        raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
-    return Proven(engine, embedder, report, "only")
+        raise EngineError(f"The self-test failed: {report.reason}", FailureReason.SELFTEST_FAILED)
+    return VerifiedEngine(engine, embedder, report, "only")
 
 
 def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
@@ -292,10 +296,10 @@ def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
 
 
 #: Seconds that a killed predecessor may take to give its device back.
-CLAIM_PATIENCE_S: Final = 10.0
+LOCK_TIMEOUT_S: Final = 10.0
 
 
-def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> Serving:
+def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> EngineSet:
     """Open the engine of the device and prove it.
 
     Raises:
@@ -305,22 +309,22 @@ def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> Servi
     """
     if model is None:
         return serve_stub(settings)
-    opener = Opener(settings, model)
+    opener = EngineOpener(settings, model)
 
-    def open_exact() -> Proven:
+    def open_exact() -> VerifiedEngine:
         return opener.open_cpu(Accuracy.EXACT)
 
     if settings.device is DeviceChoice.NPU:
-        shadow = Shadow(settings.shadow_every, opener.prover.open_reference)
-        return Serving(model.card(), opener.open_npu(), open_exact, shadow=shadow)
-    name = opener.quantised()
+        shadow = ShadowCheck(settings.shadow_check_every, opener.prover.open_reference)
+        return EngineSet(model.model_info(), opener.open_npu(), open_exact, shadow=shadow)
+    name = opener.quantized()
     # By the name that is announced: another copy may be made before a batch asks for it.
     open_int8 = functools.partial(opener.open_int8, name=name) if name else None
-    card = replace(model.card(), quantised=name)
-    return Serving(card, opener.open_cpu(Accuracy.STANDARD), open_exact, open_int8)
+    model_info = replace(model.model_info(), quantized=name)
+    return EngineSet(model_info, opener.open_cpu(Accuracy.STANDARD), open_exact, open_int8)
 
 
-def claim_device(settings: WorkerSettings, placement: Placement) -> Claim | None:
+def claim_device(settings: WorkerSettings, placement: Placement) -> DeviceLock | None:
     """Take the NPU of a placement for this process alone.
 
     Raises:
@@ -328,16 +332,18 @@ def claim_device(settings: WorkerSettings, placement: Placement) -> Claim | None
     """
     if placement.npu is None:
         return None
-    return claim(placement.npu.pci, settings.lock_dir, node=settings.name, wait_s=CLAIM_PATIENCE_S)
+    return acquire(
+        placement.npu.pci, settings.lock_dir, worker=settings.name, wait_s=LOCK_TIMEOUT_S
+    )
 
 
 def open_placed(
     settings: WorkerSettings, placement: Placement, model: resolve.Model | None = None
-) -> Serving:
+) -> EngineSet:
     """Open and prove the engine on the device of a placement, and on no other.
 
     Args:
-        settings: of the node.
+        settings: of the worker.
         placement: where.
         model: what to serve; None finds it.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedq_worker.engines.base import Form, RaggedTokens, RowForm, TokenBatch
+from embedq_worker.engines.base import RaggedTokens, RowFormat, RowSpec, TokenBatch
 
 Indices = npt.NDArray[np.intp]
 
@@ -40,7 +40,7 @@ def build_padded(
 
 
 def build_rows(
-    tokens: RaggedTokens, rows: Sequence[Sequence[int] | Indices], pad_id: int, form: RowForm
+    tokens: RaggedTokens, rows: Sequence[Sequence[int] | Indices], pad_id: int, form: RowSpec
 ) -> list[TokenBatch]:
     """Place texts one after the other in static rows, each a token batch with B of 1.
 
@@ -54,7 +54,7 @@ def build_rows(
         pad_id: token that fills the rest of a row; never attended to.
         form: packed rows or buckets.
     """
-    if form.form is Form.BUCKETS:
+    if form.form is RowFormat.BUCKETS:
         lengths = tokens.lengths
         widths = [form.width_for(int(lengths[list(row)].sum())) for row in rows]
         return [
@@ -64,7 +64,7 @@ def build_rows(
     if not rows:
         return []
     (width,) = form.widths
-    whole = _lay(tokens, rows, pad_id, width, form.segments(width))
+    whole = _place_tokens(tokens, rows, pad_id, width, form.segments(width))
     return [
         TokenBatch(
             whole.input_ids[row : row + 1],
@@ -88,10 +88,10 @@ def build_shared(
         pad_id: token that fills the rest of a row; never attended to.
         width: tokens of a row; no row has more.
     """
-    return _lay(tokens, rows, pad_id, width, max(map(len, rows)))
+    return _place_tokens(tokens, rows, pad_id, width, max(map(len, rows)))
 
 
-def _lay(
+def _place_tokens(
     tokens: RaggedTokens,
     rows: Sequence[Sequence[int] | Indices],
     pad_id: int,

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from embedq_worker.engines.base import LANES, Form, RowForm, next_lanes
+from embedq_worker.engines.base import SIMD_WIDTH, RowFormat, RowSpec, round_up_to_simd
 from embedq_worker.inference.packing import Indices
 
 #: Padded tokens below which a token batch is not shrunk further: smaller ones cost more in calls
@@ -95,13 +95,13 @@ class Group(NamedTuple):
     @property
     def cost(self) -> float:
         """Say about how long it takes on the CPU, in tokens."""
-        tail = self.width % LANES
+        tail = self.width % SIMD_WIDTH
         beside = ATTENTION * self.width + (TAIL + TAIL_TOKEN * tail if tail else 0.0)
         return len(self.rows) * self.width * (1.0 + beside)
 
 
 def plan_shared(
-    lengths: npt.ArrayLike, form: RowForm, token_budget: int, streams: int = 1
+    lengths: npt.ArrayLike, form: RowSpec, token_budget: int, streams: int = 1
 ) -> list[Group]:
     """Let texts share rows where they fill them, and give the others rows of their own.
 
@@ -125,7 +125,7 @@ def plan_shared(
     return min(made, key=lambda groups: sum(group.cost for group in groups))
 
 
-def _share(sizes: npt.NDArray[np.int64], form: RowForm) -> tuple[dict[int, list[Indices]], Indices]:
+def _share(sizes: npt.NDArray[np.int64], form: RowSpec) -> tuple[dict[int, list[Indices]], Indices]:
     """Return the rows of each width that are worth sharing, and the texts that are in none."""
     by_width: dict[int, list[Indices]] = {}
     alone: list[Indices] = [np.empty(0, np.intp)]
@@ -157,7 +157,7 @@ def _groups(
     longest_first = alone[np.argsort(-sizes[alone], kind="stable")]
     for texts in _alone(longest_first, sizes, shrinking):
         width = int(sizes[texts[0]])
-        filled_up = next_lanes(width) if width % LANES >= LONG_TAIL else width
+        filled_up = round_up_to_simd(width) if width % SIMD_WIDTH >= LONG_TAIL else width
         groups.append(Group(filled_up, list(texts[:, None])))
     return groups
 
@@ -175,7 +175,7 @@ def _alone(
         at += len(texts)
 
 
-def plan_packed(lengths: npt.ArrayLike, form: RowForm) -> list[Indices]:
+def plan_packed(lengths: npt.ArrayLike, form: RowSpec) -> list[Indices]:
     """Share rows among texts by best fit decreasing: each goes where it leaves least room.
 
     Equal lengths keep their order, so the plan depends on nothing but its arguments.
@@ -218,7 +218,7 @@ def plan_packed(lengths: npt.ArrayLike, form: RowForm) -> list[Indices]:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ChunkSchedule:
     """How many texts are tokenized at a time, from the first chunk of a batch to its last.
 
     Attributes:
@@ -247,14 +247,14 @@ class Pace:
 
 #: For a device that takes thousands of texts a second: 32 are tokenized in 3 to 5 ms, and no chunk
 #: takes longer than the device needs for the one before.
-FAST: Final = Pace(first=32, growth=2, most=512, last=64)
+NPU_CHUNKS: Final = ChunkSchedule(first=32, growth=2, most=512, last=64)
 
 
 #: For an engine on the CPU, which takes hundreds: enough for it to begin with, and then all others
 #: at once, for padding matters more to it than waits. Against 128 and then 512 at a time, 1.006 to
 #: 1.007 times the speed for docstrings and 1.010 to 1.017 for titles (two Zen 4 cores, bf16 and
 #: int8, measured 2026-11-28).
-STEADY: Final = Pace(first=32, growth=128, most=4096, last=4096)
+CPU_CHUNKS: Final = ChunkSchedule(first=32, growth=128, most=4096, last=4096)
 
 
 class Window(NamedTuple):
@@ -269,7 +269,7 @@ class Window(NamedTuple):
     kept: Indices
 
 
-def plan_window(lengths: npt.ArrayLike, form: RowForm, n_waiting: int, *, last: bool) -> Window:
+def plan_window(lengths: npt.ArrayLike, form: RowSpec, n_waiting: int, *, last: bool) -> Window:
     """Assign the texts at hand to rows, and keep those for later whose rows are not full yet.
 
     Best fit wants every length, the engine wants its first row at once. So a row goes as soon as it
@@ -282,7 +282,7 @@ def plan_window(lengths: npt.ArrayLike, form: RowForm, n_waiting: int, *, last: 
         last: nothing more will come.
     """
     rows = plan_rows(lengths, form)
-    if last or form.form is not Form.PACKED:
+    if last or form.form is not RowFormat.PACKED:
         return Window(rows, np.empty(0, np.intp))
     sizes = np.asarray(lengths, np.int64)
     enough = FULL * form.widths[0]
@@ -292,16 +292,16 @@ def plan_window(lengths: npt.ArrayLike, form: RowForm, n_waiting: int, *, last: 
     return Window(going, np.sort(np.concatenate([np.empty(0, np.intp), *kept])))
 
 
-def plan_rows(lengths: npt.ArrayLike, form: RowForm) -> list[Indices]:
+def plan_rows(lengths: npt.ArrayLike, form: RowSpec) -> list[Indices]:
     """Assign texts to static rows; buckets take one each, longest first."""
-    if form.form is Form.PACKED:
+    if form.form is RowFormat.PACKED:
         return plan_packed(lengths, form)
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     return [order[at : at + 1] for at in range(len(order))]
 
 
-def seat_last(
-    rows: list[Indices], lengths: npt.ArrayLike, form: RowForm, rider: int
+def place_canary(
+    rows: list[Indices], lengths: npt.ArrayLike, form: RowSpec, canary: int
 ) -> list[Indices]:
     """Give one more text a seat in the last row, which is made the one with most room.
 
@@ -315,12 +315,12 @@ def seat_last(
         rider: index of the text to seat.
     """
     sizes = np.asarray(lengths, np.int64)
-    if rows and form.form is Form.PACKED:
+    if rows and form.form is RowFormat.PACKED:
         (width,) = form.widths
         loads = [int(sizes[row].sum()) for row in rows]
         emptiest = loads.index(min(loads))
         row = rows[emptiest]
-        if loads[emptiest] + sizes[rider] <= width and len(row) < form.segments(width):
+        if loads[emptiest] + sizes[canary] <= width and len(row) < form.segments(width):
             others = rows[:emptiest] + rows[emptiest + 1 :]
-            return [*others, np.append(row, rider)]
-    return [*rows, np.array([rider], np.intp)]
+            return [*others, np.append(row, canary)]
+    return [*rows, np.array([canary], np.intp)]

@@ -1,6 +1,6 @@
 """Choose engine and CPU configuration, and remember the choice.
 
-How the engines of a model use the cores of this node, by its settings and what tuning kept.
+How the engines of a model use the cores of this worker, by its settings and what tuning kept.
 
 How an engine uses the cores of this machine, and when another way is better. Pure.
 
@@ -38,19 +38,19 @@ from embedq_worker.settings import EngineChoice, PrecisionChoice, WorkerSettings
 DEFAULT_TOKEN_BUDGET: Final = 512
 
 
-class Layouts:
+class CpuConfigs:
     """The layouts of one model's engines."""
 
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
         self._settings = settings
         self._model = model
 
-    def of(self, one: Candidate, accuracy: Accuracy) -> Layout:
+    def of(self, one: Candidate, accuracy: Accuracy) -> CpuConfig:
         """Return how an engine is to use the cores: as the settings say, as tuned, or as usual."""
         settings = self._settings
-        kept = Memory(settings.cache_dir).recall_entry(self.key(one, accuracy))
-        usual = Layout(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
-        tuned = Layout.from_entry(kept, settings.cores()) or usual
+        kept = TuningCache(settings.cache_dir).get_entry(self.key(one, accuracy))
+        usual = CpuConfig(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
+        tuned = CpuConfig.from_entry(kept, settings.cores()) or usual
         return tuned.overridden(settings.threads, settings.streams, settings.token_budget)
 
     def key(self, one: Candidate, accuracy: Accuracy) -> str:
@@ -85,7 +85,7 @@ BUDGETS: Final = (256, 512, 1024, 2048)
 MIN_GAIN: Final = 0.03
 
 
-class Layout(NamedTuple):
+class CpuConfig(NamedTuple):
     """How an engine uses the cores.
 
     Attributes:
@@ -108,7 +108,7 @@ class Layout(NamedTuple):
         )
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, object], most: int) -> Layout | None:
+    def from_entry(cls, entry: Mapping[str, object], most: int) -> CpuConfig | None:
         """Read what was kept; None for what is no layout for this many cores."""
         found = [entry.get(name) for name in ("cores", "streams", "token_budget")]
         numbers = [value for value in found if type(value) is int and value > 0]
@@ -116,12 +116,12 @@ class Layout(NamedTuple):
             return None
         return cls(numbers[0], numbers[1], numbers[2], "tuned")
 
-    def overridden(self, cores: int, streams: int, token_budget: int) -> Layout:
+    def overridden(self, cores: int, streams: int, token_budget: int) -> CpuConfig:
         """Return this layout with what the settings say; 0 says nothing."""
         if not (cores or streams or token_budget):
             return self
         wanted = cores or self.cores
-        return Layout(
+        return CpuConfig(
             wanted,
             min(streams or (wanted if cores else self.streams), wanted),
             token_budget or self.token_budget,
@@ -143,25 +143,25 @@ class Timing(NamedTuple):
         noise: half of what lies between the quartiles of that.
     """
 
-    layout: Layout
+    layout: CpuConfig
     seconds: tuple[float, ...]
     gain: float
     noise: float
 
 
-def layouts(cores: int, usual_budget: int) -> list[Layout]:
+def layouts(cores: int, usual_budget: int) -> list[CpuConfig]:
     """List what is worth trying on this many cores, the usual one first."""
-    usual = Layout(cores, cores, usual_budget)
+    usual = CpuConfig(cores, cores, usual_budget)
     streams = sorted({cores, max(1, cores // 2), 1}, reverse=True)
-    tried = [Layout(cores, count, budget) for count in streams for budget in BUDGETS]
+    tried = [CpuConfig(cores, count, budget) for count in streams for budget in BUDGETS]
     return [usual, *(each for each in tried if each != usual)]
 
 
-def timings(rounds: Mapping[Layout, Sequence[float]], usual: Layout) -> list[Timing]:
+def timings(rounds: Mapping[CpuConfig, Sequence[float]], default: CpuConfig) -> list[Timing]:
     """Compare each layout with the usual one, round by round: a drift of the machine meets both."""
     found = []
     for layout, seconds in rounds.items():
-        gains = [u / s - 1 for u, s in zip(rounds[usual], seconds, strict=True)]
+        gains = [u / s - 1 for u, s in zip(rounds[default], seconds, strict=True)]
         low, _, high = statistics.quantiles(gains, n=4) if len(gains) > 1 else (0.0, 0.0, 0.0)
         found.append(
             Timing(layout, tuple(seconds), statistics.median(gains), max(0.0, high - low) / 2)
@@ -169,10 +169,10 @@ def timings(rounds: Mapping[Layout, Sequence[float]], usual: Layout) -> list[Tim
     return found
 
 
-def decide(found: Sequence[Timing], usual: Layout) -> Layout:
+def decide(found: Sequence[Timing], default: CpuConfig) -> CpuConfig:
     """Choose the layout with the largest gain that noise does not explain, else the usual one."""
     better = [each for each in found if each.gain > max(MIN_GAIN, each.noise)]
-    return max(better, key=lambda each: each.gain).layout if better else usual
+    return max(better, key=lambda each: each.gain).layout if better else default
 
 
 Key = TypeVar("Key")
@@ -190,7 +190,7 @@ TEXTS: Final = tuple(" ".join(_WORDS[: round(5 * 40 ** (i / 127))]) for i in ran
 
 
 #: Raised whenever another race may have another winner, so that it is run again.
-RACE_VERSION: Final = 2
+BENCHMARK_VERSION: Final = 2
 
 
 #: The best of so many rounds counts: others can only make an engine slower.
@@ -198,10 +198,10 @@ ROUNDS: Final = 4
 
 
 #: An engine whose best is so many times that of the fastest is out of the race.
-HOPELESS: Final = 1.4
+ELIMINATION_FACTOR: Final = 1.4
 
 
-def race(
+def benchmark(
     embedders: Mapping[Key, Embedder],
     model: Model,
     clock: Callable[[], float] = time.perf_counter,
@@ -220,7 +220,7 @@ def race(
             began = clock()
             embedder.embed(batch)
             seconds[key] = min(seconds.get(key, float("inf")), clock() - began)
-        limit = HOPELESS * min(seconds.values(), default=0.0)
+        limit = ELIMINATION_FACTOR * min(seconds.values(), default=0.0)
         running = {key: each for key, each in running.items() if seconds[key] <= limit}
     return seconds
 
@@ -240,7 +240,7 @@ MAX_BYTES: Final = 1024 * 1024
 BF16_MARGIN: Final = 1.1
 
 
-#: Seconds to wait for another node's measurement, which takes some ten.
+#: Seconds to wait for another worker's measurement, which takes some ten.
 LOCK_DEADLINE_S: Final = 120.0
 
 
@@ -294,41 +294,41 @@ def fastest(seconds: Mapping[Candidate, float]) -> Candidate:
     )
 
 
-class Memory:
+class TuningCache:
     """The choices of this machine."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._path = cache_dir / FILE_NAME
 
-    def recall(self, key: str, among: Sequence[Candidate]) -> Candidate | None:
+    def get(self, key: str, among: Sequence[Candidate]) -> Candidate | None:
         """Return what was chosen under this key, if it is still to be had."""
         entry = self._read().get(key)
         found = entry if isinstance(entry, dict) else {}
         shown = {(str(one.engine), str(one.precision)): one for one in among}
         return shown.get((str(found.get("engine")), str(found.get("precision"))))
 
-    def keep(self, key: str, chosen: Candidate, figures: Mapping[str, float]) -> None:
+    def put(self, key: str, chosen: Candidate, figures: Mapping[str, float]) -> None:
         """Remember a choice with what was measured; a file that cannot be written is logged."""
         entry = {"engine": chosen.engine, "precision": chosen.precision, "seconds": dict(figures)}
         content = json.dumps({**self._read(), key: entry}, indent=1)
         try:
             replace_private(self._path, content.encode())
         except OSError as error:
-            log.warning("choice_not_kept path=%s reason=%s", self._path, error.strerror)
+            log.warning("tuning_cache_write_failed path=%s reason=%s", self._path, error.strerror)
 
-    def recall_entry(self, key: str) -> dict[str, object]:
+    def get_entry(self, key: str) -> dict[str, object]:
         """Return whatever is kept under this key; empty for nothing."""
         entry = self._read().get(key)
         return entry if isinstance(entry, dict) else {}
 
-    def keep_entry(self, key: str, entry: Mapping[str, object]) -> bool:
+    def put_entry(self, key: str, entry: Mapping[str, object]) -> bool:
         """Keep something else of this machine; False if the file cannot be written."""
         try:
             with self.lock():
                 content = json.dumps({**self._read(), key: dict(entry)}, indent=1)
                 replace_private(self._path, content.encode())
         except (OSError, TimeoutError) as error:
-            log.warning("choice_not_kept path=%s reason=%s", self._path, error)
+            log.warning("tuning_cache_write_failed path=%s reason=%s", self._path, error)
             return False
         return True
 
@@ -341,7 +341,7 @@ class Memory:
         return False
 
     def lock(self) -> AbstractContextManager[None]:
-        """Let one node measure at a time; the others find its answer."""
+        """Let one worker measure at a time; the others find its answer."""
         return locked(self._path.with_suffix(".lock"), LOCK_DEADLINE_S)
 
     def _read(self) -> dict[str, object]:
@@ -352,9 +352,9 @@ class Memory:
 
 
 def choose(
-    among: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     key: str,
-    memory: Memory,
+    memory: TuningCache,
     measure: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
     """Choose an engine, and say why: ``only``, ``kept``, ``measured`` or ``unmeasured``.
@@ -365,33 +365,33 @@ def choose(
         memory: of this machine.
         measure: returns seconds for each that is proven, leaving out the others.
     """
-    if len(among) == 1:
-        return among[0], "only"
-    kept = memory.recall(key, among)
+    if len(candidates) == 1:
+        return candidates[0], "only"
+    kept = memory.get(key, candidates)
     if kept:
         return kept, "kept"
     if not memory.is_writable():
-        return among[0], "unmeasured"
+        return candidates[0], "unmeasured"
     try:
         with memory.lock():
-            kept = memory.recall(key, among)
-            return (kept, "kept") if kept else _measure(among, key, memory, measure)
+            kept = memory.get(key, candidates)
+            return (kept, "kept") if kept else _measure(candidates, key, memory, measure)
     except TimeoutError:
-        return among[0], "unmeasured"
+        return candidates[0], "unmeasured"
 
 
 def _measure(
-    among: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     key: str,
-    memory: Memory,
+    memory: TuningCache,
     measure: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
-    seconds = measure(among)
+    seconds = measure(candidates)
     if not seconds:
-        return among[-1], "unmeasured"
+        return candidates[-1], "unmeasured"
     chosen = fastest(seconds)
     figures = {f"{one.engine} {one.precision}": took for one, took in seconds.items()}
-    memory.keep(key, chosen, figures)
+    memory.put(key, chosen, figures)
     return chosen, "measured"
 
 

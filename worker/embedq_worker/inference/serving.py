@@ -10,16 +10,16 @@ from typing import Protocol
 
 from embedq.protocol.contract import Accuracy, Device, Precision
 from embedq.protocol.message import EmbedBatch
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 from embedq_worker.engines.base import Engine
-from embedq_worker.errors import NotQuantised
+from embedq_worker.errors import NotQuantized
 from embedq_worker.inference.embedder import Embedder, Vectors
-from embedq_worker.inference.selection import Layout
+from embedq_worker.inference.selection import CpuConfig
 from embedq_worker.inference.selftest import MIN_COSINES, Report
 
 
 @dataclass(frozen=True, slots=True)
-class Proven:
+class VerifiedEngine:
     """An engine that has passed its self-test.
 
     Attributes:
@@ -34,7 +34,7 @@ class Proven:
     embedder: Embedder
     report: Report
     why: str
-    layout: Layout | None = None
+    layout: CpuConfig | None = None
 
     def is_exact(self) -> bool:
         """Say whether this engine may serve class ``exact`` as well."""
@@ -48,7 +48,7 @@ class Proven:
         self.engine.close()
 
 
-class Shadow(Protocol):
+class ShadowCheck(Protocol):
     """Recomputes a text now and then; see embedq_worker.inference.verifier."""
 
     def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
@@ -58,52 +58,52 @@ class Shadow(Protocol):
         """Give back what it computes with."""
 
 
-class Serving:
+class EngineSet:
     """The engines of a process, one for each accuracy class.
 
     Attributes:
-        card: of the model.
-        standard: serves class ``standard``; its engine is what the node announces.
+        model_info: of the model.
+        standard: serves class ``standard``; its engine is what the worker announces.
     """
 
     def __init__(
         self,
-        card: ModelCard,
-        standard: Proven,
-        open_exact: Callable[[], Proven],
-        open_int8: Callable[[], Proven] | None = None,
-        shadow: Shadow | None = None,
+        model_info: ModelInfo,
+        standard: VerifiedEngine,
+        open_exact: Callable[[], VerifiedEngine],
+        open_int8: Callable[[], VerifiedEngine] | None = None,
+        shadow: ShadowCheck | None = None,
     ) -> None:
         """Serve with an engine that is open.
 
         Args:
-            card: of the model.
+            model_info: of the model.
             standard: for class ``standard``, and for ``exact`` if it is good enough.
             open_exact: opens one for ``exact``, asked once and only if a batch wants it.
             open_int8: the same for ``int8``; None where that is not to be had.
             shadow: checks what ``standard`` computes; None where nothing is more trusted.
         """
-        self.card = card
+        self.model_info = model_info
         self.standard = standard
         self._exact = standard if standard.is_exact() else None
         self._open_exact = open_exact
         self._open_int8 = open_int8
-        self._int8: Proven | NotQuantised | None = None
+        self._int8: VerifiedEngine | NotQuantized | None = None
         self._opening = threading.Lock()
         self._shadow = shadow
 
-    def proven_for(self, accuracy: Accuracy) -> Proven:
+    def engine_for(self, accuracy: Accuracy) -> VerifiedEngine:
         """Return what serves an accuracy class, opened now if it was not.
 
         Raises:
-            NotQuantised: there is nothing to be trusted for ``int8``; asked again, nothing changes.
+            NotQuantized: there is nothing to be trusted for ``int8``; asked again, nothing changes.
             EngineError: it does not open, or fails its self-test.
         """
         if accuracy is Accuracy.STANDARD:
             return self.standard
         with self._opening:
             if accuracy is Accuracy.INT8:
-                return self._proven_int8()
+                return self._open_int8_engine()
             if self._exact is None:
                 self._exact = self._open_exact()
             return self._exact
@@ -111,7 +111,7 @@ class Serving:
     def totals(self) -> dict[str, float]:
         """Return what all engines have computed, as names and numbers."""
         opened = (self.standard, self._exact, self._int8)
-        engines = {id(proven): proven for proven in opened if isinstance(proven, Proven)}
+        engines = {id(proven): proven for proven in opened if isinstance(proven, VerifiedEngine)}
         summed: Counter[str] = Counter()
         for proven in engines.values():
             summed.update(asdict(proven.embedder.meter.totals()))
@@ -126,15 +126,15 @@ class Serving:
         if self._shadow is not None:
             self._shadow.check(batch, vectors)
 
-    def _proven_int8(self) -> Proven:
+    def _open_int8_engine(self) -> VerifiedEngine:
         if self._int8 is None:
             try:
                 if self._open_int8 is None:
-                    raise NotQuantised("This node does not compute in int8.")
+                    raise NotQuantized("This worker does not compute in int8.")
                 self._int8 = self._open_int8()
-            except NotQuantised as error:
+            except NotQuantized as error:
                 self._int8 = error
-        if isinstance(self._int8, NotQuantised):
+        if isinstance(self._int8, NotQuantized):
             raise self._int8
         return self._int8
 
@@ -142,7 +142,7 @@ class Serving:
         """Give the devices back."""
         if self._shadow is not None:
             self._shadow.close()
-        if isinstance(self._int8, Proven) and self._int8 is not self.standard:
+        if isinstance(self._int8, VerifiedEngine) and self._int8 is not self.standard:
             self._int8.close()
         if self._exact is not None and self._exact is not self.standard:
             self._exact.close()

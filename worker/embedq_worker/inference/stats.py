@@ -47,7 +47,7 @@ class EngineStats:
         return self.tokens / self.computed_tokens if self.computed_tokens else 1.0
 
 
-class Meter:
+class EngineMeter:
     """Measures the inferences of an engine, or of one call of it; any thread may call it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -55,17 +55,17 @@ CHARACTER_BYTES: Final = 8
 
 #: New words that the library is asked for as one text, and the sign between them: each by itself
 #: takes twice as long.
-TOGETHER: Final = 64
+GROUP_SIZE: Final = 64
 
 
-BETWEEN: Final = ","
+SEPARATOR: Final = ","
 
 
 #: Gives the ids of each text.
 Library = Callable[[Sequence[str]], Iterable[list[int]]]
 
 
-class Words:
+class WordCache:
     """The words met so far, with their ids; any thread may ask."""
 
     def __init__(self, library: Library, added: Iterable[str]) -> None:
@@ -79,7 +79,7 @@ class Words:
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         signs = list(string.punctuation)
         ids = list(library(signs))
-        self._between = ids[signs.index(BETWEEN)]
+        self._between = ids[signs.index(SEPARATOR)]
         self._signs = {"": b"", **dict(zip(signs, map(as_bytes, ids), strict=True))}
         self._known = dict(self._signs)
         self._bytes = 0
@@ -91,7 +91,7 @@ class Words:
             Exception: whatever the library raises.
         """
         split = [self._split(text) for text in texts]
-        ids_of = self._knowing(set().union(*split)).__getitem__
+        ids_of = self._ids_of(set().union(*split)).__getitem__
         return [b"".join(map(ids_of, words)) for words in split]
 
     def _split(self, text: str) -> list[str]:
@@ -102,7 +102,7 @@ class Words:
                 text = text.replace(split, spaced)
         return text.split(" ")
 
-    def _knowing(self, words: set[str]) -> dict[str, bytes]:
+    def _ids_of(self, words: set[str]) -> dict[str, bytes]:
         """Return what is known, these words included."""
         known = self._known
         unknown = list(words.difference(known))
@@ -118,8 +118,8 @@ class Words:
         texts = [text for text in unknown if WHOLE.search(text)]
         words = [word for word in unknown if not WHOLE.search(word)]
         yield from zip(texts, map(as_bytes, self._library(texts)), strict=True)
-        groups = [words[at : at + TOGETHER] for at in range(0, len(words), TOGETHER)]
-        joined = self._library([BETWEEN.join(group) for group in groups])
+        groups = [words[at : at + GROUP_SIZE] for at in range(0, len(words), GROUP_SIZE)]
+        joined = self._library([SEPARATOR.join(group) for group in groups])
         for group, ids in zip(groups, joined, strict=True):
             parts = list(self._part(ids))
             if len(parts) != len(group):  # a word of theirs looks like the sign between them
@@ -189,7 +189,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         # Those that are normalized are looked for in what the normalizer left of a text.
         if _splits_into_words(self._tokenizer) and not any(one.normalized for one in added):
-            self._words = Words(self._ask, [one.content for one in added])
+            self._words = WordCache(self._ask, [one.content for one in added])
 
     def require_below(self, limit: int) -> None:
         """Check that no token has this number or a greater one.

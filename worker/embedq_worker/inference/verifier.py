@@ -2,7 +2,7 @@
 
 What the golden texts should give: computed once in fp32 by onnxruntime, then kept.
 
-The file lies beside the compiled models of the same model, so that a node whose engine is proven
+The file lies beside the compiled models of the same model, so that a worker whose engine is proven
 needs neither onnxruntime nor the graph for its next start.
 
 Proves engines: asks each the golden texts before it may serve, and keeps what is trusted.
@@ -32,13 +32,13 @@ from embedq.protocol.contract import Accuracy
 from embedq.protocol.message import EmbedBatch
 from embedq_worker.engines.base import Engine
 from embedq_worker.engines.factory import open_engine
-from embedq_worker.errors import EngineError, InferFailed, ModelError, Reason
+from embedq_worker.errors import EngineError, FailureReason, InferFailed, ModelError
 from embedq_worker.files import read_private, replace_private
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET, Layout
+from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET, CpuConfig
 from embedq_worker.inference.selftest import GOLDEN, MIN_COSINES
-from embedq_worker.inference.serving import Proven
+from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import WorkerSettings
@@ -89,7 +89,7 @@ def _load(path: Path, shape: tuple[int, int]) -> Vectors | None:
         return None
     digest, body = found[:DIGEST_BYTES], found[DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:
-        log.warning("reference_refused path=%s", path)
+        log.warning("reference_invalid path=%s", path)
         return None
     vectors: Vectors = np.load(io.BytesIO(body), allow_pickle=False)
     return vectors if vectors.shape == shape and vectors.dtype == np.float32 else None
@@ -103,10 +103,10 @@ def _keep(path: Path, vectors: Vectors) -> None:
     try:
         replace_private(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
-        log.debug("reference_not_kept path=%s reason=%s", path, error.strerror)
+        log.debug("reference_write_failed path=%s reason=%s", path, error.strerror)
 
 
-class Prover:
+class EngineVerifier:
     """Proves engines for one model.
 
     Attributes:
@@ -120,14 +120,14 @@ class Prover:
         self._settings = settings
         self._model = model
 
-    def prove(
+    def verify(
         self,
         engine: Engine,
         accuracy: Accuracy,
         reference: Vectors | None,
         why: str,
-        layout: Layout | None = None,
-    ) -> Proven:
+        layout: CpuConfig | None = None,
+    ) -> VerifiedEngine:
         """Ask an engine the golden texts; one that fails is closed.
 
         Raises:
@@ -137,7 +137,7 @@ class Prover:
         budget = budget or DEFAULT_TOKEN_BUDGET
         embedder = Embedder(self.tokenizer, engine, token_budget=budget)
         report = selftest.run(embedder, self._model, reference, accuracy)
-        proven = Proven(engine, embedder, report, why, layout)
+        proven = VerifiedEngine(engine, embedder, report, why, layout)
         log.info(
             "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
             "max_deviation=%.1e inversions=%d seconds=%.2f",
@@ -152,7 +152,9 @@ class Prover:
         )
         if not report.passed:
             proven.close()
-            raise EngineError(f"The self-test failed: {report.reason}", Reason.SELFTEST_FAILED)
+            raise EngineError(
+                f"The self-test failed: {report.reason}", FailureReason.SELFTEST_FAILED
+            )
         return proven
 
     def reference(self) -> Vectors:
@@ -163,14 +165,14 @@ class Prover:
         """
         return load_or_make(self._model, self._settings.cache_dir, self._make_reference)
 
-    def open_reference(self) -> Proven:
+    def open_reference(self) -> VerifiedEngine:
         """Open what every other engine is compared with: onnxruntime in fp32, on one core.
 
         Raises:
             EngineError: it does not open, or fails its self-test.
         """
         engine = open_engine("onnxruntime", self._model, 1)
-        return self.prove(engine, Accuracy.EXACT, None, "reference")
+        return self.verify(engine, Accuracy.EXACT, None, "reference")
 
     def _make_reference(self) -> Vectors:
         proven = self.open_reference()
@@ -180,10 +182,10 @@ class Prover:
             proven.close()
 
 
-class Shadow:
+class ShadowCheck:
     """Recomputes a text now and then."""
 
-    def __init__(self, every: int, open_reference: Callable[[], Proven]) -> None:
+    def __init__(self, every: int, open_reference: Callable[[], VerifiedEngine]) -> None:
         """Check one text in ``every`` batches.
 
         Args:
@@ -192,7 +194,7 @@ class Shadow:
         """
         self._every = every
         self._open_reference = open_reference
-        self._reference: Proven | None = None
+        self._reference: VerifiedEngine | None = None
         self._batches = 0
 
     def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
@@ -226,7 +228,7 @@ class Shadow:
                 f"A text recomputed in fp32 has cosine {cosine:.5f} to the device's vector; the "
                 f"floor of class {batch.spec.accuracy} is {floor}. The device computes wrong "
                 "vectors.",
-                Reason.WRONG_SHADOW,
+                FailureReason.SHADOW_MISMATCH,
             )
 
     def _expected(self, alone: EmbedBatch) -> Vectors | None:
@@ -237,7 +239,7 @@ class Shadow:
             vectors, _ = self._reference.embedder.embed(alone)
         except (EngineError, ModelError) as error:
             # The shadow's own trouble is no sign against the device.
-            log.error("shadow_off reason=%s", error)
+            log.error("shadow_check_disabled reason=%s", error)
             self._every = 0
             return None
         found: Vectors = vectors[0]

@@ -1,4 +1,4 @@
-"""The Celery app of a node; every option with its reason."""
+"""The Celery app of a worker; every option with its reason."""
 
 from __future__ import annotations
 
@@ -9,20 +9,32 @@ from kombu import Queue as KombuQueue
 
 from embedq.protocol.contract import Queue
 from embedq_worker.main_process import transport
-from embedq_worker.main_process.bootsteps import HearOperator, RenewLeases, ShowPulse, TellFleet
-from embedq_worker.main_process.consumer import MissChild, ServeQueues
+from embedq_worker.main_process.bootsteps import (
+    ControlStep,
+    HeartbeatStep,
+    LeaseRenewalStep,
+    LivenessStep,
+)
+from embedq_worker.main_process.consumer import PoolMaintenanceStep, QueueConsumptionStep
 from embedq_worker.settings import WorkerSettings
 
 
 def add_steps(app: Any) -> None:
     """Add the steps to an app."""
     app.steps["consumer"].update(
-        (ServeQueues, RenewLeases, MissChild, TellFleet, HearOperator, ShowPulse)
+        (
+            QueueConsumptionStep,
+            LeaseRenewalStep,
+            PoolMaintenanceStep,
+            HeartbeatStep,
+            ControlStep,
+            LivenessStep,
+        )
     )
 
 
 def build_app(settings: WorkerSettings) -> Celery:
-    """Build the app of a node from its settings."""
+    """Build the app of a worker from its settings."""
     transport.install()
     app = Celery("embedq_worker", set_as_current=True)
     app.conf.update(_options(settings))
@@ -34,9 +46,10 @@ def build_app(settings: WorkerSettings) -> Celery:
 
 
 def _options(settings: WorkerSettings) -> dict[str, Any]:
+    committer = "embedq_worker.pool_process.commit:ResultCommitter"
     return {
         "broker_url": settings.broker_url,
-        "result_backend": f"embedq_worker.pool_process.commit:LedgerBackend+{settings.results_url}",
+        "result_backend": f"{committer}+{settings.results_url}",
         "include": ["embedq_worker.pool_process.tasks"],
         "worker_consumer": "embedq_worker.main_process.consumer:Consumer",
         "task_queues": [KombuQueue(str(name)) for name in Queue],
@@ -51,7 +64,7 @@ def _options(settings: WorkerSettings) -> dict[str, Any]:
         "task_retry_on_worker_lost": True,
         # Used only if publishing that retry fails.
         "task_reject_on_worker_lost": True,
-        # Exactly one batch in hand: a second would wait here while another node idles.
+        # Exactly one batch in hand: a second would wait here while another worker idles.
         "worker_prefetch_multiplier": 1,
         "worker_concurrency": 1,
         "worker_pool": "prefork",
@@ -85,10 +98,10 @@ def _options(settings: WorkerSettings) -> dict[str, Any]:
         "broker_connection_max_retries": None,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
-            # How soon a dead node's batch is noticed once its lease has run out.
+            # How soon a dead worker's batch is noticed once its lease has run out.
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
-            # The default of 300 s blocks recovery when a node dies inside the sweep.
+            # The default of 300 s blocks recovery when a worker dies inside the sweep.
             "unacked_mutex_expire": 30,
             # Without it a publish on a dead connection blocks for ever.
             "socket_timeout": 30,

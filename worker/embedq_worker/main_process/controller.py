@@ -1,8 +1,8 @@
 """Decide which queues to consume and when to replace the pool process.
 
-How a node is, from what its child says of itself and what its parent thinks of the NPU. Pure.
+How a worker is, from what its child says of itself and what its parent thinks of the NPU. Pure.
 
-What a node does about its NPU and its child, decided in the parent.
+What a worker does about its NPU and its child, decided in the parent.
 
 A child tells how it is, and may die, hang or be wrong at any moment; the clock goes on, probes come
 back, and an operator may want something else. The guard looks at all of it a few times a second and
@@ -17,35 +17,37 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from embedq.protocol.contract import Device, Queue
-from embedq.protocol.worker import State
+from embedq.protocol.worker import WorkerState
 from embedq_worker.device.placement import Placement
-from embedq_worker.errors import Reason
+from embedq_worker.errors import FailureReason
 from embedq_worker.exit_codes import CRASH_LOOP, ENGINE, FAILURE
 from embedq_worker.main_process.device_health import (
-    AWAY,
     OPERATOR,
-    Deaths,
-    Health,
-    Rules,
+    UNHEALTHY,
+    CrashLoopDetector,
+    DeviceHealth,
+    ProbeBackoff,
     queues_for,
 )
-from embedq_worker.main_process.probe import Finding, Probe
-from embedq_worker.main_process.status import NodeState
+from embedq_worker.main_process.probe import DeviceProbe, ProbeResult
+from embedq_worker.main_process.status import WorkerStatus
 from embedq_worker.settings import WorkerSettings
 
 
-def standing(child: NodeState, health: Health, *, leaves: bool, held: bool) -> NodeState:
-    """Return how a node is, for itself and for everybody else.
+def merge_status(
+    child: WorkerStatus, health: DeviceHealth, *, leaves: bool, held: bool
+) -> WorkerStatus:
+    """Return how a worker is, for itself and for everybody else.
 
     Args:
         child: what the child says.
-        health: what the node thinks of its NPU.
+        health: what the worker thinks of its NPU.
         leaves: the child has been ended, or will be as soon as it holds no batch.
-        held: an operator keeps the node as it is.
+        held: an operator keeps the worker as it is.
     """
-    if health.state in AWAY:
+    if health.state in UNHEALTHY:
         state = child
-        if child.state is State.STARTING or leaves:
+        if child.state is WorkerState.STARTING or leaves:
             # Its replacement is on the way; nothing computes.
             state = replace(child, device="", engine="", precision="")
         return replace(
@@ -53,29 +55,29 @@ def standing(child: NodeState, health: Health, *, leaves: bool, held: bool) -> N
             state=health.state,
             code=health.code,
             reason=health.reason,
-            since=health.since,
-            count=health.count,
-            probe_at=0.0 if health.probe_at == float("inf") else health.probe_at,
-            may_return=health.may_return or held,
+            state_since=health.state_since,
+            failure_count=health.failure_count,
+            next_probe_at=0.0 if health.next_probe_at == float("inf") else health.next_probe_at,
+            will_retry=health.will_retry or held,
         )
     if leaves:
-        return replace(child, state=State.STARTING, device="", engine="", precision="")
-    return replace(child, count=health.count)
+        return replace(child, state=WorkerState.STARTING, device="", engine="", precision="")
+    return replace(child, failure_count=health.failure_count)
 
 
 log = logging.getLogger("embedq.worker")
 
 
 #: Starts a probe: deadline in seconds, now in monotonic seconds.
-StartProbe = Callable[[float, float], Probe]
+StartProbe = Callable[[float, float], DeviceProbe]
 
 
-class Guard:
-    """Guards one node.
+class WorkerController:
+    """Guards one worker.
 
     Attributes:
         placement: where the next child is to open its engine; None lets it find out.
-        ends_with: exit code, once the node must end; 0 while it need not.
+        ends_with: exit code, once the worker must end; 0 while it need not.
         replaces: process id of a child that is to be replaced as soon as it holds no batch.
         kills: process id of a child that is to be ended at once.
         paused: an operator has paused the fleet.
@@ -86,41 +88,41 @@ class Guard:
         self,
         settings: WorkerSettings,
         placement: Placement | None,
-        start_probe: StartProbe = Probe,
+        start_probe: StartProbe = DeviceProbe,
     ) -> None:
         self.placement = placement
-        self._home = None if placement is None or placement.degraded else placement
-        self.ends_with = 0
-        self.replaces = 0
-        self.kills = 0
+        self._assigned = None if placement is None or placement.degraded else placement
+        self.exit_code = 0
+        self.drain_pid = 0
+        self.kill_pid = 0
         self._settings = settings
         self._start_probe = start_probe
-        self._rules = Rules(
-            settings.probe_first_s, settings.probe_longest_s, settings.probe_settle_s
+        self._backoff = ProbeBackoff(
+            settings.probe_initial_delay_s, settings.probe_max_delay_s, settings.probe_reset_after_s
         )
-        self._deaths = Deaths(settings.crash_loop_deaths, settings.crash_loop_window_s)
-        self._probe: Probe | None = None
+        self._deaths = CrashLoopDetector(settings.crash_loop_limit, settings.crash_loop_window_s)
+        self._probe: DeviceProbe | None = None
         self._ended = self._starting = 0
         self._starting_since_s = 0.0
         self._was_proven = self._served = False
-        self._held = self._strays = False
-        self._ends_because = ""
-        self._child: NodeState | None = None
+        self._held = self._kill_first_child = False
+        self._exit_reason = ""
+        self._child: WorkerStatus | None = None
         self._began = time.time()
-        self._health = Health()
+        self._health = DeviceHealth()
         self.paused = False
         self.pace_s = 0.0
         if placement is not None and placement.degraded:
-            self._health = Health().degraded(
-                Reason.CRASH_LOOP, placement.reason, self._began, self._rules
+            self._health = DeviceHealth().degraded(
+                FailureReason.CRASH_LOOP, placement.reason, self._began, self._backoff
             )
 
     @property
-    def health(self) -> Health:
-        """What the node thinks of its NPU."""
+    def health(self) -> DeviceHealth:
+        """What the worker thinks of its NPU."""
         return self._health
 
-    def look(self, child: NodeState | None, now: float, now_s: float) -> None:
+    def update(self, child: WorkerStatus | None, now: float, now_s: float) -> None:
         """Take note of everything, and decide.
 
         Args:
@@ -130,61 +132,68 @@ class Guard:
             now_s: seconds on a clock that never goes back.
         """
         child = self._child = child or self._child
-        self._served = self._served or (child is not None and child.state is State.HEALTHY)
+        self._served = self._served or (child is not None and child.state is WorkerState.HEALTHY)
         self._deaths.note(child, now_s, ended=self._ended)
-        if child is not None and self._strays:
-            self._strays, self.kills = False, child.pid  # it was sent to the NPU before the order
-        elif child is not None and child.pid == self.replaces:
+        if child is not None and self._kill_first_child:
+            self._kill_first_child, self.kill_pid = (
+                False,
+                child.pid,
+            )  # it was sent to the NPU before the order
+        elif child is not None and child.pid == self.drain_pid:
             if self._hangs(child, now_s):
-                self.kills = child.pid
+                self.kill_pid = child.pid
         elif child is not None and child.pid != self._ended:
             self._judge(child, now, now_s)
         self._watch_probe(now, now_s)
 
-    def wanted(self) -> tuple[Queue, ...]:
+    def queues_to_consume(self) -> tuple[Queue, ...]:
         """Return the queues to consume now."""
-        if self.replaces or self.kills:
+        if self.drain_pid or self.kill_pid:
             return ()
-        return queues_for(self.shown(), helps=self._settings.help_npu, paused=self.paused)
+        return queues_for(
+            self.status(), helps=self._settings.cpu_serves_npu_queue, paused=self.paused
+        )
 
-    def shown(self) -> NodeState:
-        """Return how the node is, for itself and for everybody else."""
+    def status(self) -> WorkerStatus:
+        """Return how the worker is, for itself and for everybody else."""
         if self._child is None:
-            return NodeState(State.STARTING, self._began, 0)
-        leaves = self._child.pid in (self.replaces, self._ended)
-        return standing(self._child, self._health, leaves=leaves, held=self._held)
+            return WorkerStatus(WorkerState.STARTING, self._began, 0)
+        leaves = self._child.pid in (self.drain_pid, self._ended)
+        return merge_status(self._child, self._health, leaves=leaves, held=self._held)
 
-    def last_words(self) -> NodeState | None:
-        """Return how a node that gives up is; None for one that leaves in good order or returns."""
-        if not self.ends_with or self.ends_with == FAILURE:
+    def final_status(self) -> WorkerStatus | None:
+        """Return how a worker that gives up is; None for one that leaves in good order or
+        returns.
+        """
+        if not self.exit_code or self.exit_code == FAILURE:
             return None
         last = replace(
-            self.shown(), device="", engine="", precision="", card=None, may_return=False
+            self.status(), device="", engine="", precision="", model_info=None, will_retry=False
         )
-        code = last.code if self.ends_with == ENGINE else Reason.CRASH_LOOP
-        return last.now(State.FAILED, self._ends_because, code)
+        code = last.code if self.exit_code == ENGINE else FailureReason.CRASH_LOOP
+        return last.transition(WorkerState.FAILED, self._exit_reason, code)
 
     def replaced(self, pid: int) -> None:
         """Take note that a child was ended because this guard said so."""
-        self._ended, self.replaces, self.kills = pid, 0, 0
+        self._ended, self.drain_pid, self.kill_pid = pid, 0, 0
 
-    def hold(self, reason: str, now: float) -> None:
+    def disable_npu(self, reason: str, now: float) -> None:
         """Do as an operator wants: keep off the NPU, or out of all queues where there is none."""
         if self._held and self._health.reason == reason:
             return
         self._held = True
         self._degrade(OPERATOR, reason, now)
 
-    def release(self, now: float) -> None:
-        """Do as an operator wants: trust the node again, once it has proven itself."""
+    def enable_npu(self, now: float) -> None:
+        """Do as an operator wants: trust the worker again, once it has proven itself."""
         self._held = False
-        if self._health.state is not State.DEGRADED:
+        if self._health.state is not WorkerState.DEGRADED:
             return
         if self._has_npu:
-            self._health = self._health.recovered(now)
+            self._health = self._health.probe_now(now)
         else:
-            self._health = Health()
-        log.warning("recovering node=%s", self._settings.name)
+            self._health = DeviceHealth()
+        log.warning("device_recovery_requested worker=%s", self._settings.name)
 
     def stop(self) -> None:
         """End a probe that is under way."""
@@ -193,76 +202,76 @@ class Guard:
             self._probe = None
 
     @property
-    def distrusts_npu(self) -> bool:
+    def npu_unhealthy(self) -> bool:
         """Whether a batch that comes back now should go to the CPU."""
-        return self._has_npu and self._health.state in AWAY
+        return self._has_npu and self._health.state in UNHEALTHY
 
     @property
     def _has_npu(self) -> bool:
         if self.placement is not None:
-            return self.placement.home is Device.NPU
-        return self._child is not None and self._child.home == Device.NPU
+            return self.placement.assigned_device is Device.NPU
+        return self._child is not None and self._child.assigned_device == Device.NPU
 
     @property
     def _is_settled(self) -> bool:
         """Whether nothing else is under way that a probe would hold up."""
         child = self._child
-        if child is None or child.state is State.STARTING or child.pid == self._ended:
+        if child is None or child.state is WorkerState.STARTING or child.pid == self._ended:
             return False
-        return not (self.replaces or self.kills or self._held)
+        return not (self.drain_pid or self.kill_pid or self._held)
 
     @property
     def _on_npu(self) -> bool:
         """Whether the child that is there was sent to the NPU."""
         return self._has_npu and not (self.placement is not None and self.placement.degraded)
 
-    def _judge(self, child: NodeState, now: float, now_s: float) -> None:
-        if child.state is State.FAILED:
+    def _judge(self, child: WorkerStatus, now: float, now_s: float) -> None:
+        if child.state is WorkerState.FAILED:
             self._init_failed(child, now)
         elif not self._on_npu:
             if self._deaths.is_early_loop:
                 self._end(CRASH_LOOP, "its child died again and again before it was ready")
-            elif self._has_npu and child.state is State.HEALTHY:
-                self.replaces = child.pid  # it opened the NPU before that was given up
-        elif self._held and child.state is not State.DEGRADED:
+            elif self._has_npu and child.state is WorkerState.HEALTHY:
+                self.drain_pid = child.pid  # it opened the NPU before that was given up
+        elif self._held and child.state is not WorkerState.DEGRADED:
             self._degrade(OPERATOR, self._health.reason, now)  # it said too late where it is
         elif self._deaths.is_loop:
-            deaths, window_s = self._settings.crash_loop_deaths, self._settings.crash_loop_window_s
+            deaths, window_s = self._settings.crash_loop_limit, self._settings.crash_loop_window_s
             if self._settings.strict and not self._was_proven:
                 self._end(CRASH_LOOP, "its child died again and again before it was ready")
             else:
                 reason = f"Its process died {deaths} times in {window_s:g} s."
-                self._degrade(Reason.CRASH_LOOP, reason, now)
-        elif child.state is State.DEGRADED and child.code:
+                self._degrade(FailureReason.CRASH_LOOP, reason, now)
+        elif child.state is WorkerState.DEGRADED and child.code:
             self._degrade(child.code, child.reason, now)
-        elif child.state is State.STARTING:
+        elif child.state is WorkerState.STARTING:
             self._watch_start(child, now, now_s)
         elif self._hangs(child, now_s):
             self._degrade(
-                Reason.DEADLINE,
-                f"The engine took longer than {self._settings.engine_deadline_s:g} s for a batch.",
+                FailureReason.DEADLINE,
+                f"The engine took longer than {self._settings.engine_timeout_s:g} s for a batch.",
                 now,
             )
-            self.kills = child.pid
-        elif child.state is State.HEALTHY:
+            self.kill_pid = child.pid
+        elif child.state is WorkerState.HEALTHY:
             self._was_proven = True
             self.pace_s = child.pace_s or self.pace_s
-            if self._health.state is not State.HEALTHY:
-                self._health = self._health.proven(now)
+            if self._health.state is not WorkerState.HEALTHY:
+                self._health = self._health.on_verified(now)
 
-    def _hangs(self, child: NodeState, now_s: float) -> bool:
-        return 0 < child.busy_since < now_s - self._settings.engine_deadline_s
+    def _hangs(self, child: WorkerStatus, now_s: float) -> bool:
+        return 0 < child.busy_since < now_s - self._settings.engine_timeout_s
 
-    def _init_failed(self, child: NodeState, now: float) -> None:
+    def _init_failed(self, child: WorkerStatus, now: float) -> None:
         strict = self._settings.strict and not self._was_proven
         if self._on_npu and not strict:
-            self._degrade(child.code or Reason.INIT_FAILED, child.reason, now)
+            self._degrade(child.code or FailureReason.INIT_FAILED, child.reason, now)
         else:
             # Where it has worked before, a fresh start may mend it; if not, that one is the last.
             self._end(FAILURE if self._served else ENGINE, child.reason)
 
-    def _watch_start(self, child: NodeState, now: float, now_s: float) -> None:
-        budget_s = self._settings.init_budget_s
+    def _watch_start(self, child: WorkerStatus, now: float, now_s: float) -> None:
+        budget_s = self._settings.init_timeout_s
         if child.pid != self._starting:
             # Not by the time of day, which jumps when a clock is set and when a laptop wakes up.
             self._starting, self._starting_since_s = child.pid, now_s
@@ -272,64 +281,68 @@ class Guard:
         if self._settings.strict and not self._was_proven:
             self._end(ENGINE, reason)
         else:
-            self._degrade(Reason.INIT_DEADLINE, reason, now)
+            self._degrade(FailureReason.INIT_TIMEOUT, reason, now)
 
     def _degrade(self, code: str, reason: str, now: float) -> None:
         before = self._health
-        self._health = before.degraded(code, reason, now, self._rules, proven=self._was_proven)
+        self._health = before.degraded(code, reason, now, self._backoff, proven=self._was_proven)
         if self._health == before:
             return
         log.error(
-            "degraded node=%s code=%s count=%d probe_in_s=%s reason=%s",
+            "degraded worker=%s code=%s count=%d probe_in_s=%s reason=%s",
             self._settings.name,
             code,
-            self._health.count,
+            self._health.failure_count,
             "never"
-            if self._health.probe_at == float("inf")
-            else f"{self._health.probe_at - now:.1f}",
+            if self._health.next_probe_at == float("inf")
+            else f"{self._health.next_probe_at - now:.1f}",
             reason,
         )
         self.stop()
         if self._on_npu:
             self._deaths.forget()  # the next children run elsewhere
             self.placement = Placement(Device.CPU, Device.NPU, reason)
-            self._strays = self._child is None
-            if self._child is not None and self._child.state is State.STARTING:
+            self._kill_first_child = self._child is None
+            if self._child is not None and self._child.state is WorkerState.STARTING:
                 # A batch may wait for it to be ready, which it may never be.
-                self.kills = self._child.pid
+                self.kill_pid = self._child.pid
             elif self._child is not None:
-                self.replaces = self._child.pid
+                self.drain_pid = self._child.pid
 
     def _watch_probe(self, now: float, now_s: float) -> None:
         if self._probe is None:
             if self._has_npu and self._is_settled and self._health.probe_due(now):
-                log.info("probing node=%s count=%d", self._settings.name, self._health.count)
+                log.info(
+                    "probing worker=%s count=%d", self._settings.name, self._health.failure_count
+                )
                 self._health = self._health.probing()
-                self._probe = self._start_probe(self._settings.init_budget_s, now_s)
+                self._probe = self._start_probe(self._settings.init_timeout_s, now_s)
             return
         finding = self._probe.poll(now_s)
         if finding is not None:
             self._probe = None
             self._probed(finding, now)
 
-    def _probed(self, finding: Finding, now: float) -> None:
+    def _probed(self, finding: ProbeResult, now: float) -> None:
         if not finding.passed:
-            self._health = self._health.probe_failed(finding.code, finding.reason, now, self._rules)
+            self._health = self._health.probe_failed(
+                finding.code, finding.reason, now, self._backoff
+            )
             log.warning(
-                "probe_failed node=%s code=%s count=%d probe_in_s=%.1f reason=%s",
+                "probe_failed worker=%s code=%s count=%d probe_in_s=%.1f reason=%s",
                 self._settings.name,
                 finding.code,
-                self._health.count,
-                self._health.probe_at - now,
+                self._health.failure_count,
+                self._health.next_probe_at - now,
                 finding.reason,
             )
             return
-        log.info("probe_passed node=%s seconds=%.2f", self._settings.name, finding.seconds)
-        self._health = self._health.returning()
-        self.placement = self._home
-        self.replaces = self._child.pid if self._child else 0
+        log.info("probe_passed worker=%s seconds=%.2f", self._settings.name, finding.seconds)
+        self._health = self._health.on_probe_passed()
+        self.placement = self._assigned
+        self.drain_pid = self._child.pid if self._child else 0
 
     def _end(self, code: int, reason: str) -> None:
-        if not self.ends_with:
-            log.error("node_ends node=%s reason=%s", self._settings.name, reason)
-            self.ends_with, self._ends_because = code, reason
+        if not self.exit_code:
+            log.error("worker_shutdown worker=%s reason=%s", self._settings.name, reason)
+            self.exit_code, self._exit_reason = code, reason

@@ -1,6 +1,6 @@
 """One look at the NPU by a process that lives no longer: is it back?
 
-A plugin initialises its driver once for each process, so only a fresh one can see a device that
+A plugin initializes its driver once for each process, so only a fresh one can see a device that
 has come back. It holds the device's lock while it looks, proves the engine as a child would, says
 what it found as one line of JSON, and ends.
 """
@@ -14,7 +14,7 @@ import sys
 from typing import NamedTuple
 
 
-class Finding(NamedTuple):
+class ProbeResult(NamedTuple):
     """What a probe found.
 
     Attributes:
@@ -29,7 +29,7 @@ class Finding(NamedTuple):
     seconds: float = 0.0
 
 
-class Probe:
+class DeviceProbe:
     """A probe under way, watched from an event loop."""
 
     def __init__(self, deadline_s: float, now_s: float) -> None:
@@ -47,24 +47,24 @@ class Probe:
             stdout=subprocess.PIPE,
         )
 
-    def poll(self, now_s: float) -> Finding | None:
+    def poll(self, now_s: float) -> ProbeResult | None:
         """Return what it found, or None while it looks."""
         status = self._process.poll()
         if status is None and now_s < self._until:
             return None
         if status is None:
             self.stop()
-            return Finding(
-                False, "init_deadline", f"The probe took longer than {self._deadline_s:g} s."
+            return ProbeResult(
+                False, "init_timeout", f"The probe took longer than {self._deadline_s:g} s."
             )
         # A line is far shorter than a pipe, so the process never waited for us to read.
         out = self._process.stdout.read() if self._process.stdout else b""
         self.stop()
         try:
-            return Finding(**json.loads(out.splitlines()[-1]))
+            return ProbeResult(**json.loads(out.splitlines()[-1]))
         except (ValueError, TypeError, IndexError):
             how = f"signal {-status}" if status < 0 else f"status {status}"
-            return Finding(False, "init_failed", f"The probe ended with {how}.")
+            return ProbeResult(False, "init_failed", f"The probe ended with {how}.")
 
     def stop(self) -> None:
         """End the process."""

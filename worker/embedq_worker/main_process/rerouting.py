@@ -22,8 +22,8 @@ from celery.worker.request import Request
 
 from embedq.protocol.contract import PUBLISHED_HEADER, Queue
 from embedq.protocol.message import Header, message_headers
-from embedq_worker.main_process.controller import Guard
-from embedq_worker.main_process.status import TALLY
+from embedq_worker.main_process.controller import WorkerController
+from embedq_worker.main_process.status import COUNTERS
 
 log = logging.getLogger("embedq.worker")
 
@@ -32,12 +32,12 @@ log = logging.getLogger("embedq.worker")
 KEPT: Final = (PUBLISHED_HEADER, "traceparent", "tracestate")
 
 
-def process_name(node: str, pid: object) -> str:
+def process_name(worker: str, pid: object) -> str:
     """Name a process of the fleet."""
-    return f"{node}:{pid}"
+    return f"{worker}:{pid}"
 
 
-def may_reroute(queue: str, body: Mapping[str, Any]) -> bool:
+def can_reroute(queue: str, body: Mapping[str, Any]) -> bool:
     """Tell whether a batch of this queue may be handed to the CPU."""
     return queue == Queue.NPU and not body.get("rerouted")
 
@@ -50,7 +50,7 @@ def kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: headers[name] for name in KEPT if headers.get(name) is not None}
 
 
-def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
+def republish_to_cpu(task: Any, request: Any, body: Mapping[str, Any]) -> None:
     """Publish a batch to the CPU queue under the id that it has.
 
     Raises:
@@ -63,10 +63,10 @@ def publish(task: Any, request: Any, body: Mapping[str, Any]) -> None:
         headers=kept_headers(vars(request)),
     )
     again.apply_async()
-    TALLY.rerouted += 1
+    COUNTERS.rerouted += 1
 
 
-def hand_over(task: Any, body: Any, code: str, reason: str) -> NoReturn:
+def reroute_or_requeue(task: Any, body: Any, code: str, reason: str) -> NoReturn:
     """Give the batch in hand away, from the process that was to embed it.
 
     Raises:
@@ -75,14 +75,14 @@ def hand_over(task: Any, body: Any, code: str, reason: str) -> NoReturn:
     """
     job, index = Header.address(body) or ("", -1)
     queue = (task.request.delivery_info or {}).get("routing_key", "")
-    if not may_reroute(queue, body):
-        log.warning("batch_handed_back job=%s index=%d queue=%s code=%s", job, index, queue, code)
+    if not can_reroute(queue, body):
+        log.warning("batch_requeued job=%s index=%d queue=%s code=%s", job, index, queue, code)
         raise Reject(reason, requeue=True)
     try:
-        publish(task, task.request, body)
+        republish_to_cpu(task, task.request, body)
     except Exception as error:  # whatever it is: the message must stay ours
         log.warning(
-            "batch_handed_back job=%s index=%d code=%s reason=%s",
+            "batch_requeued job=%s index=%d code=%s reason=%s",
             job,
             index,
             code,
@@ -94,7 +94,7 @@ def hand_over(task: Any, body: Any, code: str, reason: str) -> NoReturn:
 
 
 #: Header of a message with the process that ended itself over the batch.
-DIED_HEADER: Final = "died"
+CRASHED_PROCESS_HEADER: Final = "died"
 
 
 #: Signals that come from outside: an operator, the kernel short of memory, a parent that ends.
@@ -105,7 +105,7 @@ class BatchRequest(Request):
     """A batch in the hand of the parent, which alone sees how its child ended.
 
     Only the message of the batch travels on. So a batch that comes back because a process ended
-    itself names that process; careful mode knows from its notes which text it was at.
+    itself names that process; isolation mode knows from its notes which text it was at.
     """
 
     def info(self, safe: bool = False) -> Any:
@@ -115,8 +115,8 @@ class BatchRequest(Request):
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
         """Hand on the batch of a lost child.
 
-        If the node gave up its NPU over it, the batch goes to the CPU queue. Otherwise a child that
-        ended itself is written down, before Celery publishes the batch again.
+        If the worker gave up its NPU over it, the batch goes to the CPU queue. Otherwise a child
+        that ended itself is written down, before Celery publishes the batch again.
         """
         request: Any = self  # celery-types lacks what follows
         headers = kept_headers(request.message.headers)
@@ -126,29 +126,29 @@ class BatchRequest(Request):
             return
         # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
         if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
-            node = request.app.conf.embedq.name
-            headers[DIED_HEADER] = process_name(node, request.worker_pid)
+            worker = request.app.conf.embedq.name
+            headers[CRASHED_PROCESS_HEADER] = process_name(worker, request.worker_pid)
         super().on_failure(exc_info, *args, **options)
 
     def _rerouted(self) -> bool:
         """Publish the batch to the CPU queue if its device is to blame, and acknowledge it."""
         request: Any = self  # celery-types lacks what follows
-        guard: Guard | None = request.app.conf.get("embedq_guard")
+        guard: WorkerController | None = request.app.conf.get("embedq_guard")
         body = request._context.args[0] if request._context.args else None
         queue = (request._context.delivery_info or {}).get("routing_key", "")
-        if guard is None or not guard.distrusts_npu or not isinstance(body, dict):
+        if guard is None or not guard.npu_unhealthy or not isinstance(body, dict):
             return False
-        if not may_reroute(queue, body):
+        if not can_reroute(queue, body):
             return False
         try:
-            publish(request.task, request._context, body)
+            republish_to_cpu(request.task, request._context, body)
         except Exception as error:  # whatever it is: Celery's own way is left
             log.warning("batch_not_rerouted reason=%s", type(error).__name__)
             return False
         worker_state.task_ready(self)
         request.acknowledge()
         if address := Header.address(body):
-            request.task.backend.forgive(*address)
+            request.task.backend.undo_attempt(*address)
         health = guard.health
         log.warning(
             "batch_rerouted job=%s index=%s code=%s reason=%s",
@@ -161,7 +161,7 @@ class BatchRequest(Request):
 
 
 class BatchTask(Task[..., Any]):
-    """A task whose messages look like the SDK's when this node publishes one again."""
+    """A task whose messages look like the SDK's when this worker publishes one again."""
 
     abstract = True
     Request = "embedq_worker.main_process.rerouting:BatchRequest"

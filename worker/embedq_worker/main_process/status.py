@@ -1,6 +1,6 @@
 """Status file and counters of the pool process.
 
-The small file by which the child of a node tells its parent how it is.
+The small file by which the child of a worker tells its parent how it is.
 
 The parent never loads a model or a runtime, and the child may die at any moment, so they share a
 file that is replaced atomically in a private folder.
@@ -20,13 +20,13 @@ from typing import Any, Final
 
 import msgpack
 
-from embedq.protocol.worker import ModelCard, State
+from embedq.protocol.worker import ModelInfo, WorkerState
 from embedq_worker.files import private_dir, replace_private
 
 
 @dataclass(frozen=True, slots=True)
-class NodeState:
-    """How a node is.
+class WorkerStatus:
+    """How a worker is.
 
     Attributes:
         state: starting, healthy, degraded, probing or failed.
@@ -34,9 +34,9 @@ class NodeState:
         since: Unix time of the last change of state, in seconds.
         pid: of the child that wrote this.
         device, engine, precision: what computes; empty while nothing does.
-        home: the device that the node is for; another than `device` while it is degraded.
+        home: the device that the worker is for; another than `device` while it is degraded.
         may_return: a degraded NPU will be tried again.
-        card: the model served.
+        model_info: the model served.
         code: why it is not healthy, in a word.
         count: how often its NPU was given up in a row.
         probe_at: Unix time of the next probe, in seconds; 0 while none is planned.
@@ -44,39 +44,39 @@ class NodeState:
         pace_s: seconds that an inference took at first; 0 until that is known.
     """
 
-    state: State
-    since: float
+    state: WorkerState
+    state_since: float
     pid: int
     reason: str = ""
     device: str = ""
     engine: str = ""
     precision: str = ""
-    card: ModelCard | None = None
-    home: str = ""
-    may_return: bool = False
+    model_info: ModelInfo | None = None
+    assigned_device: str = ""
+    will_retry: bool = False
     code: str = ""
-    count: int = 0
-    probe_at: float = 0.0
+    failure_count: int = 0
+    next_probe_at: float = 0.0
     busy_since: float = 0.0
     pace_s: float = 0.0
 
-    def now(self, state: State, reason: str = "", code: str = "") -> NodeState:
+    def transition(self, state: WorkerState, reason: str = "", code: str = "") -> WorkerStatus:
         """Return this state changed at this moment."""
-        return replace(self, state=state, reason=reason, code=code, since=time.time())
+        return replace(self, state=state, reason=reason, code=code, state_since=time.time())
 
 
-class StateFile:
-    """One node's state file."""
+class StatusFile:
+    """One worker's state file."""
 
-    def __init__(self, runtime_dir: Path, node: str) -> None:
-        """Prepare the folder of a node.
+    def __init__(self, runtime_dir: Path, worker: str) -> None:
+        """Prepare the folder of a worker.
 
         Raises:
             SettingsError: the folder cannot be made private.
         """
-        self._path = private_dir(runtime_dir) / f"{node}.state"
+        self._path = private_dir(runtime_dir) / f"{worker}.state"
 
-    def write(self, state: NodeState) -> None:
+    def write(self, state: WorkerStatus) -> None:
         """Replace the file, in a folder made anew where one was cleared away.
 
         Raises:
@@ -85,15 +85,17 @@ class StateFile:
         private_dir(self._path.parent)
         replace_private(self._path, msgpack.packb(asdict(state)))
 
-    def read(self) -> NodeState | None:
+    def read(self) -> WorkerStatus | None:
         """Return what the file says, or None if there is none to be read."""
         try:
             body = msgpack.unpackb(self._path.read_bytes())
-            known = {f.name for f in fields(NodeState)}
+            known = {f.name for f in fields(WorkerStatus)}
             body = {key: value for key, value in body.items() if key in known}
-            card = body.pop("card", None)
-            state = State(body.pop("state"))
-            return NodeState(state, card=ModelCard(**card) if card else None, **body)
+            model_info = body.pop("model_info", None)
+            state = WorkerState(body.pop("state"))
+            return WorkerStatus(
+                state, model_info=ModelInfo(**model_info) if model_info else None, **body
+            )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
             return None
 
@@ -106,7 +108,7 @@ SUFFIX: Final = ".tally"
 
 
 @dataclass(slots=True)
-class Tally:
+class Counters:
     """Counts of one process, which only rise.
 
     Attributes:
@@ -125,11 +127,11 @@ class Tally:
     _path: Path | None = field(default=None, repr=False)
     _totals: dict[str, float] = field(default_factory=dict, repr=False)
 
-    def open(self, folder: Path, node: str) -> None:
+    def open(self, folder: Path, worker: str) -> None:
         """Begin the file of this process, without what its parent counted before the fork."""
         for name in self.counts():
             setattr(self, name, 0)
-        self._path = folder / (node + SUFFIX)
+        self._path = folder / (worker + SUFFIX)
         self.write({})
 
     def write(self, totals: dict[str, float] | None = None) -> None:
@@ -163,7 +165,7 @@ class Tally:
 
 
 #: Of this process.
-TALLY: Final = Tally()
+COUNTERS: Final = Counters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,17 +181,17 @@ class Told:
     totals: dict[str, float] = field(default_factory=dict)
 
 
-def together(folder: Path, node: str) -> dict[str, float]:
-    """Return what a node's child last wrote and what this process, its parent, has counted."""
-    summed = Counter(TALLY.counts())
-    summed.update(read(folder, node).totals)
+def read_totals(folder: Path, worker: str) -> dict[str, float]:
+    """Return what a worker's child last wrote and what this process, its parent, has counted."""
+    summed = Counter(COUNTERS.counts())
+    summed.update(read(folder, worker).totals)
     return dict(summed)
 
 
-def read(folder: Path, node: str) -> Told:
-    """Return what a node's child last wrote; nothing of it if that cannot be read."""
+def read(folder: Path, worker: str) -> Told:
+    """Return what a worker's child last wrote; nothing of it if that cannot be read."""
     try:
-        body: dict[str, Any] = json.loads((folder / (node + SUFFIX)).read_bytes())
+        body: dict[str, Any] = json.loads((folder / (worker + SUFFIX)).read_bytes())
         return Told(int(body["pid"]), dict(body["totals"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return Told()

@@ -4,7 +4,7 @@ What may be handed to Celery at all: pure checks on the bytes of a message.
 
 Celery and kombu take the shape of a message for granted, in the process that serves all others.
 
-Kombu's Redis transport, hardened: nothing that lies in a queue can stop a node.
+Kombu's Redis transport, hardened: nothing that lies in a queue can stop a worker.
 
 Kombu parses what it pops before anybody may look at it, and an exception there ends the worker's
 event loop. Here every pop from a queue of batches is checked first; what is not a message of ours
@@ -44,11 +44,11 @@ MAX_NAME: Final = 256
 
 
 #: Most levels of maps and lists in a message; ours have three. One of 750 was read here and could
-#: not be pickled for the child: it ended every node, one after the other (measured 2026-11-28).
+#: not be pickled for the child: it ended every worker, one after the other (measured 2026-11-28).
 MAX_LEVELS: Final = 8
 
 
-def objection(raw: bytes) -> str | None:
+def validate_message(raw: bytes) -> str | None:
     """Say why bytes of a queue are not a message of ours, or None if they are.
 
     Checks everything that kombu and Celery rely on before the task itself runs. The answer quotes
@@ -70,10 +70,10 @@ def objection(raw: bytes) -> str | None:
     return _envelope(message, properties) or _headers(headers) or _body(body)
 
 
-def broadcast_objection(raw: bytes) -> str | None:
-    """Say why bytes that were published to all nodes are not remote control, or None if they are.
+def validate_broadcast(raw: bytes) -> str | None:
+    """Say why bytes that were published to all workers are not remote control, or None if they are.
 
-    Kombu looks for these parts in the event loop of each node.
+    Kombu looks for these parts in the event loop of each worker.
     """
     try:
         message = json.loads(raw)
@@ -170,7 +170,7 @@ _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("retries", "replaced_task_nesting"), _is_count),
     **dict.fromkeys(("chain", "callbacks", "errbacks", "chord"), _is_absent),
     **dict.fromkeys(("group", "group_index"), _is_absent),
-    # A batch waits in its queue and nowhere else: an eta would park it in a node's hand.
+    # A batch waits in its queue and nowhere else: an eta would park it in a worker's hand.
     **dict.fromkeys(("eta", "expires", "stamps", "stamped_headers"), _is_absent),
     "timelimit": lambda value: value in (None, [None, None]),
     "ignore_result": lambda value: value is True,
@@ -192,7 +192,7 @@ _PRIORITY: Final = b"\x06\x16"
 _NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
 
 
-#: What Redis says of a key that holds something else than a list: Celery ends the node over it.
+#: What Redis says of a key that holds something else than a list: Celery ends the worker over it.
 _WRONG_TYPE: Final = "WRONGTYPE"
 
 
@@ -207,7 +207,7 @@ class _CheckedClient(redis.Redis):
         queue, raw = reply
         if queue.partition(_PRIORITY)[0] not in _BATCHES:
             return reply
-        reason = objection(raw)
+        reason = validate_message(raw)
         if reason is None:
             return reply
         log.error(
@@ -260,7 +260,7 @@ class Channel(kombu_redis.Channel):
         return 0
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> Any:
-        # What a node publishes has waited its turn already: a batch that lost its child, or is
+        # What a worker publishes has waited its turn already: a batch that lost its child, or is
         # handed on. At the tail it would wait for the whole backlog once more.
         if queue.encode() not in _BATCHES or kwargs.get("_publish_batch") is not None:
             return super()._put(queue, message, **kwargs)
@@ -272,7 +272,7 @@ class Channel(kombu_redis.Channel):
     def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
         heard: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[misc] # not in types
         if bytes(heard["type"]).endswith(b"message") and heard["data"]:
-            reason = broadcast_objection(heard["data"])
+            reason = validate_broadcast(heard["data"])
             if reason is not None:
                 log.error("broadcast_refused bytes=%d reason=%s", len(heard["data"]), reason)
                 heard["data"] = None  # as kombu has it for nothing
@@ -293,11 +293,11 @@ def _drop_unless_list(client: Any, key: str) -> None:
 
 
 class Transport(kombu_redis.Transport):
-    """The Redis transport of a node."""
+    """The Redis transport of a worker."""
 
     Channel = Channel
     # A full Redis, or one that takes no writes, is waited for like one that is gone; otherwise
-    # Celery ends the node, and a fail-over of ten seconds is a crash loop (measured 2026-11-28).
+    # Celery ends the worker, and a fail-over of ten seconds is a crash loop (measured 2026-11-28).
     connection_errors = (
         *kombu_redis.Transport.connection_errors,
         OutOfMemoryError,
@@ -316,7 +316,7 @@ def install() -> None:
     """
     for scheme in ("redis", "rediss"):
         transport.TRANSPORT_ALIASES[scheme] = "embedq_worker.main_process.transport:Transport"
-    # Not where commands are sent: a node that takes no batch only listens, and pings (measured).
+    # Not where commands are sent: a worker that takes no batch only listens, and pings (measured).
     BaseParser.EXCEPTION_CLASSES.update(dict.fromkeys(_NO_WRITES, ReadOnlyError))
     # Kombu would inflate them without any limit.
     for content_type in compression.encoders():

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from onnx import helper
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.onnx_graph import Graph, Writer, adapt_onnx, pool
+from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, adapt_onnx, pool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -106,7 +106,7 @@ MAX_TABLE_BYTES: Final = 200 * 2**20
 MASK: Final = -1e4
 
 
-__all__ = ["GRAPH_VERSION", "Graph", "adapt_onnx", "build_encoder", "build_graph"]
+__all__ = ["GRAPH_VERSION", "OnnxModel", "adapt_onnx", "build_encoder", "build_graph"]
 
 
 Floats = npt.NDArray[np.float32]
@@ -116,13 +116,13 @@ Tensors = dict[str, Floats]
 
 
 #: The graphs that somebody holds, by the model's identity and whether they look up.
-_held: WeakValueDictionary[tuple[str, bool], Graph] = WeakValueDictionary()
+_held: WeakValueDictionary[tuple[str, bool], OnnxModel] = WeakValueDictionary()
 
 
 _EMBEDDED_NORM: Final = "embeddings.LayerNorm"
 
 
-def build_graph(model: Model, *, look_up: bool = False) -> Graph:
+def build_graph(model: Model, *, precompute_first_layer: bool = False) -> OnnxModel:
     """Build or adapt the graph of a model, or return it while an engine still reads its weights.
 
     So the engines of two accuracy classes share their tables: the second opened in 0.15 s and
@@ -136,19 +136,25 @@ def build_graph(model: Model, *, look_up: bool = False) -> Graph:
     Raises:
         ModelError: the weights are damaged, or do not fit the configuration.
     """
-    key = (model.identity, look_up)
+    key = (model.identity, precompute_first_layer)
     graph = _held.get(key)
     if graph is None:
-        graph = _held[key] = _build(model, look_up)
+        graph = _held[key] = _build(model, precompute_first_layer)
     return graph
 
 
-def _build(model: Model, look_up: bool) -> Graph:
+def _build(model: Model, precompute_first_layer: bool) -> OnnxModel:
     if not model.packable:
         return adapt_onnx(model.weights, model.pooling, model.normalize)
     tensors = load_tensors(model.weights)
     try:
-        return build_encoder(tensors, model.config, model.pooling, model.normalize, look_up=look_up)
+        return build_encoder(
+            tensors,
+            model.config,
+            model.pooling,
+            model.normalize,
+            precompute_first_layer=precompute_first_layer,
+        )
     except (KeyError, ValueError) as error:
         raise ModelError(
             f"{model.weights} does not fit its config.json: {error.args[0]}. "
@@ -162,9 +168,9 @@ def build_encoder(
     pooling: str,
     normalize: bool,
     *,
-    look_up: bool = False,
-) -> Graph:
-    """Build a BERT encoder with pooling and normalisation inside.
+    precompute_first_layer: bool = False,
+) -> OnnxModel:
+    """Build a BERT encoder with pooling and normalization inside.
 
     Args:
         tensors: weights by their names in transformers, with or without ``bert.`` in front.
@@ -178,16 +184,16 @@ def build_encoder(
 
     Source: transformers, models/bert/modeling_bert.py, eager attention.
     """
-    g = Writer(OPSET)
+    g = OnnxBuilder(OPSET)
     w = _Weights(tensors, config)
     embedded = _embed(g, w)  # [B, T, D]
     hidden = _layer_norm(g, w, _EMBEDDED_NORM, embedded)
     mask = _attention_mask(g)  # [B, 1, T, T]
-    look_up = look_up and fits_table(config)
+    precompute_first_layer = precompute_first_layer and fits_table(config)
     for layer in range(config["num_hidden_layers"]):
         name = f"encoder.layer.{layer}."
-        if look_up and layer == 0:
-            merged = _look_up(g, w, name, embedded)
+        if precompute_first_layer and layer == 0:
+            merged = _precomputed_first_layer(g, w, name, embedded)
         else:
             weight, bias = _merged_weights(w, name)
             merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
@@ -229,7 +235,7 @@ class _Weights:
         return self.get(f"{name}.weight", out, into).T, self.get(f"{name}.bias", out)
 
 
-def _embed(g: Writer, w: _Weights) -> str:
+def _embed(g: OnnxBuilder, w: _Weights) -> str:
     """Look up and sum the embeddings, [B, T] -> [B, T, D]."""
     words, places = _embeddings(w)
     word = g.op("Gather", g.constant(words), "input_ids")
@@ -248,7 +254,7 @@ def _embeddings(w: _Weights) -> tuple[Floats, Floats]:
     return words, places + types[0]
 
 
-def _look_up(g: Writer, w: _Weights, name: str, embedded: str) -> str:
+def _precomputed_first_layer(g: OnnxBuilder, w: _Weights, name: str, embedded: str) -> str:
     """Take the first layer's queries, keys and values from tables, [B, T] -> [B, T, 3D].
 
     What this layer multiplies is LayerNorm(word + place). All of it but the division by a token's
@@ -271,11 +277,11 @@ def _look_up(g: Writer, w: _Weights, name: str, embedded: str) -> str:
     return g.op("Add", product, g.constant(shift @ weight + bias))
 
 
-def _mean(g: Writer, value: str) -> str:
+def _mean(g: OnnxBuilder, value: str) -> str:
     return g.op("ReduceMean", value, g.constant([-1], np.int64), keepdims=1)
 
 
-def _attention_mask(g: Writer) -> str:
+def _attention_mask(g: OnnxBuilder) -> str:
     """Let a token see its own text only: 0 there and MASK elsewhere, [B, 1, T, T]."""
     rows = g.reshape("segment_ids", 0, 1, -1, 1)
     columns = g.reshape("segment_ids", 0, 1, 1, -1)
@@ -283,7 +289,7 @@ def _attention_mask(g: Writer) -> str:
     return g.op("Where", same, g.constant(0.0), g.constant(MASK))
 
 
-def _layer(g: Writer, w: _Weights, name: str, hidden: str, mixed: str) -> str:
+def _layer(g: OnnxBuilder, w: _Weights, name: str, hidden: str, mixed: str) -> str:
     """Add what attention mixed, and the network of each token, [B, T, D] -> [B, T, D]."""
     attended = _linear(g, w, f"{name}attention.output.dense", mixed, w.dim, w.dim)
     hidden = _layer_norm(g, w, f"{name}attention.output.LayerNorm", g.op("Add", attended, hidden))
@@ -307,7 +313,7 @@ def _merged_weights(w: _Weights, name: str) -> tuple[Floats, Floats]:
     return weight, bias
 
 
-def _attend(g: Writer, w: _Weights, name: str, merged: str, mask: str) -> str:
+def _attend(g: OnnxBuilder, w: _Weights, name: str, merged: str, mask: str) -> str:
     """Mix the tokens of each text by queries, keys and values, [B, T, 3D] -> [B, T, D]."""
     size = w.dim // w.heads
     # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys turned once more.
@@ -323,12 +329,12 @@ def _attend(g: Writer, w: _Weights, name: str, merged: str, mask: str) -> str:
     return g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, w.dim)
 
 
-def _linear(g: Writer, w: _Weights, name: str, value: str, out: int, into: int) -> str:
+def _linear(g: OnnxBuilder, w: _Weights, name: str, value: str, out: int, into: int) -> str:
     weight, bias = w.linear(name, out, into)
     return g.op("Add", g.op("MatMul", value, g.constant(weight)), g.constant(bias))
 
 
-def _layer_norm(g: Writer, w: _Weights, name: str, value: str) -> str:
+def _layer_norm(g: OnnxBuilder, w: _Weights, name: str, value: str) -> str:
     scale, bias = (g.constant(w.get(f"{name}.{part}", w.dim)) for part in ("weight", "bias"))
     epsilon = w.config["layer_norm_eps"]
     return g.op("LayerNormalization", value, scale, bias, axis=-1, epsilon=epsilon)

@@ -33,7 +33,7 @@ _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
 @dataclass(frozen=True, slots=True)
-class Traits:
+class ModelConfig:
     """How a model is used, beside its weights.
 
     Attributes:
@@ -51,7 +51,7 @@ class Traits:
     default_prompt: str
 
 
-def read_traits(folder: Path) -> Traits:
+def read_model_config(folder: Path) -> ModelConfig:
     """Read the files of sentence-transformers.
 
     A folder without them is a bare encoder: mean pooling, unit length, and as many tokens as its
@@ -78,7 +78,9 @@ def read_traits(folder: Path) -> Traits:
     usage = load_json(folder / "config_sentence_transformers.json", dict) or {}
     prompts = {str(k): str(v) for k, v in (usage.get("prompts") or {}).items() if v}
     default = usage.get("default_prompt_name") or ""
-    return Traits(pooling, normalize, _max_length(folder), prompts, default * (default in prompts))
+    return ModelConfig(
+        pooling, normalize, _max_length(folder), prompts, default * (default in prompts)
+    )
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:

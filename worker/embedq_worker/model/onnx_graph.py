@@ -37,7 +37,7 @@ MIN_OUTSIDE: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
-class Graph:
+class OnnxModel:
     """A graph in the interface that all engines know.
 
     Attributes:
@@ -51,7 +51,7 @@ class Graph:
     weights: Mapping[str, npt.NDArray[np.float32]]
 
     def with_weights_as_inputs(self) -> bytes:
-        """Serialise with each weight as an input of its name, for whoever puts it in its place."""
+        """Serialize with each weight as an input of its name, for whoever puts it in its place."""
         apart = onnx.ModelProto()
         apart.CopyFrom(self.proto)
         graph = apart.graph
@@ -65,7 +65,7 @@ class Graph:
         return bytes(apart.SerializeToString())
 
 
-class Writer:
+class OnnxBuilder:
     """Collects nodes and weights; each method returns the name of the value it adds."""
 
     def __init__(self, opset: int) -> None:
@@ -110,15 +110,15 @@ class Writer:
             return self.op(kind, value, self.constant([-1], np.int64), keepdims=1)
         return self.op(kind, value, axes=[-1], keepdims=1)
 
-    def graph(self, dim: int) -> Graph:
+    def graph(self, dim: int) -> OnnxModel:
         """Wrap what was collected in the interface that all engines know."""
         inputs, outputs = interface(dim)
         graph = helper.make_graph(self.nodes, "embedq", inputs, outputs, self.initializers)
         imports = [helper.make_opsetid("", self.opset)]
-        return Graph(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
+        return OnnxModel(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
 
 
-def pool(g: Writer, hidden: str, pooling: str, normalize: bool) -> None:
+def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:
     """Turn token vectors into one vector per segment, [B, T, D] -> ``vectors`` [B, S, D].
 
     Both ways are a product with a matrix [B, S, T] that weighs the tokens of each segment.
@@ -136,7 +136,7 @@ def pool(g: Writer, hidden: str, pooling: str, normalize: bool) -> None:
     _finish(g, g.op("MatMul", weight, hidden), normalize)
 
 
-def _finish(g: Writer, vectors: str, normalize: bool) -> None:
+def _finish(g: OnnxBuilder, vectors: str, normalize: bool) -> None:
     if not normalize:
         g.op("Identity", vectors, out="vectors")
         return
@@ -163,11 +163,11 @@ POOLED: Final = "sentence_embedding"
 _PREFIX = "model/"
 
 
-def adapt_onnx(path: Path, pooling: str, normalize: bool) -> Graph:
+def adapt_onnx(path: Path, pooling: str, normalize: bool) -> OnnxModel:
     """Wrap an encoder: masks and pooling are added, what it calls its inputs is hidden.
 
     An output with one vector per text is taken as it is; one with a vector per token is pooled and
-    normalised.
+    normalized.
 
     Raises:
         ModelError: the file is damaged, or has inputs or outputs that we cannot serve.
@@ -176,7 +176,7 @@ def adapt_onnx(path: Path, pooling: str, normalize: bool) -> Graph:
     output = _output(proto, path)
     name, rank, dim = output.name, _rank(output), _dim(output, path)
     compose.add_prefix(proto, _PREFIX, inplace=True)
-    g = Writer(_opset(proto, path))
+    g = OnnxBuilder(_opset(proto, path))
     _feed(g, proto, path)
     g.nodes.extend(proto.graph.node)
     floats = g.op("Cast", _PREFIX + name, to=TensorProto.FLOAT)
@@ -192,7 +192,7 @@ def adapt_onnx(path: Path, pooling: str, normalize: bool) -> Graph:
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.initializer.extend(g.initializers)
-    return Graph(proto, {})
+    return OnnxModel(proto, {})
 
 
 def describe_onnx(path: Path) -> tuple[int, list[Path]]:
@@ -225,7 +225,7 @@ def _load(path: Path, *, with_weights: bool) -> onnx.ModelProto:
         raise ModelError(f"{path} is not a readable ONNX model ({error}).") from error
 
 
-def _feed(g: Writer, proto: onnx.ModelProto, path: Path) -> None:
+def _feed(g: OnnxBuilder, proto: onnx.ModelProto, path: Path) -> None:
     """Derive each input of the encoder from ours, in the type that it declares."""
     known = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:

@@ -10,11 +10,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from embedq.protocol.worker import ModelCard
+from embedq.protocol.worker import ModelInfo
 from embedq_worker.errors import ModelError
-from embedq_worker.files import Digests
+from embedq_worker.files import DigestCache
 from embedq_worker.model import sources
-from embedq_worker.model.config import Traits, load_json, read_architecture, read_traits
+from embedq_worker.model.config import ModelConfig, load_json, read_architecture, read_model_config
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 #: The model everyone starts with.
@@ -90,9 +90,9 @@ class Model:
         size = config.get("vocab_size")
         return size if type(size) is int else None
 
-    def card(self) -> ModelCard:
+    def model_info(self) -> ModelInfo:
         """Describe the model for those who have no model file."""
-        return ModelCard(
+        return ModelInfo(
             label=self.label,
             identity=self.identity,
             dim=self.dim,
@@ -124,7 +124,7 @@ def resolve(
     Raises:
         ModelError: it cannot be found, fetched, trusted or built; the message says what to do.
     """
-    digests = Digests(cache_dir)
+    digests = DigestCache(cache_dir)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return load_model(folder.resolve(), name, digests)
@@ -141,7 +141,7 @@ def resolve(
     return load_model(found, f"{name}@{commit}", digests)
 
 
-def load_model(folder: Path, label: str, digests: Digests) -> Model:
+def load_model(folder: Path, label: str, digests: DigestCache) -> Model:
     """Describe the model in a folder.
 
     Raises:
@@ -158,7 +158,7 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
         raise ModelError(f"{folder} has no tokenizer.json, the only tokenizer format embedq reads.")
     kind = Kind.BERT if weights.suffix == ".safetensors" else Kind.ONNX
     try:
-        traits = read_traits(folder)
+        traits = read_model_config(folder)
         config = read_architecture(folder) if kind is Kind.BERT else {}
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelError(
@@ -185,9 +185,9 @@ def load_model(folder: Path, label: str, digests: Digests) -> Model:
     )
 
 
-def _identity(sums: list[str], kind: Kind, config: Mapping[str, Any], traits: Traits) -> str:
+def _identity(sums: list[str], kind: Kind, config: Mapping[str, Any], traits: ModelConfig) -> str:
     """Name everything that shapes a vector, and nothing else: no label, no path."""
-    usage = {name: getattr(traits, name) for name in Traits.__slots__}
+    usage = {name: getattr(traits, name) for name in ModelConfig.__slots__}
     described = json.dumps(
         {"files": sums, "kind": kind, "config": config, "usage": usage},
         sort_keys=True,
@@ -203,7 +203,7 @@ def _describe_onnx(weights: Path) -> tuple[int, list[Path]]:
     return describe_onnx(weights)
 
 
-def _check_pinned(folder: Path, digests: Digests) -> None:
+def _check_pinned(folder: Path, digests: DigestCache) -> None:
     for name, expected in PINNED.items():
         found = digests.of(folder / name)
         if found != expected:

@@ -26,11 +26,11 @@ from embedq.errors import QueueUnavailable
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import OutcomeTable, Vectors, encode, encode_failure, split_rows
 from embedq.settings import mask_password
-from embedq.store.connection import open_redis, patiently
-from embedq.store.ledger import Ledger, StagedGone, Staging, Verdict
-from embedq_worker.inference.embedder import Answer
+from embedq.store.connection import call_with_retry, open_redis
+from embedq.store.ledger import Attempt, Ledger, StagedValues, StagedValuesExpired
+from embedq_worker.inference.embedder import BatchResultBuilder
 from embedq_worker.inference.packing import Indices
-from embedq_worker.main_process.status import TALLY
+from embedq_worker.main_process.status import COUNTERS
 from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger("embedq.worker")
@@ -40,13 +40,13 @@ log = logging.getLogger("embedq.worker")
 MIN_VALUES: Final = 3
 
 
-class Upload:
+class ResultUploader:
     """Encodes each value of a batch once its rows are final, and stages it.
 
     What goes wrong here is of no consequence: the commit sends whatever is not staged.
     """
 
-    def __init__(self, batch: EmbedBatch, staging: Staging, thread: Executor) -> None:
+    def __init__(self, batch: EmbedBatch, staging: StagedValues, thread: Executor) -> None:
         """Prepare for a batch.
 
         Args:
@@ -62,7 +62,7 @@ class Upload:
         self._wanted = len(self._pieces) >= MIN_VALUES
         self._sent: list[Future[None]] = []
 
-    def settle(self, answer: Answer, rows: Indices) -> None:
+    def on_rows_final(self, answer: BatchResultBuilder, rows: Indices) -> None:
         """Note that these rows are final, and send the values that they complete."""
         if not self._wanted:
             return
@@ -99,7 +99,7 @@ class Upload:
         except RedisError as error:
             log.info("staged_values_left reason=%s", type(error).__name__)
 
-    def _send(self, answer: Answer, part: int) -> None:
+    def _send(self, answer: BatchResultBuilder, part: int) -> None:
         start, stop = self._pieces[part]
         if not self._wanted:
             return
@@ -126,19 +126,19 @@ T = TypeVar("T")
 #: Seconds that a child which may not or cannot serve holds a batch before it goes back to its
 #: queue: without it a broken engine asked for the same batch 46 times a second, and one whose Redis
 #: refuses 150 times (measured 2026-11-28).
-HAND_BACK_PAUSE_S = 1.0
+REQUEUE_DELAY_S = 1.0
 
 
-def handed_back(reason: str) -> Reject:
-    """Pause, so that another node may ask, and return what gives the batch back to its queue.
+def requeue_after_delay(reason: str) -> Reject:
+    """Pause, so that another worker may ask, and return what gives the batch back to its queue.
 
     Any other error would be acknowledged as a failure, and the batch would be gone.
     """
-    time.sleep(HAND_BACK_PAUSE_S)
+    time.sleep(REQUEUE_DELAY_S)
     return Reject(reason, requeue=True)
 
 
-class LedgerBackend(BaseBackend):
+class ResultCommitter(BaseBackend):
     """Celery's view of the ledger."""
 
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
@@ -154,31 +154,33 @@ class LedgerBackend(BaseBackend):
             self._client = open_redis(self.settings.results_url)
         return self._client
 
-    def begin(self, job: str, index: int) -> tuple[Verdict, int]:
-        """Ask the ledger whether a batch still wants computing; see Ledger.begin."""
-        verdict, tries = self.waiting(lambda: Ledger(self.redis, job).begin(index))
-        TALLY.redelivered += tries > 1
+    def start_attempt(self, job: str, index: int) -> tuple[Attempt, int]:
+        """Ask the ledger whether a batch still wants computing; see Ledger.start_attempt."""
+        verdict, tries = self._with_retry(lambda: Ledger(self.redis, job).start_attempt(index))
+        COUNTERS.redelivered += tries > 1
         return verdict, tries
 
-    def forgive(self, job: str, index: int) -> None:
+    def undo_attempt(self, job: str, index: int) -> None:
         """Take back the count of a delivery that a device ended; tried once, for it may fail."""
         try:
-            Ledger(self.redis, job).forgive(index)
+            Ledger(self.redis, job).undo_attempt(index)
         except RedisError as error:
-            log.info("not_forgiven job=%s index=%d reason=%s", job, index, type(error).__name__)
+            log.info(
+                "attempt_undo_failed job=%s index=%d reason=%s", job, index, type(error).__name__
+            )
 
-    def upload(self, batch: EmbedBatch) -> Upload:
+    def upload(self, batch: EmbedBatch) -> ResultUploader:
         """Prepare to send the vectors of a batch while they are computed."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "embedq-upload")
-        return Upload(batch, Staging(self.redis, batch.job, batch.index), self._thread)
+        return ResultUploader(batch, StagedValues(self.redis, batch.job, batch.index), self._thread)
 
     def commit(
         self,
         batch: EmbedBatch,
         vectors: Vectors,
         outcomes: OutcomeTable,
-        upload: Upload | None = None,
+        upload: ResultUploader | None = None,
     ) -> bool | None:
         """Commit the vectors of a batch; see Ledger.commit.
 
@@ -196,21 +198,23 @@ class LedgerBackend(BaseBackend):
 
         def commit() -> bool | None:
             values = upload.values(vectors, outcomes)
-            return self.waiting(lambda: ledger.commit(batch.index, values, n_texts=len(vectors)))
+            return self._with_retry(
+                lambda: ledger.commit(batch.index, values, n_texts=len(vectors))
+            )
 
         try:
             committed = commit()
-        except StagedGone:
+        except StagedValuesExpired:
             upload.forget()
             committed = commit()
-        TALLY.duplicates += committed is False
+        COUNTERS.duplicates += committed is False
         return committed
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
-        TALLY.refused += 1
+        COUNTERS.refused += 1
         value = encode_failure(code, detail)
-        return self.waiting(lambda: Ledger(self.redis, job).commit(index, [value]))
+        return self._with_retry(lambda: Ledger(self.redis, job).commit(index, [value]))
 
     def store_result(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the task has committed already."""
@@ -219,13 +223,13 @@ class LedgerBackend(BaseBackend):
         """Say what the ledger knows of a task, in Celery's words."""
         job, _, rest = task_id.partition(":")
         index = rest.partition(":")[0]
-        done = index.isdigit() and self.waiting(
+        done = index.isdigit() and self._with_retry(
             lambda: Ledger(self.redis, job).is_committed(int(index))
         )
         status = "SUCCESS" if done else "PENDING"
         return {"status": status, "result": None, "traceback": None, "children": []}
 
-    def waiting(self, action: Callable[[], T]) -> T:
+    def _with_retry(self, action: Callable[[], T]) -> T:
         """Run an action on the results Redis, waiting for it as long as the settings say.
 
         Raises:
@@ -233,12 +237,12 @@ class LedgerBackend(BaseBackend):
         """
         settings = self.settings
         try:
-            return patiently(
+            return call_with_retry(
                 action,
-                patience_s=settings.commit_patience_s,
-                on_wait=lambda message: log.warning("waiting reason=%s", message),
+                retry_timeout_s=settings.commit_timeout_s,
+                on_wait=lambda message: log.warning("redis_retry reason=%s", message),
                 where=mask_password(settings.results_url),
             )
         except QueueUnavailable as error:
-            log.error("batch_handed_back reason=%s", error)
-            raise handed_back(str(error)) from error
+            log.error("batch_requeued reason=%s", error)
+            raise requeue_after_delay(str(error)) from error

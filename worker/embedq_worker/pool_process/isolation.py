@@ -1,4 +1,4 @@
-"""Careful mode: one text at a time, for a batch that stopped the processes that tried it.
+"""Isolation mode: one text at a time, for a batch that stopped the processes that tried it.
 
 Before each text its offset is noted in the ledger, so that a process that dies leaves behind which
 text it was at. A text is charged in full for a failure of its own: the engine raised on it and not
@@ -23,29 +23,29 @@ from embedq.protocol.contract import Code, Outcome, Status
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import OutcomeTable, Vectors
 from embedq.store import dead_letters
-from embedq.store.dead_letters import Suspects
+from embedq.store.dead_letters import AttemptLog
 from embedq_worker.errors import EngineError
 from embedq_worker.main_process.rerouting import process_name
-from embedq_worker.main_process.status import TALLY
+from embedq_worker.main_process.status import COUNTERS
 
 if TYPE_CHECKING:
-    from embedq_worker.pool_process.commit import LedgerBackend
+    from embedq_worker.pool_process.commit import ResultCommitter
 
 log = logging.getLogger("embedq.worker")
 
 
-#: The delivery of a batch at which it runs in careful mode.
-CAREFUL_AT = 3
+#: The delivery of a batch at which it runs in isolation mode.
+ISOLATE_AT_ATTEMPT = 3
 
 
-#: Points for a failure of a text's own, for a process ended from outside (kill -9, a dead node, the
-#: kernel out of memory), and those at which a text is set aside: three of the former, or twelve of
-#: the latter in a row. Nothing but the text is likely to end a process twelve times at one text.
+#: Points for a failure of a text's own, for a process ended from outside (kill -9, a dead worker,
+#: the kernel out of memory), and those at which a text is set aside: three of the former, or twelve
+#: of the latter in a row. Nothing but the text is likely to end a process twelve times at one text.
 OWN_POINTS, OUTSIDE_POINTS, MAX_POINTS = 4, 1, 12
 
 
 #: What a sound engine embeds without fail.
-HARMLESS = "A harmless text."
+CONTROL_TEXT = "A harmless text."
 
 
 class DeviceFault(Exception):
@@ -79,23 +79,23 @@ class Notes(Protocol):
     def charge(self, offset: int, points: int) -> None:
         """Charge a text with a failure."""
 
-    def set_aside(self, offset: int, reason: str) -> None:
+    def dead_letter(self, offset: int, reason: str) -> None:
         """Keep a text for a person to look at."""
 
 
 class LedgerNotes:
-    """The notes of careful mode, in the ledger; see Notes."""
+    """The notes of isolation mode, in the ledger; see Notes."""
 
-    def __init__(self, backend: LedgerBackend, batch: EmbedBatch, died: str | None) -> None:
+    def __init__(self, backend: ResultCommitter, batch: EmbedBatch, died: str | None) -> None:
         self._backend = backend
         self._batch = batch
         self._died = died
         self._process = process_name(backend.settings.name, os.getpid())
-        self._suspects = Suspects(backend.redis, batch.job)
+        self._suspects = AttemptLog(backend.redis, batch.job)
 
     def charges(self) -> dict[int, int]:
         """Charge the texts that processes did not survive, and return offset -> points."""
-        index, suspects, waiting = self._batch.index, self._suspects, self._backend.waiting
+        index, suspects, waiting = self._batch.index, self._suspects, self._backend._with_retry
         found = waiting(lambda: suspects.fetch(index))
         for process, offset in {**found.missed, **found.started}.items():
             if process == self._died:
@@ -103,18 +103,18 @@ class LedgerNotes:
                 waiting(lambda o=offset, p=process: suspects.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
             elif process in found.started:
                 self._add(found.charges, offset, OUTSIDE_POINTS)
-                waiting(lambda o=offset, p=process: suspects.miss(index, o, p))  # type: ignore[misc] # as above
+                waiting(lambda o=offset, p=process: suspects.mark_unfinished(index, o, p))  # type: ignore[misc] # as above
         return found.charges
 
     def start(self, offset: int) -> None:
         """Note that a text is tried."""
         index, process = self._batch.index, self._process
-        self._backend.waiting(lambda: self._suspects.start(index, offset, process))
+        self._backend._with_retry(lambda: self._suspects.start(index, offset, process))
 
     def end(self, offset: int, *, cleared: bool) -> None:
         """Note that the process survived a text; a cleared one has its vector."""
         end, index, process = self._suspects.end, self._batch.index, self._process
-        self._backend.waiting(lambda: end(index, offset, process, cleared=cleared))
+        self._backend._with_retry(lambda: end(index, offset, process, cleared=cleared))
 
     def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
         self.charge(offset, points)
@@ -123,27 +123,27 @@ class LedgerNotes:
     def charge(self, offset: int, points: int) -> None:
         """Charge a text with a failure."""
         index = self._batch.index
-        self._backend.waiting(lambda: self._suspects.charge(index, offset, points))
+        self._backend._with_retry(lambda: self._suspects.add_failure(index, offset, points))
 
-    def set_aside(self, offset: int, reason: str) -> None:
+    def dead_letter(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
         batch = self._batch
-        TALLY.set_aside += 1
-        log.error("text_set_aside job=%s index=%d offset=%d", batch.job, batch.index, offset)
+        COUNTERS.set_aside += 1
+        log.error("text_dead_lettered job=%s index=%d offset=%d", batch.job, batch.index, offset)
         letter = dead_letters.new(
             batch.job,
             batch.index,
             offset,
             code=Code.SET_ASIDE,
             reason=reason,
-            node=self._backend.settings.name,
+            worker=self._backend.settings.name,
             prompt=batch.spec.prompt,
             text=batch.texts[offset],
         )
-        self._backend.waiting(lambda: dead_letters.add(self._backend.redis, letter))
+        self._backend._with_retry(lambda: dead_letters.add(self._backend.redis, letter))
 
 
-def embed_carefully(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vectors, OutcomeTable]:
+def embed_isolated(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch text by text.
 
     Returns:
@@ -207,7 +207,7 @@ def _embed_one(
 ) -> tuple[Vectors, OutcomeTable] | None:
     """Embed one text, or return None when it has used up its chances."""
     reason = "every process that tried it died or hung"
-    harmless = replace(alone, texts=[HARMLESS])
+    harmless = replace(alone, texts=[CONTROL_TEXT])
     while points < MAX_POINTS:
         on_cpu = points >= MAX_POINTS - OWN_POINTS
         if points:
@@ -228,5 +228,5 @@ def _embed_one(
         else:
             notes.end(offset, cleared=bool(points))
             return found
-    notes.set_aside(offset, reason)
+    notes.dead_letter(offset, reason)
     return None

@@ -12,31 +12,31 @@ import time
 from embedq.errors import EmbedqError
 from embedq.protocol.contract import Device
 from embedq_worker import process
-from embedq_worker.device.placement import place
-from embedq_worker.errors import Reason, describe
+from embedq_worker.device.placement import choose_placement
+from embedq_worker.errors import FailureReason, describe
 from embedq_worker.inference import opener
-from embedq_worker.main_process.probe import Finding
+from embedq_worker.main_process.probe import ProbeResult
 from embedq_worker.process import die_with_parent
 from embedq_worker.settings import WorkerSettings
 
 
-def look(settings: WorkerSettings) -> Finding:
+def look(settings: WorkerSettings) -> ProbeResult:
     """Open the NPU of the settings, run the self-test and close it."""
     began = time.monotonic()
     claim = None
     try:
-        placement = place(settings, wait_s=opener.CLAIM_PATIENCE_S)
-        if placement.home is not Device.NPU:  # auto, and the NPU is not there any more
-            return Finding(False, "no_device", placement.reason, time.monotonic() - began)
+        placement = choose_placement(settings, wait_s=opener.LOCK_TIMEOUT_S)
+        if placement.assigned_device is not Device.NPU:  # auto, and the NPU is not there any more
+            return ProbeResult(False, "no_device", placement.reason, time.monotonic() - began)
         claim = opener.claim_device(settings, placement)
         opener.open_placed(settings, placement).close()
-    except Exception as error:  # whatever it is, the node must hear of it
-        code, reason = describe(error, Reason.INIT_FAILED)
-        return Finding(False, code, reason, time.monotonic() - began)
+    except Exception as error:  # whatever it is, the worker must hear of it
+        code, reason = describe(error, FailureReason.INIT_FAILED)
+        return ProbeResult(False, code, reason, time.monotonic() - began)
     finally:
         if claim is not None:
             claim.release()
-    return Finding(True, seconds=time.monotonic() - began)
+    return ProbeResult(True, seconds=time.monotonic() - began)
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     try:
         settings = WorkerSettings.load()
     except EmbedqError as error:
-        finding = Finding(False, error.code, str(error))
+        finding = ProbeResult(False, error.code, str(error))
     else:
         process.set_up(str(settings.log_level))
         finding = look(settings)

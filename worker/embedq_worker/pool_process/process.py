@@ -1,18 +1,18 @@
 """Open the engine in the pool process and report its state.
 
-What the child of a node says of itself, and when it stops trusting its device.
+What the child of a worker says of itself, and when it stops trusting its device.
 
-The child tells through the node's state file; what follows from it, the parent decides.
+The child tells through the worker's state file; what follows from it, the parent decides.
 
-Tracing of a node's child, by the official instrumentation of Celery.
+Tracing of a worker's child, by the official instrumentation of Celery.
 
-The life of a node's child: find the model, open the engine, prove it, serve.
+The life of a worker's child: find the model, open the engine, prove it, serve.
 
 Runs in Celery's `worker_process_init`, whose exceptions Celery swallows and then serves without a
-model. So nothing here raises: the child writes what became of it into the node's state file, and
+model. So nothing here raises: the child writes what became of it into the worker's state file, and
 the parent consumes nothing until that says healthy.
 
-Signs of life: a node's parent writes its pulse, and its child what it has done.
+Signs of life: a worker's parent writes its pulse, and its child what it has done.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from celery import signals
 from embedq.errors import EmbedqError, SettingsError
 from embedq.observability import tracing
 from embedq.protocol.contract import Device
-from embedq.protocol.worker import State
+from embedq.protocol.worker import WorkerState
 from embedq_worker import process
-from embedq_worker.device.placement import Claim, Placement, place
-from embedq_worker.errors import EngineError, Reason, describe
-from embedq_worker.inference.opener import CLAIM_PATIENCE_S, claim_device, open_placed
-from embedq_worker.inference.serving import Serving
+from embedq_worker.device.placement import DeviceLock, Placement, choose_placement
+from embedq_worker.errors import EngineError, FailureReason, describe
+from embedq_worker.inference.opener import LOCK_TIMEOUT_S, claim_device, open_placed
+from embedq_worker.inference.serving import EngineSet
 from embedq_worker.main_process import status
-from embedq_worker.main_process.device_health import Failures, Pace
-from embedq_worker.main_process.status import NodeState, StateFile
+from embedq_worker.main_process.device_health import FailureWindow, SlowdownDetector
+from embedq_worker.main_process.status import StatusFile, WorkerStatus
 from embedq_worker.process import die_with_parent
 from embedq_worker.settings import WorkerSettings
 
@@ -59,81 +59,81 @@ PARENT_FIRST_S = 5.0
 
 
 class Child:
-    """The process of a node that owns its device."""
+    """The process of a worker that owns its device."""
 
     def __init__(self, settings: WorkerSettings, pace_s: float = 0.0) -> None:
         """Begin as a child that starts.
 
         Args:
-            settings: of the node.
+            settings: of the worker.
             pace_s: what an inference took the child before this one; 0 if nobody knows.
         """
         self._settings = settings
-        self._file = StateFile(settings.runtime_dir, settings.name)
-        self._serving: Serving | None = None
+        self._file = StatusFile(settings.runtime_dir, settings.name)
+        self._serving: EngineSet | None = None
         self._on_npu = False
-        self._failures = Failures(settings.infer_failures, settings.infer_failures_window_s)
-        self._pace = Pace(settings.slow_factor, settings.slow_batches, pace_s)
+        self._failures = FailureWindow(settings.infer_failures, settings.infer_failures_window_s)
+        self._pace = SlowdownDetector(settings.slowdown_factor, settings.slow_batches, pace_s)
         before = self._file.read()
         #: Whether the child before this one died before it was ready.
-        self.follows_early_death = before is not None and before.state is State.STARTING
-        self.state = NodeState(State.STARTING, time.time(), os.getpid())
-        self._told = False
-        self._say(self.state)
+        self.follows_early_death = before is not None and before.state is WorkerState.STARTING
+        self.state = WorkerStatus(WorkerState.STARTING, time.time(), os.getpid())
+        self._written = False
+        self._write(self.state)
 
     @property
-    def serving(self) -> Serving | None:
+    def engines(self) -> EngineSet | None:
         """What this child embeds with, or None if it may not serve."""
         return self._serving
 
     @property
     def on_npu(self) -> bool:
-        """Whether what it embeds with is the NPU of the node, or plays it."""
+        """Whether what it embeds with is the NPU of the worker, or plays it."""
         return self._on_npu
 
-    def placed(self, placement: Placement) -> None:
+    def report_placed(self, placement: Placement) -> None:
         """Say where this child is about to open its engine."""
-        self._say(replace(self.state, home=str(placement.home)))
+        self._write(replace(self.state, assigned_device=str(placement.assigned_device)))
 
-    def serves(self, serving: Serving, placement: Placement) -> None:
+    def report_ready(self, serving: EngineSet, placement: Placement) -> None:
         """Say that the engine is open and proven."""
         engine = serving.standard.engine
         self._serving = serving
-        self._on_npu = placement.home is Device.NPU and not placement.degraded
+        self._on_npu = placement.assigned_device is Device.NPU and not placement.degraded
         state = replace(
             self.state,
             device=str(engine.device),
             engine=engine.name,
             precision=str(engine.precision),
-            card=serving.card,
+            model_info=serving.model_info,
         )
         if placement.degraded:
-            self._say(state.now(State.DEGRADED, placement.reason))
+            self._write(state.transition(WorkerState.DEGRADED, placement.reason))
         else:
-            self._say(state.now(State.HEALTHY))
+            self._write(state.transition(WorkerState.HEALTHY))
 
-    def idles(self, reason: str) -> None:
+    def report_idle(self, reason: str) -> None:
         """Say that there is nothing to serve with, and that this is meant to be."""
-        self._say(self.state.now(State.DEGRADED, reason))
+        self._write(self.state.transition(WorkerState.DEGRADED, reason))
 
-    def failed(self, error: BaseException) -> None:
+    def report_failed(self, error: BaseException) -> None:
         """Say why no engine could be opened."""
-        code, reason = describe(error, Reason.INIT_FAILED)
-        self._say(self.state.now(State.FAILED, reason, code))
+        code, reason = describe(error, FailureReason.INIT_FAILED)
+        self._write(self.state.transition(WorkerState.FAILED, reason, code))
 
-    def doubts(self, error: Exception) -> tuple[str, str]:
+    def record_failure(self, error: Exception) -> tuple[str, str]:
         """Weigh a failed batch, and stop serving if the device has lost its trust.
 
         Returns:
             The code and the sentence of the failure.
         """
-        code, reason = describe(error, Reason.ENGINE_FAILED)
-        kind = error.reason if isinstance(error, EngineError) else Reason.ENGINE_FAILED
+        code, reason = describe(error, FailureReason.ENGINE_FAILED)
+        kind = error.reason if isinstance(error, EngineError) else FailureReason.ENGINE_FAILED
         if self._failures.are_too_many(kind, time.monotonic()):
-            self.distrusts(code, reason)
+            self.mark_unhealthy(code, reason)
         return code, reason
 
-    def took(self, seconds: float, inferences: int) -> None:
+    def record_duration(self, seconds: float, inferences: int) -> None:
         """Take note of how long a batch kept the NPU; a slow one's vectors are right all the same.
 
         Args:
@@ -141,53 +141,53 @@ class Child:
             inferences: in it.
         """
         if self._on_npu and inferences and self._pace.is_slow(seconds / inferences):
-            self.distrusts(
-                Reason.SLOW,
+            self.mark_unhealthy(
+                FailureReason.SLOW,
                 f"Its last {self._settings.slow_batches} batches took over "
-                f"{self._settings.slow_factor:g} times as long as the first ones.",
+                f"{self._settings.slowdown_factor:g} times as long as the first ones.",
             )
 
-    def distrusts(self, code: str, reason: str) -> None:
+    def mark_unhealthy(self, code: str, reason: str) -> None:
         """Stop serving; the parent replaces this process once it has let go of its batch."""
-        log.error("device_distrusted node=%s code=%s reason=%s", self._settings.name, code, reason)
+        log.error("device_unhealthy worker=%s code=%s reason=%s", self._settings.name, code, reason)
         self._serving = None
-        self._say(self.state.now(State.DEGRADED, reason, code))
+        self._write(self.state.transition(WorkerState.DEGRADED, reason, code))
 
     @contextmanager
-    def calling_engine(self) -> Iterator[None]:
+    def engine_call(self) -> Iterator[None]:
         """Let nobody wait for ever for the body, a call of the engine.
 
         On an NPU the parent ends this process in time, for the batch is not to blame. The process
         ends itself where the parent cannot, and on a CPU, where a text may well be.
         """
-        self._say(replace(self.state, busy_since=time.monotonic()))
-        limit_s = self._settings.engine_deadline_s + (PARENT_FIRST_S if self._on_npu else 0.0)
+        self._write(replace(self.state, busy_since=time.monotonic()))
+        limit_s = self._settings.engine_timeout_s + (PARENT_FIRST_S if self._on_npu else 0.0)
         try:
             with process.deadline(limit_s):
                 yield
         finally:
-            self._say(replace(self.state, busy_since=0.0, pace_s=self._pace.known_s))
+            self._write(replace(self.state, busy_since=0.0, pace_s=self._pace.known_s))
 
-    def tell_until_heard(self) -> None:
+    def write_with_retry(self) -> None:
         """Tell again until it is written: nothing else would, and the parent consumes nothing."""
-        while not self._told:
+        while not self._written:
             time.sleep(TELL_AGAIN_S)
-            self._say(self.state)
+            self._write(self.state)
 
     def close(self) -> None:
         """Give the devices back."""
         if self._serving is not None:
             self._serving.close()
 
-    def _say(self, state: NodeState) -> None:
-        self.state, self._told = state, False
+    def _write(self, state: WorkerStatus) -> None:
+        self.state, self._written = state, False
         try:
             self._file.write(state)
-            self._told = True
+            self._written = True
         except (OSError, SettingsError) as error:
             # A full disk must not fail a batch: Celery would acknowledge it, and it would be gone.
             log.warning(
-                "state_not_written node=%s reason=%s", self._settings.name, type(error).__name__
+                "status_write_failed worker=%s reason=%s", self._settings.name, type(error).__name__
             )
 
 
@@ -226,17 +226,17 @@ EARLY_DEATH_PAUSE_S = 0.5
 _child: Child | None = None
 
 
-_claim: Claim | None = None
+_claim: DeviceLock | None = None
 
 
-def child() -> Child:
+def current_child() -> Child:
     """Return what this process says of itself.
 
     Raises:
-        RuntimeError: it is no child of a node.
+        RuntimeError: it is no child of a worker.
     """
     if _child is None:
-        raise RuntimeError("A batch outside a node's child. This is a bug.")
+        raise RuntimeError("A batch outside a worker's child. This is a bug.")
     return _child
 
 
@@ -259,31 +259,33 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
         if _child.follows_early_death:
             time.sleep(EARLY_DEATH_PAUSE_S)
         began = time.monotonic()
-        placement = app.conf.get("embedq_placement") or place(settings, wait_s=CLAIM_PATIENCE_S)
-        _child.placed(placement)
-        if placement.degraded and (settings.strict or not settings.degraded_cpu):
-            log.warning("degraded node=%s device=none reason=%s", settings.name, placement.reason)
-            _child.idles(placement.reason)
-            _child.tell_until_heard()
+        placement = app.conf.get("embedq_placement") or choose_placement(
+            settings, wait_s=LOCK_TIMEOUT_S
+        )
+        _child.report_placed(placement)
+        if placement.degraded and (settings.strict or not settings.cpu_fallback):
+            log.warning("degraded worker=%s device=none reason=%s", settings.name, placement.reason)
+            _child.report_idle(placement.reason)
+            _child.write_with_retry()
             return
         _claim = claim_device(settings, placement)
         opened = open_placed(settings, placement)
     except BaseException as error:  # whatever it is, the parent must hear of it
         reason = str(error) if isinstance(error, EmbedqError) else type(error).__name__
-        log.exception("init_failed node=%s reason=%s", settings.name, reason)
-        _child.failed(error)
-        _child.tell_until_heard()
+        log.exception("init_failed worker=%s reason=%s", settings.name, reason)
+        _child.report_failed(error)
+        _child.write_with_retry()
         return
     if placement.degraded:
-        log.warning("degraded node=%s device=cpu reason=%s", settings.name, placement.reason)
-    _child.serves(opened, placement)
-    _child.tell_until_heard()
+        log.warning("degraded worker=%s device=cpu reason=%s", settings.name, placement.reason)
+    _child.report_ready(opened, placement)
+    _child.write_with_retry()
     engine = opened.standard.engine
     log.info(
-        "serving node=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",
+        "serving worker=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",
         settings.name,
-        opened.card.label,
-        opened.card.identity[:12],
+        opened.model_info.label,
+        opened.model_info.identity[:12],
         engine.name,
         engine.device,
         engine.precision,
@@ -306,7 +308,7 @@ def open_counters(**_: Any) -> None:
     from embedq_worker.main_process.app import app  # the app imports the steps of this file
 
     settings: WorkerSettings = app.conf.embedq
-    status.TALLY.open(settings.runtime_dir, settings.name)
+    status.COUNTERS.open(settings.runtime_dir, settings.name)
     if settings.traces:
         enable()
 
@@ -320,5 +322,5 @@ def flush_spans(**_: Any) -> None:
 @signals.task_postrun.connect
 def on_batch(**_: Any) -> None:
     """Write down what this child has done so far."""
-    serving = child().serving
-    status.TALLY.write(serving.totals() if serving is not None else {})
+    serving = current_child().engines
+    status.COUNTERS.write(serving.totals() if serving is not None else {})

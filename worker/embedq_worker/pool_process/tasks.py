@@ -11,24 +11,24 @@ from embedq.observability import tracing
 from embedq.protocol.contract import TASK_NAME, Accuracy, VectorSpec
 from embedq.protocol.message import EmbedBatch, Header
 from embedq.protocol.values import OutcomeTable, Vectors
-from embedq.store.ledger import Verdict
-from embedq_worker.errors import EngineError, NotQuantised
-from embedq_worker.inference.embedder import Sink
-from embedq_worker.inference.serving import Proven, Serving
+from embedq.store.ledger import Attempt
+from embedq_worker.errors import EngineError, NotQuantized
+from embedq_worker.inference.embedder import RowSink
+from embedq_worker.inference.serving import EngineSet, VerifiedEngine
 from embedq_worker.inference.stats import EngineStats
 from embedq_worker.main_process import rerouting
 from embedq_worker.main_process.app import app
 from embedq_worker.main_process.device_health import may_answer
-from embedq_worker.main_process.rerouting import DIED_HEADER, BatchTask
-from embedq_worker.pool_process.commit import LedgerBackend, handed_back
+from embedq_worker.main_process.rerouting import CRASHED_PROCESS_HEADER, BatchTask
+from embedq_worker.pool_process.commit import ResultCommitter, requeue_after_delay
 from embedq_worker.pool_process.isolation import (
-    CAREFUL_AT,
+    ISOLATE_AT_ATTEMPT,
     DeviceFault,
     LedgerNotes,
     Notes,
-    embed_carefully,
+    embed_isolated,
 )
-from embedq_worker.pool_process.process import child
+from embedq_worker.pool_process.process import current_child
 
 log = logging.getLogger("embedq.worker")
 
@@ -46,46 +46,48 @@ log = logging.getLogger("embedq.worker")
 def embed_batch(self: Any, body: object) -> dict[str, Any]:
     """Embed one batch and commit it; every way out leaves an answer or the batch in its queue."""
     began = time.monotonic()
-    backend: LedgerBackend = self.backend
+    backend: ResultCommitter = self.backend
     address = Header.address(body)
     if address is None:
         log.error("message_refused reason=%s", "it has no usable job id and batch index")
         return {"refused": "malformed_message"}
     job, index = address
 
-    node = _may_serve(self, body, job, index)
-    verdict, tries = backend.begin(job, index)
-    if verdict is not Verdict.GO:
+    worker = _may_serve(self, body, job, index)
+    verdict, tries = backend.start_attempt(job, index)
+    if verdict is not Attempt.RUN:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
         return {"skipped": str(verdict)}
     stats, upload = EngineStats(), None
     try:
-        batch = _accept(body, node)
-        proven = _proven_for(node, batch.spec)
+        batch = _accept(body, worker)
+        proven = _engine_for(worker, batch.spec)
         notes = None
-        if tries >= CAREFUL_AT:
-            died = getattr(self.request, DIED_HEADER, None)
+        if tries >= ISOLATE_AT_ATTEMPT:
+            died = getattr(self.request, CRASHED_PROCESS_HEADER, None)
             notes = LedgerNotes(backend, batch, died)
         else:
             upload = backend.upload(batch)
-        vectors, outcomes = _embed(batch, node, proven, stats, notes, upload)
+        vectors, outcomes = _embed(batch, worker, proven, stats, notes, upload)
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
         backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
     except DeviceFault as fault:
-        why = child().doubts(fault.error)  # first of all, so that the parent takes nothing more
-        backend.forgive(job, index)
+        why = current_child().record_failure(
+            fault.error
+        )  # first of all, so that the parent takes nothing more
+        backend.undo_attempt(job, index)
         if upload is not None:
             upload.discard()
-        rerouting.hand_over(self, body, *why)
+        rerouting.reroute_or_requeue(self, body, *why)
     except Exception as error:  # Celery would acknowledge it, and the batch would be gone
         # An error that is not ours may quote a text.
         reason = str(error) if isinstance(error, EngineError) else type(error).__name__
         if upload is not None:
             upload.discard()
         log.error("engine_failed job=%s index=%d reason=%s", job, index, reason)
-        raise handed_back(reason) from None
+        raise requeue_after_delay(reason) from None
 
     embed_s = time.monotonic() - began
     with tracing.span("embedq.commit", index=index):
@@ -126,40 +128,43 @@ class _Refused(Exception):
         self.code, self.detail = code, detail
 
 
-def _may_serve(task: Any, body: object, job: str, index: int) -> Serving:
+def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
     """Return what to embed with, or give the batch away: it did nothing wrong."""
     queue = (task.request.delivery_info or {}).get("routing_key", "")
-    node = child().serving
-    if node is not None and may_answer(queue, node.standard.engine.device):
-        return node
-    if isinstance(body, dict) and rerouting.may_reroute(queue, body):
-        rerouting.hand_over(task, body, child().state.code, "The node has stopped serving.")
-    log.warning("batch_handed_back job=%s index=%d reason=not serving", job, index)
-    raise handed_back("not serving")
+    worker = current_child().engines
+    if worker is not None and may_answer(queue, worker.standard.engine.device):
+        return worker
+    if isinstance(body, dict) and rerouting.can_reroute(queue, body):
+        rerouting.reroute_or_requeue(
+            task, body, current_child().state.code, "The worker has stopped serving."
+        )
+    log.warning("batch_requeued job=%s index=%d reason=not serving", job, index)
+    raise requeue_after_delay("not serving")
 
 
-def _proven_for(node: Serving, spec: VectorSpec) -> Proven:
+def _engine_for(worker: EngineSet, spec: VectorSpec) -> VerifiedEngine:
     """Return what serves the class of a job; raise _Refused where that is not to be had here."""
-    if spec.quantised != (node.card.quantised if spec.accuracy is Accuracy.INT8 else ""):
+    if spec.quantized != (worker.model_info.quantized if spec.accuracy is Accuracy.INT8 else ""):
         raise _Refused(
-            NotQuantised.code,
-            f"The job asks for the quantised model {spec.quantised or '(none)'}; the node has "
-            f"{node.card.quantised or 'none'}. Quantise once and copy the cache to each node, "
-            "start the nodes again, and run the job anew.",
+            NotQuantized.code,
+            f"The job asks for the quantized model {spec.quantized or '(none)'}; the worker has "
+            f"{worker.model_info.quantized or 'none'}. Quantize once and copy the cache to each "
+            f"worker, "
+            "start the workers again, and run the job anew.",
         )
     try:
-        return node.proven_for(spec.accuracy)
-    except NotQuantised as error:
+        return worker.engine_for(spec.accuracy)
+    except NotQuantized as error:
         raise _Refused(error.code, str(error)) from error
 
 
 def _embed(
     batch: EmbedBatch,
-    node: Serving,
-    proven: Proven,
+    worker: EngineSet,
+    proven: VerifiedEngine,
     stats: EngineStats,
     notes: Notes | None,
-    sink: Sink | None,
+    sink: RowSink | None,
 ) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch, text by text if it has notes: it has stopped processes before.
 
@@ -167,48 +172,61 @@ def _embed(
         DeviceFault: the NPU failed, or gave what it should not have.
     """
     if notes is None:
-        return _ask(proven, node, batch, stats, sink)
-    log.warning("careful job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts))
+        return _ask(proven, worker, batch, stats, sink)
+    log.warning(
+        "isolation_started job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts)
+    )
 
     def embed_one(alone: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
-        elsewhere = on_cpu and child().on_npu
-        return _ask(node.proven_for(Accuracy.EXACT) if elsewhere else proven, node, alone, stats)
+        elsewhere = on_cpu and current_child().on_npu
+        return _ask(
+            worker.engine_for(Accuracy.EXACT) if elsewhere else proven, worker, alone, stats
+        )
 
-    return embed_carefully(batch, embed_one, notes)
+    return embed_isolated(batch, embed_one, notes)
 
 
 def _ask(
-    proven: Proven, node: Serving, batch: EmbedBatch, stats: EngineStats, sink: Sink | None = None
+    proven: VerifiedEngine,
+    worker: EngineSet,
+    batch: EmbedBatch,
+    stats: EngineStats,
+    sink: RowSink | None = None,
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
-    on_npu = child().on_npu and proven.engine is node.standard.engine
+    on_npu = current_child().on_npu and proven.engine is worker.standard.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
-        with child().calling_engine(), tracing.span("embedq.engine", texts=len(batch.texts)):
+        with current_child().engine_call(), tracing.span("embedq.engine", texts=len(batch.texts)):
             vectors, outcomes = proven.embedder.embed(batch, stats, sink)
             if on_npu:
-                node.check(batch, vectors)
+                worker.check(batch, vectors)
     except Exception as error:
         if on_npu:
             raise DeviceFault(error) from error
         raise
     if on_npu:
-        child().took(stats.busy_s - busy_s, stats.inferences - inferences)
+        current_child().record_duration(stats.busy_s - busy_s, stats.inferences - inferences)
     return vectors, outcomes
 
 
-def _accept(body: object, node: Serving) -> EmbedBatch:
-    """Decode a batch that this node can answer; raise _Refused with the reason otherwise."""
+def _accept(body: object, worker: EngineSet) -> EmbedBatch:
+    """Decode a batch that this worker can answer; raise _Refused with the reason otherwise."""
     try:
         batch = EmbedBatch.from_message(body)
     except ContractError as error:
         raise _Refused(error.code, str(error)) from error
-    if batch.spec.model != node.card.identity:
+    if batch.spec.model != worker.model_info.identity:
         raise _Refused(
             "wrong_model",
-            f"The job asks for model {batch.spec.model[:12]}; node serves {node.card.label} "
-            f"({node.card.identity[:12]}). Start a node with the job's model, or run the job anew.",
+            f"The job asks for model {batch.spec.model[:12]}; worker serves "
+            f"{worker.model_info.label} "
+            f"({worker.model_info.identity[:12]}). Start a worker with the job's model, or run "
+            f"the job anew.",
         )
-    if (batch.spec.dim, batch.spec.max_length) != (node.card.dim, node.card.max_length):
+    if (batch.spec.dim, batch.spec.max_length) != (
+        worker.model_info.dim,
+        worker.model_info.max_length,
+    ):
         raise _Refused("wrong_model", "The job's dimension or length is not the model's.")
     return batch
