@@ -78,7 +78,7 @@ def docstrings() -> list[str]:
 
     Those of the benchmarks, but from as few files as it takes: parsing them all takes seconds.
     """
-    corpus = runpy.run_path(str(Path(__file__).parents[1] / "ops" / "bench" / "corpus.py"))
+    corpus = runpy.run_path(str(Path(__file__).parents[2] / "ops" / "bench" / "corpus.py"))
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     every = itertools.chain.from_iterable(map(corpus["_of_file"], files))
     texts = list(itertools.islice(dict.fromkeys(itertools.islice(every, 3000)), 2048))

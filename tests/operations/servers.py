@@ -14,6 +14,7 @@ from tests.servers import wait_for
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "ops"
+DEPLOY = OPS / "deploy"
 USERS = ("producer", "worker", "ops")
 SERVERS = ("broker", "results")
 
@@ -32,7 +33,7 @@ class PortTaken(Exception):
 
 
 class Fleet:
-    """Broker and results as ops/redis configures them, and a superuser for looking on."""
+    """Broker and results as ops/deploy/redis configures them, and a superuser for looking on."""
 
     def __init__(self, folder: Path, ports: dict[str, int]) -> None:
         server = program("redis-server", "redis-server")
@@ -47,7 +48,7 @@ class Fleet:
             users = (self.secrets / f"{name}_acl").read_text()
             acl.write_text(users + "user judge on nopass ~* &* +@all\n")
             own = ("--port", str(ports[name]), "--bind", "127.0.0.1", "--dir", os.fspath(data))
-            configuration = os.fspath(OPS / "redis" / f"{name}.conf")
+            configuration = os.fspath(DEPLOY / "redis" / f"{name}.conf")
             command = [server, configuration, *own, "--aclfile", os.fspath(acl)]
             self._processes.append(
                 subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.operations.servers import OPS
+from tests.operations.servers import DEPLOY
 from tests.programs import program
 
 from embedq.observability.metrics import METRICS, STATES, Kind
 from embedq.protocol.contract import Queue
 
-PROMETHEUS = OPS / "prometheus"
+PROMETHEUS = DEPLOY / "prometheus"
 TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 
 
@@ -64,7 +64,7 @@ def test_promtool_accepts_configuration_and_rules() -> None:
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_alerts_fire_when_they_should_and_not_before(path: Path) -> None:
-    """The cases of ops/prometheus/tests hold."""
+    """The cases of ops/deploy/prometheus/tests hold."""
     promtool("test", "rules", path)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.operations.servers import OPS
+from tests.operations.servers import DEPLOY, ROOT
 from tests.operations.test_alerts import known_series, promtool, series_of
 
-GRAFANA = OPS / "grafana"
+GRAFANA = DEPLOY / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "embedq.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
@@ -76,7 +76,7 @@ def test_provider_points_at_the_folder_that_compose_mounts() -> None:
     [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/embedq.yml").read_text())[
         "providers"
     ]
-    grafana = yaml.safe_load((OPS.parent / "docker-compose.yml").read_text())["services"]["grafana"]
+    grafana = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["grafana"]
 
     targets = [volume.split(":")[1] for volume in grafana["volumes"]]
 

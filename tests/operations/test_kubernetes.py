@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.operations.servers import OPS
+from tests.operations.servers import DEPLOY
 from tests.operations.test_alerts import known_series, series_of
 
 from embedq.protocol.contract import Queue
 from embedq_worker.settings import WorkerSettings
 
-KUSTOMIZATION = yaml.safe_load((OPS / "kustomization.yaml").read_text())
+KUSTOMIZATION = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
 OBJECTS: list[dict[str, Any]] = [
     each
     for name in KUSTOMIZATION["resources"]
-    for each in yaml.safe_load_all((OPS / name).read_text())
+    for each in yaml.safe_load_all((DEPLOY / name).read_text())
 ]
 WORKLOADS = {
     each["metadata"]["name"]: each
@@ -44,7 +44,7 @@ def test_manifest_is_valid_by_the_schema_of_the_api(manifest: dict[str, Any]) ->
 
 def test_kustomization_names_every_manifest_and_files_that_exist() -> None:
     """Nothing lies about unused, and generated maps have their sources."""
-    there = {f"k8s/{path.name}" for path in (OPS / "k8s").glob("*.yaml")}
+    there = {f"k8s/{path.name}" for path in (DEPLOY / "k8s").glob("*.yaml")}
     sources = {
         file.partition("=")[2] or file
         for generator in KUSTOMIZATION["configMapGenerator"]
@@ -52,7 +52,7 @@ def test_kustomization_names_every_manifest_and_files_that_exist() -> None:
     }
 
     assert set(KUSTOMIZATION["resources"]) == there
-    assert all((OPS / source).is_file() for source in sources)
+    assert all((DEPLOY / source).is_file() for source in sources)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

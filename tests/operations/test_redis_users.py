@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.operations.servers import OPS, SERVERS, USERS, Fleet, PortTaken, make_secrets
+from tests.operations.servers import DEPLOY, SERVERS, USERS, Fleet, PortTaken, make_secrets
 from tests.servers import environment, wait_for
 
 from embedq import Client
@@ -82,7 +82,7 @@ def client(fleet: Fleet) -> Client:
 def command(fleet: Fleet, user: str, *words: str) -> str:
     """Run a module as a user and return what it says on stdout."""
     variables = environment(**fleet.urls(user), EMBEDQ_MODEL="stub")
-    variables["PYTHONPATH"] += os.pathsep + os.fspath(OPS / "flower")
+    variables["PYTHONPATH"] += os.pathsep + os.fspath(DEPLOY / "flower")
     done = subprocess.run(
         [sys.executable, "-m", *words],
         env=variables,

@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.operations.servers import OPS
+from tests.operations.servers import DEPLOY
 
 from embedq.settings import ProducerSettings
 from embedq_worker import exit_codes
 from embedq_worker.settings import WorkerSettings
 
-UNIT = OPS / "systemd" / "embedq-worker.service"
+UNIT = DEPLOY / "systemd" / "embedq-worker.service"
 TEXT = UNIT.read_text(encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 import pytest
 from tests.servers import RedisProcess, WorkerProcess, environment, stub_worker, wait_for
 from tests.ui.watchers import (
-    OPS,
+    DEPLOY,
     USER,
     Flower,
     Prometheus,
@@ -176,7 +176,7 @@ def test_all_who_watch_name_the_degraded_worker(watched: Watched) -> None:
 
 def test_every_panel_of_the_dashboard_has_a_series(watched: Watched) -> None:
     """Each query of the Grafana dashboard returns something from a Prometheus that watches."""
-    found = json.loads((OPS / "grafana/dashboards/embedq.json").read_text(encoding="utf-8"))
+    found = json.loads((DEPLOY / "grafana/dashboards/embedq.json").read_text(encoding="utf-8"))
     queries = [t["expr"] for panel in found["panels"] for t in panel.get("targets", [])]
     empty = set(queries)
 

@@ -22,7 +22,7 @@ import pytest
 from tests.programs import program
 from tests.servers import RedisProcess, environment, wait_for
 
-OPS = Path(__file__).parents[2] / "ops"
+DEPLOY = Path(__file__).parents[2] / "ops" / "deploy"
 USER = "ops:sesame"
 #: Seconds that a watcher may take to start on a busy machine.
 START_S = 60.0
@@ -95,7 +95,7 @@ def exporter(redis: RedisProcess, folder: Path) -> Iterator[str]:
 
 
 class Prometheus:
-    """A Prometheus with the rules and alerts of ops/prometheus."""
+    """A Prometheus with the rules and alerts of ops/deploy/prometheus."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -115,11 +115,11 @@ class Prometheus:
 
 @contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Run Prometheus as ops/prometheus has it, but for where the exporter is."""
+    """Run Prometheus as ops/deploy/prometheus has it, but for where the exporter is."""
     path = program("prometheus", "prometheus")
-    config = (OPS / "prometheus/prometheus.yml").read_text(encoding="utf-8")
+    config = (DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8")
     for name in ("rules.yml", "alerts.yml"):
-        shutil.copy(OPS / "prometheus" / name, folder)
+        shutil.copy(DEPLOY / "prometheus" / name, folder)
     (folder / "prometheus.yml").write_text(config.replace("exporter:9469", target))
     at = f"127.0.0.1:{free_port()}"
     command = [path, "--config.file=prometheus.yml", "--storage.tsdb.path=tsdb"]
@@ -129,7 +129,7 @@ def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
 
 
 class Flower:
-    """A Flower with the configuration of ops/flower."""
+    """A Flower with the configuration of ops/deploy/flower."""
 
     def __init__(self, at: str) -> None:
         self.at = at
@@ -150,9 +150,9 @@ def flower(redis: RedisProcess, folder: Path) -> Iterator[Flower]:
     (folder / "auth").write_text(USER)
     at = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "celery", "--config=celeryconfig", "flower"]
-    command += [f"--conf={OPS / 'flower/flowerconfig.py'}", f"--db={folder / 'flower.db'}"]
+    command += [f"--conf={DEPLOY / 'flower/flowerconfig.py'}", f"--db={folder / 'flower.db'}"]
     command += ["--address=127.0.0.1", f"--port={at.partition(':')[2]}"]
-    paths = os.pathsep.join([os.fspath(OPS / "flower"), environment().get("PYTHONPATH", "")])
+    paths = os.pathsep.join([os.fspath(DEPLOY / "flower"), environment().get("PYTHONPATH", "")])
     variables = {"PYTHONPATH": paths, "FLOWER_AUTH_FILE": os.fspath(folder / "auth")}
     log, ready = folder / "flower.log", f"http://{at}/healthcheck"
     with running(command, log, ready, **urls(redis), **variables):
