@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
-from tests.command import Command
-from tests.servers import JOB_TTL_S, RedisProcess, WorkerProcess, forget_all, stub_worker
+from tests.support.cli import Command
+from tests.support.redis import JOB_TTL_S, RedisProcess, forget_all
+from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.store.ledger import Ledger
@@ -28,11 +29,11 @@ hypothesis_settings.load_profile("embedq")
 #: Folders whose tests come first: they cost milliseconds, and what they find the others stumble on.
 QUICK = frozenset({"unit", "conformance"})
 #: Folders of one file each that waits long. It must not be what one of several workers ends with.
-LONG = frozenset({"chaos", "ui"})
+LONG = frozenset({"chaos", "e2e"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put quick tests first and long waits second; within each kind the order stays."""
+    """Mark and run quick tests first, then those that wait long; within each kind the order stays."""
     root = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:
@@ -40,6 +41,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return 0 if folder in QUICK else 1 if folder in LONG else 2
 
     items.sort(key=rank)
+    for item in items:
+        if rank(item) == 0:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True)

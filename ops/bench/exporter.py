@@ -16,8 +16,8 @@ from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
-from tests.servers import RedisProcess
+from tests.support.fake_fleet import add_jobs, add_messages, add_nodes, hold_messages
+from tests.support.redis import RedisProcess
 
 from embedq.observability.exporter import serve
 from embedq.protocol.contract import Queue

@@ -20,8 +20,8 @@ from celery.events import EventDispatcher
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.servers import RedisProcess, wait_for
-from tests.ui.watchers import Flower, fetch, flower
+from tests.support.monitoring import Flower, fetch, flower
+from tests.support.redis import RedisProcess, wait_for
 
 #: Parts into which the tasks are cut; memory is read after each.
 PARTS = 10

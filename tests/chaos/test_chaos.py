@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.programs import program
+from tests.support.binaries import program
 
 RUN = Path(__file__).parents[2] / "ops" / "chaos" / "run"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.model_fixtures import WORDS, real_model, tiny_model
-from tests.standins import Process, RemoteEngine, target_of
+from tests.support.models import WORDS, real_model, tiny_model
+from tests.support.npu_emulation import Process, RemoteEngine, target_of
 
 from embedq.protocol.contract import Device, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch

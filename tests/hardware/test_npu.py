@@ -7,8 +7,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.model_fixtures import real_model
-from tests.standins import Process, embed_from_threads, embed_there, open_there, process
+from tests.support.models import real_model
+from tests.support.npu_emulation import (
+    Process,
+    embed_from_threads,
+    embed_there,
+    open_there,
+    process,
+)
 
 from embedq_worker.engines.openvino_runtime import TARGETS
 

@@ -6,7 +6,8 @@ import base64
 import json
 from pathlib import Path
 
-from tests.servers import RedisProcess, stub_worker, wait_for
+from tests.support.redis import RedisProcess, wait_for
+from tests.support.workers import stub_worker
 
 
 def message(body: str, headers: object = None) -> str:

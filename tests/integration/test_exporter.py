@@ -18,8 +18,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from rich.console import Console
-from tests.fleet_of_paper import add_jobs, add_messages, add_nodes, hold_messages
-from tests.servers import RedisProcess
+from tests.support.fake_fleet import add_jobs, add_messages, add_nodes, hold_messages
+from tests.support.redis import RedisProcess
 
 from embedq.cli.operations import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, render
 from embedq.observability.exporter import serve

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
-from tests.servers import JOB_TTL_S, RedisProcess
+from tests.support.redis import JOB_TTL_S, RedisProcess
 
 from embedq.store.connection import retryable_reason
 from embedq.store.dead_letters import AttemptLog, TextAttempts

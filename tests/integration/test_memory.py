@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.forging import batch_of, queued
-from tests.model_fixtures import docstrings
-from tests.servers import RedisProcess, WorkerProcess, wait_for, wait_until_acknowledged
+from tests.support.forged_messages import batch_of, queued
+from tests.support.models import docstrings
+from tests.support.redis import RedisProcess, wait_for, wait_until_acknowledged
+from tests.support.workers import WorkerProcess
 
 from embedq import Client
 from embedq.jobs.batches import TextBatch

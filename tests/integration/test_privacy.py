@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from tests.forging import MARKER, batch_of, push, queued, with_body
-from tests.servers import RedisProcess, WorkerProcess, leaving_worker, wait_for
+from tests.support.forged_messages import MARKER, batch_of, push, queued, with_body
+from tests.support.redis import RedisProcess, wait_for
+from tests.support.workers import WorkerProcess, leaving_worker
 
 from embedq import Client
 from embedq.errors import TextsFailed

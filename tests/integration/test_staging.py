@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from redis import Redis
-from tests.servers import JOB_TTL_S, RedisProcess
+from tests.support.redis import JOB_TTL_S, RedisProcess
 
 from embedq.protocol.contract import VectorSpec
 from embedq.protocol.message import EmbedBatch

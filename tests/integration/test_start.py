@@ -15,16 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.model_fixtures import tiny_model
-from tests.servers import (
+from tests.support.models import tiny_model
+from tests.support.redis import (
     DEADLINE_S,
     RedisProcess,
-    WorkerProcess,
     environment,
-    stub_worker,
     wait_for,
     wait_until_acknowledged,
 )
+from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.errors import StrictUnavailable

@@ -12,15 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.bulk import SMALL, Work, wait_until_forgotten
-from tests.servers import (
-    DEADLINE_S,
-    RedisProcess,
-    WorkerProcess,
-    environment,
-    stub_worker,
-    wait_for,
-)
+from tests.support.cli import wait_until_forgotten
+from tests.support.files import SMALL, Work
+from tests.support.redis import DEADLINE_S, RedisProcess, environment, wait_for
+from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.errors import ContractError, InputError, QueueUnavailable, ResultTimeout

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.servers import RedisProcess, WorkerProcess, environment, stub_worker, wait_for
+from tests.support.redis import RedisProcess, environment, wait_for
+from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq_worker.engines.stub import FaultScript
 

@@ -15,7 +15,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from tests.forging import (
+from tests.support.forged_messages import (
     MARKER,
     batch_of,
     open_job,
@@ -28,7 +28,8 @@ from tests.forging import (
     with_payload,
     without_header,
 )
-from tests.servers import RedisProcess, WorkerProcess, stub_worker, wait_for
+from tests.support.redis import RedisProcess, wait_for
+from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.testing import stub_vectors

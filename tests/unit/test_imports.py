@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tests.servers import environment
+from tests.support.redis import environment
 
 import embedq
 import embedq_worker

@@ -1,0 +1,336 @@
+"""Every input and every output of the command, and the memory it takes for them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.cli import command, finish, start
+from tests.support.files import SMALL, documents, embed, items, rows, vectors, write_jsonl
+from tests.support.redis import RedisProcess
+from tests.support.workers import WorkerProcess
+
+from embedq import Client
+from embedq.bulk.readers import BadLine, Fields, Reading, read
+from embedq.errors import InputError
+from embedq.jobs.batches import Document
+from embedq.testing import stub_vectors
+
+#: Texts that formats are known to spoil.
+TEXTS = ["plain", "é 🦀 日本語", 'a "quoted" word', "comma, and; semicolon", "tab\there", ""]
+
+
+@pytest.fixture
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client with small batches."""
+    with Client(settings=shared_redis.settings(**SMALL)) as client:
+        yield client
+
+
+def as_jsonl(texts: list[str]) -> str:
+    return "".join(json.dumps({"id": f"d{i}", "text": text}) + "\n" for i, text in enumerate(texts))
+
+
+def as_csv(texts: list[str]) -> str:
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    return "id,text\n" + "".join(f"d{i},{text}\n" for i, text in enumerate(quoted))
+
+
+def as_txt(texts: list[str]) -> str:
+    return "".join(text + "\n" for text in texts)
+
+
+INPUTS = {"jsonl": as_jsonl, "csv": as_csv, "txt": as_txt}
+
+
+@pytest.mark.parametrize("output", ["npy", "jsonl", "parquet"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_input_becomes_every_output(
+    kind: str, packed: bool, output: str, small: Client, tmp_path: Path
+) -> None:
+    """jsonl, csv and txt, plain and gzipped, give the same rows as npy, jsonl and parquet."""
+    if output == "parquet":
+        pytest.importorskip("pyarrow")
+    raw = INPUTS[kind](TEXTS).encode()
+    source = tmp_path / (f"in.{kind}.gz" if packed else f"in.{kind}")
+    source.write_bytes(gzip.compress(raw) if packed else raw)
+
+    summary = embed(small, source, tmp_path / f"out.{output}")
+
+    found = rows(tmp_path / f"out.{output}")
+    assert (summary.total, summary.ok) == (len(TEXTS), len(TEXTS))
+    assert np.array_equal([row["vector"] for row in found], stub_vectors(TEXTS))
+    names = [f"d{i}" for i in range(len(TEXTS))] if kind != "txt" else range(1, len(TEXTS) + 1)
+    assert [str(row["id"]) for row in found] == [str(name) for name in names]
+    assert [row["row"] for row in found] == list(range(len(TEXTS)))
+
+
+@pytest.mark.parametrize("output", ["npy", "jsonl", "parquet"])
+def test_failed_text_has_no_vector_in_any_output(
+    output: str, small: Client, tmp_path: Path
+) -> None:
+    """NaN in npy, null in jsonl and parquet; the code says why, the others have their vectors."""
+    if output == "parquet":
+        pytest.importorskip("pyarrow")
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}, {"text": "b"}])
+
+    summary = embed(small, source, tmp_path / f"out.{output}")
+
+    first, bad, last = rows(tmp_path / f"out.{output}")
+    assert (summary.ok, summary.failed) == (2, 1)
+    assert (bad["status"], bad["code"], bad["vector"]) == ("failed", "not_a_string", None)
+    assert np.array_equal([first["vector"], last["vector"]], stub_vectors(["a", "b"]))
+    if output == "npy":
+        assert np.isnan(vectors(tmp_path / "out.npy")[1]).all()
+
+
+def test_parquet_has_typed_columns(small: Client, tmp_path: Path) -> None:
+    """Vectors are lists of one length, ids are text whatever the input had."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": 7, "text": "a"}, {"id": "x", "text": "b"}])
+
+    embed(small, source, tmp_path / "out.parquet")
+
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert str(table.schema.field("vector").type) == "fixed_size_list<element: float>[384]"
+    assert table.column("id").to_pylist() == ["7", "x"]
+    assert str(table.schema.field("n_tokens").type) == "int64"
+    assert str(table.schema.field("truncated").type) == "bool"
+
+
+def test_ids_that_are_no_utf8_do_not_stop_an_output(small: Client, tmp_path: Path) -> None:
+    """Half of a surrogate pair in an id is written as it can be, after all the work is done."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a\ud800", "text": "a"}])
+
+    embed(small, source, tmp_path / "out.jsonl")
+    assert rows(tmp_path / "out.jsonl")[0]["id"] == "a\ud800"
+
+    pytest.importorskip("pyarrow")
+    embed(small, source, tmp_path / "out.parquet")
+    assert rows(tmp_path / "out.parquet")[0]["id"] == "a\\ud800"
+
+
+def test_output_may_have_a_name_that_is_no_utf8(small: Client, tmp_path: Path) -> None:
+    """What Linux allows as a name is no reason to stop; Redis, which is told it, takes less."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
+    output = tmp_path / os.fsdecode(b"o\xff.npy")
+
+    embed(small, source, output)
+
+    assert np.array_equal(vectors(output), stub_vectors(["a"]))
+
+
+def test_several_inputs_and_globs_are_read_in_order(small: Client, tmp_path: Path) -> None:
+    """Names in the order given, globs sorted, formats mixed."""
+    for name in ("b", "a", "c"):
+        (tmp_path / f"part-{name}.txt").write_text(f"{name}\n")
+    last = write_jsonl(tmp_path / "last.jsonl", [{"id": "x", "text": "last"}])
+    output = tmp_path / "out.npy"
+
+    embed(small, [str(tmp_path / "part-c.txt"), str(tmp_path / "part-[ab].txt"), str(last)], output)
+
+    assert np.array_equal(vectors(output), stub_vectors(["c", "a", "b", "last"]))
+    assert [item["id"] for item in items(output)] == [1, 1, 1, "x"]
+
+
+def test_glob_does_not_mean_the_output(small: Client, tmp_path: Path) -> None:
+    """The sidecar beside the inputs is none of them, for the same command and for --update."""
+    write_jsonl(tmp_path / "a.jsonl", documents(20))
+    output, inputs = tmp_path / "out.npy", [str(tmp_path / "*.jsonl")]
+    embed(small, inputs, output)
+
+    again = embed(small, inputs, output)
+    write_jsonl(tmp_path / "b.jsonl", [{"id": "x", "text": "new"}])
+    update = embed(small, inputs, output, update=True)
+
+    assert (again.total, again.resumed) == (20, 20)
+    assert update.updated == {"new": 1, "changed": 0, "kept": 20, "removed": 0}
+
+
+def test_standard_input_is_read(
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
+) -> None:
+    """A pipe is jsonl unless told otherwise, and its run can go on with the same bytes."""
+    output = tmp_path / "out.jsonl"
+
+    code, stdout, stderr = finish(
+        start(shared_redis, "embed", "-", "-o", output, "--json"), as_jsonl(TEXTS)
+    )
+    txt = tmp_path / "txt.npy"
+    finish(start(shared_redis, "embed", "-", "-o", txt, "--format", "txt"), as_txt(TEXTS))
+    again = finish(start(shared_redis, "embed", "-", "-o", output), as_jsonl(TEXTS))
+
+    assert code == 0, stderr
+    assert json.loads(stdout)["total"] == len(TEXTS)
+    assert np.array_equal([row["vector"] for row in rows(output)], stub_vectors(TEXTS))
+    assert np.array_equal(vectors(txt), stub_vectors(TEXTS))
+    assert again[0] == 0
+    assert "complete already" in again[2]
+
+
+def read_all(path: Path, **options: object) -> list[Document]:
+    return list(read([str(path)], fields=Fields(), **options))  # type: ignore[arg-type] # as given
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_byte_order_mark_and_crlf_change_nothing(kind: str, tmp_path: Path) -> None:
+    """A file saved by Windows reads as one that was not."""
+    plain, windows = tmp_path / f"plain.{kind}", tmp_path / f"windows.{kind}"
+    plain.write_bytes(INPUTS[kind](TEXTS).encode())
+    windows.write_bytes(b"\xef\xbb\xbf" + INPUTS[kind](TEXTS).replace("\n", "\r\n").encode())
+
+    assert read_all(windows) == read_all(plain)
+    assert [document.text for document in read_all(plain)] == TEXTS
+
+
+def test_blank_lines_are_no_documents_but_in_txt(tmp_path: Path) -> None:
+    """Blank lines of jsonl and csv are skipped; in txt each line is a document, so rows align."""
+    for kind, content in (
+        ("jsonl", '\n{"text": "a"}\n  \n\n{"text": "b"}\n\n'),
+        ("csv", "text\n\na\n\n\nb\n\n"),
+        ("txt", "a\n\nb\n"),
+    ):
+        (tmp_path / f"in.{kind}").write_text(content)
+
+    assert [(d.id, d.text) for d in read_all(tmp_path / "in.jsonl")] == [(2, "a"), (5, "b")]
+    assert [(d.id, d.text) for d in read_all(tmp_path / "in.csv")] == [(3, "a"), (6, "b")]
+    assert [d.text for d in read_all(tmp_path / "in.txt")] == ["a", "", "b"]
+
+
+def test_last_line_needs_no_newline(tmp_path: Path) -> None:
+    """A file that ends without a newline loses nothing."""
+    for kind, write in INPUTS.items():
+        (tmp_path / f"in.{kind}").write_text(write(["a", "b"]).removesuffix("\n"))
+
+        assert [d.text for d in read_all(tmp_path / f"in.{kind}")] == ["a", "b"], kind
+
+
+def test_csv_quoting_is_understood(tmp_path: Path) -> None:
+    """Commas, doubled quotes and newlines inside quotes belong to the text."""
+    (tmp_path / "in.csv").write_text('text,id\n"a, ""b""\nc",1\nplain,2\n"",3\n')
+
+    found = read_all(tmp_path / "in.csv")
+
+    assert [(d.id, d.text) for d in found] == [("1", 'a, "b"\nc'), ("2", "plain"), ("3", "")]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_open_quote_costs_its_own_line_only(newline: str, tmp_path: Path) -> None:
+    """What an unclosed quote swallowed is read again from the next line, with right numbers."""
+    lines = ["text", "a", '"open', "b", '"c\nc"', '"x"y', "d", '"end']
+    (tmp_path / "in.csv").write_bytes(newline.join(lines).encode())
+    reading = Reading()
+
+    found = read_all(tmp_path / "in.csv", skip_bad_lines=True, reading=reading)
+
+    assert [(d.id, d.text) for d in found] == [(2, "a"), (4, "b"), (5, "c\nc"), (8, "d")]
+    assert reading.skipped == 3
+    with pytest.raises(BadLine, match="line 3: not CSV"):
+        read_all(tmp_path / "in.csv")
+
+
+def test_broken_csv_header_is_an_input_error(tmp_path: Path) -> None:
+    """A header that is no CSV names line 1."""
+    (tmp_path / "in.csv").write_text('"id,text\n1,a\n')
+
+    with pytest.raises(InputError, match="line 1: not CSV"):
+        read_all(tmp_path / "in.csv")
+
+
+def test_fields_are_chosen_by_name(small: Client, tmp_path: Path) -> None:
+    """--id-field and --text-field say where jsonl and csv keep what we need."""
+    write_jsonl(tmp_path / "in.jsonl", [{"key": "k", "body": "text", "id": "no", "text": "no"}])
+    (tmp_path / "in.csv").write_text("text,body,key\nno,text,k\n")
+    fields = Fields(id="key", text="body")
+
+    for kind in ("jsonl", "csv"):
+        output = tmp_path / f"{kind}.npy"
+        embed(small, tmp_path / f"in.{kind}", output, fields=fields)
+
+        assert np.array_equal(vectors(output), stub_vectors(["text"]))
+        assert [item["id"] for item in items(output)] == ["k"]
+
+
+def test_broken_gzip_names_the_file(small: Client, tmp_path: Path) -> None:
+    """A download that stopped half way is no success; what was read is kept for the next run."""
+    source = tmp_path / "in.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(d) + "\n" for d in documents(2_000)).encode())
+    source.write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(InputError, match=r"in\.jsonl\.gz: cannot be read further"):
+        embed(small, source, tmp_path / "out.npy")
+
+    source.write_bytes(whole)
+    assert embed(small, source, tmp_path / "out.npy").total == 2_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "n_lines"),
+    [
+        ("jsonl", '{"id": "broken', 100_000),
+        ("csv", '1,"open', 50_000),
+        ("csv", "1,2,3", 50_000),
+    ],
+)
+def test_bad_line_among_many_is_named(kind: str, bad: str, n_lines: int, tmp_path: Path) -> None:
+    """One broken line in the middle: fail names it, skip loses it and nothing else."""
+    source, at = tmp_path / f"in.{kind}", n_lines // 2
+    line = '{{"id": {0}, "text": "t{0}"}}' if kind == "jsonl" else "{0},t{0}"
+    with source.open("w") as out:
+        out.write("id,text\n" if kind == "csv" else "")
+        out.writelines((bad if i == at else line.format(i)) + "\n" for i in range(n_lines))
+    reading = Reading()
+
+    found = read([str(source)], fields=Fields(), skip_bad_lines=True, reading=reading)
+    names = np.fromiter((int(document.id) for document in found), np.int64)
+
+    assert reading.skipped == 1
+    assert np.array_equal(names, np.delete(np.arange(n_lines), at))
+    with pytest.raises(BadLine, match=f"line {at + 1 + (kind == 'csv'):,}: "):
+        list(read([str(source)], fields=Fields()))
+
+
+def test_skipped_lines_are_counted_by_the_command(
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
+) -> None:
+    """fail ends with 3 and names the line, skip ends with 0 and tells how many."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    source.write_text('{"text": "a"}\nbroken\n{"text": "b"}\n')
+
+    failed = command(shared_redis, "embed", source, "-o", output)
+    skipped = command(shared_redis, "embed", source, "-o", output, "--on-bad-line", "skip")
+
+    assert failed[0] == 3
+    assert "in.jsonl, line 2: not JSON" in failed[2]
+    assert skipped[0] == 0
+    assert "1 bad lines skipped" in skipped[1]
+    assert np.array_equal(vectors(output), stub_vectors(["a", "b"]))
+
+
+def peak_rss_mb(redis: RedisProcess, folder: Path, n: int) -> float:
+    """Embed n short texts with the command; return the most memory that it had."""
+    source = folder / f"{n}.txt"
+    source.write_text("".join(f"a text of some words, number {i}\n" for i in range(n)))
+    large = {"EMBEDQ_BATCH_TEXTS": "512", "EMBEDQ_MAX_IN_FLIGHT": "8"}
+    child = start(redis, "embed", source, "-o", folder / f"{n}.npy", "-q", **large)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    finish(child)
+    assert child.returncode == 0
+    return usage.ru_maxrss / 1e3
+
+
+def test_memory_of_the_command_does_not_grow_with_the_file(
+    worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
+) -> None:
+    """Five times the texts take less than a tenth more memory."""
+    few = peak_rss_mb(shared_redis, tmp_path, 6_000)  # more than a window of 4,096
+    many = peak_rss_mb(shared_redis, tmp_path, 30_000)
+
+    assert many < 1.1 * few, f"{few:.0f} MB for 6,000 texts, {many:.0f} MB for 30,000"

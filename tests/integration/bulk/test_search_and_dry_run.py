@@ -1,0 +1,250 @@
+"""`embedq search` and `embedq embed --dry-run`: right answers, and nothing written."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.cli import command, wait_until_forgotten
+from tests.support.files import SMALL, documents, embed, items, unfinished, vectors, write_jsonl
+from tests.support.redis import RedisProcess
+from tests.support.workers import WorkerProcess
+
+from embedq import Client
+from embedq.bulk.checkpoint import Manifest, manifest_path
+from embedq.bulk.estimate import SAMPLE, estimate
+from embedq.bulk.request import EmbedRequest
+from embedq.bulk.search import load_manifest, nearest_rows
+from embedq.errors import InputError
+from embedq.testing import stub_vectors
+
+
+@pytest.fixture
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client with small batches."""
+    with Client(settings=shared_redis.settings(**SMALL)) as client:
+        yield client
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Write two hundred documents."""
+    return write_jsonl(tmp_path / "in.jsonl", documents(200))
+
+
+def test_search_finds_what_brute_force_finds(
+    small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """The command's top ten are those of a plain product over all rows, best first, by id."""
+    output, query = tmp_path / "out.npy", "a question"
+    embed(small, source, output)
+    scores = vectors(output) @ stub_vectors([query])[0]
+    best = np.argsort(-scores, kind="stable")[:10]
+
+    code, stdout, stderr = command(shared_redis, "search", output, query, "--json")
+
+    assert code == 0, stderr
+    hits = json.loads(stdout)
+    assert [hit["row"] for hit in hits] == best.tolist()
+    assert [hit["id"] for hit in hits] == [f"d{row}" for row in best]
+    assert [hit["score"] for hit in hits] == pytest.approx(scores[best].tolist(), abs=1e-6)
+
+
+def test_search_finds_a_text_itself(
+    small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """Lines for a person: score and id, the text's own row first."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+
+    code, stdout, _ = command(shared_redis, "search", output, documents(8)[7]["text"], "-k", "2")
+
+    assert code == 0
+    first, second = stdout.splitlines()
+    assert first == "1.0000  d7"
+    assert len(second.split()) == 2
+
+
+def test_failed_rows_never_match(small: Client, tmp_path: Path) -> None:
+    """A row without a vector is not among the nearest, however many are asked for."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "\0"}, {"text": "b"}])
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+
+    hits = nearest_rows(output, stub_vectors(["a"])[0], 10)
+
+    assert [hit.row for hit in hits] == [0, 2]
+
+
+def test_search_reads_more_than_one_chunk(
+    small: Client, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are compared in pieces of any size, with the same hits."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    query = stub_vectors(["a question"])[0]
+    whole = nearest_rows(output, query, 20)
+
+    monkeypatch.setattr("embedq.bulk.search.CHUNK_ROWS", 7)
+
+    pieces = nearest_rows(output, query, 20)
+    assert [hit.id for hit in pieces] == [hit.id for hit in whole]
+
+
+def test_search_in_an_empty_output(small: Client, tmp_path: Path) -> None:
+    """No rows, no hits, no error."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    source.write_text("")
+    embed(small, source, output)
+
+    assert nearest_rows(output, stub_vectors(["a"])[0], 5) == []
+
+
+def test_search_refuses_another_model(
+    small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """Vectors of two models are never compared; both are named."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    manifest = Manifest.load(manifest_path(output))
+    assert manifest is not None
+    manifest.settings |= {"model": "f" * 64, "model_label": "other/model"}
+    manifest.save(manifest_path(output))
+
+    code, stdout, stderr = command(shared_redis, "search", output, "a question")
+
+    assert (code, stdout) == (3, "")
+    assert "was made with other/model (ffffffffffff); the worker serves stub" in stderr
+
+
+def test_search_refuses_what_is_no_finished_npy(
+    small: Client, source: Path, tmp_path: Path
+) -> None:
+    """An unfinished output, another format, a stray file and no file: each with its reason."""
+    part, lines, stray = tmp_path / "part.npy", tmp_path / "out.jsonl", tmp_path / "stray.npy"
+    unfinished(small, source, part)
+    embed(small, source, lines)
+    np.save(stray, np.zeros((3, 384), np.float32))
+
+    with pytest.raises(InputError, match="is not finished"):
+        load_manifest(part)
+    with pytest.raises(InputError, match=r"search reads \.npy"):
+        load_manifest(lines)
+    with pytest.raises(InputError, match="no output of `embedq embed`"):
+        load_manifest(stray)
+    with pytest.raises(InputError, match="no output of `embedq embed`"):
+        load_manifest(tmp_path / "none.npy")
+
+
+@pytest.mark.parametrize("left", [0, 300, 5_000])
+@pytest.mark.parametrize("name", ["out.npy", "out.items.jsonl"])
+def test_search_refuses_what_was_cut(
+    name: str, left: int, small: Client, source: Path, tmp_path: Path
+) -> None:
+    """An output or a sidecar that is not whole is one sentence with the next step."""
+    output, path = tmp_path / "out.npy", tmp_path / name
+    embed(small, source, output)
+    n_rows = len(np.load(output))
+    path.write_bytes(path.read_bytes()[:left])
+
+    with pytest.raises(InputError, match=rf"{name}: is not what embedq wrote.*--restart"):
+        nearest_rows(output, small.encode("a query"), n_rows)
+
+
+@pytest.mark.parametrize("top", ["0", "-1", "x"])
+def test_search_refuses_a_senseless_number(top: str, tmp_path: Path) -> None:
+    """-k must be one or more; the option is named."""
+    from click.testing import CliRunner
+
+    from embedq.cli.main import cli
+
+    result = CliRunner().invoke(cli, ["search", str(tmp_path / "a.npy"), "q", "-k", top])
+
+    assert result.exit_code == 2
+    assert "'-k'" in result.output
+
+
+def test_dry_run_counts_exactly_and_writes_nothing(
+    small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """Texts and bytes are exact, an input below the sample is known exactly, no file appears."""
+    source = write_jsonl(source, [*documents(200), {"text": "word " * 300}, {"text": "\0"}])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    found = estimate(small, EmbedRequest((str(source),), tmp_path / "out.npy"))
+
+    texts = [document["text"] for document in documents(200)]
+    assert (found.texts, found.sampled) == (202, 202)
+    assert found.text_bytes == sum(map(len, texts)) + 5 * 300 + 1
+    assert found.tokens == sum(len(text.split()) + 2 for text in texts) + 256
+    assert found.truncated_share == pytest.approx(1 / 202)
+    assert found.failed_share == pytest.approx(1 / 202)
+    assert found.output_bytes == 202 * 384 * 4
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    wait_until_forgotten(shared_redis)
+
+
+def prose() -> list[str]:
+    """Return the docstrings of a few packages that every Python has, a thousand or more."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    names = ("asyncio", "concurrent", "email", "http", "json", "logging", "multiprocessing")
+    paths = sorted(path for name in names for path in (folder / name).rglob("*.py"))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    workers = (worker for path in paths for worker in ast.walk(ast.parse(path.read_bytes())))
+    return [
+        doc
+        for worker in workers
+        if isinstance(worker, kinds) and (doc := ast.get_docstring(worker))
+    ]
+
+
+def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> None:
+    """From 256 docstrings of a thousand the tokens of all are known within ten percent."""
+    texts = prose()
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
+    tokens = sum(min(len(text.split()) + 2, 256) for text in texts)
+
+    found = estimate(small, EmbedRequest((str(source),), tmp_path / "out.npy"))
+
+    assert (found.texts, found.sampled) == (len(texts), SAMPLE)
+    assert found.tokens == pytest.approx(tokens, rel=0.1)
+    assert found.docs_per_second > 0
+    assert found.redis_bytes > 0
+
+
+def test_dry_run_of_the_command(
+    worker: WorkerProcess, shared_redis: RedisProcess, source: Path, tmp_path: Path
+) -> None:
+    """--dry-run prints the estimate, also of an empty input, and leaves the output alone."""
+    output, empty = tmp_path / "out.npy", tmp_path / "empty.txt"
+    empty.write_text("")
+    output.write_bytes(b"precious")
+
+    code, stdout, stderr = command(
+        shared_redis, "embed", source, "-o", output, "--dry-run", "--json"
+    )
+    _, nothing, _ = command(shared_redis, "embed", empty, "-o", output, "--dry-run")
+
+    assert code == 0, stderr
+    assert json.loads(stdout)["texts"] == 200
+    assert nothing.startswith("texts             0 (0.0 MB)\n")
+    assert output.read_bytes() == b"precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "empty.txt", "out.npy"}
+
+
+def test_search_sees_the_rows_of_an_update(small: Client, source: Path, tmp_path: Path) -> None:
+    """After an update, ids and vectors of a hit belong together."""
+    output = tmp_path / "out.npy"
+    embed(small, source, output)
+    write_jsonl(source, [{"id": "new", "text": "new"}, *documents(200)[50:]])
+    embed(small, source, output, update=True)
+
+    [hit] = nearest_rows(output, stub_vectors([documents(200)[60]["text"]])[0], 1)
+
+    assert (hit.row, hit.id) == (11, "d60")
+    assert items(output)[11]["id"] == "d60"

@@ -1,0 +1,252 @@
+"""The path of an NPU from settings to vectors, on what plays an NPU here.
+
+alias: real numbers, real cache, real child. npuw: Intel's own NPU plugin and its device string.
+shim: the device string with properties. Fault operator: what a device does when it fails.
+None of them says anything about the speed of an NPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.models import WORDS, tiny_model, write_foreign, write_json
+from tests.support.npu_emulation import (
+    Process,
+    arm_there,
+    embed_from_threads,
+    embed_there,
+    exit_there,
+    open_faulty_there,
+    open_there,
+    process,
+    target_of,
+)
+from tests.support.redis import environment
+
+from embedq_worker import exit_codes
+from embedq_worker.engines.openvino_runtime import TARGETS
+from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
+from embedq_worker.files import DigestCache
+from embedq_worker.model.resolve import Model, load_model
+
+TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
+ALIAS = TARGETS["alias"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests share, so that each shape is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=["alias", "npuw", "shim"])
+def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[Process]:
+    """Each emulated NPU, open and proven in a process of its own."""
+    target = target_of(str(request.param))
+    with process() as there:
+        there.call(open_there, target, model.folder, cache, {})
+        yield there
+
+
+def test_nothing_moves_in_a_thousand_inferences(standin: Process) -> None:
+    """After the warm-up no tensor is bound, and none is found elsewhere."""
+    texts = TEXTS * 70
+    _, before, first = standin.call(embed_there, texts)
+
+    _, after, last = standin.call(embed_there, texts)
+
+    assert before.inferences == after.inferences
+    assert last["inferences"] - first["inferences"] == after.inferences > 1_000
+    assert last["binds"] == first["binds"] == 0
+    assert last["pointer_changes"] == last["shape_changes"] == last["stride_changes"] == 0
+
+
+def test_more_callers_than_requests_are_all_served(standin: Process) -> None:
+    """Eight callers share one or two requests; each gets its own vectors."""
+    expected, _, _ = standin.call(embed_there, TEXTS)
+
+    found = standin.call(embed_from_threads, TEXTS, 8)
+
+    assert all(vectors.tobytes() == expected.tobytes() for vectors in found)
+
+
+def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
+    """A second start imports the blob; it needs neither onnx nor onnxruntime, nor a child."""
+    with process() as there:
+        there.call(open_there, ALIAS, model.folder, cache, {})
+    with process() as there:
+        again = there.call(open_there, ALIAS, model.folder, cache, {})
+
+    assert again["details"]["blob"] == "cached"
+    assert again["modules"] == []
+
+
+def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) -> None:
+    """Two processes with an empty cache: one compiles, the other waits and imports."""
+    with process() as one, process() as other, ThreadPoolExecutor(2) as starts:
+        opened = list(
+            starts.map(
+                lambda each: each.call(open_there, ALIAS, model.folder, tmp_path, {}), (one, other)
+            )
+        )
+
+    assert sorted(shown["details"]["blob"] for shown in opened) == ["cached", "compiled"]
+
+
+def test_host_tensors_are_bound_at_the_start_only(model: Model, cache: Path) -> None:
+    """EMBEDQ_NPU_BINDING=host_tensor: four binds a request, none later, the same vectors."""
+    with process() as there:
+        there.call(open_there, ALIAS, model.folder, cache, {"npu_binding": "host_tensor"})
+        bound, _, first = there.call(embed_there, TEXTS)
+        _, _, last = there.call(embed_there, TEXTS)
+    with process() as there:
+        there.call(open_there, ALIAS, model.folder, cache, {})
+        pinned, _, _ = there.call(embed_there, TEXTS)
+
+    assert first["binds"] == last["binds"] > 0
+    assert bound.tobytes() == pinned.tobytes()
+
+
+def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
+    """An ONNX that cannot be packed has one text a row, in the smallest of a few shapes."""
+    write_foreign(tmp_path)
+    write_json(tmp_path / "config.json", {"max_position_embeddings": 32})
+    foreign = load_model(tmp_path, "foreign", DigestCache(tmp_path))
+    with process() as there:
+        opened = there.call(open_there, ALIAS, foreign.folder, tmp_path / "cache", {})
+        vectors, stats, counters = there.call(embed_there, TEXTS)
+
+    assert opened["details"]["rows"] == "buckets 16x32"
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
+    assert stats.inferences == len(TEXTS) + 1  # and the canary
+    assert counters["pointer_changes"] == 0
+
+
+def test_unknown_properties_are_ignored_visibly(model: Model, cache: Path) -> None:
+    """The mode of pull request 35626 is not sent to a plugin without it, and that is told."""
+    wishes = {"npu_commandlist_mode": "DEFAULT", "npu_properties": {"NPU_TURBO": "YES"}}
+    with process() as there:
+        opened = there.call(open_there, ALIAS, model.folder, cache, wishes)
+
+    assert opened["details"]["ignored"] == "NPU_COMMANDLIST_MODE=DEFAULT NPU_TURBO=YES"
+
+
+def open_faulty(there: Process, model: Model, cache: Path) -> Process:
+    """Open an emulated NPU with a fault operator in its graph, honest until it is armed."""
+    there.call(open_faulty_there, ALIAS, model.folder, cache, {"infer_timeout_s": 1.0})
+    return there
+
+
+@pytest.fixture(scope="module")
+def faulty(model: Model, cache: Path) -> Iterator[Process]:
+    """One for the faults that a process survives."""
+    with process() as there:
+        yield open_faulty(there, model, cache)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nan", FailureReason.NOT_FINITE),
+        ("wrong", FailureReason.WRONG_CANARY),
+        ("error", FailureReason.DEVICE_ERROR),
+    ],
+)
+def test_device_that_fails_in_mid_task_gives_no_vector(
+    faulty: Process, fault: str, reason: FailureReason
+) -> None:
+    """The batch raises with a named reason, and the requests serve again once the fault is gone."""
+    expected, _, _ = faulty.call(embed_there, TEXTS)
+    assert np.isfinite(expected).all()
+
+    faulty.call(arm_there, fault, 5)
+    with pytest.raises(InferFailed) as caught:
+        faulty.call(embed_there, TEXTS)
+    faulty.call(arm_there, "")
+
+    assert caught.value.reason is reason
+    assert faulty.call(embed_there, TEXTS)[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("lost", FailureReason.DEVICE_LOST), ("hang", FailureReason.DEADLINE)]
+)
+def test_lost_device_is_not_asked_again(
+    model: Model, cache: Path, fault: str, reason: FailureReason
+) -> None:
+    """Lost or hung in mid-task: a named reason, now and later, and closing does not hang."""
+    with process() as there:
+        open_faulty(there, model, cache).call(arm_there, fault, 5)
+        with pytest.raises(DeviceLost) as caught:
+            there.call(embed_there, TEXTS)
+        there.call(arm_there, "")
+        with pytest.raises(DeviceLost):
+            there.call(embed_there, TEXTS)
+        there.call(exit_there)
+
+    assert caught.value.reason is reason
+
+
+def run_cli(
+    model: Model, cache: Path, *arguments: str, code: int = exit_codes.OK, **settings: str
+) -> dict[str, Any]:
+    """Run embedq-worker on an emulated NPU and return the one JSON object on its stdout."""
+    own = {
+        "EMBEDQ_MODEL": os.fspath(model.folder),
+        "EMBEDQ_CACHE_DIR": os.fspath(cache),
+        "EMBEDQ_DEVICE": "npu",
+        "EMBEDQ_NPU_EMULATION": "alias",
+        "HOME": os.fspath(cache),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "embedq_worker", *arguments, "--json"],
+        env=environment(**{**own, **settings}),
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr.decode()
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_trace_binding_counts_in_a_child(model: Model, cache: Path) -> None:
+    """`trace-binding` runs the serving path of Intel's plugin and finds that nothing moved."""
+    found = run_cli(
+        model, cache, "trace-binding", "--inferences", "30", EMBEDQ_NPU_EMULATION="npuw"
+    )
+
+    assert found["pinned"] is True
+    counters = {"inferences": 30, "binds": 0, "pointer_changes": 0}
+    assert counters.items() <= found["counters"].items()
+
+
+def test_shared_binding_shows_in_the_trace(model: Model, cache: Path) -> None:
+    """The binding for experiments binds four tensors an inference; the trace says so and is red."""
+    asked = ("trace-binding", "--inferences", "5")
+    found = run_cli(model, cache, *asked, code=exit_codes.CHECK, EMBEDQ_NPU_BINDING="shared")
+
+    assert found["pinned"] is False
+    assert (found["counters"]["inferences"], found["counters"]["binds"]) == (5, 20)
+
+
+def test_native_logs_and_telemetry_stay_out_of_the_way(model: Model, cache: Path) -> None:
+    """With the plugin's log at its loudest stdout is one JSON object, and nobody is phoned."""
+    shown = run_cli(model, cache, "warm", OV_NPU_LOG_LEVEL="LOG_DEBUG")
+
+    assert (shown["device"], shown["precision"]) != ("cpu", "f32")
+    assert not (cache / "intel").exists()

@@ -1,0 +1,72 @@
+"""A broker that takes no writes for a while, as one does that fails over."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from redis import Redis
+from tests.support.redis import RedisProcess, wait_for
+from tests.support.workers import stub_worker
+
+from embedq import Client
+from embedq.store import fleet
+from embedq.testing import stub_vectors
+
+
+def test_worker_waits_for_a_broker_that_fails_over(short_dir: Path) -> None:
+    """A replica refuses whoever asks it for a batch; the worker lives on until it is a master."""
+    redis = RedisProcess(short_dir)
+    try:
+        with stub_worker(redis, short_dir, "patient") as worker, redis.open(0) as broker:
+            before = worker.pids()
+            broker.execute_command("REPLICAOF", "127.0.0.1", "1")
+            # Celery pauses when it has connected five times within a second.
+            wait_for(
+                lambda: worker.lines("Frequent restarts") or worker.lines("worker_process_exited"),
+                "tries",
+            )
+            broker.execute_command("REPLICAOF", "NO", "ONE")
+
+            with Client(settings=redis.settings()) as client:
+                vectors = client.encode(["a text"])
+
+            assert np.array_equal(vectors, stub_vectors(["a text"]))
+            assert worker.pids() == before
+    finally:
+        redis.stop()
+
+
+def test_paused_worker_waits_for_a_redis_that_cannot_write(short_dir: Path) -> None:
+    """Such a Redis answers not even a ping, which is all that a worker asks that takes no batch."""
+    disk = short_dir / "disk"
+    disk.mkdir()
+    redis = RedisProcess(short_dir, "--dir", os.fspath(disk))
+    try:
+        with stub_worker(redis, short_dir, "patient") as worker, redis.open(0) as broker:
+            before = worker.child_pid()
+            with redis.open() as results:
+                fleet.pause(results, "A test.")
+            wait_for(lambda: worker.lines("Canceling queue embed.npu"), "the worker to pause")
+            broker.config_set("save", "3600 1")
+            disk.rmdir()
+            broker.execute_command("BGSAVE")
+            wait_for(lambda: _cannot_write(broker), "Redis to fail")
+
+            wait_for(
+                lambda: (
+                    worker.lines("Connection to broker lost")
+                    or worker.lines("worker_process_exited")
+                ),
+                "the worker to notice",
+            )
+
+            assert not worker.lines("worker_process_exited")
+            assert worker.child_pid() == before
+    finally:
+        redis.stop()
+
+
+def _cannot_write(broker: Redis) -> bool:
+    return bool(broker.info("persistence")["rdb_last_bgsave_status"] == "err")

@@ -1,0 +1,141 @@
+"""Real worker processes for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from redis.exceptions import RedisError
+from tests.support.redis import RedisProcess, environment, wait_for
+
+from embedq.protocol import worker
+from embedq.store import fleet
+from embedq_worker.main_process.status import StatusFile
+
+
+class WorkerProcess:
+    """A worker with the stub engine, in a process group of its own."""
+
+    def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
+        self.name = name
+        self.runtime_dir = folder / f"{name}-run"
+        self.log_path = folder / f"{name}.log"
+        self._redis = redis.open()
+        urls = {
+            "EMBEDQ_BROKER_URL": redis.broker_url(),
+            "EMBEDQ_RESULTS_URL": redis.results_url(),
+        }
+        own = {
+            "EMBEDQ_NAME": name,
+            "EMBEDQ_DEVICE": "stub",
+            "EMBEDQ_MODEL": "stub",
+            "EMBEDQ_RUNTIME_DIR": os.fspath(self.runtime_dir),
+            "EMBEDQ_HEARTBEAT_S": "1",
+        }
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "embedq_worker", "start"],
+                env=environment(**{**urls, **own, **settings}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def heartbeat(self) -> worker.Heartbeat | None:
+        """Return what this worker last said of itself."""
+        alive = fleet.list_live_workers(self._redis)
+        return next((heartbeat for heartbeat in alive if heartbeat.worker == self.name), None)
+
+    def pids(self) -> tuple[int, int]:
+        """Return the process ids of the Celery parent and of its child."""
+        heartbeat = self.heartbeat()
+        return heartbeat.pid if heartbeat else 0, self.child_pid()
+
+    def wait_healthy(self) -> WorkerProcess:
+        """Wait until the worker's heartbeat says healthy; fail with its log if it ends instead."""
+
+        def healthy() -> bool:
+            if self.process.poll() is not None:
+                pytest.fail(f"Worker {self.name} ended:\n{self.log()}")
+            heartbeat = self.heartbeat()
+            return heartbeat is not None and heartbeat.state == "healthy"
+
+        wait_for(healthy, f"worker {self.name} to be healthy; its log:\n{self.log()}")
+        return self
+
+    def child_pid(self) -> int:
+        """Return the process id of the child, from the state file it wrote."""
+        state = StatusFile(self.runtime_dir, self.name).read()
+        return state.pid if state is not None else 0
+
+    def log(self) -> str:
+        """Return all that the worker has said."""
+        return self.log_path.read_text(errors="replace")
+
+    def lines(self, *words: str) -> list[str]:
+        """Return the lines of the log that hold all these words."""
+        return [line for line in self.log().splitlines() if all(word in line for word in words)]
+
+    def kill(self) -> None:
+        """Kill all processes of the worker with SIGKILL, and wait until none holds a socket."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        # Redis would still give a batch to one that is killed but has not ended.
+        wait_for(lambda: not _runs(self.process.pid), f"worker {self.name} to end")
+        self.process.wait()
+
+    def discard(self) -> None:
+        """Kill the worker and let the fleet forget it."""
+        if self.process.poll() is None:
+            self.kill()
+        with suppress(RedisError):
+            fleet.deregister(self._redis, self.name)
+        self._redis.close()
+
+    def stop(self) -> None:
+        """Ask the worker to end, and end its group if it does not."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._redis.close()
+
+
+@contextmanager
+def stub_worker(
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+) -> Iterator[WorkerProcess]:
+    """Run a healthy stub worker for as long as the block lasts; it is killed then, to save time."""
+    worker = WorkerProcess(redis, folder, name, **settings)
+    try:
+        yield worker.wait_healthy()
+    finally:
+        worker.discard()
+
+
+@contextmanager
+def leaving_worker(
+    redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
+) -> Iterator[WorkerProcess]:
+    """Run one that ends in good order, so that its log is whole when it is judged afterwards."""
+    with stub_worker(redis, folder, name, **settings) as worker:
+        yield worker
+        worker.stop()
+
+
+def _runs(group: int) -> bool:
+    """Tell whether a process of a group is alive; the dead that nobody waited for are not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, pgid, *_ = path.read_text().rpartition(")")[2].split()
+            if int(pgid) == group and state not in "ZX":
+                return True
+    return False

