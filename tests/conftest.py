@@ -33,7 +33,7 @@ LONG = frozenset({"chaos", "e2e"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark and run quick tests first, then those that wait long; within each kind the order stays."""
+    """Mark quick tests and run them first, then long waits; within each kind the order stays."""
     root = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:
