@@ -240,3 +240,20 @@ class TokenBatch:
 def round_up_to_simd(width: int) -> int:
     """Return the next width that leaves nothing after whole LANES."""
     return -(-width // SIMD_WIDTH) * SIMD_WIDTH
+
+
+#: Largest deviation from unit length that 16 bits explain (f16 5e-4, bf16 4e-3 were seen, see
+#: docs/benchmarks.md). A larger one is a fault and is left visible.
+ROUNDING: Final = 1e-2
+
+
+def unit_lengths(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Normalize vectors [B, D] in f32 whose length is 1 but for rounding; leave all others.
+
+    A graph that normalizes in 16 bits leaves lengths that are off by the rounding, and with them
+    every dot product that a user takes for a cosine.
+    """
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    lengths[np.abs(lengths - 1) > ROUNDING] = 1
+    scaled: npt.NDArray[np.float32] = vectors / lengths
+    return scaled

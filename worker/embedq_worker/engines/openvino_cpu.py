@@ -1,44 +1,22 @@
-"""OpenVINO on the CPU.
-
-Unit length in f32, for vectors that were normalized in fewer bits. Pure.
-
-The CPU through OpenVINO: dynamic batches, one stream for each core.
-"""
+"""The model on the CPU through OpenVINO: dynamic batches, one stream for each core."""
 
 from __future__ import annotations
 
 import queue
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch
+from embedq_worker.engines.base import RowSpec, TokenBatch, unit_lengths
 from embedq_worker.engines.infer_requests import OUTPUT
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.engines.openvino_runtime import CPU, Compiled, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model
-
-#: Largest deviation that 16 bits explain: 5e-4 in f16 and 4e-3 in bf16 (all-MiniLM-L6-v2 on the
-#: alias emulated NPU and on the CPU, measured 2026-11-22). A larger one is a fault, and stays
-#: visible.
-ROUNDING: Final = 1e-2
-
-
-def unit_lengths(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scale vectors whose length is 1 but for rounding; all others stay as they are.
-
-    Whoever takes the product of two vectors for their cosine would be off by the rounding.
-    """
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    lengths[np.abs(lengths - 1) > ROUNDING] = 1
-    scaled: npt.NDArray[np.float32] = vectors / lengths
-    return scaled
-
 
 #: Precisions that this engine can be asked for.
 PRECISIONS = (Precision.F32, Precision.BF16, Precision.INT8)

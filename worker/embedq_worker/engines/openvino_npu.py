@@ -20,10 +20,9 @@ import numpy.typing as npt
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch
+from embedq_worker.engines.base import RowSpec, TokenBatch, unit_lengths
 from embedq_worker.engines.compiler import Compile, CompiledModelLoader, compile_in_child, shapes_of
 from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
-from embedq_worker.engines.openvino_cpu import unit_lengths
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import DeviceLost
 from embedq_worker.model.resolve import Model
