@@ -58,6 +58,10 @@ def test_worker_on_a_standin_serves_the_queue_of_npus(
 
         (done,) = wait_for(lambda: worker.lines("batch_done"), "the line about the batch")
         heartbeat = worker.heartbeat()
+        # The supervisor, the main process and the pool process.
+        mapped = [
+            Path(f"/proc/{pid}/maps").read_text() for pid in (worker.process.pid, *worker.pids())
+        ]
 
     precision = precision_of_the_standin()
     assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, precision)}
@@ -65,6 +69,8 @@ def test_worker_on_a_standin_serves_the_queue_of_npus(
     assert f"engine=openvino device=npu precision={precision}" in done
     assert 0.5 < float(done.partition("pack_fill_ratio=")[2].split()[0]) <= 1
     assert heartbeat and (heartbeat.engine, heartbeat.precision) == ("openvino", precision)
+    assert ["openvino" in libraries for libraries in mapped] == [False, False, True]
+    assert ["onnxruntime" in libraries for libraries in mapped[:2]] == [False, False]
 
 
 #: Makes every Python below it one on whose machine openvino was never installed.
