@@ -26,7 +26,7 @@ from embedq.store.fleet import list_live_workers
 from embedq.store.ledger import Ledger
 from embedq.store.queues import QueueInspector
 
-log = logging.getLogger("embedq")
+log = logging.getLogger(__name__)
 
 
 #: Seconds that a job waits for a Redis that went away in its middle.

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from embedq.observability.metrics import METRICS, Kind, Sample, fleet_samples
 from embedq.observability.status import fetch_status
 
-log = logging.getLogger("embedq.observability.exporter")
+log = logging.getLogger(__name__)
 
 
 _FAMILIES = {

@@ -211,7 +211,7 @@ def main() -> None:
     os._exit(0)
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Reasons of a refusal that tell nothing about the blob: the next process may import it.

@@ -36,7 +36,7 @@ from embedq_worker.errors import CompileFailed, FailureReason
 from embedq_worker.files import DigestCache, folder_error, locked
 from embedq_worker.model.resolve import Model
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 Bytes = npt.NDArray[np.uint8]

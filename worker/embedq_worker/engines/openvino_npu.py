@@ -81,7 +81,7 @@ def precision_of(shown: str, otherwise: Precision) -> Precision:
     return Precision(shown) if shown in set(Precision) else otherwise
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Seconds that the first inference of a request may take; the kernel gives up after 60.

@@ -58,7 +58,7 @@ from embedq_worker.model import resolve
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: What makes a quantized copy.

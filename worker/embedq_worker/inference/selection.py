@@ -225,7 +225,7 @@ def benchmark(
     return seconds
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Name of the memory inside the cache folder.

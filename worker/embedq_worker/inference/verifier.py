@@ -43,7 +43,7 @@ from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import WorkerSettings
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 Vectors = npt.NDArray[np.float32]

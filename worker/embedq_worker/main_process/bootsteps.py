@@ -62,7 +62,7 @@ class PeriodicStep(bootsteps.StartStopStep):
         raise NotImplementedError
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 class LeaseRenewalStep(PeriodicStep):

@@ -25,7 +25,7 @@ from embedq_worker.main_process.controller import WorkerController
 from embedq_worker.main_process.status import StatusFile
 from embedq_worker.settings import WorkerSettings
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Seconds between two looks at the state file.

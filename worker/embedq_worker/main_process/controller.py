@@ -65,7 +65,7 @@ def merge_status(
     return replace(child, failure_count=health.failure_count)
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Starts a probe: deadline in seconds, now in monotonic seconds.

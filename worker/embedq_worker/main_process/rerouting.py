@@ -25,7 +25,7 @@ from embedq.protocol.message import Header, message_headers
 from embedq_worker.main_process.controller import WorkerController
 from embedq_worker.main_process.status import COUNTERS
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Headers of ours, and those of W3C Trace Context.

@@ -18,7 +18,7 @@ from embedq_worker.main_process import supervisor
 from embedq_worker.main_process.status import StatusFile
 from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Seconds that a killed predecessor may take to give its device back.

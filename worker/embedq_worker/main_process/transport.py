@@ -177,7 +177,7 @@ _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
 }
 
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: The lists of Redis that carry batches; kombu adds a suffix for each priority but the first.

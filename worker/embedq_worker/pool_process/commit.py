@@ -33,7 +33,7 @@ from embedq_worker.inference.packing import Indices
 from embedq_worker.main_process.status import COUNTERS
 from embedq_worker.settings import WorkerSettings
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Values below which a batch is small enough to be written by its commit.

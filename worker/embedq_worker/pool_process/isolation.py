@@ -31,7 +31,7 @@ from embedq_worker.main_process.status import COUNTERS
 if TYPE_CHECKING:
     from embedq_worker.pool_process.commit import ResultCommitter
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: The delivery of a batch at which it runs in isolation mode.

@@ -47,7 +47,7 @@ from embedq_worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 #: Seconds after which a child that could not tell how it is tries again.

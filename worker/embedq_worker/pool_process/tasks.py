@@ -30,7 +30,7 @@ from embedq_worker.pool_process.isolation import (
 )
 from embedq_worker.pool_process.process import current_child
 
-log = logging.getLogger("embedq.worker")
+log = logging.getLogger(__name__)
 
 
 @app.task(
