@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -41,7 +42,6 @@ OTHER_ROOMS = frozenset(
     PREFIX + name.upper()
     for name in (
         "cache_dir",
-        "commit_timeout_s",
         "compile_timeout_s",
         "crash_loop_limit",
         "crash_loop_window_s",
@@ -53,7 +53,6 @@ OTHER_ROOMS = frozenset(
         "cpu_serves_npu_queue",
         "infer_timeout_s",
         "infer_failures",
-        "infer_failures_window_s",
         "init_timeout_s",
         "lease_renewal_s",
         "lock_dir",
@@ -70,13 +69,10 @@ OTHER_ROOMS = frozenset(
         "precision",
         "probe_initial_delay_s",
         "probe_max_delay_s",
-        "probe_reset_after_s",
-        "row_tokens",
         "streams",
         "runtime_dir",
         "shadow_check_every",
         "slow_batches",
-        "slowdown_factor",
         "stub_delay_s",
         "stub_device",
         "stub_faults",
@@ -138,10 +134,19 @@ class EnvSettings(BaseSettings):
         """Return the names of the environment variables of this class."""
         return frozenset(PREFIX + name.upper() for name in cls.model_fields)
 
+    @classmethod
+    def public_fields(cls) -> dict[str, FieldInfo]:
+        """Return the fields that are not marked as internal."""
+        return {
+            name: info
+            for name, info in cls.model_fields.items()
+            if info.json_schema_extra != INTERNAL
+        }
+
     def describe(self) -> Iterator[SettingInfo]:
-        """Yield every setting with its value, unit and source, in the order of the class."""
+        """Yield each public setting with its value, unit and source, in the order of the class."""
         present = {name.upper() for name in os.environ}
-        for name, info in type(self).model_fields.items():
+        for name, info in type(self).public_fields().items():
             variable = PREFIX + name.upper()
             default = info.get_default(call_default_factory=True, validated_data=vars(self))
             extra = info.json_schema_extra
@@ -154,6 +159,10 @@ class EnvSettings(BaseSettings):
                 str(unit),
                 info.description or "",
             )
+
+
+#: Marks a field that is neither in the README nor printed by the `settings` commands.
+INTERNAL: dict[str, Any] = {"internal": True}
 
 
 def unit(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ METRICS_MARKER = "<!-- metrics: embedq.observability.metrics -->\n"
 def table(room: type[EnvSettings]) -> str:
     """Return the table of a settings class as README must have it."""
     lines = ["| variable | default | unit | meaning |", "|---|---|---|---|"]
-    for name, info in room.model_fields.items():
+    for name, info in room.public_fields().items():
         extra = info.json_schema_extra
         unit = extra.get("unit", "") if isinstance(extra, dict) else ""
         # A computed default depends on the machine; its meaning says how.

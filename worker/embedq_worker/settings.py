@@ -17,7 +17,15 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from embedq.settings import DEFAULT_MODEL, PREFIX, ProducerSettings, RedisSettings, cache_home, unit
+from embedq.settings import (
+    DEFAULT_MODEL,
+    INTERNAL,
+    PREFIX,
+    ProducerSettings,
+    RedisSettings,
+    cache_home,
+    unit,
+)
 from embedq_worker.files import default_runtime_dir
 
 
@@ -128,14 +136,6 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
             "other: an emulated NPU plays the NPU. Use EMBEDQ_DEVICE=npu, or unset "
             "EMBEDQ_NPU_EMULATION."
         )
-    longest_s = settings.visibility_timeout_s / 4
-    # A default that does not fit gives way; only a number that somebody chose is a contradiction.
-    if "lease_renewal_s" in settings.model_fields_set and settings.lease_renewal_s > longest_s:
-        yield (
-            f"EMBEDQ_LEASE_RENEWAL_S={settings.lease_renewal_s:g} and EMBEDQ_VISIBILITY_TIMEOUT_S="
-            f"{settings.visibility_timeout_s} exclude each other: leases need four renewals in a "
-            f"timeout. Use at most {longest_s:g} s, or a longer timeout."
-        )
 
 
 __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
@@ -214,17 +214,6 @@ class WorkerSettings(RedisSettings):
         description="Inference requests on the NPU; 0 takes as many as the device likes, 1 to 8.",
         json_schema_extra=unit("requests"),
     )
-    npu_emulation: Emulation = Field(
-        Emulation.NONE,
-        description="For tests and rehearsals: what plays the NPU, alias or npuw; none is the NPU.",
-    )
-    row_tokens: int = Field(
-        0,
-        ge=0,
-        le=8_192,
-        description="Tokens of a packed row; 0, and too few, take the longest text of the model.",
-        json_schema_extra=unit("tokens"),
-    )
     compile_timeout_s: float = Field(
         600.0,
         gt=0,
@@ -292,13 +281,6 @@ class WorkerSettings(RedisSettings):
         description="Most padded tokens in one inference; 0 takes what was tuned, or 512.",
         json_schema_extra=unit("tokens"),
     )
-    commit_timeout_s: float = Field(
-        600.0,
-        ge=0,
-        le=86_400,
-        description="How long to wait for the results Redis before a batch goes back to its queue.",
-        json_schema_extra=unit("s"),
-    )
     engine_timeout_s: float = Field(
         300.0,
         gt=0,
@@ -311,27 +293,6 @@ class WorkerSettings(RedisSettings):
         ge=1,
         le=1_000,
         description="Failed batches on the NPU, within a window, at which it is given up.",
-        json_schema_extra=unit("batches"),
-    )
-    infer_failures_window_s: float = Field(
-        60.0,
-        gt=0,
-        le=86_400,
-        description="The window; a device that is lost, hangs or is wrong is given up at once.",
-        json_schema_extra=unit("s"),
-    )
-    slowdown_factor: float = Field(
-        5.0,
-        ge=0,
-        le=1_000,
-        description="An NPU that takes this many times as long as at first is given up; 0 never.",
-        json_schema_extra=unit("times"),
-    )
-    slow_batches: int = Field(
-        5,
-        ge=1,
-        le=1_000,
-        description="How many batches in a row must be that slow.",
         json_schema_extra=unit("batches"),
     )
     shadow_check_every: int = Field(
@@ -356,13 +317,6 @@ class WorkerSettings(RedisSettings):
         "up.",
         json_schema_extra=unit("deaths"),
     )
-    crash_loop_window_s: float = Field(
-        60.0,
-        gt=0,
-        le=86_400,
-        description="The window of these deaths.",
-        json_schema_extra=unit("s"),
-    )
     probe_initial_delay_s: float = Field(
         30.0,
         gt=0,
@@ -377,56 +331,73 @@ class WorkerSettings(RedisSettings):
         description="What that time grows to.",
         json_schema_extra=unit("s"),
     )
-    probe_reset_after_s: float = Field(
-        600.0,
+    log_level: LogLevel = Field(
+        LogLevel.INFO,
+        description="How much the worker says: debug, info, warning or error.",
+    )
+
+    # Internal settings, for tests and benchmarks: read like the others, but neither in the README
+    # nor printed by `embedq-worker settings`.
+    npu_emulation: Emulation = Field(
+        Emulation.NONE,
+        description="What emulates the NPU: alias, npuw, or none for a real NPU.",
+        json_schema_extra=INTERNAL,
+    )
+    slow_batches: int = Field(
+        5,
+        ge=1,
+        le=1_000,
+        description="Number of consecutive slow batches after which the NPU is marked unhealthy.",
+        json_schema_extra=INTERNAL,
+    )
+    crash_loop_window_s: float = Field(
+        60.0,
         gt=0,
         le=86_400,
-        description="An NPU that was healthy for this long begins again with the first.",
-        json_schema_extra=unit("s"),
+        description="Period in which exits of the pool process count towards CRASH_LOOP_LIMIT.",
+        json_schema_extra=INTERNAL,
     )
     lease_renewal_s: float = Field(
         10.0,
         gt=0,
         le=3_600,
-        description="How often leases are renewed; at most a quarter of the visibility timeout.",
-        json_schema_extra=unit("s"),
+        description="Interval of lease renewals, at most a quarter of the visibility timeout.",
+        json_schema_extra=INTERNAL,
     )
     heartbeat_s: float = Field(
         5.0,
         gt=0,
         le=10,
-        description="How often the worker tells the fleet how it is.",
-        json_schema_extra=unit("s"),
-    )
-    log_level: LogLevel = Field(
-        LogLevel.INFO,
-        description="How much the worker says: debug, info, warning or error.",
+        description="Interval of heartbeats while the state of the worker does not change.",
+        json_schema_extra=INTERNAL,
     )
     stub_device: StubDevice = Field(
         StubDevice.CPU,
-        description="Which queues the stub takes: those of a cpu or of an npu.",
+        description="Device whose queues the stub engine consumes: cpu or npu.",
+        json_schema_extra=INTERNAL,
     )
     stub_delay_s: float = Field(
         0.0,
         ge=0,
         le=3_600,
-        description="Pause of the stub engine in each inference.",
-        json_schema_extra=unit("s"),
+        description="Delay of the stub engine in each inference.",
+        json_schema_extra=INTERNAL,
     )
     stub_texts_per_s: float = Field(
         0.0,
         ge=0,
-        description="Speed of the stub engine; 0 is as fast as it can.",
-        json_schema_extra=unit("texts/s"),
+        description="Throughput of the stub engine; 0 = unlimited.",
+        json_schema_extra=INTERNAL,
     )
     stub_faults: Path | None = Field(
         None,
-        description="For tests and rehearsals: file with the stub's faults, read as it works.",
+        description="File with the faults of the stub engine, read before each inference.",
+        json_schema_extra=INTERNAL,
     )
-
     stub_tokenizer: Path | None = Field(
         None,
-        description="tokenizer.json for the stub to tokenize with; it then answers by first words.",
+        description="tokenizer.json of the stub engine, whose vectors then depend on its tokens.",
+        json_schema_extra=INTERNAL,
     )
 
     @field_validator("npu_properties", mode="before")

@@ -46,7 +46,6 @@ def test_typo_is_refused_with_the_nearest_name(
         ({"device": "npu", "precision": "f32"}, "an NPU computes in f16"),
         ({"device": "cpu", "precision": "f16"}, "a CPU computes in f32 or bf16"),
         ({"engine": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in f32"),
-        ({"lease_renewal_s": 16, "visibility_timeout_s": 60}, "Use at most 15 s"),
     ],
 )
 def test_contradiction_is_refused_with_both_names(given: dict[str, object], words: str) -> None:
@@ -64,7 +63,6 @@ def test_contradiction_is_refused_with_both_names(given: dict[str, object], word
         {"strict": True, "device": "stub", "stub_device": "npu"},
         {"threads": 512},
         {"visibility_timeout_s": 4},
-        {"lease_renewal_s": 15, "visibility_timeout_s": 60},
     ],
 )
 def test_what_can_be_meant_is_taken(given: dict[str, object]) -> None:

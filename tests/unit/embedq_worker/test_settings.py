@@ -34,7 +34,7 @@ def test_settings_of_the_sdk_are_tolerated(monkeypatch: pytest.MonkeyPatch) -> N
         ("NAME", "a b", "EMBEDQ_NAME: expected letters, digits"),
         ("NAME", "../x", "EMBEDQ_NAME: .*letters, digits"),
         ("THREADS", "-1", "EMBEDQ_THREADS: expected at least 0 cores, got -1."),
-        ("HEARTBEAT_S", "0", "EMBEDQ_HEARTBEAT_S: expected more than 0.* s, got 0."),
+        ("INIT_TIMEOUT_S", "0", "EMBEDQ_INIT_TIMEOUT_S: expected more than 0.* s, got 0."),
         ("NPU_PROPERTIES", "TURBO", "EMBEDQ_NPU_PROPERTIES: expected KEY=VALUE,.* got TURBO"),
         ("NPU_PROPERTIES", "{oops", "expected KEY=VALUE,KEY=VALUE, or a JSON object, got {oops"),
         ("DEVISE", "cpu", "EMBEDQ_DEVISE: no such setting. Did you mean EMBEDQ_DEVICE?"),

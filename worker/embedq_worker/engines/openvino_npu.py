@@ -102,7 +102,6 @@ class NpuOptions:
 
     Attributes:
         target: the device.
-        row_tokens: tokens of a packed row; 0 for as many as the longest text may have.
         requests: inference requests; 0 for as many as the device likes.
         binding: where tensors lie.
         commandlist_mode: for plugins that know it; empty for none.
@@ -113,7 +112,6 @@ class NpuOptions:
     """
 
     target: DeviceTarget
-    row_tokens: int = 0
     requests: int = 0
     binding: Binding = Binding.PINNED
     commandlist_mode: str = ""
@@ -221,7 +219,7 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     if is_too_old(driver):
         log.warning("driver_outdated built=%s oldest=%s", build_day(driver), OLDEST)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
-    form = _form(model, options.row_tokens)
+    form = _form(model)
     loader = CompiledModelLoader(
         runtime, model, properties.applied, cache_dir, options.compile_in_child
     )
@@ -243,7 +241,7 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     return engine
 
 
-def _form(model: Model, row_tokens: int) -> RowSpec:
+def _form(model: Model) -> RowSpec:
     if not model.packable:
         return RowSpec.buckets(model.max_length)
-    return RowSpec.packed(max(row_tokens, model.max_length))
+    return RowSpec.packed(model.max_length)

@@ -97,7 +97,6 @@ class EngineOpener:
             raise SettingsError("EMBEDQ_PRECISION=int8 needs a quantized model. Use auto.")
         options = NpuOptions(
             target=TARGETS[settings.npu_emulation],
-            row_tokens=settings.row_tokens,
             requests=settings.npu_requests,
             binding=settings.npu_binding,
             commandlist_mode=str(settings.npu_commandlist_mode or ""),

@@ -68,6 +68,10 @@ def merge_status(
 log = logging.getLogger(__name__)
 
 
+#: Time without a fault after which the delay before a probe restarts at its first value, seconds.
+PROBE_RESET_AFTER_S = 600.0
+
+
 #: Starts a probe: deadline in seconds, now in monotonic seconds.
 StartProbe = Callable[[float, float], DeviceProbe]
 
@@ -98,7 +102,7 @@ class WorkerController:
         self._settings = settings
         self._start_probe = start_probe
         self._backoff = ProbeBackoff(
-            settings.probe_initial_delay_s, settings.probe_max_delay_s, settings.probe_reset_after_s
+            settings.probe_initial_delay_s, settings.probe_max_delay_s, PROBE_RESET_AFTER_S
         )
         self._deaths = CrashLoopDetector(settings.crash_loop_limit, settings.crash_loop_window_s)
         self._probe: DeviceProbe | None = None

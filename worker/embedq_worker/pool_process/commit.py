@@ -129,6 +129,10 @@ T = TypeVar("T")
 REQUEUE_DELAY_S = 1.0
 
 
+#: Time to retry an operation on the results Redis before the batch is requeued, seconds.
+COMMIT_TIMEOUT_S = 600.0
+
+
 def requeue_after_delay(reason: str) -> Reject:
     """Pause, so that another worker may ask, and return what gives the batch back to its queue.
 
@@ -239,7 +243,7 @@ class ResultCommitter(BaseBackend):
         try:
             return call_with_retry(
                 action,
-                retry_timeout_s=settings.commit_timeout_s,
+                retry_timeout_s=COMMIT_TIMEOUT_S,
                 on_wait=lambda message: log.warning("redis_retry reason=%s", message),
                 where=mask_password(settings.results_url),
             )

@@ -54,6 +54,14 @@ log = logging.getLogger(__name__)
 TELL_AGAIN_S = 1.0
 
 
+#: Period in which failed batches count towards EMBEDQ_INFER_FAILURES, seconds.
+INFER_FAILURES_WINDOW_S = 60.0
+
+
+#: Ratio of a batch's inference time to that of the first batches above which it counts as slow.
+SLOWDOWN_FACTOR = 5.0
+
+
 #: Seconds that the parent has to end a child whose engine hangs, before the child ends itself.
 PARENT_FIRST_S = 5.0
 
@@ -72,8 +80,8 @@ class Child:
         self._file = StatusFile(settings.runtime_dir, settings.name)
         self._serving: EngineSet | None = None
         self._on_npu = False
-        self._failures = FailureWindow(settings.infer_failures, settings.infer_failures_window_s)
-        self._pace = SlowdownDetector(settings.slowdown_factor, settings.slow_batches, pace_s)
+        self._failures = FailureWindow(settings.infer_failures, INFER_FAILURES_WINDOW_S)
+        self._pace = SlowdownDetector(SLOWDOWN_FACTOR, settings.slow_batches, pace_s)
         before = self._file.read()
         #: Whether the child before this one died before it was ready.
         self.follows_early_death = before is not None and before.state is WorkerState.STARTING
@@ -144,7 +152,7 @@ class Child:
             self.mark_unhealthy(
                 FailureReason.SLOW,
                 f"Its last {self._settings.slow_batches} batches took over "
-                f"{self._settings.slowdown_factor:g} times as long as the first ones.",
+                f"{SLOWDOWN_FACTOR:g} times as long as the first ones.",
             )
 
     def mark_unhealthy(self, code: str, reason: str) -> None:
