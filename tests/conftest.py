@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
 from tests.support.cli import Command
+from tests.support.models import TEST_MODEL
 from tests.support.redis import JOB_TTL_S, RedisProcess, forget_all
 from tests.support.workers import WorkerProcess, stub_worker
 
@@ -19,7 +20,7 @@ from embedq import Client
 from embedq.store.ledger import Ledger
 
 #: Variables that tests themselves read.
-OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV", "EMBEDQ_WHEEL_DIR")
+OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV")
 
 # A busy machine must not fail a test, and CI must find the same failure twice.
 hypothesis_settings.register_profile("embedq", deadline=None, derandomize=True)
@@ -57,11 +58,9 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def model_settings() -> dict[str, str]:
     """Return the settings by which a worker finds the real model, or skip."""
-    if folder := os.environ.get("EMBEDQ_TEST_MODEL"):
-        return {"EMBEDQ_MODEL": folder}
-    if wheel := os.environ.get("EMBEDQ_WHEEL_DIR"):
-        return {"EMBEDQ_WHEEL_DIR": wheel}
-    pytest.skip("no model files; set EMBEDQ_TEST_MODEL to their folder, or EMBEDQ_WHEEL_DIR")
+    if not TEST_MODEL:
+        pytest.skip("no model files; set EMBEDQ_TEST_MODEL to their folder")
+    return {"EMBEDQ_MODEL": TEST_MODEL}
 
 
 @pytest.fixture

@@ -110,13 +110,11 @@ def by_precision(
 
 def find_model() -> resolve.Model:
     """Return the model that the environment names, as a worker would; end if there is none."""
-    wheel = os.environ.get("EMBEDQ_WHEEL_DIR")
     try:
         return resolve.resolve(
             os.environ.get("EMBEDQ_MODEL", DEFAULT_MODEL),
             None,
             cache_dir=cache_home(),
-            wheel_dir=Path(wheel) if wheel else None,
         )
     except EmbedqError as error:
         raise SystemExit(f"embedq: {error}") from None

@@ -38,6 +38,4 @@ def engine_settings(name: str) -> dict[str, str]:
     engine = {"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": DEFAULT_MODEL, "EMBEDQ_THREADS": "1"}
     if folder := os.environ.get("EMBEDQ_TEST_MODEL"):
         engine["EMBEDQ_MODEL"] = folder
-    elif wheel := os.environ.get("EMBEDQ_WHEEL_DIR"):
-        engine["EMBEDQ_WHEEL_DIR"] = wheel
     return engine

