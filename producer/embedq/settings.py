@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -36,55 +37,9 @@ _UNIX = "unix://"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-#: Variables that belong to the worker or to scripts; the SDK never reads them, but a typo in one
-#: must still be told from a stranger. A test compares the list with the classes.
-OTHER_ROOMS = frozenset(
-    PREFIX + name.upper()
-    for name in (
-        "cache_dir",
-        "compile_timeout_s",
-        "crash_loop_limit",
-        "crash_loop_window_s",
-        "cpu_fallback",
-        "device",
-        "engine",
-        "engine_timeout_s",
-        "heartbeat_s",
-        "cpu_serves_npu_queue",
-        "infer_timeout_s",
-        "infer_failures",
-        "init_timeout_s",
-        "lease_renewal_s",
-        "lock_dir",
-        "log_level",
-        "model_revision",
-        "name",
-        "npu_binding",
-        "npu_commandlist_mode",
-        "npu_device_file",
-        "npu_properties",
-        "npu_requests",
-        "npu_emulation",
-        "offline",
-        "precision",
-        "probe_initial_delay_s",
-        "probe_max_delay_s",
-        "streams",
-        "runtime_dir",
-        "shadow_check_every",
-        "slow_batches",
-        "stub_delay_s",
-        "stub_device",
-        "stub_faults",
-        "stub_texts_per_s",
-        "stub_tokenizer",
-        "threads",
-        "token_budget",
-        "test_model",
-        "test_npu",
-        "venv",
-    )
-)
+#: Similarity from which on an unknown variable counts as a misspelled setting. The names of the
+#: producer's and the worker's settings are less similar to each other.
+MISSPELLED = 0.8
 
 
 class SettingInfo(NamedTuple):
@@ -109,8 +64,6 @@ class EnvSettings(BaseSettings):
     """What every settings class shares: the prefix, strict names and readable errors."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
-    #: Variables with the prefix that other classes own.
-    elsewhere: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
@@ -119,7 +72,7 @@ class EnvSettings(BaseSettings):
         Raises:
             SettingsError: a name or value is wrong; the message names the nearest right one.
         """
-        _check_names(cls.variables() | cls.elsewhere, os.environ)
+        _check_names(cls.variables(), os.environ)
         try:
             given = {key: value for key, value in overrides.items() if value is not None}
             return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
@@ -215,8 +168,6 @@ class RedisSettings(EnvSettings):
 class ProducerSettings(RedisSettings):
     """What the SDK and the `embedq` command can be told."""
 
-    elsewhere: ClassVar[frozenset[str]] = OTHER_ROOMS
-
     model: str = Field(
         DEFAULT_MODEL,
         description="Model to ask for: a hub id, or the folder that the workers were given.",
@@ -300,12 +251,18 @@ def _source(variable: str, present: Collection[str]) -> str:
     return "secret" if (SECRETS_DIR / variable.lower()).is_file() else "default"
 
 
-def _check_names(known: frozenset[str], environment: Mapping[str, str]) -> None:
-    strangers = [name for name in environment if name.startswith(PREFIX) and name not in known]
-    if strangers:
-        raise SettingsError(
-            "\n".join(f"{name}: no such setting.{did_you_mean(name, known)}" for name in strangers)
-        )
+def _check_names(own: frozenset[str], environment: Collection[str]) -> None:
+    """Refuse a variable that is no setting but has a name similar to one."""
+    names = [name.removeprefix(PREFIX) for name in own]
+    lines = []
+    for variable in environment:
+        if not variable.startswith(PREFIX) or variable in own:
+            continue
+        name = variable.removeprefix(PREFIX)
+        for meant in difflib.get_close_matches(name, names, n=1, cutoff=MISSPELLED):
+            lines.append(f"{variable}: no such setting. Did you mean {PREFIX}{meant}?")
+    if lines:
+        raise SettingsError("\n".join(lines))
 
 
 def _explain(cls: type[EnvSettings], details: ErrorDetails) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from embedq.observability import metrics
-from embedq.settings import OTHER_ROOMS, PREFIX, EnvSettings, ProducerSettings
-from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
+from embedq.settings import PREFIX, EnvSettings, ProducerSettings
+from embedq_worker.settings import WorkerSettings
 
 README = Path(__file__).parents[2] / "README.md"
 ROOMS: dict[str, type[EnvSettings]] = {
@@ -48,13 +48,6 @@ def test_settings_table_is_the_class(name: str) -> None:
 def test_metrics_table_is_the_code() -> None:
     """Each metric stands in README with kind, labels and meaning."""
     assert shown(METRICS_MARKER) == metrics.table()
-
-
-def test_each_room_knows_the_other_rooms_variables() -> None:
-    """The SDK tells a worker's variable from a typo without importing the worker."""
-    foreign = WorkerSettings.variables() - ProducerSettings.variables()
-
-    assert foreign | SOURCE_ONLY == OTHER_ROOMS
 
 
 if __name__ == "__main__":  # python tests/unit/test_readme.py: write the tables anew

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
@@ -20,8 +20,6 @@ from pydantic_settings import NoDecode
 from embedq.settings import (
     DEFAULT_MODEL,
     INTERNAL,
-    PREFIX,
-    ProducerSettings,
     RedisSettings,
     cache_home,
     unit,
@@ -145,9 +143,6 @@ __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
 MAP_FORMS = "KEY=VALUE,KEY=VALUE, or a JSON object"
 
 
-SOURCE_ONLY = frozenset(PREFIX + name for name in ("TEST_MODEL", "TEST_NPU", "VENV"))
-
-
 def default_lock_dir() -> Path:
     """Return a folder that every user of this machine sees, for they share its devices."""
     system = Path("/run/lock")
@@ -163,8 +158,6 @@ def default_name(data: dict[str, Any]) -> str:
 
 class WorkerSettings(RedisSettings):
     """Settings of one worker."""
-
-    elsewhere: ClassVar[frozenset[str]] = ProducerSettings.variables() | SOURCE_ONLY
 
     device: DeviceChoice = Field(
         DeviceChoice.AUTO,

@@ -8,8 +8,8 @@ import pytest
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy
-from embedq.settings import OTHER_ROOMS, PREFIX, ProducerSettings, mask_password
-from embedq_worker.settings import SOURCE_ONLY, WorkerSettings
+from embedq.settings import PREFIX, EnvSettings, ProducerSettings, mask_password
+from embedq_worker.settings import WorkerSettings
 
 
 def test_defaults_need_no_environment() -> None:
@@ -35,13 +35,12 @@ def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) 
     [
         ("EMBEDQ_MODLE", "EMBEDQ_MODEL"),
         ("EMBEDQ_BROKER_URI", "EMBEDQ_BROKER_URL"),
-        ("EMBEDQ_DEVISE", "EMBEDQ_DEVICE"),
+        ("EMBEDQ_RESULT_TTL_S", "EMBEDQ_RESULTS_TTL_S"),
     ],
 )
 def test_typo_in_a_name_names_the_nearest(
     name: str, meant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A variable of no class is refused, also one that would be the worker's."""
     monkeypatch.setenv(name, "x")
 
     with pytest.raises(SettingsError, match=f"{name}: no such setting. Did you mean {meant}"):
@@ -91,10 +90,26 @@ def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_rooms_know_of_each_other() -> None:
-    """The SDK tolerates exactly the worker's own variables and those of scripts, and vice versa."""
-    assert (WorkerSettings.variables() - ProducerSettings.variables()) | SOURCE_ONLY == OTHER_ROOMS
-    assert ProducerSettings.variables() <= WorkerSettings.variables() | WorkerSettings.elsewhere
+@pytest.mark.parametrize(
+    ("own", "others"), [(ProducerSettings, WorkerSettings), (WorkerSettings, ProducerSettings)]
+)
+def test_settings_of_the_other_package_are_accepted(
+    own: type[EnvSettings], others: type[EnvSettings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No setting of the worker or of a script looks like a misspelled one of the producer."""
+    scripts = {"EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV"}
+    for variable in others.variables() - own.variables() | scripts:
+        monkeypatch.setenv(variable, "x")
+
+    own.load()
+
+
+def test_unknown_variable_that_resembles_no_setting_is_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EMBEDQ_HOME", "x")
+
+    ProducerSettings.load()
 
 
 @pytest.mark.parametrize("room", [ProducerSettings, WorkerSettings])
