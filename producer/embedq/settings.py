@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from embedq.errors import SettingsError, did_you_mean
+from embedq.errors import SettingsError
 from embedq.protocol.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 
 #: Put before the name of every setting.
@@ -77,7 +77,7 @@ class EnvSettings(BaseSettings):
             given = {key: value for key, value in overrides.items() if value is not None}
             return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
         except ValidationError as error:
-            found = [each for each in error.errors() if each["type"] != _UNTRIED]
+            found = [each for each in error.errors() if each["type"] != _DEFAULT_NOT_COMPUTED]
             lines = [_explain(cls, details) for details in found]
             raise SettingsError("\n".join(lines)) from None
 
@@ -156,7 +156,7 @@ class RedisSettings(EnvSettings):
         if url.startswith(_SCHEMES) or (info.field_name == "results_url" and url.startswith(_UNIX)):
             return url
         raise ValueError(
-            "redis://host:port/db, rediss://host:port/db or redis+socket:///path?virtual_host=db"
+            "Input should be redis://host:port/db, rediss://host:port/db or redis+socket:///path?virtual_host=db"
         )
 
     @property
@@ -266,46 +266,19 @@ def _check_names(own: frozenset[str], environment: Collection[str]) -> None:
 
 
 def _explain(cls: type[EnvSettings], details: ErrorDetails) -> str:
-    field = str(details["loc"][0]) if details["loc"] else ""
-    if not field:  # a rule about several settings, which names them itself
-        return str(details["ctx"]["error"])
-    name = PREFIX + field.upper()
-    given = mask_password(str(details["input"]))
-    if name.endswith("_URL") and not given.startswith((*_SCHEMES, _UNIX)):
-        given = f"***@{given.rpartition('@')[2]}" if "@" in given else given
-    if details["type"] == "extra_forbidden":
-        return f"{field}: no such setting.{did_you_mean(field, list(cls.model_fields))}"
-    context = details.get("ctx", {})
-    if details["type"] in ("enum", "literal_error"):
-        expected = str(context.get("expected", "")).replace("'", "")
-        hint = did_you_mean(given, expected.replace(" or ", ", ").split(", "))
-        return f"{name}: expected {expected}, got {given}.{hint}"
-    limits = [f"{word} {context[key]}" for key, word in _BOUNDS.items() if key in context]
-    # Our own validators say what is allowed in capitals that are meant; pydantic adds a prefix.
-    own = str(context["error"]) if isinstance(context.get("error"), ValueError) else ""
-    kind = _KINDS.get(details["type"], "")
-    reason = ", ".join(limits) or own or kind or details["msg"].lower()
+    """Return pydantic's message with the name of the variable, and its value unless secret."""
+    error = details.get("ctx", {}).get("error")
+    message = str(error) if isinstance(error, ValueError) else details["msg"]
+    if not details["loc"]:  # from a check of several settings, whose message contains their names
+        return message
+    field = str(details["loc"][0])
     info = cls.model_fields.get(field)
-    extra = info.json_schema_extra if info else None
-    measure = f" {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""
-    measure = " of" + measure if kind and measure else "" if own else measure
-    return f"{name}: expected {reason}{measure}, got {given}."
+    given = f", got {details['input']}" if info is not None and info.repr else ""
+    return f"{PREFIX}{field.upper()}: {message}{given}."
 
 
-#: What pydantic says of a computed default once another field is wrong.
-_UNTRIED = "default_factory_not_called"
-
-
-#: What a value must be that is of another type.
-_KINDS = {
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "bool_parsing": "true or false",
-}
-
-
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+#: Type of pydantic's error for a computed default that depends on a field with an error.
+_DEFAULT_NOT_COMPUTED = "default_factory_not_called"
 
 
 def cache_home() -> Path:

