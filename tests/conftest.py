@@ -12,12 +12,15 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from redis import Redis
 from tests.support.cli import Command
-from tests.support.models import TEST_MODEL
+from tests.support.files import SMALL
+from tests.support.models import TEST_MODEL, tiny_model
 from tests.support.redis import JOB_TTL_S, RedisProcess, forget_all
+from tests.support.sysfs import DeviceTree
 from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
 from embedq.store.ledger import Ledger
+from embedq_worker.model.resolve import Model
 
 #: Variables that tests themselves read.
 OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV")
@@ -136,3 +139,22 @@ def client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client
 def command(tmp_path: Path, worker: WorkerProcess, shared_redis: RedisProcess) -> Command:
     """The command in a folder of its own, with a worker at hand."""
     return Command(tmp_path, shared_redis)
+
+
+@pytest.fixture
+def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
+    """Open a client of the shared worker with small batches."""
+    with Client(settings=shared_redis.settings(**SMALL)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Write the tiny model once; tests only read it."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> DeviceTree:
+    """Make a machine without accelerators."""
+    return DeviceTree(tmp_path / "tree")

@@ -158,7 +158,10 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     texts = [f"text {i}" for i in range(20)]
     slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
-    with Client(settings=shared_redis.settings(window=1)) as client, shared_redis.open() as redis:
+    with (
+        Client(settings=shared_redis.settings(max_in_flight=1)) as client,
+        shared_redis.open() as redis,
+    ):
         job = client.job(slices, client.spec())
         batches = job.batches(timeout_s=20)
         job.start()

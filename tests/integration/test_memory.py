@@ -24,7 +24,7 @@ RAW_BYTES = 4 * STUB_DIM
 @pytest.fixture
 def wide_client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
     """Open a client that has a whole job under way at once."""
-    with Client(settings=shared_redis.settings(window=1024)) as opened:
+    with Client(settings=shared_redis.settings(max_in_flight=1024)) as opened:
         yield opened
 
 

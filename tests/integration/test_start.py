@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.models import tiny_model
+from tests.support.processes import is_running
 from tests.support.redis import (
     DEADLINE_S,
     RedisProcess,
@@ -58,14 +59,6 @@ def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess
     )
 
 
-def alive(pid: int) -> bool:
-    """Tell whether a process runs; a zombie that nobody reaps here does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @contextmanager
 def encoding(redis: RedisProcess) -> Iterator[list[object]]:
     """Encode beside the block; the vectors are in the list when it is left."""
@@ -98,7 +91,7 @@ def test_killed_worker_comes_back_with_its_name(redis: RedisProcess, short_dir: 
             vectors = client.encode(TEXTS)
 
         assert np.array_equal(vectors, stub_vectors(TEXTS))
-        assert not any(map(alive, before))
+        assert not any(map(is_running, before))
         assert len(worker.lines("worker_process_exited", "signal 9")) == 1
 
 
@@ -110,7 +103,7 @@ def test_crash_loop_keeps_the_worker_off(redis: RedisProcess, short_dir: Path) -
         for _ in range(5):
             pid = wait_for(lambda: children.read_text().strip(), "the worker")
             os.kill(int(pid), signal.SIGKILL)
-            wait_for(lambda pid=pid: not alive(int(pid)), "its end")  # type: ignore[misc] # bound
+            wait_for(lambda pid=pid: not is_running(int(pid)), "its end")  # type: ignore[misc] # bound
 
         assert worker.process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
     finally:
@@ -158,7 +151,7 @@ def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) 
         worker.process.kill()
         worker.process.wait()
 
-        wait_for(lambda: not any(map(alive, pids)), "worker and child to end")
+        wait_for(lambda: not any(map(is_running, pids)), "worker and child to end")
 
 
 @pytest.mark.parametrize(

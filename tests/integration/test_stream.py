@@ -24,14 +24,7 @@ from embedq.jobs.stream import AnyDocument
 from embedq.testing import stub_vectors
 
 #: Texts of one batch and of a full window of a small client.
-BATCH, WINDOW = SMALL["batch_texts"], SMALL["window"] * SMALL["batch_texts"]
-
-
-@pytest.fixture
-def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client with small batches."""
-    with Client(settings=shared_redis.settings(**SMALL)) as client:
-        yield client
+BATCH, WINDOW = SMALL["batch_texts"], SMALL["max_in_flight"] * SMALL["batch_texts"]
 
 
 def texts(n: int) -> list[str]:
@@ -71,7 +64,7 @@ def test_submit_publishes_one_window(small: Client) -> None:
     progress = job.progress()
     job.cancel()
 
-    assert progress.published == SMALL["window"]
+    assert progress.published == SMALL["max_in_flight"]
     assert source.pulled <= WINDOW + 1  # a batch ends where the next text does not fit
     assert (progress.texts, progress.finished) == (0, False)
 
@@ -126,7 +119,7 @@ def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> N
     """cancel() empties Redis, and the worker drops the queued batches without computing them."""
     with (
         stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as worker,
-        Client(settings=redis.settings(batch_texts=64, window=16)) as client,
+        Client(settings=redis.settings(batch_texts=64, max_in_flight=16)) as client,
     ):
         job = client.submit(texts(2_000))
         wait_for(lambda: worker.lines("batch_done"), "a first batch")

@@ -7,10 +7,8 @@ import subprocess
 from pathlib import Path
 
 from redis import Redis
-from redis.exceptions import ConnectionError as NotThere
-from redis.exceptions import TimeoutError as NoAnswer
 from tests.support.binaries import program
-from tests.support.redis import wait_for
+from tests.support.redis import answers, wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +89,7 @@ class Fleet:
 
     def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
         with self.judge(name) as judge:
-            wait_for(lambda: process.poll() or _answers(judge), f"{name} to answer")
+            wait_for(lambda: process.poll() or answers(judge), f"{name} to answer")
         if process.poll() is not None:
             raise PortTaken(f"{name} ended with {process.poll()}")
 
@@ -100,10 +98,3 @@ class Fleet:
         for process in self._processes:
             process.kill()
             process.wait()
-
-
-def _answers(client: Redis) -> bool:
-    try:
-        return bool(client.ping())
-    except (NotThere, NoAnswer):
-        return False

@@ -26,7 +26,7 @@ from embedq.bulk.update import UpdateRun
 from embedq.bulk.writers import sidecar_path
 
 #: Small batches and a small window, so that a few hundred texts are many batches.
-SMALL = {"batch_texts": 32, "window": 8}
+SMALL = {"batch_texts": 32, "max_in_flight": 8}
 
 
 Documents = list[dict[str, Any]]

@@ -15,6 +15,7 @@ from typing import TypeVar
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as NotThere
+from redis.exceptions import TimeoutError as NoAnswer
 from tests.support.binaries import program
 
 from embedq.protocol.contract import Queue
@@ -72,7 +73,7 @@ class RedisProcess:
             start_new_session=True,
         )
         with self.open() as client:
-            wait_for(lambda: _answers(client), "Redis to answer")
+            wait_for(lambda: answers(client), "Redis to answer")
 
     @property
     def pid(self) -> int:
@@ -120,8 +121,8 @@ def forget_all(redis: RedisProcess) -> None:
                     client.unlink(key)
 
 
-def _answers(client: Redis) -> bool:
+def answers(client: Redis) -> bool:
     try:
         return bool(client.ping())
-    except NotThere:
+    except (NotThere, NoAnswer):
         return False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
+BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
+
 import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +34,6 @@ if TYPE_CHECKING:
     from embedq.cli.console import RunDisplay
     from embedq.client import Client
     from embedq.settings import ProducerSettings
-
-BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
-
 
 _EPILOG = """\b
 Exit codes:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.support.cli import command, finish, start
-from tests.support.files import SMALL, documents, embed, items, rows, vectors, write_jsonl
+from tests.support.files import documents, embed, items, rows, vectors, write_jsonl
 from tests.support.redis import RedisProcess
 from tests.support.workers import WorkerProcess
 
@@ -23,13 +22,6 @@ from embedq.testing import stub_vectors
 
 #: Texts that formats are known to spoil.
 TEXTS = ["plain", "é 🦀 日本語", 'a "quoted" word', "comma, and; semicolon", "tab\there", ""]
-
-
-@pytest.fixture
-def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client with small batches."""
-    with Client(settings=shared_redis.settings(**SMALL)) as client:
-        yield client
 
 
 def as_jsonl(texts: list[str]) -> str:

@@ -44,13 +44,6 @@ from embedq.testing import stub_vectors
 SLOW, LONG = "2000", 3_000
 
 
-@pytest.fixture
-def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client with small batches."""
-    with Client(settings=shared_redis.settings(**SMALL)) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def slow_redis() -> Iterator[RedisProcess]:
     """Run a Redis for the slow worker; take `slow` as well."""
@@ -111,7 +104,7 @@ def test_killed_command_goes_on(
     assert code == 0, stderr
     assert output.read_bytes() == whole.read_bytes()
     assert sidecar_path(output).read_bytes() == sidecar_path(whole).read_bytes()
-    window = SMALL["window"] * SMALL["batch_texts"]
+    window = SMALL["max_in_flight"] * SMALL["batch_texts"]
     assert LONG <= n_computed <= LONG + 3 * window
     wait_until_forgotten(slow_redis)
     done = {"in.jsonl", "whole.npy", "whole.items.jsonl", "whole.npy.embedq.json"}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.support.cli import command, wait_until_forgotten
-from tests.support.files import SMALL, documents, embed, items, unfinished, vectors, write_jsonl
+from tests.support.files import documents, embed, items, unfinished, vectors, write_jsonl
 from tests.support.redis import RedisProcess
 from tests.support.workers import WorkerProcess
 
@@ -22,13 +21,6 @@ from embedq.bulk.request import EmbedRequest
 from embedq.bulk.search import load_manifest, nearest_rows
 from embedq.errors import InputError
 from embedq.testing import stub_vectors
-
-
-@pytest.fixture
-def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client with small batches."""
-    with Client(settings=shared_redis.settings(**SMALL)) as client:
-        yield client
 
 
 @pytest.fixture

@@ -42,13 +42,6 @@ from embedq.testing import stub_vectors
 PIPE = 63
 
 
-@pytest.fixture
-def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client with small batches."""
-    with Client(settings=shared_redis.settings(**SMALL)) as client:
-        yield client
-
-
 def changed(before: Documents) -> tuple[Documents, dict[str, int]]:
     """Return the documents with some new, changed and removed and all in another order."""
     after = [document for at, document in enumerate(before) if at % 10]
@@ -516,7 +509,7 @@ def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: P
             counts = {"new": 2000, "changed": 0, "kept": 250, "removed": 250}
             assert json.loads(stdout)["updated"] == counts
             assert json.loads(stdout)["resumed"] == safe
-            assert 2000 <= work.texts() <= 2000 + SMALL["window"] * SMALL["batch_texts"]
+            assert 2000 <= work.texts() <= 2000 + SMALL["max_in_flight"] * SMALL["batch_texts"]
         wait_until_forgotten(redis)
     assert np.array_equal(vectors(output), stub_vectors([d["text"] for d in after]))
     assert [item["id"] for item in items(output)] == [d["id"] for d in after]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.models import WORDS, tiny_model
+from tests.support.models import WORDS
 from tests.support.redis import RedisProcess, wait_for
 from tests.support.workers import stub_worker
 
@@ -18,12 +18,6 @@ from embedq_worker.inference.embedder import Vectors
 from embedq_worker.model.resolve import Model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def settings_of(model: Model, folder: Path, **settings: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.models import WORDS, tiny_model, write_foreign, write_json
+from tests.support.models import WORDS, write_foreign, write_json
 from tests.support.npu_emulation import (
     Process,
     arm_there,
@@ -46,12 +46,6 @@ ALIAS = TARGETS["alias"]
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that the tests share, so that each shape is compiled once."""
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module", params=["alias", "npuw", "shim"])

@@ -25,7 +25,7 @@ def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EMBEDQ_MAX_IN_FLIGHT", "7")
     monkeypatch.setenv("EMBEDQ_MODEL", "folder")
 
-    settings = ProducerSettings.load(model="other", window=None)
+    settings = ProducerSettings.load(model="other", max_in_flight=None)
 
     assert (settings.max_in_flight, settings.model) == (7, "other")
 

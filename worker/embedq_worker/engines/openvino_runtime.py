@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from embedq_worker.engines.infer_requests import INPUTS
 from embedq_worker.engines.openvino_errors import compile_failed
@@ -28,6 +27,12 @@ from embedq_worker.errors import NoDevice
 
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxModel
+
+# Importing openvino reports to Google Analytics, from a forked process and without asking. With its
+# telemetry module marked as missing it does not.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
+
+import openvino as ov  # noqa: E402 # after the line above
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +76,6 @@ TARGETS: Final[Mapping[str, DeviceTarget]] = {
         emulation="npuw",
     ),
 }
-
-
-# Importing openvino tells Google Analytics, from a forked child, without asking; a missing module
-# is what it takes for a refusal.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
 
 
 # OpenVINO looks up the types of numpy once, under a lock that it keeps while Python may run another

@@ -17,12 +17,6 @@ from embedq_worker.settings import WorkerSettings
 PCI = "0000:00:0b.0"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> DeviceTree:
-    """Make a machine without accelerators."""
-    return DeviceTree(tmp_path / "tree")
-
-
 def settings(folder: Path, **given: object) -> WorkerSettings:
     """Return settings of a worker whose locks are in a folder."""
     return WorkerSettings.load(lock_dir=folder / "locks", **given)

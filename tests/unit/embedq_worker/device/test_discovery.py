@@ -25,12 +25,6 @@ from embedq_worker.errors import DeviceForbidden, NoDevice, SeveralDevices, Wron
 FIRST, SECOND = "0000:00:0b.0", "0001:03:1f.7"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> DeviceTree:
-    """Make a machine without accelerators."""
-    return DeviceTree(tmp_path)
-
-
 def npu(pci: str = FIRST, node: str = "/dev/accel/accel0") -> Npu:
     """Make an NPU that is nowhere."""
     return Npu(Path(node), pci, IDS["4000"])

@@ -17,12 +17,6 @@ from embedq_worker.settings import WorkerSettings
 PCI = "0000:00:0b.0"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> DeviceTree:
-    """Make a machine without accelerators."""
-    return DeviceTree(tmp_path / "tree")
-
-
 @pytest.fixture(autouse=True)
 def with_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let openvino be installed, whether it is or not; it is never imported here."""

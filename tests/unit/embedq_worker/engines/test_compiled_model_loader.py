@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.models import tiny_model
 
 from embedq_worker.engines import compiler as loading
 from embedq_worker.engines import model_cache
@@ -33,12 +32,6 @@ SEGFAULT = (
     "import os, resource, signal; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
     "os.kill(os.getpid(), signal.SIGSEGV)"
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Compiler:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from tests.support.models import tiny_model
+from tests.support.processes import is_running
 from tests.support.redis import wait_for
 
 from embedq_worker.engines.compiler import CompileRequest, compile_in_child
@@ -38,12 +38,6 @@ def job_of(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRe
 def compiler(script: str) -> list[str]:
     """Return a command that is run in the place of the compiler."""
     return [sys.executable, "-c", PREAMBLE + script]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_blob_comes_back_through_the_descriptor(model: Model) -> None:
@@ -108,14 +102,6 @@ def test_missing_program_is_not_ours_to_hide(model: Model, tmp_path: Path) -> No
         compile_in_child(job_of(model), 1, [str(tmp_path / "python")])
 
 
-def alive(pid: int) -> bool:
-    """Tell whether a process runs; a zombie that nobody reaps here does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 ORPHANING = """
 import json, os, signal, subprocess, sys
 from embedq_worker.engines.compiler import COMMAND
@@ -139,7 +125,7 @@ def test_compiler_whose_parent_died_before_it_looked_does_not_begin(tmp_path: Pa
 
     pid = int(done.stdout)
     try:
-        wait_for(lambda: not alive(pid), "the compiler to end", 15)
+        wait_for(lambda: not is_running(pid), "the compiler to end", 15)
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.models import WORDS, tiny_model
+from tests.support.models import WORDS
 
 from embedq.errors import InputError
 from embedq.protocol.contract import Accuracy, Precision
@@ -32,12 +32,6 @@ from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 QUALITY = QuantizationReport(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "NNCF 3.4.0")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def opener(model: Model, cache: Path) -> EngineOpener:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from tests.support.models import tiny_model
 
 from embedq_worker.inference import verifier
@@ -24,12 +23,6 @@ class Maker:
     def __call__(self) -> Vectors:
         self.asked += 1
         return np.full(self._shape, self.asked, np.float32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def kept(cache: Path) -> Path:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.models import tiny_model
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Precision
@@ -20,12 +19,6 @@ from embedq_worker.inference.selection import Candidate, TuningCache
 from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def opener(model: Model, cache: Path, **settings: object) -> EngineOpener:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.models import tiny_model
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy
@@ -16,12 +15,6 @@ from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, EngineChoice, WorkerSettings
 
 USUAL, OTHER = CpuConfig(2, 2, 512), CpuConfig(2, 1, 1024)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """The tiny model."""
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def settings(model: Model, cache: Path, **others: object) -> WorkerSettings:
