@@ -57,7 +57,8 @@ WALLS: dict[str, str] = {
     "embedq_worker.pool_process": "embedq.store embedq.observability embedq_worker.inference "
     "embedq_worker.main_process embedq_worker.device embedq_worker.settings "
     "embedq_worker.process embedq_worker.errors",
-    "embedq_worker.cli": "embedq.store embedq.bulk embedq.jobs embedq_worker.main_process "
+    "embedq_worker.cli": "embedq.cli embedq.store embedq.bulk embedq.jobs "
+    "embedq_worker.main_process "
     "embedq_worker.inference embedq_worker.engines embedq_worker.model embedq_worker.device "
     "embedq_worker.settings embedq_worker.files embedq_worker.process embedq_worker.errors "
     "embedq_worker.exit_codes",
@@ -79,7 +80,7 @@ LIBRARIES: dict[str, str] = {
     "pydantic": "settings",
     "pydantic_settings": "settings",
     "rich": "cli/console cli/operations",
-    "click": "cli/common cli/console cli/main cli/operations",
+    "click": "cli/common cli/main cli/operations",
     "prometheus_client": "observability/exporter",
     "opentelemetry": "observability/tracing pool_process/process",
     "pyarrow": "bulk/writers",

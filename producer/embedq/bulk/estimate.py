@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from embedq.bulk.request import EmbedRequest, RunProgress
+from embedq.bulk.request import EmbedRequest, RunProgress, format_duration
 from embedq.client import Client
 from embedq.jobs.batches import Document, TextBatch, guess_tokens
 from embedq.protocol.contract import Code, refusal
@@ -82,7 +82,7 @@ class Estimate:
             f"truncated         about {self.truncated_share:.1%}",
             f"failed            about {self.failed_share:.1%}",
             f"speed             about {self.docs_per_second:,.0f} docs/s",
-            f"time              about {_duration(self.seconds)}",
+            f"time              about {format_duration(self.seconds)}",
             f"vectors on disk   {self.output_bytes / 1e6:,.1f} MB",
             f"memory of Redis   at most about {self.redis_bytes / 1e6:,.1f} MB",
             f"from a sample of  {self.sampled:,} texts",
@@ -156,11 +156,3 @@ def _guess(text: object, max_length: int) -> float:
 
 def _first(pieces: list[TextBatch], only: bool) -> list[TextBatch]:
     return pieces[:1] if only else pieces
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,3 +155,19 @@ class ProgressDisplay(Protocol):
 
     def note(self, message: str) -> None:
         """Show a sentence."""
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in its two largest units; a value that is not finite counts as 0."""
+    known = seconds if isfinite(seconds) else 0
+    minutes, rest = divmod(max(0, int(known)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    for big, small, names in (
+        (days, hours, ("d", "h")),
+        (hours, minutes, ("h", "min")),
+        (minutes, rest, ("min", "s")),
+    ):
+        if big:
+            return f"{big} {names[0]} {small} {names[1]}"
+    return f"{rest} s"

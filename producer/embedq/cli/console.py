@@ -7,22 +7,21 @@ How a run looks: a live line on a terminal, a plain line now and then elsewhere;
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from embedq import errors
-from embedq.bulk.request import RunProgress
+from embedq.bulk.request import RunProgress, format_duration
+from embedq.cli.common import EXIT_SETTINGS, exit_with_error
 
-EXIT_OK, EXIT_FAILED, EXIT_SETTINGS, EXIT_INPUT = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 3
 
 
 EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
@@ -44,8 +43,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except errors.EmbedqError as error:
-        click.echo(f"embedq: {error}", err=True)
-        sys.exit(next((c for kind, c in _EXIT_CODES.items() if isinstance(error, kind)), 1))
+        exit_with_error("embedq", error, _EXIT_CODES)
 
 
 #: Seconds between two plain lines where there is no terminal.
@@ -119,18 +117,10 @@ class RunDisplay:
             f"{progress.tokens / seconds:,.0f} tokens/s",
         ]
         if fraction and fraction < 1 and not progress.resumed:
-            parts.append(f"{_duration(seconds * (1 - fraction) / fraction)} left")
+            parts.append(f"{format_duration(seconds * (1 - fraction) / fraction)} left")
         if progress.truncated:
             parts.append(f"{progress.truncated:,} truncated")
         if progress.failed:
             parts.append(f"{progress.failed:,} failed")
         workers = self.workers()
         return "  ".join([*parts, workers] if workers else parts)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -7,7 +7,6 @@ import time
 BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
 
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ import click
 
 from embedq import errors
 from embedq.bulk.readers import FORMATS, Fields
+from embedq.cli.common import exit_on_windows, print_settings
 from embedq.cli.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_OK,
-    EXIT_SETTINGS,
     exit_on_error,
 )
 from embedq.cli.operations import dead, exporter, status
@@ -318,13 +317,7 @@ def settings(as_json: bool) -> None:
     with exit_on_error():
         from embedq.settings import ProducerSettings
 
-        shown = list(ProducerSettings.load().describe())
-    if as_json:
-        click.echo(json.dumps([setting._asdict() for setting in shown]))
-        return
-    width = max(len(setting.name) for setting in shown)
-    for setting in shown:
-        click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+        print_settings(ProducerSettings.load().describe(), as_json=as_json)
 
 
 cli.add_command(dead)
@@ -338,7 +331,5 @@ cli.add_command(status)
 
 def main() -> None:
     """Run the command line."""
-    if os.name == "nt":
-        click.echo("embedq: Windows is not supported; use Linux or WSL 2.", err=True)
-        sys.exit(EXIT_SETTINGS)
+    exit_on_windows("embedq")
     cli()

@@ -14,13 +14,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_SETTINGS, exit_on_error
+from embedq.bulk.request import format_duration
+from embedq.cli.common import EXIT_SETTINGS
+from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, exit_on_error
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -103,17 +104,23 @@ def render(found: FleetStatus) -> Group:
     for worker in found.workers:
         state = Text(worker.state, style=_COLORS.get(worker.state, ""))
         computes = map(Text, (worker.device, worker.engine, worker.precision))
-        since = f"{age(found.at - worker.state_since)} ago"
+        since = f"{format_duration(found.at - worker.state_since)} ago"
         workers.add_row(Text(worker.worker), state, *computes, since, Text(worker.reason))
     for name, at in sorted(found.silent.items()):
         state = Text("silent", style="red")
         workers.add_row(
-            Text(name), state, "", "", "", f"{age(found.at - at)} ago", "It took no leave."
+            Text(name),
+            state,
+            "",
+            "",
+            "",
+            f"{format_duration(found.at - at)} ago",
+            "It took no leave.",
         )
     queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
-        queues.add_row(queue, f"{waiting:,}", age(found.oldest_ready_s.get(queue, 0)))
-    queues.add_row("in hand", f"{found.in_hand:,}", age(found.oldest_in_hand_s))
+        queues.add_row(queue, f"{waiting:,}", format_duration(found.oldest_ready_s.get(queue, 0)))
+    queues.add_row("in hand", f"{found.in_hand:,}", format_duration(found.oldest_in_hand_s))
     jobs = Table("job", "texts done", "batches done", "to be taken", "age", "output", box=None)
     for job in found.jobs:
         texts = f"{job.texts:,}"
@@ -121,11 +128,13 @@ def render(found: FleetStatus) -> Group:
             texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
         batches = f"{job.committed:,} of {job.published:,} sent"
         label = Text(job.label)  # brackets in it are no markup
-        jobs.add_row(Text(job.id), texts, batches, f"{job.waiting:,}", age(job.age_s), label)
+        jobs.add_row(
+            Text(job.id), texts, batches, f"{job.waiting:,}", format_duration(job.age_s), label
+        )
     memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
     head = ""
     if found.paused:
-        head = f"paused {age(found.at - found.paused.at)} ago: {found.paused.reason}\n"
+        head = f"paused {format_duration(found.at - found.paused.at)} ago: {found.paused.reason}\n"
     missing = "no worker is alive\n" if not found.workers else ""
     return Group(
         Text(head + missing, style="red", end=""),
@@ -135,22 +144,6 @@ def render(found: FleetStatus) -> Group:
         f"memory of Redis: {memory}",
         *([f"texts set aside: {found.dead:,} (embedq dead ls)"] if found.dead else []),
     )
-
-
-def age(seconds: float) -> str:
-    """Return a duration in its two largest units."""
-    known = seconds if isfinite(seconds) else 0
-    minutes, rest = divmod(max(0, int(known)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    for big, small, names in (
-        (days, hours, ("d", "h")),
-        (hours, minutes, ("h", "min")),
-        (minutes, rest, ("min", "s")),
-    ):
-        if big:
-            return f"{big} {names[0]} {small} {names[1]}"
-    return f"{rest} s"
 
 
 @click.group()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
 import click
 
+from embedq.cli.common import exit_with_error
 from embedq.errors import EmbedqError, InputError, SettingsError
 from embedq_worker import exit_codes
 from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
@@ -69,5 +69,4 @@ def load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
 
 def fail(error: EmbedqError) -> NoReturn:
     """End the command with the sentence of an error and the exit code of its kind."""
-    click.echo(f"embedq-worker: {error}", err=True)
-    sys.exit(next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
+    exit_with_error("embedq-worker", error, _CODES)

@@ -10,13 +10,13 @@ What computes is imported by the command that needs it, so that `--help` stays q
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from typing import NoReturn
 
 import click
 
+from embedq.cli.common import exit_on_windows, print_settings
 from embedq.errors import EmbedqError
 from embedq_worker import exit_codes, process
 from embedq_worker.cli.common import EPILOG, export, fail, load, model_options
@@ -224,20 +224,12 @@ def start(
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def settings(as_json: bool) -> None:
     """Show every setting, its value and where it comes from."""
-    shown = list(load({}).describe())
-    if as_json:
-        click.echo(json.dumps([setting._asdict() for setting in shown]))
-        return
-    width = max(len(setting.name) for setting in shown)
-    for setting in shown:
-        click.echo(f"{setting.name:<{width}}  {setting.value}  ({setting.source})")
+    print_settings(load({}).describe(), as_json=as_json)
 
 
 def run(arguments: list[str]) -> NoReturn:
     """Run one command in this process."""
-    if os.name == "nt":
-        click.echo("embedq-worker: Windows is not supported; use Linux or WSL 2.", err=True)
-        sys.exit(exit_codes.SETTINGS)
+    exit_on_windows("embedq-worker")
     try:
         cli(arguments, prog_name="embedq-worker")
     except ModuleNotFoundError as error:

@@ -17,7 +17,7 @@ import click
 
 from embedq.errors import EmbedqError, QueueUnavailable, SettingsError, did_you_mean
 from embedq_worker import exit_codes, process
-from embedq_worker.cli.common import EPILOG, load, model_options
+from embedq_worker.cli.common import EPILOG, fail, load, model_options
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -159,8 +159,7 @@ def _results() -> Iterator[Redis]:
                     "EMBEDQ_RESULTS_URL to the fleet's, or try again when it is there."
                 ) from error
     except EmbedqError as error:
-        click.echo(f"embedq-worker: {error}", err=True)
-        sys.exit(exit_codes.SETTINGS if isinstance(error, SettingsError) else exit_codes.FAILURE)
+        fail(error)
 
 
 def _require(redis: Redis, worker: str) -> None:
@@ -179,10 +178,9 @@ def _require(redis: Redis, worker: str) -> None:
 def _bounded(reason: str) -> str:
     plain = " ".join(reason.split())
     if len(plain) > MAX_REASON:
-        click.echo(
-            f"embedq-worker: --reason has {len(plain)} characters; the limit is {MAX_REASON}. "
-            "Shorten it.",
-            err=True,
+        fail(
+            SettingsError(
+                f"--reason has {len(plain)} characters; the limit is {MAX_REASON}. Shorten it."
+            )
         )
-        sys.exit(exit_codes.SETTINGS)
     return plain

@@ -69,5 +69,5 @@ def test_estimate_reads_as_lines() -> None:
     """A person sees counts with separators, shares, and a time in fitting units."""
     text = "\n".join(ESTIMATE.lines())
 
-    for part in ("1,234,567 (390.0 MB)", "about 75,000,000", "3.4%", "120 docs/s", "2.9 h"):
+    for part in ("1,234,567 (390.0 MB)", "about 75,000,000", "3.4%", "120 docs/s", "2 h 51 min"):
         assert part in text

@@ -10,8 +10,10 @@ from click.testing import CliRunner
 from fakeredis import FakeRedis
 from rich.console import Console
 
+from embedq.bulk.request import format_duration
 from embedq.cli import operations
-from embedq.cli.console import EXIT_INPUT, EXIT_SETTINGS
+from embedq.cli.common import EXIT_SETTINGS
+from embedq.cli.console import EXIT_INPUT
 from embedq.cli.operations import exporter
 from embedq.observability.status import FleetStatus, JobStatus
 from embedq.protocol.worker import Heartbeat
@@ -105,7 +107,7 @@ def test_brackets_are_no_markup() -> None:
 @pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), float("nan")])
 def test_age_of_a_forged_time_is_none(seconds: float) -> None:
     """A score of inf in Redis is no reason to end `embedq status`."""
-    assert operations.age(seconds) == "0 s"
+    assert format_duration(seconds) == "0 s"
 
 
 def test_unreadable_letter_hides_no_other_and_can_be_dropped(letters: FakeRedis) -> None:
@@ -120,3 +122,11 @@ def test_unreadable_letter_hides_no_other_and_can_be_dropped(letters: FakeRedis)
     assert "broken" in listed.output
     assert "forged" in listed.output
     assert not letters.exists(dead_letters.DEAD_KEY)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0 s"), (61, "1 min 1 s"), (3_900, "1 h 5 min"), (90_000, "1 d 1 h")],
+)
+def test_duration_is_shown_in_its_two_largest_units(seconds: float, shown: str) -> None:
+    assert format_duration(seconds) == shown
