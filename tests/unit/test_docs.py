@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings
 from embedq.cli import console
 from embedq.cli.main import cli as producer_cli
 from embedq.observability import metrics
+from embedq.protocol.contract import Code
 from embedq.settings import PREFIX, ProducerSettings
 from embedq_worker import exit_codes
 from embedq_worker.cli.main import cli as worker_cli
@@ -87,7 +88,7 @@ def command_table(command: click.Command) -> str:
             shown = value_name(param)
         default = param.default
         has_default = isinstance(default, str | int | float) and not isinstance(default, bool)
-        given = f"`{default}`" if has_default else "required" if param.required else ""
+        given = f"`{default}`" if has_default and default != "" else "required" if param.required else ""
         lines.append(f"| `{shown}` | {given} | {meaning} |")
     return "\n".join(lines)
 
@@ -222,6 +223,12 @@ def test_failure_reasons_are_listed() -> None:
     found = codes_after("device-health.md", "<!-- reasons: embedq_worker.errors.FailureReason -->")
 
     assert sorted(found) == sorted(FailureReason)
+
+
+def test_codes_of_failed_texts_are_listed() -> None:
+    found = codes_after("guarantees.md", "<!-- codes: embedq.protocol.contract.Code -->")
+
+    assert sorted(found) == sorted(set(Code) - {Code.NONE})
 
 
 def prose_of(page: Path) -> str:
