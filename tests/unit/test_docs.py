@@ -27,7 +27,10 @@ from embedq_worker.settings import WorkerSettings
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(
-    [*DOCS.glob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+    [
+        *DOCS.glob("*.md"),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ]
 )
 #: Modules that every other one may import; the diagrams leave them out.
 COMMON = {
@@ -88,13 +91,19 @@ def command_table(command: click.Command) -> str:
             shown = value_name(param)
         default = param.default
         has_default = isinstance(default, str | int | float) and not isinstance(default, bool)
-        given = f"`{default}`" if has_default and default != "" else "required" if param.required else ""
+        given = (
+            f"`{default}`"
+            if has_default and default != ""
+            else "required"
+            if param.required
+            else ""
+        )
         lines.append(f"| `{shown}` | {given} | {meaning} |")
     return "\n".join(lines)
 
 
 def value_name(param: click.Parameter) -> str:
-    """Return how the value of a parameter is written; choices with a slash, for tables have bars."""
+    """Return how a value is written; choices with slashes, because tables use bars."""
     if isinstance(param.type, click.Choice):
         return "/".join(str(choice) for choice in param.type.choices)
     name = (param.metavar or (param.name or "").upper().strip("_")).replace("|", "/")
