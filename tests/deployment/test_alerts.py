@@ -118,7 +118,7 @@ def test_every_alert_says_what_it_is_and_where_it_is_explained(name: str) -> Non
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert notes["summary"]
     assert notes["description"].endswith((".", "}}"))
-    assert notes["runbook_url"] == f"ops/README.md#{name.lower()}"
+    assert notes["runbook_url"] == f"docs/operations.md#{name.lower()}"
 
 
 def test_a_degraded_worker_is_told_without_delay() -> None:

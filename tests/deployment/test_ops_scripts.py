@@ -32,7 +32,7 @@ case "$1 $2" in
     echo "venv by ${0##*/}" >>"$CALLS"
     mkdir -p "$4/bin"
     cp "$0" "$4/bin/python"
-    for tool in embedq ruff mypy; do
+    for tool in embedq ruff mypy mkdocs; do
         printf '#!/bin/sh\necho "%s $*"\n' "$tool" >"$4/bin/$tool"
         printf 'echo "%s in $PWD model=$EMBEDQ_MODEL$EMBEDQ_TEST_MODEL" >>"$CALLS"\n' "$tool" \
             >>"$4/bin/$tool"
@@ -319,6 +319,7 @@ def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
         "== ruff check .",
         "== ruff format --check .",
         "== mypy",
+        f"== mkdocs build --strict --quiet --site-dir {machine.root}/.venv/cache/site",
         "== pytest -k two words",
     ]
     assert run.stdout.splitlines()[-1].startswith("pytest got -n auto --dist loadfile ")

@@ -1,4 +1,4 @@
-"""ops/README.md: each alert is explained, and what is named exists."""
+"""docs/operations.md: each alert is explained, and what is named exists."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 
 import pytest
 from tests.deployment.test_alerts import ALERTS, known_series
-from tests.support.deployment import OPS, ROOT
+from tests.support.deployment import ROOT
 
 from embedq.settings import ProducerSettings
 from embedq_worker.settings import WorkerSettings
 
-TEXT = (OPS / "README.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 #: heading of the third level -> its text.
 SECTIONS = {
     block.partition("\n")[0]: block.partition("\n")[2]

@@ -105,7 +105,7 @@ def _sentence(error: Exception, reason: str | None, where: str, waited: float) -
     if isinstance(error, exceptions.NoPermissionError):
         return (
             f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
-            "producer embeds, ops looks and gives orders (ops/README.md)."
+            "producer embeds, ops looks and gives orders (docs/operations.md)."
         )
     if reason is None:
         return f"Redis at {where} refused a command ({type(error).__name__})."

@@ -150,7 +150,7 @@ def _results() -> Iterator[Redis]:
                 where = mask_password(settings.results_url)
                 raise QueueUnavailable(
                     f"Redis at {where} does not take orders from its user. Set EMBEDQ_RESULTS_URL "
-                    "to the one of the user ops (ops/README.md)."
+                    "to the one of the user ops (docs/operations.md)."
                 ) from error
             except RedisError as error:
                 where = mask_password(settings.results_url)
