@@ -165,7 +165,7 @@ def test_all_who_watch_name_the_degraded_worker(watched: Watched) -> None:
     assert (alert["labels"]["worker"], alert["labels"]["reason"]) == ("sick", "operator")
     stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(worker["state_since"]))
     assert f"since {stamp}" in alert["annotations"]["description"]
-    assert 'embedq_worker_state{worker="sick",state="degraded"} 1.0' in metrics
+    assert 'embedq_worker_state{state="degraded",worker="sick"} 1.0' in metrics
     [since] = watched.prometheus.query('embedq_worker_state_since_timestamp_seconds{worker="sick"}')
     assert float(since["value"][1]) == pytest.approx(worker["state_since"], abs=0.1)
     [told] = [found["stats"]["embedq"] for name, found in stats.items() if "sick" in name]

@@ -124,10 +124,10 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
     assert keys_of_job(results) == set()
 
 
-@pytest.mark.parametrize("action", ["forget", "keep_alive", "drop"])
+@pytest.mark.parametrize("action", ["invalidate", "keep_alive", "drop"])
 def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
     """What a producer does to a job that has expired brings no key back."""
-    arguments: dict[str, list[object]] = {"forget": [Commit(b"0-1", 0, 1)], "keep_alive": [60]}
+    arguments: dict[str, list[object]] = {"invalidate": [Commit(b"0-1", 0, 1)], "keep_alive": [60]}
     ledger.drop()
 
     getattr(ledger, action)(*arguments.get(action, []))

@@ -36,7 +36,7 @@ WORKER = [sys.executable, "-c", FAMILY]
 OWNER = f"""
 import sys
 from embedq.local.fleet import LocalFleet
-with LocalFleet(node_command={WORKER!r}, warn=print) as fleet:
+with LocalFleet(worker_command={WORKER!r}, warn=print) as fleet:
     print(fleet.log_path, flush=True)
     sys.stdin.read()
 """

@@ -349,7 +349,7 @@ class Result(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        shown = {**self._asdict(), "quality": self.report.as_dict(), "folder": str(self.folder)}
+        shown = {**self._asdict(), "report": self.report.as_dict(), "folder": str(self.folder)}
         return {**shown, "kept": self.kept}
 
     def lines(self) -> Iterator[str]:

@@ -12,7 +12,6 @@ from embedq_worker.device.discovery import Npu
 from embedq_worker.device.placement import Placement
 from embedq_worker.errors import EngineError, WrongDevice
 from embedq_worker.inference import opener
-from embedq_worker.model import resolve
 from embedq_worker.settings import WorkerSettings
 
 NPU = Npu(Path("/dev/accel/accel0"), "0000:00:0b.0", 0x643E, "intel_vpu")
@@ -46,7 +45,7 @@ class Opened:
 def opening(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     """Let the engine open so."""
     monkeypatch.setattr(opener, "open_serving", lambda *_: opened)
-    monkeypatch.setattr(resolve, "find_model", lambda _: None)
+    monkeypatch.setattr(opener, "find_model", lambda _: None)
 
 
 def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
