@@ -260,14 +260,14 @@ class WorkerSettings(RedisSettings):
         0,
         ge=0,
         le=1024,
-        description="Inferences on the CPU at a time; 0 takes what was tuned, or one per core.",
+        description="Number of concurrent inferences on the CPU; 0 = one per core.",
         json_schema_extra=unit("inferences"),
     )
     token_budget: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        description="Most padded tokens in one inference; 0 takes what was tuned, or 512.",
+        description="Maximum number of padded tokens per inference; 0 = 512.",
         json_schema_extra=unit("tokens"),
     )
     engine_timeout_s: float = Field(

@@ -1,6 +1,6 @@
 """embedq-worker start, warm, quantize, settings.
 
-`embedq-worker warm | quantize | tune | trace-binding`: prepare a model for this machine.
+`embedq-worker warm | quantize | trace-binding`: prepare a model for this machine.
 
 What computes is imported by the command that needs it, so that `--help` stays quick.
 
@@ -106,44 +106,6 @@ def quantize(
     sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
 
 
-@click.command(epilog=EPILOG)
-@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
-@click.option(
-    "--accuracy",
-    type=click.Choice(["standard", "exact", "int8"]),
-    default="standard",
-    show_default=True,
-    help="The class whose engine is tuned.",
-)
-@click.option(
-    "--reserve-cores",
-    type=click.IntRange(0, 1024),
-    default=0,
-    show_default=True,
-    help="Cores left to a producer and Redis on this machine.",
-)
-@click.option("--quick", is_flag=True, help="Fewer texts and rounds: some ten seconds.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
-def tune(model: str | None, accuracy: str, reserve_cores: int, quick: bool, as_json: bool) -> None:
-    """Measure how the engine uses the cores of this machine best, and keep the answer.
-
-    Takes about a minute on an otherwise idle machine; run it before a job, not in its middle: the
-    last bits of a vector depend on it.
-    """
-    settings = load({"model": model})
-    process.send_native_to_stderr()
-    from embedq.protocol.contract import Accuracy
-    from embedq_worker.cli import tune as tune_module
-
-    texts, seconds = (32, 5.0) if quick else (128, 60.0)
-    try:
-        wanted = tune_module.Wanted(Accuracy(accuracy), reserve_cores, texts, seconds)
-        found = tune_module.run(settings, wanted, lambda line: click.echo(line, err=True))
-    except EmbedqError as error:
-        fail(error)
-    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
-
-
 @click.command("trace-binding", epilog=EPILOG)
 @model_options
 @click.option("--inferences", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
@@ -182,7 +144,7 @@ def cli() -> None:
 
 for _command in (
     *(check, devices, health),
-    *(quantize, trace_binding, tune, warm),
+    *(quantize, trace_binding, warm),
     *(degrade, pause, recover, resume),
 ):
     cli.add_command(_command)

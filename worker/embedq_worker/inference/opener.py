@@ -25,7 +25,7 @@ from embedq.protocol.contract import Accuracy, Device, Precision
 from embedq.testing import stub_vectors
 from embedq_worker.device.discovery import verify_opened
 from embedq_worker.device.placement import DeviceLock, Placement, acquire
-from embedq_worker.engines.base import AnyTokenizer, Engine
+from embedq_worker.engines.base import AnyTokenizer
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.engines.model_cache import QuantizedModel, QuantizedModelStore
 from embedq_worker.engines.stub import (
@@ -43,7 +43,6 @@ from embedq_worker.inference.selection import (
     DEFAULT_TOKEN_BUDGET,
     Candidate,
     CpuConfig,
-    CpuConfigs,
     TuningCache,
     benchmark,
     candidates,
@@ -65,10 +64,6 @@ log = logging.getLogger(__name__)
 QUANTIZE: Final = "Run on this worker: embedq-worker quantize FILE, and start it again."
 
 
-#: What serves class int8.
-INT8: Final = Candidate(EngineChoice.OPENVINO, Precision.INT8)
-
-
 class EngineOpener:
     """Opens engines for one model by the settings of a worker.
 
@@ -80,7 +75,7 @@ class EngineOpener:
         self._settings = settings
         self._model = model
         self.prover = EngineVerifier(settings, model)
-        self._layouts = CpuConfigs(settings, model)
+        self._layout = CpuConfig.from_settings(settings)
 
     def open_npu(self) -> VerifiedEngine:
         """Open the NPU, or its emulated NPU, with a canary in every batch.
@@ -140,7 +135,7 @@ class EngineOpener:
             chosen.engine,
             chosen.precision,
             why,
-            self._layouts.of(chosen, accuracy).describe(),
+            self._layout.describe(),
         )
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
@@ -165,7 +160,7 @@ class EngineOpener:
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantized("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
-            layout = self._layouts.of(INT8, Accuracy.INT8)
+            layout = self._layout
             engine = open_engine(
                 "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
             )
@@ -204,22 +199,11 @@ class EngineOpener:
     def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
         trusted = one.engine is EngineChoice.ONNXRUNTIME
         reference = None if trusted else self.prover.reference()
-        layout = self._layouts.of(one, accuracy)
+        layout = self._layout
         engine = open_engine(
             one.engine, self._model, layout.cores, one.precision, streams=layout.streams
         )
         return self.prover.verify(engine, accuracy, reference, why, layout)
-
-    def open_layout(self, one: Candidate, layout: CpuConfig) -> Engine:
-        """Open an engine with a layout that is to be measured; it is not proven.
-
-        Raises:
-            NotQuantized, ModelError, EngineError: it does not open.
-        """
-        graph = self._kept().graph if one.precision is Precision.INT8 else None
-        return open_engine(
-            one.engine, self._model, layout.cores, one.precision, graph, layout.streams
-        )
 
     def _measure(self, accuracy: Accuracy, among: Sequence[Candidate]) -> Mapping[Candidate, float]:
         """Time those that can be proven for a class."""

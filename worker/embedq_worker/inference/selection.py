@@ -1,9 +1,5 @@
 """Choose engine and CPU configuration, and remember the choice.
 
-How the engines of a model use the cores of this worker, by its settings and what tuning kept.
-
-How an engine uses the cores of this machine, and when another way is better. Pure.
-
 A short race between engines on this machine.
 
 Which engine computes an accuracy class on this CPU: the faster of those that are proven.
@@ -19,13 +15,12 @@ import importlib.metadata
 import json
 import logging
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from embedq.protocol.contract import Accuracy, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
@@ -36,33 +31,6 @@ from embedq_worker.settings import EngineChoice, PrecisionChoice, WorkerSettings
 
 #: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
 DEFAULT_TOKEN_BUDGET: Final = 512
-
-
-class CpuConfigs:
-    """The layouts of one model's engines."""
-
-    def __init__(self, settings: WorkerSettings, model: Model) -> None:
-        self._settings = settings
-        self._model = model
-
-    def of(self, one: Candidate, accuracy: Accuracy) -> CpuConfig:
-        """Return how an engine is to use the cores: as the settings say, as tuned, or as usual."""
-        settings = self._settings
-        kept = TuningCache(settings.cache_dir).get_entry(self.key(one, accuracy))
-        usual = CpuConfig(settings.cores(), settings.cores(), DEFAULT_TOKEN_BUDGET)
-        tuned = CpuConfig.from_entry(kept, settings.cores()) or usual
-        return tuned.overridden(settings.threads, settings.streams, settings.token_budget)
-
-    def key(self, one: Candidate, accuracy: Accuracy) -> str:
-        """Name everything that could change what is the best layout."""
-        return machine_key(
-            what="layout",
-            model=self._model.identity,
-            accuracy=str(accuracy),
-            engine=f"{one.engine} {one.precision}",
-            versions=engine_versions(),
-            cores=str(self._settings.cores()),
-        )
 
 
 def engine_versions() -> str:
@@ -77,102 +45,29 @@ def _version(package: str) -> str:
         return ""
 
 
-#: Padded tokens of one inference that are tried.
-BUDGETS: Final = (256, 512, 1024, 2048)
-
-
-#: Least gain for which the usual layout is left.
-MIN_GAIN: Final = 0.03
-
-
 class CpuConfig(NamedTuple):
-    """How an engine uses the cores.
+    """How an engine uses the cores of this machine.
 
     Attributes:
-        cores: that it computes on.
-        streams: inferences at a time; they share the cores.
-        token_budget: most padded tokens of one inference.
-        source: ``usual``, ``tuned`` or ``settings``.
+        cores: number of cores the engine computes on.
+        streams: number of concurrent inferences; they share the cores.
+        token_budget: maximum number of padded tokens per inference.
     """
 
     cores: int
     streams: int
     token_budget: int
-    source: str = "usual"
-
-    def describe(self) -> str:
-        """Say it in a few words."""
-        return (
-            f"{self.streams} streams on {self.cores} cores, {self.token_budget} tokens "
-            f"({self.source})"
-        )
 
     @classmethod
-    def from_entry(cls, entry: Mapping[str, object], most: int) -> CpuConfig | None:
-        """Read what was kept; None for what is no layout for this many cores."""
-        found = [entry.get(name) for name in ("cores", "streams", "token_budget")]
-        numbers = [value for value in found if type(value) is int and value > 0]
-        if len(numbers) != len(found) or numbers[0] > most or numbers[1] > numbers[0]:
-            return None
-        return cls(numbers[0], numbers[1], numbers[2], "tuned")
+    def from_settings(cls, settings: WorkerSettings) -> CpuConfig:
+        """Return the settings, with one stream per core and the default token budget for 0."""
+        cores = settings.cores()
+        streams = min(settings.streams or cores, cores)
+        return cls(cores, streams, settings.token_budget or DEFAULT_TOKEN_BUDGET)
 
-    def overridden(self, cores: int, streams: int, token_budget: int) -> CpuConfig:
-        """Return this layout with what the settings say; 0 says nothing."""
-        if not (cores or streams or token_budget):
-            return self
-        wanted = cores or self.cores
-        return CpuConfig(
-            wanted,
-            min(streams or (wanted if cores else self.streams), wanted),
-            token_budget or self.token_budget,
-            "settings",
-        )
-
-    def entry(self) -> dict[str, Any]:
-        """Return what is kept of it."""
-        return {"cores": self.cores, "streams": self.streams, "token_budget": self.token_budget}
-
-
-class Timing(NamedTuple):
-    """What was measured of a layout.
-
-    Attributes:
-        layout: which.
-        seconds: of each round.
-        gain: median over the rounds of the usual layout's seconds by this one's, less 1.
-        noise: half of what lies between the quartiles of that.
-    """
-
-    layout: CpuConfig
-    seconds: tuple[float, ...]
-    gain: float
-    noise: float
-
-
-def layouts(cores: int, usual_budget: int) -> list[CpuConfig]:
-    """List what is worth trying on this many cores, the usual one first."""
-    usual = CpuConfig(cores, cores, usual_budget)
-    streams = sorted({cores, max(1, cores // 2), 1}, reverse=True)
-    tried = [CpuConfig(cores, count, budget) for count in streams for budget in BUDGETS]
-    return [usual, *(each for each in tried if each != usual)]
-
-
-def timings(rounds: Mapping[CpuConfig, Sequence[float]], default: CpuConfig) -> list[Timing]:
-    """Compare each layout with the usual one, round by round: a drift of the machine meets both."""
-    found = []
-    for layout, seconds in rounds.items():
-        gains = [u / s - 1 for u, s in zip(rounds[default], seconds, strict=True)]
-        low, _, high = statistics.quantiles(gains, n=4) if len(gains) > 1 else (0.0, 0.0, 0.0)
-        found.append(
-            Timing(layout, tuple(seconds), statistics.median(gains), max(0.0, high - low) / 2)
-        )
-    return found
-
-
-def decide(found: Sequence[Timing], default: CpuConfig) -> CpuConfig:
-    """Choose the layout with the largest gain that noise does not explain, else the usual one."""
-    better = [each for each in found if each.gain > max(MIN_GAIN, each.noise)]
-    return max(better, key=lambda each: each.gain).layout if better else default
+    def describe(self) -> str:
+        """Return the three numbers in words."""
+        return f"{self.streams} streams on {self.cores} cores, {self.token_budget} tokens"
 
 
 Key = TypeVar("Key")
@@ -315,22 +210,6 @@ class TuningCache:
             replace_private(self._path, content.encode())
         except OSError as error:
             log.warning("tuning_cache_write_failed path=%s reason=%s", self._path, error.strerror)
-
-    def get_entry(self, key: str) -> dict[str, object]:
-        """Return whatever is kept under this key; empty for nothing."""
-        entry = self._read().get(key)
-        return entry if isinstance(entry, dict) else {}
-
-    def put_entry(self, key: str, entry: Mapping[str, object]) -> bool:
-        """Keep something else of this machine; False if the file cannot be written."""
-        try:
-            with self.lock():
-                content = json.dumps({**self._read(), key: dict(entry)}, indent=1)
-                replace_private(self._path, content.encode())
-        except (OSError, TimeoutError) as error:
-            log.warning("tuning_cache_write_failed path=%s reason=%s", self._path, error)
-            return False
-        return True
 
     def is_writable(self) -> bool:
         """Say whether a choice could be kept."""

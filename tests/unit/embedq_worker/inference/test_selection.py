@@ -13,13 +13,14 @@ from embedq.protocol.contract import Accuracy, Precision
 from embedq_worker.inference.selection import (
     FILE_NAME,
     Candidate,
+    CpuConfig,
     TuningCache,
     candidates,
     choose,
     fastest,
     machine_key,
 )
-from embedq_worker.settings import EngineChoice, PrecisionChoice
+from embedq_worker.settings import EngineChoice, PrecisionChoice, WorkerSettings
 
 BF16 = Candidate(EngineChoice.OPENVINO, Precision.BF16)
 F32 = Candidate(EngineChoice.OPENVINO, Precision.F32)
@@ -167,3 +168,17 @@ def test_workers_that_start_together_measure_once(tmp_path: Path) -> None:
 
     assert watch.asked == 1
     assert {chosen for chosen, _ in found} == {BF16}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"threads": 4}, CpuConfig(4, 4, 512)),
+        ({"threads": 4, "streams": 2, "token_budget": 300}, CpuConfig(4, 2, 300)),
+        ({"threads": 2, "streams": 8}, CpuConfig(2, 2, 512)),
+    ],
+)
+def test_cpu_config_from_settings(values: dict[str, int], expected: CpuConfig) -> None:
+    settings = WorkerSettings(**values)  # type: ignore[arg-type]
+
+    assert CpuConfig.from_settings(settings) == expected
