@@ -8,17 +8,15 @@ import platform
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ops.chaos import judge
 from ops.chaos.fleet import SHORTENED
 from ops.chaos.servers import MAXMEMORY
+from ops.chaos.state import Run
 
 from embedq.jobs.sender import PAUSE_RATIO
-
-if TYPE_CHECKING:
-    from ops.chaos.campaign import Run
 
 #: Faults that end a process of a worker or a producer with SIGKILL.
 _KILLS = ("kill_child", "kill_node", "swallow_message", "kill_producer")
