@@ -20,7 +20,7 @@ absolute() {
 }
 
 is_new_enough() {
-    # A version manager's emulated NPU may exist and fail, so the version is asked of Python itself.
+    # A version manager's shim may exist and fail, so run it.
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 

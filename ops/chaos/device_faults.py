@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let scripted faults strike two emulated NPU NPUs while a job runs, and check every vector of it.
+"""Let scripted faults strike two emulated NPUs while a job runs, and check every vector of it.
 
     ops/chaos/device_faults.py [--faults N] [--seed S] [--report DIR]
 

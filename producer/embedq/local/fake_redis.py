@@ -1,4 +1,4 @@
-"""An emulated NPU for redis-server on a unix socket, for trial where no real one can be had.
+"""Serve fakeredis on a unix socket, for a trial where no Redis server is available.
 
 python -P fake_redis.py SOCKET
 """

@@ -188,7 +188,7 @@ class ManagedProcess:
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (it is empty)"
 
 
-#: Seconds in which the private Redis must answer; it takes some 30 ms, the emulated NPU a second.
+#: Seconds in which the private Redis must answer; fakeredis starts slowest.
 READY_DEADLINE_S = 10.0
 
 

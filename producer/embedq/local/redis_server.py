@@ -1,6 +1,4 @@
-"""Which Redis a local run gets, and how it is started: the machine's, a wheel's or an emulated
-NPU.
-"""
+"""Choose and start the Redis of a local run: the machine's, the one of a wheel, or fakeredis."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class EngineOpener:
         self._layout = CpuConfig.from_settings(settings)
 
     def open_npu(self) -> VerifiedEngine:
-        """Open the NPU, or its emulated NPU, with a canary in every batch.
+        """Open the NPU, or an emulated NPU, with a canary in every batch.
 
         Raises:
             ModelError, DeviceError, EngineError: it does not open, or fails its self-test.
