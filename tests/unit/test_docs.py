@@ -18,7 +18,7 @@ from embedq.cli import console
 from embedq.cli.main import cli as producer_cli
 from embedq.observability import metrics
 from embedq.protocol.contract import Code
-from embedq.settings import PREFIX, ProducerSettings
+from embedq.settings import INTERNAL, PREFIX, ProducerSettings
 from embedq_worker import exit_codes
 from embedq_worker.cli.main import cli as worker_cli
 from embedq_worker.errors import FailureReason
@@ -43,17 +43,12 @@ COMMON_OF_PRODUCER = {"errors", "settings", "testing", "protocol"}
 BLOCK = re.compile(r"(?:(?:\|| {4}\S+ --> ).*\n)*")
 
 
-def is_for_tests(name: str) -> bool:
-    """Tell whether a setting serves tests and rehearsals only."""
-    return name.startswith("stub_") or name == "npu_emulation"
-
-
 def settings_table(kind: type[BaseSettings], *, for_tests: bool) -> str:
     lines = ["| variable | default | unit | meaning |", "|---|---|---|---|"]
     for name, info in kind.model_fields.items():
-        if is_for_tests(name) is not for_tests:
-            continue
         extra = info.json_schema_extra
+        if (extra == INTERNAL) is not for_tests:
+            continue
         unit = extra.get("unit", "") if isinstance(extra, dict) else ""
         # A computed default depends on the machine; its meaning says how.
         default = "by machine" if info.default_factory else info.default

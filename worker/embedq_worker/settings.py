@@ -1,7 +1,4 @@
-"""The words that a worker's settings may hold, and which of them exclude each other.
-
-What a worker can be told through the environment.
-"""
+"""Settings of a worker, read from environment variables."""
 
 from __future__ import annotations
 
@@ -17,18 +14,15 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from embedq.settings import (
-    DEFAULT_MODEL,
-    INTERNAL,
-    RedisSettings,
-    cache_home,
-    unit,
-)
+from embedq.settings import DEFAULT_MODEL, INTERNAL, RedisSettings, cache_home, unit
 from embedq_worker.files import default_runtime_dir
+
+#: Part of an error message: the accepted forms of a setting that is a map.
+MAP_FORMS = "Input should be KEY=VALUE,KEY=VALUE, or a JSON object"
 
 
 class DeviceChoice(StrEnum):
-    """What a worker may be started on."""
+    """Values of EMBEDQ_DEVICE."""
 
     AUTO = "auto"
     NPU = "npu"
@@ -37,7 +31,7 @@ class DeviceChoice(StrEnum):
 
 
 class EngineChoice(StrEnum):
-    """What may run the model."""
+    """Values of EMBEDQ_ENGINE."""
 
     AUTO = "auto"
     OPENVINO = "openvino"
@@ -45,7 +39,7 @@ class EngineChoice(StrEnum):
 
 
 class PrecisionChoice(StrEnum):
-    """The arithmetic that an engine may be asked for."""
+    """Values of EMBEDQ_PRECISION."""
 
     AUTO = "auto"
     F32 = "f32"
@@ -63,7 +57,7 @@ class Binding(StrEnum):
 
 
 class CommandlistMode(StrEnum):
-    """The names of OpenVINO pull request 35626."""
+    """Values of EMBEDQ_NPU_COMMANDLIST_MODE, defined in OpenVINO pull request 35626."""
 
     DEFAULT = "DEFAULT"
     FORCE_UPDATE_MUTABLE_COMMANDLIST = "FORCE_UPDATE_MUTABLE_COMMANDLIST"
@@ -71,7 +65,7 @@ class CommandlistMode(StrEnum):
 
 
 class Emulation(StrEnum):
-    """What may play the NPU where there is none: for tests and rehearsals."""
+    """Values of EMBEDQ_NPU_EMULATION."""
 
     NONE = "none"
     ALIAS = "alias"
@@ -79,14 +73,14 @@ class Emulation(StrEnum):
 
 
 class StubDevice(StrEnum):
-    """What a stub may play."""
+    """Values of EMBEDQ_STUB_DEVICE."""
 
     CPU = "cpu"
     NPU = "npu"
 
 
 class LogLevel(StrEnum):
-    """How much a worker says."""
+    """Values of EMBEDQ_LOG_LEVEL."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -95,14 +89,13 @@ class LogLevel(StrEnum):
 
 
 def contradictions(settings: WorkerSettings) -> Iterator[str]:
-    """Yield a sentence for each pair of settings that cannot both be meant."""
+    """Yield an error message for each pair of settings that exclude each other."""
     device, engine, precision = settings.device, settings.engine, settings.precision
     stubbed_npu = device is DeviceChoice.STUB and settings.stub_device is StubDevice.NPU
     if settings.strict and not (device in (DeviceChoice.AUTO, DeviceChoice.NPU) or stubbed_npu):
         yield (
             f"EMBEDQ_STRICT and EMBEDQ_DEVICE={device} exclude each other: a strict worker "
-            f"computes "
-            "on its NPU or not at all. Use EMBEDQ_DEVICE=npu, or unset EMBEDQ_STRICT."
+            "computes on an NPU only. Use EMBEDQ_DEVICE=npu, or unset EMBEDQ_STRICT."
         )
     if device is DeviceChoice.NPU and engine is EngineChoice.ONNXRUNTIME:
         yield (
@@ -117,7 +110,7 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
     if device is DeviceChoice.CPU and precision is PrecisionChoice.F16:
         yield (
             "EMBEDQ_PRECISION=f16 and EMBEDQ_DEVICE=cpu exclude each other: a CPU computes in f32 "
-            "or bf16 here. Use one of these, or EMBEDQ_DEVICE=npu."
+            "or bf16. Use EMBEDQ_PRECISION=f32 or bf16, or EMBEDQ_DEVICE=npu."
         )
     if engine is EngineChoice.ONNXRUNTIME and precision not in (
         PrecisionChoice.AUTO,
@@ -125,33 +118,28 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
     ):
         yield (
             f"EMBEDQ_PRECISION={precision} and EMBEDQ_ENGINE=onnxruntime exclude each other: "
-            "onnxruntime computes in f32 here. Use EMBEDQ_ENGINE=openvino, or f32."
+            "onnxruntime computes in f32. Use EMBEDQ_ENGINE=openvino, or EMBEDQ_PRECISION=f32."
         )
     if settings.npu_emulation is not Emulation.NONE and device is not DeviceChoice.NPU:
         yield (
             f"EMBEDQ_NPU_EMULATION={settings.npu_emulation} and EMBEDQ_DEVICE={device} exclude "
-            f"each "
-            "other: an emulated NPU plays the NPU. Use EMBEDQ_DEVICE=npu, or unset "
+            "each other: emulation replaces the NPU. Use EMBEDQ_DEVICE=npu, or unset "
             "EMBEDQ_NPU_EMULATION."
         )
 
 
-__all__ = ["DeviceChoice", "LogLevel", "WorkerSettings"]
-
-
-#: How a setting that is a map may be written.
-MAP_FORMS = "Input should be KEY=VALUE,KEY=VALUE, or a JSON object"
-
-
 def default_lock_dir() -> Path:
-    """Return a folder that every user of this machine sees, for they share its devices."""
+    """Return a folder that all users of this machine share, as they share its devices."""
     system = Path("/run/lock")
-    # Not TMPDIR: a local run, and pam_tmpdir, give each process or user one of its own.
+    # Not TMPDIR: with --local or pam_tmpdir, each process or user has its own.
     return system if system.is_dir() else Path("/tmp")
 
 
 def default_name(data: dict[str, Any]) -> str:
-    """Name a worker by its host and its device setting, which a restart does not change."""
+    """Return HOST-DEVICE.
+
+    It uses the device setting, not the device found, which changes when a driver is missing.
+    """
     device = data.get("device", DeviceChoice.AUTO)
     return f"{socket.gethostname().partition('.')[0]}-{device}"
 
@@ -161,32 +149,34 @@ class WorkerSettings(RedisSettings):
 
     device: DeviceChoice = Field(
         DeviceChoice.AUTO,
-        description="What the worker computes on: npu, cpu, auto (an NPU if there is one), or "
-        "stub.",
+        description="Device to compute on: npu, cpu, auto (an NPU if there is one, else the CPU) "
+        "or stub (no model, for tests).",
     )
     strict: bool = Field(
         False,
-        description="Compute on the NPU or not at all; the worker ends if it cannot prove its NPU.",
+        description="Compute on the NPU only; the worker exits if its NPU fails the self-test.",
     )
     name: str = Field(
         default_factory=default_name,
-        description="Name of the worker, the same over restarts and unique in the fleet.",
+        description="Name of the worker, unique in the fleet and stable across restarts; the "
+        "default is HOST-DEVICE.",
     )
     npu_device_file: Path | None = Field(
         None,
-        description="Device file of the NPU, as /dev/accel/accel0, where several are visible.",
+        description="Device file of the NPU, for example /dev/accel/accel0; needed if several are "
+        "visible.",
     )
     lock_dir: Path = Field(
         default_factory=default_lock_dir,
-        description="Folder of the locks of NPUs; the same for all containers of a machine.",
+        description="Folder of the NPU lock files, shared by all containers of a machine.",
     )
     engine: EngineChoice = Field(
         EngineChoice.AUTO,
-        description="What runs the model: openvino, onnxruntime, or auto for the faster.",
+        description="Runtime of the model: openvino, onnxruntime or auto (the faster one).",
     )
     precision: PrecisionChoice = Field(
         PrecisionChoice.AUTO,
-        description="Arithmetic of the engine: f32, bf16, f16, int8, or auto for the device's own.",
+        description="Arithmetic of the engine: f32 or bf16 on a CPU, f16 on an NPU, or auto.",
     )
     npu_binding: Binding = Field(
         Binding.PINNED,
@@ -194,40 +184,43 @@ class WorkerSettings(RedisSettings):
     )
     npu_commandlist_mode: CommandlistMode | None = Field(
         None,
-        description="NPU_COMMANDLIST_MODE, for plugins that know it.",
+        description="Property NPU_COMMANDLIST_MODE of the NPU plugin; empty = not set.",
     )
     npu_properties: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="Further properties for the NPU plugin: KEY=VALUE,KEY=VALUE, or a JSON object.",
+        description="Further properties of the NPU plugin: KEY=VALUE,KEY=VALUE or a JSON object.",
     )
     npu_requests: int = Field(
         0,
         ge=0,
         le=64,
-        description="Inference requests on the NPU; 0 takes as many as the device likes, 1 to 8.",
+        description="Number of concurrent inference requests on the NPU; 0 = the device's optimum, "
+        "1 to 8.",
         json_schema_extra=unit("requests"),
     )
     compile_timeout_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
-        description="Time after which a compiler counts as hung and is stopped.",
+        description="Timeout of the NPU compiler, after which its process is killed.",
         json_schema_extra=unit("s"),
     )
     infer_timeout_s: float = Field(
         0.0,
         ge=0,
         le=3_600,
-        description="The same for one inference on the NPU; 0 measures: 20 times the slowest.",
+        description="Timeout of one NPU inference; 0 = 20 x the slowest warm-up inference, "
+        "at least 2 s.",
         json_schema_extra=unit("s"),
     )
     cpu_serves_npu_queue: bool = Field(
         True,
-        description="A worker on the CPU also takes batches of embed.npu.",
+        description="A worker on a CPU consumes embed.npu as well as embed.cpu.",
     )
     cpu_fallback: bool = Field(
         True,
-        description="A worker whose NPU is not to be trusted serves on its CPU meanwhile.",
+        description="A worker whose NPU is degraded serves on its CPU; if false, it waits for the "
+        "NPU.",
     )
     model: str = Field(
         DEFAULT_MODEL,
@@ -235,25 +228,27 @@ class WorkerSettings(RedisSettings):
     )
     model_revision: str | None = Field(
         None,
-        description="Revision of a hub model; the default model is pinned without it.",
+        description="Revision of a hub model; empty = the pinned one of the default model, main "
+        "of others.",
     )
     cache_dir: Path = Field(
         default_factory=cache_home,
-        description="Folder for checksums and compiled models; private to this user.",
+        description="Folder for checksums, compiled and quantized models; private to this user.",
     )
     runtime_dir: Path = Field(
         default_factory=default_runtime_dir,
-        description="Folder for the worker's state file; private to this user.",
+        description="Folder for status, liveness and lock files of the worker; private to this "
+        "user.",
     )
     offline: bool = Field(
         False,
-        description="Never ask the model hub.",
+        description="Use model files of this machine only; never contact the hub.",
     )
     threads: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Cores that the engine may use; 0 takes all that this process may run on.",
+        description="Number of CPU cores the engine uses; 0 = all that the process may run on.",
         json_schema_extra=unit("cores"),
     )
     streams: int = Field(
@@ -274,90 +269,89 @@ class WorkerSettings(RedisSettings):
         300.0,
         gt=0,
         le=86_400,
-        description="Longest time the engine may take for one batch; then its process is replaced.",
+        description="Timeout of one batch in the engine, after which the pool process is replaced.",
         json_schema_extra=unit("s"),
     )
     infer_failures: int = Field(
         1,
         ge=1,
         le=1_000,
-        description="Failed batches on the NPU, within a window, at which it is given up.",
+        description="Number of failed NPU batches within 60 s after which the NPU is degraded.",
         json_schema_extra=unit("batches"),
     )
     shadow_check_every: int = Field(
         64,
         ge=0,
         le=1_000_000,
-        description="One text in this many batches on the NPU is recomputed in fp32; 0 for none.",
+        description="Number of NPU batches per shadow check, which recomputes one text in fp32; "
+        "0 = no checks.",
         json_schema_extra=unit("batches"),
     )
     init_timeout_s: float = Field(
         900.0,
         gt=0,
         le=86_400,
-        description="Longest time for opening and proving the NPU, at the start and in a probe.",
+        description="Timeout of opening and self-testing the NPU, at the start and in a probe.",
         json_schema_extra=unit("s"),
     )
     crash_loop_limit: int = Field(
         5,
         ge=1,
         le=1_000,
-        description="Deaths of the worker's process, within a window, at which the NPU is given "
-        "up.",
-        json_schema_extra=unit("deaths"),
+        description="Number of pool process exits within 60 s after which the NPU is degraded.",
+        json_schema_extra=unit("exits"),
     )
     probe_initial_delay_s: float = Field(
         30.0,
         gt=0,
         le=86_400,
-        description="Time after which an NPU that was given up is tried again; doubles each time.",
+        description="Delay before the first probe of a degraded NPU; each failed probe doubles it.",
         json_schema_extra=unit("s"),
     )
     probe_max_delay_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
-        description="What that time grows to.",
+        description="Maximum delay between two probes of a degraded NPU.",
         json_schema_extra=unit("s"),
     )
     log_level: LogLevel = Field(
         LogLevel.INFO,
-        description="How much the worker says: debug, info, warning or error.",
+        description="Lowest level of log lines that are written: debug, info, warning or error.",
     )
 
-    # Internal settings, for tests and benchmarks: read like the others, but neither in the README
-    # nor printed by `embedq-worker settings`.
+    # Internal settings, for tests and benchmarks: `embedq-worker settings` does not print them.
     npu_emulation: Emulation = Field(
         Emulation.NONE,
-        description="What emulates the NPU: alias, npuw, or none for a real NPU.",
+        description="How the NPU is emulated: alias, npuw, or none for a real NPU.",
         json_schema_extra=INTERNAL,
     )
     slow_batches: int = Field(
         5,
         ge=1,
         le=1_000,
-        description="Number of consecutive slow batches after which the NPU is marked unhealthy.",
+        description="Number of consecutive slow batches after which the NPU is degraded.",
         json_schema_extra=INTERNAL,
     )
     crash_loop_window_s: float = Field(
         60.0,
         gt=0,
         le=86_400,
-        description="Period in which exits of the pool process count towards CRASH_LOOP_LIMIT.",
+        description="Period in which pool process exits count towards CRASH_LOOP_LIMIT, seconds.",
         json_schema_extra=INTERNAL,
     )
     lease_renewal_s: float = Field(
         10.0,
         gt=0,
         le=3_600,
-        description="Interval of lease renewals, at most a quarter of the visibility timeout.",
+        description="Interval of lease renewals, seconds, at most VISIBILITY_TIMEOUT_S / 4.",
         json_schema_extra=INTERNAL,
     )
     heartbeat_s: float = Field(
         5.0,
         gt=0,
         le=10,
-        description="Interval of heartbeats while the state of the worker does not change.",
+        description="Interval of heartbeats while the worker's state does not change, seconds.",
         json_schema_extra=INTERNAL,
     )
     stub_device: StubDevice = Field(
@@ -369,29 +363,29 @@ class WorkerSettings(RedisSettings):
         0.0,
         ge=0,
         le=3_600,
-        description="Delay of the stub engine in each inference.",
+        description="Duration of each inference of the stub engine, seconds.",
         json_schema_extra=INTERNAL,
     )
     stub_texts_per_s: float = Field(
         0.0,
         ge=0,
-        description="Throughput of the stub engine; 0 = unlimited.",
+        description="Throughput of the stub engine, texts per second; 0 = unlimited.",
         json_schema_extra=INTERNAL,
     )
     stub_faults: Path | None = Field(
         None,
-        description="File with the faults of the stub engine, read before each inference.",
+        description="File of faults that the stub engine injects, read before each inference.",
         json_schema_extra=INTERNAL,
     )
     stub_tokenizer: Path | None = Field(
         None,
-        description="tokenizer.json of the stub engine, whose vectors then depend on its tokens.",
+        description="tokenizer.json for the stub engine; empty = one token per word.",
         json_schema_extra=INTERNAL,
     )
 
     @field_validator("npu_properties", mode="before")
     @classmethod
-    def _map(cls, value: object) -> object:
+    def _parse_map(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
         if value.lstrip().startswith("{"):
@@ -406,7 +400,7 @@ class WorkerSettings(RedisSettings):
 
     @field_validator("name")
     @classmethod
-    def _plain_name(cls, value: str) -> str:
+    def _check_name(cls, value: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
             raise ValueError(
                 "Input should be 1 to 64 letters, digits, dots, dashes and underscores"
@@ -414,13 +408,13 @@ class WorkerSettings(RedisSettings):
         return value
 
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Self:
+    def _check_combinations(self) -> Self:
         if found := "\n".join(contradictions(self)):
             raise ValueError(found)
         return self
 
     def cores(self) -> int:
-        """Return how many cores the engine may use."""
+        """Return the number of cores the engine may use."""
         if self.threads:
             return self.threads
         if hasattr(os, "sched_getaffinity"):
