@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -14,20 +14,17 @@ from embedq.jobs.batches import TextBatch, VectorBuffer, batch_tokens, split
 from embedq.jobs.job import Job
 from embedq.jobs.publisher import Publisher
 from embedq.jobs.sender import window
-from embedq.jobs.state import JobConnections
+from embedq.jobs.state import JobContext
 from embedq.jobs.stream import AnyDocument, Stream
 from embedq.observability import tracing
 from embedq.protocol.contract import Accuracy, Dtype, OnLong, Queue, VectorSpec
 from embedq.protocol.values import Vectors
 from embedq.protocol.worker import ModelInfo
-from embedq.settings import ProducerSettings, mask_password
-from embedq.store.connection import OnWait, call_with_retry, open_redis
+from embedq.settings import ProducerSettings
+from embedq.store.connection import OnWait, RedisConnection, log_retry
 from embedq.store.fleet import list_live_workers
 from embedq.store.ledger import Ledger
 from embedq.store.queues import QueueInspector
-
-log = logging.getLogger(__name__)
-
 
 #: Seconds that a job waits for a Redis that went away in its middle.
 JOB_RETRY_TIMEOUT_S = 3_600.0
@@ -81,16 +78,19 @@ class Client:
         self.settings = settings
         if settings.traces and not tracing.is_on():
             tracing.enable("embedq")
-        self.redis = open_redis(settings.results_url)
-        self._broker = open_redis(settings.broker_url)
+        self._results, self._broker = (
+            RedisConnection.open(
+                url, retry_timeout_s=JOB_RETRY_TIMEOUT_S, on_wait=on_wait or log_retry
+            )
+            for url in (settings.results_url, settings.broker_url)
+        )
+        self.redis = self._results.client
         self._publisher = Publisher(settings.broker_url)
-        self._on_wait = on_wait or (lambda message: log.warning("redis_retry reason=%s", message))
         self._on_idle = on_idle or (lambda: None)
         self._lookout = FleetDiscovery(
             settings,
-            redis=self.redis,
+            results=self._results,
             broker=self._broker,
-            on_wait=self._on_wait,
             on_idle=self._on_idle,
         )
         self._kept_tokens = 0
@@ -109,7 +109,7 @@ class Client:
     def close(self) -> None:
         """Close the connections."""
         self._publisher.close()
-        self._broker.close()
+        self._broker.client.close()
         self.redis.close()
 
     def model_info(self) -> ModelInfo:
@@ -277,11 +277,7 @@ class Client:
         Raises:
             QueueUnavailable: Redis cannot be reached.
         """
-        drop = Ledger(self.redis, job).drop
-        where = mask_password(self.settings.results_url)
-        call_with_retry(
-            drop, retry_timeout_s=JOB_RETRY_TIMEOUT_S, on_wait=self._on_wait, where=where
-        )
+        self._results.call(Ledger(self.redis, job).drop)
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
         """Cut texts into the batches that this client would publish."""
@@ -337,25 +333,23 @@ class Client:
                 lambda: list_live_workers(self.redis), self.settings.startup_timeout_s
             )
             on_idle = _both(watch.check, on_idle)
-        link = JobConnections(
-            redis=self.redis,
-            broker=QueueInspector(self._broker),
+        context = JobContext(
+            # A copy, because its deadline is the job's; it also retries operations of the broker.
+            redis=replace(self._results, address=self.settings.addresses),
+            broker=QueueInspector(self._broker.client),
             publisher=self._publisher,
-            where=self.settings.addresses,
-            retry_timeout_s=JOB_RETRY_TIMEOUT_S,
             visibility_timeout_s=self.settings.visibility_timeout_s,
-            on_wait=self._on_wait,
             on_idle=on_idle,
+            queue=queue,
+            spec=spec,
+            ttl_s=self.settings.results_ttl_s,
+            label=label,
+            ordered=ordered,
         )
         return Job(
-            link,
-            spec,
+            context,
             slices,
-            queue=queue,
             window=lambda: max(1, self.window() - spare),
-            ttl_s=self.settings.results_ttl_s,
-            ordered=ordered,
-            label=label,
             refusable=refusable,
             planned=planned,
         )

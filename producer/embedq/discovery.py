@@ -15,16 +15,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
-from redis import Redis
 from redis.exceptions import RedisError
 
 from embedq.errors import NotQuantized, NoWorker, SettingsError, StrictUnavailable, did_you_mean
 from embedq.protocol.contract import Accuracy, Device, Dtype, OnLong, Queue, VectorSpec
 from embedq.protocol.worker import Heartbeat, ModelInfo
-from embedq.settings import ProducerSettings, mask_password
-from embedq.store.connection import REDIS_HINT, OnWait, call_with_retry
+from embedq.settings import ProducerSettings
+from embedq.store.connection import REDIS_HINT, RedisConnection
 from embedq.store.fleet import find_model, list_live_workers
 
 #: States of an NPU's worker that serve, or may serve soon.
@@ -219,9 +219,6 @@ def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
         ) from None
 
 
-T = TypeVar("T")
-
-
 #: Seconds between two looks at the fleet while no worker is there.
 LOOK_EVERY_S = 0.1
 
@@ -237,23 +234,21 @@ class FleetDiscovery:
         self,
         settings: ProducerSettings,
         *,
-        redis: Redis,
-        broker: Redis,
-        on_wait: OnWait,
+        results: RedisConnection,
+        broker: RedisConnection,
         on_idle: Callable[[], None],
     ) -> None:
         """Prepare; nothing is asked yet.
 
         Args:
             settings: of the client.
-            redis: of the results, where workers tell that they live.
-            broker: of the queues.
-            on_wait, on_idle: as in Client.
+            results: the Redis that holds the heartbeats.
+            broker: the Redis that holds the queues.
+            on_idle: as in Client.
         """
         self._settings = settings
-        self._redis = redis
+        self._results = results
         self._broker = broker
-        self._on_wait = on_wait
         self._on_idle = on_idle
         self._model_info: ModelInfo | None = None
         self._devices: Counter[str] = Counter()
@@ -278,15 +273,9 @@ class FleetDiscovery:
             QueueUnavailable: Redis cannot be reached.
         """
         watch = QuantizedModelFinder(model_info, self._settings.startup_timeout_s)
+        results = replace(self._results, retry_timeout_s=0)
         while True:
-            name = watch.find(
-                call_with_retry(
-                    lambda: list_live_workers(self._redis),
-                    retry_timeout_s=0,
-                    on_wait=self._on_wait,
-                    where=mask_password(self._settings.results_url),
-                )
-            )
+            name = watch.find(results.call(lambda: list_live_workers(results.client)))
             if name:
                 return name
             self._on_idle()
@@ -298,27 +287,47 @@ class FleetDiscovery:
             self._counted = time.monotonic()
             with suppress(RedisError):  # the last count serves as well
                 self._devices = Counter(
-                    h.device for h in list_live_workers(self._redis) if h.device
+                    h.device for h in list_live_workers(self._results.client) if h.device
                 )
         return self._devices
 
     def engine(self) -> dict[str, str]:
         """Return device, engine and precision of the first worker by name that serves the model."""
         identity = self.model_info().identity
-        for heartbeat in list_live_workers(self._redis):
+        for heartbeat in list_live_workers(self._results.client):
             if heartbeat.model_info and heartbeat.model_info.identity == identity:
                 return {key: getattr(heartbeat, key) for key in ("device", "engine", "precision")}
         return {}
 
     def _find_card(self, deadline: float) -> ModelInfo:
         settings = self._settings
+        advice = (
+            f" {REDIS_HINT}. EMBEDQ_STARTUP_TIMEOUT_S ends this after "
+            f"{settings.startup_timeout_s:.0f} s, Ctrl-C now."
+        )
+        broker, results = (
+            replace(
+                redis,
+                retry_timeout_s=settings.startup_timeout_s,
+                deadline=deadline,
+                advice=advice,
+            )
+            for redis in (self._broker, self._results)
+        )
+
+        def ping() -> None:
+            self._on_idle()
+            broker.client.ping()
+
+        def fetch_alive() -> list[Heartbeat]:
+            self._on_idle()
+            return list_live_workers(results.client)
+
         # First the broker: what is there already decides nothing without it.
-        self._with_retry(self._broker.ping, settings.broker_url, deadline)
+        broker.call(ping)
         told = False
         while True:
-            alive = self._with_retry(
-                lambda: list_live_workers(self._redis), settings.results_url, deadline
-            )
+            alive = results.call(fetch_alive)
             model_info = find_model(alive, settings.model)
             if model_info is not None:
                 return model_info
@@ -330,23 +339,6 @@ class FleetDiscovery:
                     f"{', '.join(serving) or 'nothing'}. Start one: embedq-worker start"
                 )
             if not told and deadline - time.monotonic() < settings.startup_timeout_s - 3:
-                self._on_wait(f"No worker serves {settings.model} yet; waiting for one.")
+                results.on_wait(f"No worker serves {settings.model} yet; waiting for one.")
                 told = True
             time.sleep(LOOK_EVERY_S)
-
-    def _with_retry(self, action: Callable[[], T], url: str, deadline: float) -> T:
-        """Ask a Redis something before there is a job, waiting for it as for a first worker."""
-
-        def ask() -> T:
-            self._on_idle()
-            return action()
-
-        wait_s = self._settings.startup_timeout_s
-        return call_with_retry(
-            ask,
-            retry_timeout_s=max(0.0, deadline - time.monotonic()),
-            on_wait=self._on_wait,
-            where=mask_password(url),
-            advice=f" {REDIS_HINT}. EMBEDQ_STARTUP_TIMEOUT_S ends this after {wait_s:.0f} s, "
-            f"Ctrl-C now.",
-        )

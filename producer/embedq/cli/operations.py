@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from embedq.observability.status import FleetStatus
-
-T = TypeVar("T")
-
 
 #: Seconds between two looks with --watch.
 WATCH_EVERY_S = 1.0
@@ -74,20 +72,19 @@ def status(watch: bool, as_json: bool) -> None:
 def _looker() -> Callable[[], FleetStatus]:
     """Return a function that looks at the fleet of the settings, on connections that it keeps."""
     from embedq.observability.status import fetch_status
-    from embedq.settings import ProducerSettings, mask_password
-    from embedq.store.connection import call_with_retry, open_redis
+    from embedq.settings import ProducerSettings
+    from embedq.store.connection import RedisConnection
 
     settings = ProducerSettings.load()
-    broker, results = open_redis(settings.broker_url), open_redis(settings.results_url)
+    broker = RedisConnection.open(settings.broker_url)
+    results = RedisConnection.open(settings.results_url)
+    both = replace(results, address=settings.addresses)
 
     def look() -> FleetStatus:
-        def once(action: Callable[[], T], where: str) -> T:
-            return call_with_retry(action, retry_timeout_s=0, on_wait=lambda _: None, where=where)
-
         # First each alone, so that an error names the one that is away.
-        once(broker.ping, mask_password(settings.broker_url))
-        once(results.ping, mask_password(settings.results_url))
-        return once(lambda: fetch_status(broker, results), settings.addresses)
+        broker.call(broker.client.ping)
+        results.call(results.client.ping)
+        return both.call(lambda: fetch_status(broker.client, results.client))
 
     return look
 
@@ -250,15 +247,12 @@ def drop(names: tuple[str, ...], everything: bool) -> None:
 
 
 def _results() -> Redis:
-    from embedq.settings import ProducerSettings, mask_password
-    from embedq.store.connection import call_with_retry, open_redis
+    from embedq.settings import ProducerSettings
+    from embedq.store.connection import RedisConnection
 
-    url = ProducerSettings.load().results_url
-    client = open_redis(url)
-    call_with_retry(
-        client.ping, retry_timeout_s=0, on_wait=lambda _: None, where=mask_password(url)
-    )
-    return client
+    results = RedisConnection.open(ProducerSettings.load().results_url)
+    results.call(results.client.ping)
+    return results.client
 
 
 def _unknown(names: list[str]) -> None:

@@ -8,7 +8,6 @@ One job: batches out within a window, commits in, vectors back in the caller's o
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,14 +19,10 @@ from embedq.jobs.sender import BatchSender
 from embedq.jobs.state import (
     CLOSE_RETRY_TIMEOUT_S,
     InFlightBatch,
-    JobConnections,
     JobContext,
     JobProgress,
-    JobState,
 )
-from embedq.observability.tracing import JobTrace
-from embedq.protocol.contract import Queue, VectorSpec
-from embedq.store.ledger import Commit, Ledger
+from embedq.store.ledger import Commit
 
 #: Milliseconds that one read of the stream waits before the job looks around.
 READ_BLOCK_MS = 1_000
@@ -44,8 +39,8 @@ MAX_RECOMPUTES = 3
 class Collector:
     """Brings batches back, and has them computed again whose vectors did not survive in Redis."""
 
-    def __init__(self, errand: JobContext, pump: BatchSender) -> None:
-        self._errand = errand
+    def __init__(self, context: JobContext, pump: BatchSender) -> None:
+        self._context = context
         self._pump = pump
 
     def read(self, left_s: float | None) -> list[Commit]:
@@ -57,8 +52,8 @@ class Collector:
         block_ms = READ_BLOCK_MS
         if left_s is not None:  # to Redis, 0 means for ever
             block_ms = max(1, min(block_ms, int(1e3 * left_s)))
-        ledger = self._errand.ledger
-        return self._errand.call_with_retry(
+        ledger = self._context.ledger
+        return self._context.redis.call(
             lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
         )
 
@@ -70,34 +65,34 @@ class Collector:
             QueueUnavailable: Redis stayed away.
         """
         for commit in commits:
-            with self._errand.trace.collecting(index=commit.index):
+            with self._context.trace.collecting(index=commit.index):
                 self._collect_one(commit)
 
     def _collect_one(self, commit: Commit) -> None:
-        errand, state = self._errand, self._errand.state
+        context, state = self._context, self._context.state
         waiting = state.outstanding.get(commit.index)
         if waiting is not None:
-            values = errand.call_with_retry(lambda: errand.ledger.fetch_values(commit))
+            values = context.redis.call(lambda: context.ledger.fetch_values(commit))
             try:
-                finished = decode_result(waiting.slice, values, errand.spec, errand.fingerprint)
+                finished = decode_result(waiting.slice, values, context.spec, context.fingerprint)
             except CorruptValue as error:
                 self._recompute(commit, waiting, error)
                 return
             state.ready[commit.index] = finished
             del state.outstanding[commit.index]
-        errand.call_with_retry(lambda: errand.ledger.acknowledge([commit]))
+        context.redis.call(lambda: context.ledger.acknowledge([commit]))
 
     def _recompute(self, commit: Commit, waiting: InFlightBatch, error: CorruptValue) -> None:
-        errand = self._errand
+        context = self._context
         waiting.recomputes += 1
         if waiting.recomputes > MAX_RECOMPUTES:
             raise ResultExpired(
-                f"Batch {commit.index} of job {errand.id} was computed {MAX_RECOMPUTES} times and "
+                f"Batch {commit.index} of job {context.id} was computed {MAX_RECOMPUTES} times and "
                 f"its vectors were lost or damaged in Redis each time: {error}"
             ) from error
-        errand.connections.on_wait(f"Batch {commit.index} is computed again: {error}")
-        errand.open()  # in case Redis forgot the whole job
-        errand.call_with_retry(lambda: errand.ledger.invalidate(commit))
+        context.redis.on_wait(f"Batch {commit.index} is computed again: {error}")
+        context.open()  # in case Redis forgot the whole job
+        context.redis.call(lambda: context.ledger.invalidate(commit))
         self._pump.publish(waiting.slice, waiting.recomputes)
 
 
@@ -106,52 +101,30 @@ class Job:
 
     def __init__(
         self,
-        link: JobConnections,
-        spec: VectorSpec,
+        context: JobContext,
         slices: Iterable[TextBatch],
         *,
-        queue: Queue,
         window: Callable[[], int],
-        ttl_s: int,
-        ordered: bool = True,
-        label: str = "",
         refusable: bool = True,
         planned: int | None = None,
     ) -> None:
         """Prepare a job; nothing is sent before it is started or read.
 
         Args:
-            link: Redis and publisher.
-            spec: what shapes the vectors.
+            context: its connections and options.
             slices: the batches with consecutive indices from any first one, pulled only as fast
                 as the window allows.
-            queue: where they go.
             window: tells the most batches that may be published and not yet handed out.
-            ttl_s: life of the job in Redis after its last sign of life.
-            ordered: hand batches out in their order, or as they complete.
-            label: shown to operators.
             refusable: refused by a Redis that is nearly full; otherwise it waits for room.
             planned: texts of the whole job, shown to operators; None if that is not known yet.
         """
-        self.id = secrets.token_hex(8)
-        self._connections = link
+        self.id = context.id
+        self._context = context
         self._refusable = refusable
-        self._state = JobState(ordered)
-        self._errand = JobContext(
-            id=self.id,
-            connections=link,
-            queue=queue,
-            spec=spec,
-            fingerprint=spec.fingerprint(),
-            ttl_s=ttl_s,
-            label=label,
-            ledger=Ledger(link.redis, self.id),
-            trace=JobTrace(self.id),
-            state=self._state,
-        )
-        self._pump = BatchSender(self._errand, iter(slices), window=window, planned=planned)
-        self._collector = Collector(self._errand, self._pump)
-        self._reconciler = LostBatchRecovery(self._errand, self._pump)
+        self._state = context.state
+        self._pump = BatchSender(self._context, iter(slices), window=window, planned=planned)
+        self._collector = Collector(self._context, self._pump)
+        self._reconciler = LostBatchRecovery(self._context, self._pump)
         self._kept: deque[BatchResult] = deque()
 
     def start(self) -> None:
@@ -164,8 +137,8 @@ class Job:
         if not self._state.open:
             if self._refusable:
                 self._pump.check_capacity()
-            self._errand.open()
-            self._errand.trace.begin()
+            self._context.open()
+            self._context.trace.begin()
             self._state.open = True
             self._pump.fill_window()
 
@@ -194,7 +167,7 @@ class Job:
             self._state.error = error
             raise
         finally:
-            self._errand.close()
+            self._context.close()
 
     def results(self, *, timeout_s: float | None = None) -> Iterator[Embedding]:
         """Yield each text's vector and outcome, in the caller's order if the job is ordered.
@@ -225,7 +198,7 @@ class Job:
                 arrived.append(batch)
         finally:
             self._kept = arrived
-        self._errand.close()
+        self._context.close()
         return self.progress()
 
     def cancel(self) -> None:
@@ -233,7 +206,7 @@ class Job:
 
         A Redis that is away is waited for a moment only: what is left of the job expires there.
         """
-        self._errand.close(CLOSE_RETRY_TIMEOUT_S)
+        self._context.close(CLOSE_RETRY_TIMEOUT_S)
 
     def _next(self, silence_s: float | None) -> BatchResult | None:
         """Return the next batch, or None when there is no more."""
@@ -248,7 +221,7 @@ class Job:
         if self._state.closed:
             return None
         heard = time.monotonic()
-        self._state.deadline = math.inf if silence_s is None else heard + silence_s
+        self._context.redis.deadline = math.inf if silence_s is None else heard + silence_s
         self.start()
         while (finished := self._state.pop_ready()) is None:
             self._pump.fill_window()
@@ -260,15 +233,15 @@ class Job:
             if commits:
                 self._collector.collect(commits)
                 heard = time.monotonic()
-                self._state.deadline = math.inf if silence_s is None else heard + silence_s
+                self._context.redis.deadline = math.inf if silence_s is None else heard + silence_s
             elif silence_s is not None and time.monotonic() - heard >= silence_s:
                 raise ResultTimeout(
                     f"No batch of job {self.id} arrived for {silence_s:.1f} s; "
                     f"{len(self._state.outstanding)} are outstanding. Look at `embedq status`."
                 )
             else:
-                self._errand.keep_alive()
-                self._connections.on_idle()
+                self._context.keep_alive()
+                self._context.on_idle()
         try:
             self._pump.fill_window()
         except BaseException:  # Ctrl-C, too

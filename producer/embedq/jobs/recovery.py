@@ -47,8 +47,8 @@ RECONCILE_EVERY_S, RECONCILE_AFTER_S = 5.0, 10.0
 class LostBatchRecovery:
     """Compares what a job waits for with what Redis holds; `embedq.jobs.recovery` has the rules."""
 
-    def __init__(self, errand: JobContext, pump: BatchSender) -> None:
-        self._errand = errand
+    def __init__(self, context: JobContext, pump: BatchSender) -> None:
+        self._context = context
         self._pump = pump
         self._looked = time.monotonic()
 
@@ -61,8 +61,8 @@ class LostBatchRecovery:
         if time.monotonic() - self._looked < RECONCILE_EVERY_S:
             return
         self._looked = time.monotonic()
-        link, state = self._errand.connections, self._errand.state
-        if not self._errand.call_with_retry(self._errand.ledger.exists):
+        context, state = self._context, self._context.state
+        if not self._context.redis.call(self._context.ledger.exists):
             self._begin_again()
             return
         now = time.time()
@@ -74,13 +74,13 @@ class LostBatchRecovery:
         if not old:
             return
         ids = [waiting.sent.task_id for waiting in old]
-        view = self._errand.call_with_retry(lambda: link.broker.snapshot(ids, link.redis))
+        view = context.redis.call(lambda: context.broker.snapshot(ids, context.redis.client))
         for waiting in old:
             self._judge(waiting, view, now)
 
     def _judge(self, waiting: InFlightBatch, view: QueueSnapshot, now: float) -> None:
-        errand = self._errand
-        timeout_s = errand.connections.visibility_timeout_s
+        context = self._context
+        timeout_s = context.visibility_timeout_s
         if not is_missing(waiting.sent, view, visibility_timeout_s=timeout_s):
             waiting.sent = replace(waiting.sent, missing_since=None)
             return
@@ -88,17 +88,17 @@ class LostBatchRecovery:
             waiting.sent = replace(waiting.sent, missing_since=now)
         if is_lost(waiting.sent, now, retry_timeout_s=RECONCILE_EVERY_S):
             index = waiting.slice.index
-            if errand.call_with_retry(lambda: errand.ledger.has_readable_commit(index)):
+            if context.redis.call(lambda: context.ledger.has_readable_commit(index)):
                 return  # its commit is on the way to us
-            errand.connections.on_wait(f"Batch {index} was lost in Redis; it is published again.")
+            context.redis.on_wait(f"Batch {index} was lost in Redis; it is published again.")
             self._pump.publish(waiting.slice, waiting.recomputes)
 
     def _begin_again(self) -> None:
         """Bring a job back to life whose keys were deleted under it, as by FLUSHALL."""
-        errand = self._errand
-        errand.connections.on_wait(
+        context = self._context
+        context.redis.on_wait(
             "Redis has forgotten this job; what is outstanding is published again."
         )
-        errand.open()
-        for waiting in list(errand.state.outstanding.values()):
+        context.open()
+        for waiting in list(context.state.outstanding.values()):
             self._pump.publish(waiting.slice, waiting.recomputes)

@@ -148,7 +148,7 @@ class BatchSender:
 
     def __init__(
         self,
-        errand: JobContext,
+        context: JobContext,
         slices: Iterator[TextBatch],
         *,
         window: Callable[[], int],
@@ -157,15 +157,14 @@ class BatchSender:
         """Prepare; nothing is pulled yet.
 
         Args:
-            errand: the job.
+            context: the job.
             slices, window, planned: as in Job.
         """
-        self._errand = errand
+        self._context = context
         self._slices = slices
         self._window = window
         self._planned = planned
-        link = errand.connections
-        self._gate = MemoryBackpressure(link.redis, link.broker, link.on_wait)
+        self._gate = MemoryBackpressure(context.redis.client, context.broker, context.redis.on_wait)
 
     def check_capacity(self) -> None:
         """Refuse a new job while Redis is nearly full.
@@ -174,7 +173,7 @@ class BatchSender:
             QueueFull: ask again later.
             QueueUnavailable: Redis stayed away.
         """
-        self._errand.call_with_retry(self._gate.check_capacity)
+        self._context.redis.call(self._gate.check_capacity)
 
     def fill_window(self) -> None:
         """Publish as many batches as may be out, and note how far the job is.
@@ -183,7 +182,7 @@ class BatchSender:
             BatchTooLarge: the job has too many batches.
             QueueUnavailable: Redis stayed away.
         """
-        state = self._errand.state
+        state = self._context.state
         exhausted = state.exhausted
         self._fill()
         self._report_progress(at_once=state.exhausted and not exhausted)
@@ -198,35 +197,33 @@ class BatchSender:
 
     def _note(self, piece: TextBatch, recomputes: int = 0) -> EmbedBatch:
         """Note that a batch is out before it is: whoever waits again finds it to be missing."""
-        errand = self._errand
-        batch = EmbedBatch(errand.id, piece.index, piece.texts, errand.spec, piece.refused)
+        context = self._context
+        batch = EmbedBatch(context.id, piece.index, piece.texts, context.spec, piece.refused)
         waiting = InFlightBatch(piece, PublishedBatch(batch.task_id, time.time()), recomputes)
-        errand.state.outstanding[piece.index] = waiting
+        context.state.outstanding[piece.index] = waiting
         return batch
 
     def _send(self, batch: EmbedBatch) -> None:
-        errand = self._errand
-        errand.call_with_retry(
-            lambda: errand.connections.publisher.publish(batch, errand.queue, errand.trace)
-        )
-        errand.state.outstanding[batch.index].sent = PublishedBatch(batch.task_id, time.time())
+        context = self._context
+        context.redis.call(lambda: context.publisher.publish(batch, context.queue, context.trace))
+        context.state.outstanding[batch.index].sent = PublishedBatch(batch.task_id, time.time())
 
     def _report_progress(self, *, at_once: bool) -> None:
         """Note how far the job is where operators look."""
-        errand, state, now = self._errand, self._errand.state, time.monotonic()
+        context, state, now = self._context, self._context.state, time.monotonic()
         if not at_once and now - state.last_reported < PROGRESS_EVERY_S:
             return
         state.last_reported = now
         planned = state.sent_texts if state.exhausted else self._planned
-        errand.call_with_retry(
+        context.redis.call(
             lambda: status.report_progress(
-                errand.connections.redis, errand.id, published=state.published, planned=planned
+                context.redis.client, context.id, published=state.published, planned=planned
             )
         )
 
     def _pull(self) -> EmbedBatch | None:
         """Take the next batch of the caller and count it, or None after the last."""
-        state = self._errand.state
+        state = self._context.state
         try:
             piece = next(self._slices, None)
             if piece is None:
@@ -246,10 +243,10 @@ class BatchSender:
             raise
 
     def _fill(self) -> None:
-        state, patiently = self._errand.state, self._errand.call_with_retry
+        state, call = self._context.state, self._context.redis.call
         while not state.exhausted:
             ahead = state.in_flight()
-            if ahead >= self._window() or not patiently(self._gate.may_publish):
+            if ahead >= self._window() or not call(self._gate.may_publish):
                 return
             batch = self._pull()
             if batch is None:

@@ -10,12 +10,10 @@ The state of a running job: what is out, what is back, what was handed on. Asks 
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-from redis import Redis
 
 from embedq.errors import QueueUnavailable
 from embedq.jobs.batches import BatchResult, TextBatch
@@ -23,7 +21,7 @@ from embedq.jobs.publisher import Publisher
 from embedq.observability.tracing import JobTrace
 from embedq.protocol.contract import Queue, VectorSpec
 from embedq.protocol.values import TRUNCATED
-from embedq.store.connection import OnWait, call_with_retry
+from embedq.store.connection import RedisConnection
 from embedq.store.ledger import Ledger
 from embedq.store.queues import QueueInspector
 
@@ -43,121 +41,84 @@ class PublishedBatch:
     missing_since: float | None = None
 
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class JobConnections:
-    """What a job talks through.
-
-    Attributes:
-        redis: of the results.
-        broker: the queues, looked at from outside Celery.
-        publisher: of the broker.
-        where: addresses of both, without passwords.
-        patience_s: how long to wait for a Redis that went away.
-        visibility_timeout_s: the fleet's lease on a batch.
-        on_wait: told what is waited for.
-        on_idle: called about every second while nothing arrives; may raise to end the job.
-    """
-
-    redis: Redis
-    broker: QueueInspector
-    publisher: Publisher
-    where: str
-    retry_timeout_s: float
-    visibility_timeout_s: float
-    on_wait: OnWait
-    on_idle: Callable[[], None]
-
-    def call_with_retry(self, action: Callable[[], T], retry_timeout_s: float | None = None) -> T:
-        """Run an action on Redis, and again while it is worth waiting.
-
-        Args:
-            action: must be safe to repeat.
-            patience_s: how long to wait; None for as long as usual.
-
-        Raises:
-            QueueUnavailable: patience ran out, or waiting cannot help.
-        """
-        if retry_timeout_s is None:
-            retry_timeout_s = self.retry_timeout_s
-        return call_with_retry(
-            action, retry_timeout_s=retry_timeout_s, on_wait=self.on_wait, where=self.where
-        )
-
-
-#: Seconds that a job which is left in its middle waits for a Redis that went away.
+#: Time to wait for Redis when a job is closed before its end, seconds.
 CLOSE_RETRY_TIMEOUT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class JobContext:
     """What the parts of one job share.
 
     Attributes:
-        id: of the job.
-        link: what it talks through.
-        queue: where its batches go.
+        redis: results Redis; its `call` also retries operations on the broker. Its deadline is
+            the job's: the caller waits no longer.
+        broker: reads the queues.
+        publisher: publishes to the queues.
+        visibility_timeout_s: validity of a lease on a batch, seconds.
+        on_idle: called about once per second while nothing arrives; may raise to end the job.
+        queue: queue of all batches.
         spec: what shapes the vectors.
-        fingerprint: of the spec.
-        ttl_s: life of the job in Redis after its last sign of life.
+        ttl_s: time after which Redis deletes an idle job, seconds.
         label: shown to operators.
+        ordered: batches are returned in their order, not as they complete.
+        id: of the job.
+        fingerprint: of the spec.
         ledger: of the job.
         trace: of the job.
-        state: what it remembers.
+        state: of the job.
     """
 
-    id: str
-    connections: JobConnections
+    redis: RedisConnection
+    broker: QueueInspector
+    publisher: Publisher
+    visibility_timeout_s: float
+    on_idle: Callable[[], None]
     queue: Queue
     spec: VectorSpec
-    fingerprint: bytes
     ttl_s: int
     label: str
-    ledger: Ledger
-    trace: JobTrace
-    state: JobState
+    ordered: bool
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    fingerprint: bytes = field(init=False)
+    ledger: Ledger = field(init=False)
+    trace: JobTrace = field(init=False)
+    state: JobState = field(init=False)
 
-    def call_with_retry(self, action: Callable[[], T]) -> T:
-        """Run an action on Redis, and again for as long as usual or as the caller waits.
-
-        Raises:
-            QueueUnavailable: Redis stayed away.
-        """
-        left_s = max(0.0, self.state.deadline - time.monotonic())
-        return self.connections.call_with_retry(
-            action, min(self.connections.retry_timeout_s, left_s)
-        )
+    def __post_init__(self) -> None:
+        self.fingerprint = self.spec.fingerprint()
+        self.ledger = Ledger(self.redis.client, self.id)
+        self.trace = JobTrace(self.id)
+        self.state = JobState(self.ordered)
 
     def open(self) -> None:
-        """Make the job known in Redis; again, if Redis has forgotten it.
+        """Create the job in Redis, or create it again if Redis lost it.
 
         Raises:
-            QueueUnavailable: Redis stayed away.
+            QueueUnavailable: Redis is unavailable.
         """
-        self.call_with_retry(
+        self.redis.call(
             lambda: self.ledger.open(
                 fingerprint=self.fingerprint, ttl_s=self.ttl_s, label=self.label
             )
         )
 
     def keep_alive(self) -> None:
-        """Give a sign of life, if the last one is a while ago.
+        """Extend the life of the job in Redis, if the last extension is a while ago.
 
         Raises:
-            QueueUnavailable: Redis stayed away.
+            QueueUnavailable: Redis is unavailable.
         """
         now = time.monotonic()
         if now - self.state.last_keepalive > self.ttl_s / 4:
-            self.call_with_retry(lambda: self.ledger.keep_alive(self.ttl_s))
+            self.redis.call(lambda: self.ledger.keep_alive(self.ttl_s))
             self.state.last_keepalive = now
 
     def close(self, retry_timeout_s: float | None = None) -> None:
-        """Leave nothing of the job in Redis, as far as Redis lets us; its keys expire anyway.
+        """Delete the job from Redis; if Redis is unavailable, its keys expire.
 
         Args:
-            patience_s: how long to wait for Redis; None for as long as the job deserves.
+            retry_timeout_s: time to wait for Redis, seconds; None waits longer for a complete job
+                than for another.
         """
         if self.state.closed or not self.state.open:
             self.state.closed = True
@@ -165,14 +126,13 @@ class JobContext:
         self.state.closed = True
         self.trace.end()
         if retry_timeout_s is None:
-            retry_timeout_s = (
-                self.connections.retry_timeout_s if self.state.is_done() else CLOSE_RETRY_TIMEOUT_S
-            )
+            retry_timeout_s = math.inf if self.state.is_done() else CLOSE_RETRY_TIMEOUT_S
+        self.redis.deadline = time.monotonic() + retry_timeout_s
         try:
-            self.connections.call_with_retry(self.ledger.drop, retry_timeout_s)
+            self.redis.call(self.ledger.drop)
         except QueueUnavailable as error:
             # The caller has its vectors, or a better reason to leave than this one.
-            self.connections.on_wait(f"What is left of job {self.id} will expire: {error}")
+            self.redis.on_wait(f"What is left of job {self.id} will expire: {error}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +183,6 @@ class JobState:
         texts, failed, truncated: texts handed out, and how many of them are these.
         open, closed: the job has begun, has ended.
         kept_alive: time.monotonic() of the last sign of life.
-        until: time.monotonic() until which the caller waits.
         exhausted: there are no more batches to publish.
         broken_by: what ended the job before its time.
     """
@@ -242,7 +201,6 @@ class JobState:
     open: bool = False
     closed: bool = False
     last_keepalive: float = field(default_factory=time.monotonic)
-    deadline: float = math.inf
     exhausted: bool = False
     error: BaseException | None = None
 

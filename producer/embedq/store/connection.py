@@ -7,11 +7,14 @@ One way to open Redis: bounded waits, no surprises, errors without passwords.
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
 
 from redis import Redis, exceptions
 from redis.backoff import NoBackoff
@@ -21,11 +24,18 @@ from redis.retry import Retry
 from embedq.errors import QueueUnavailable, SettingsError
 from embedq.settings import mask_password
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 #: Told when a wait begins and at most every ten seconds while it lasts.
 OnWait = Callable[[str], None]
+
+
+def log_retry(message: str) -> None:
+    """Log a wait for Redis as a warning."""
+    log.warning("redis_retry reason=%s", message)
 
 
 #: First and longest pause between two tries, in seconds.
@@ -62,57 +72,6 @@ def retryable_reason(error: Exception) -> str | None:
     return None
 
 
-def call_with_retry(
-    action: Callable[[], T],
-    *,
-    retry_timeout_s: float,
-    on_wait: OnWait,
-    where: str,
-    advice: str = "",
-) -> T:
-    """Run an action on Redis, and again while it is worth waiting.
-
-    Args:
-        action: must be safe to repeat.
-        patience_s: seconds to keep trying; 0 tries once.
-        on_wait: told what is waited for.
-        where: address of this Redis for messages, without its password.
-        advice: what a person may do while it waits, for the end of what they are told.
-
-    Raises:
-        QueueUnavailable: patience ran out, or waiting cannot help.
-    """
-    began = time.monotonic()
-    pause, reported = FIRST_PAUSE_S, -REPORT_EVERY_S
-    while True:
-        try:
-            return action()
-        except exceptions.RedisError as error:
-            reason = retryable_reason(error)
-            waited = time.monotonic() - began
-            if reason is None or waited + pause > retry_timeout_s:
-                raise QueueUnavailable(_sentence(error, reason, where, waited)) from error
-        if waited - reported >= REPORT_EVERY_S:
-            on_wait(f"{reason} at {where}; waiting ({waited:.0f} s so far).{advice}")
-            reported = waited
-        time.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-
-
-def _sentence(error: Exception, reason: str | None, where: str, waited: float) -> str:
-    if isinstance(error, exceptions.AuthenticationError):
-        return f"Redis at {where} refused the password or user. Check the URL."
-    if isinstance(error, exceptions.NoPermissionError):
-        return (
-            f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
-            "producer embeds, ops looks and gives orders (docs/operations.md)."
-        )
-    if reason is None:
-        return f"Redis at {where} refused a command ({type(error).__name__})."
-    after = f" after {waited:.0f} s" if waited >= 1 else ""
-    return f"{reason} at {where}{after}. {REDIS_HINT}."
-
-
 #: Seconds to wait for a connection, and for an answer on it.
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 
@@ -132,7 +91,7 @@ def open_redis(
         "health_check_interval": 10,
         "client_name": "embedq",
         "protocol": 2,  # answers keep one shape whatever the server's version
-        # One silent second try for a connection that died idle; longer waits: call_patiently.
+        # One silent second try for a connection that died idle; longer waits: RedisConnection.call.
         "retry": Retry(NoBackoff(), 1),
     }
     if url.startswith("unix://"):
@@ -145,6 +104,89 @@ def open_redis(
             "Use redis://host:port/db, rediss://host:port/db or "
             "redis+socket:///path?virtual_host=db."
         ) from None
+
+
+@dataclass(slots=True)
+class RedisConnection:
+    """A Redis client that retries failed operations.
+
+    Attributes:
+        client: the client, for operations that are not retried.
+        address: URL without its password, for messages.
+        retry_timeout_s: time to retry one operation, seconds; 0 tries it once.
+        deadline: time.monotonic() after which nothing is retried.
+        on_wait: called when a wait begins, and every ten seconds while it lasts.
+        advice: end of the message given to `on_wait`.
+    """
+
+    client: Redis
+    address: str
+    retry_timeout_s: float = 0.0
+    deadline: float = math.inf
+    on_wait: OnWait = log_retry
+    advice: str = ""
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        *,
+        retry_timeout_s: float = 0.0,
+        on_wait: OnWait = log_retry,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> Self:
+        """Prepare a connection to a Redis URL; nothing is sent yet.
+
+        Raises:
+            SettingsError: the URL is not a Redis URL.
+        """
+        client = open_redis(url, connect_timeout_s=connect_timeout_s, timeout_s=timeout_s)
+        return cls(client, mask_password(url), retry_timeout_s, on_wait=on_wait)
+
+    def call(self, action: Callable[[], T]) -> T:
+        """Run a Redis operation, retrying for `retry_timeout_s` or until `deadline`.
+
+        Args:
+            action: must be safe to repeat.
+
+        Raises:
+            QueueUnavailable: the time is over, or the error is permanent.
+        """
+        began = time.monotonic()
+        timeout_s = min(self.retry_timeout_s, max(0.0, self.deadline - began))
+        pause, reported = FIRST_PAUSE_S, -REPORT_EVERY_S
+        while True:
+            try:
+                return action()
+            except exceptions.RedisError as error:
+                reason = retryable_reason(error)
+                waited = time.monotonic() - began
+                if reason is None or waited + pause > timeout_s:
+                    raise QueueUnavailable(
+                        _sentence(error, reason, self.address, waited)
+                    ) from error
+            if waited - reported >= REPORT_EVERY_S:
+                self.on_wait(
+                    f"{reason} at {self.address}; waiting ({waited:.0f} s so far).{self.advice}"
+                )
+                reported = waited
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _sentence(error: Exception, reason: str | None, where: str, waited: float) -> str:
+    if isinstance(error, exceptions.AuthenticationError):
+        return f"Redis at {where} refused the password or user. Check the URL."
+    if isinstance(error, exceptions.NoPermissionError):
+        return (
+            f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
+            "producer embeds, ops looks and gives orders (docs/operations.md)."
+        )
+    if reason is None:
+        return f"Redis at {where} refused a command ({type(error).__name__})."
+    after = f" after {waited:.0f} s" if waited >= 1 else ""
+    return f"{reason} at {where}{after}. {REDIS_HINT}."
 
 
 class _Client(Redis):

@@ -22,8 +22,7 @@ from typing import Any, Final, cast
 from redis.exceptions import ResponseError
 
 from embedq.errors import EmbedqError
-from embedq.settings import mask_password
-from embedq.store.connection import call_with_retry, open_redis
+from embedq.store.connection import RedisConnection
 from embedq_worker.cli import check_npu
 from embedq_worker.device.placement import choose_placement
 from embedq_worker.engines.model_cache import QuantizedModelStore
@@ -75,8 +74,8 @@ def look(url: str) -> Finding:
     Raises:
         QueueUnavailable: it does not answer.
     """
-    client = open_redis(url, connect_timeout_s=2, timeout_s=2)
-    shown = mask_password(url)
+    redis = RedisConnection.open(url, connect_timeout_s=2, timeout_s=2)
+    client = redis.client
 
     def ask() -> tuple[dict[str, Any], dict[str, str]]:
         info = client.info()
@@ -86,12 +85,12 @@ def look(url: str) -> Finding:
             config = {}
         return info, config
 
-    info, config = call_with_retry(ask, retry_timeout_s=0, on_wait=lambda _: None, where=shown)
+    info, config = redis.call(ask)
     client.close()
     limit = int(info.get("maxmemory", 0))
     policy = info.get("maxmemory_policy") or config.get("maxmemory-policy", "unknown")
     detail = (
-        f"Redis {info.get('redis_version', 'unknown')} at {shown}, {policy}, "
+        f"Redis {info.get('redis_version', 'unknown')} at {redis.address}, {policy}, "
         f"AOF {'on' if info.get('aof_enabled') else 'off'}, "
         f"{int(info.get('used_memory', 0)) / 1e6:,.0f} of "
         f"{f'{limit / 1e6:,.0f}' if limit else 'unlimited'} MB used"

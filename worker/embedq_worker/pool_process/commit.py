@@ -14,19 +14,18 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import numpy as np
 from celery.backends.base import BaseBackend
 from celery.exceptions import Reject
-from redis import Redis
 from redis.exceptions import RedisError
 
 from embedq.errors import QueueUnavailable
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import OutcomeTable, Vectors, encode, encode_failure, split_rows
-from embedq.settings import mask_password
-from embedq.store.connection import call_with_retry, open_redis
+from embedq.store.connection import RedisConnection
 from embedq.store.ledger import Attempt, Ledger, StagedValues, StagedValuesExpired
 from embedq_worker.inference.embedder import BatchResultBuilder
 from embedq_worker.inference.packing import Indices
@@ -148,26 +147,23 @@ class ResultCommitter(BaseBackend):
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
         super().__init__(app, url=url, **options)
         self.settings: WorkerSettings = app.conf.embedq
-        self._client: Redis | None = None
         self._thread: ThreadPoolExecutor | None = None
 
-    @property
-    def redis(self) -> Redis:
+    @cached_property
+    def redis(self) -> RedisConnection:
         """The results Redis; opened in the process that uses it, after the fork."""
-        if self._client is None:
-            self._client = open_redis(self.settings.results_url)
-        return self._client
+        return RedisConnection.open(self.settings.results_url, retry_timeout_s=COMMIT_TIMEOUT_S)
 
     def start_attempt(self, job: str, index: int) -> tuple[Attempt, int]:
         """Ask the ledger whether a batch still wants computing; see Ledger.start_attempt."""
-        verdict, tries = self._with_retry(lambda: Ledger(self.redis, job).start_attempt(index))
+        verdict, tries = self.call(lambda: Ledger(self.redis.client, job).start_attempt(index))
         COUNTERS.redelivered += tries > 1
         return verdict, tries
 
     def undo_attempt(self, job: str, index: int) -> None:
         """Take back the count of a delivery that a device ended; tried once, for it may fail."""
         try:
-            Ledger(self.redis, job).undo_attempt(index)
+            Ledger(self.redis.client, job).undo_attempt(index)
         except RedisError as error:
             log.info(
                 "attempt_undo_failed job=%s index=%d reason=%s", job, index, type(error).__name__
@@ -177,7 +173,9 @@ class ResultCommitter(BaseBackend):
         """Prepare to send the vectors of a batch while they are computed."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "embedq-upload")
-        return ResultUploader(batch, StagedValues(self.redis, batch.job, batch.index), self._thread)
+        return ResultUploader(
+            batch, StagedValues(self.redis.client, batch.job, batch.index), self._thread
+        )
 
     def commit(
         self,
@@ -198,13 +196,11 @@ class ResultCommitter(BaseBackend):
             Reject: Redis stayed away too long; the batch goes back to its queue.
         """
         upload = upload or self.upload(batch)
-        ledger = Ledger(self.redis, batch.job)
+        ledger = Ledger(self.redis.client, batch.job)
 
         def commit() -> bool | None:
             values = upload.values(vectors, outcomes)
-            return self._with_retry(
-                lambda: ledger.commit(batch.index, values, n_texts=len(vectors))
-            )
+            return self.call(lambda: ledger.commit(batch.index, values, n_texts=len(vectors)))
 
         try:
             committed = commit()
@@ -218,7 +214,7 @@ class ResultCommitter(BaseBackend):
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
         COUNTERS.refused += 1
         value = encode_failure(code, detail)
-        return self._with_retry(lambda: Ledger(self.redis, job).commit(index, [value]))
+        return self.call(lambda: Ledger(self.redis.client, job).commit(index, [value]))
 
     def store_result(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing: the task has committed already."""
@@ -227,26 +223,20 @@ class ResultCommitter(BaseBackend):
         """Say what the ledger knows of a task, in Celery's words."""
         job, _, rest = task_id.partition(":")
         index = rest.partition(":")[0]
-        done = index.isdigit() and self._with_retry(
-            lambda: Ledger(self.redis, job).is_committed(int(index))
+        done = index.isdigit() and self.call(
+            lambda: Ledger(self.redis.client, job).is_committed(int(index))
         )
         status = "SUCCESS" if done else "PENDING"
         return {"status": status, "result": None, "traceback": None, "children": []}
 
-    def _with_retry(self, action: Callable[[], T]) -> T:
-        """Run an action on the results Redis, waiting for it as long as the settings say.
+    def call(self, action: Callable[[], T]) -> T:
+        """Run an operation on the results Redis with retries.
 
         Raises:
-            Reject: it stayed away too long; the batch goes back to its queue.
+            Reject: Redis is unavailable; the batch is requeued.
         """
-        settings = self.settings
         try:
-            return call_with_retry(
-                action,
-                retry_timeout_s=COMMIT_TIMEOUT_S,
-                on_wait=lambda message: log.warning("redis_retry reason=%s", message),
-                where=mask_password(settings.results_url),
-            )
+            return self.redis.call(action)
         except QueueUnavailable as error:
             log.error("batch_requeued reason=%s", error)
             raise requeue_after_delay(str(error)) from error

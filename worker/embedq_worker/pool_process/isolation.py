@@ -91,11 +91,11 @@ class LedgerNotes:
         self._batch = batch
         self._died = died
         self._process = process_name(backend.settings.name, os.getpid())
-        self._suspects = AttemptLog(backend.redis, batch.job)
+        self._suspects = AttemptLog(backend.redis.client, batch.job)
 
     def charges(self) -> dict[int, int]:
         """Charge the texts that processes did not survive, and return offset -> points."""
-        index, suspects, waiting = self._batch.index, self._suspects, self._backend._with_retry
+        index, suspects, waiting = self._batch.index, self._suspects, self._backend.call
         found = waiting(lambda: suspects.fetch(index))
         for process, offset in {**found.missed, **found.started}.items():
             if process == self._died:
@@ -109,12 +109,12 @@ class LedgerNotes:
     def start(self, offset: int) -> None:
         """Note that a text is tried."""
         index, process = self._batch.index, self._process
-        self._backend._with_retry(lambda: self._suspects.start(index, offset, process))
+        self._backend.call(lambda: self._suspects.start(index, offset, process))
 
     def end(self, offset: int, *, cleared: bool) -> None:
         """Note that the process survived a text; a cleared one has its vector."""
         end, index, process = self._suspects.end, self._batch.index, self._process
-        self._backend._with_retry(lambda: end(index, offset, process, cleared=cleared))
+        self._backend.call(lambda: end(index, offset, process, cleared=cleared))
 
     def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
         self.charge(offset, points)
@@ -123,7 +123,7 @@ class LedgerNotes:
     def charge(self, offset: int, points: int) -> None:
         """Charge a text with a failure."""
         index = self._batch.index
-        self._backend._with_retry(lambda: self._suspects.add_failure(index, offset, points))
+        self._backend.call(lambda: self._suspects.add_failure(index, offset, points))
 
     def dead_letter(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
@@ -140,7 +140,7 @@ class LedgerNotes:
             prompt=batch.spec.prompt,
             text=batch.texts[offset],
         )
-        self._backend._with_retry(lambda: dead_letters.add(self._backend.redis, letter))
+        self._backend.call(lambda: dead_letters.add(self._backend.redis.client, letter))
 
 
 def embed_isolated(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vectors, OutcomeTable]:

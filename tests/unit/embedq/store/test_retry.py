@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
 from redis import exceptions
 
 from embedq.errors import QueueUnavailable
-from embedq.store.connection import call_with_retry, retryable_reason
+from embedq.store.connection import RedisConnection, retryable_reason
 
 
 class Flaky:
@@ -48,63 +49,67 @@ def test_only_what_may_pass_is_waited_for(error: Exception, reason: str | None) 
 
 def test_action_is_repeated_until_it_answers() -> None:
     """Two failures are two waits and one report."""
-    told: list[str] = []
-    flaky = Flaky(exceptions.ConnectionError("a"), exceptions.OutOfMemoryError("b"))
+    reported: list[str] = []
+    redis = RedisConnection.open("redis://host", retry_timeout_s=10, on_wait=reported.append)
 
-    answer = call_with_retry(flaky, retry_timeout_s=10, on_wait=told.append, where="redis://host")
+    answer = redis.call(Flaky(exceptions.ConnectionError("a"), exceptions.OutOfMemoryError("b")))
 
     assert answer == "answer"
-    assert told == ["Redis cannot be reached at redis://host; waiting (0 s so far)."]
+    assert reported == ["Redis cannot be reached at redis://host; waiting (0 s so far)."]
 
 
-def test_patience_ends_with_the_next_step() -> None:
-    """After its patience the error names the place, the reason and what to do."""
-    errors = [exceptions.ConnectionError("refused")] * 50
+def test_wait_without_on_wait_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    RedisConnection.open("redis://host", retry_timeout_s=10).call(
+        Flaky(exceptions.ConnectionError("a"))
+    )
+
+    assert "redis_retry reason=Redis cannot be reached at redis://host" in caplog.text
+
+
+@pytest.mark.parametrize(("retry_timeout_s", "deadline_s"), [(0.5, 60.0), (60.0, 0.5)])
+def test_timeout_and_deadline_end_with_the_next_step(
+    retry_timeout_s: float, deadline_s: float
+) -> None:
     began = time.monotonic()
+    redis = RedisConnection.open("redis://:secret@host", retry_timeout_s=retry_timeout_s)
+    redis.deadline = began + deadline_s
 
-    with pytest.raises(QueueUnavailable, match=r"at redis://host.*Start Redis, or set EMBEDQ_BR"):
-        call_with_retry(
-            Flaky(*errors), retry_timeout_s=0.5, on_wait=lambda _: None, where="redis://host"
-        )
+    with pytest.raises(
+        QueueUnavailable, match=r"at redis://:\*\*\*@host.*Start Redis, or set EMBEDQ_BR"
+    ):
+        redis.call(Flaky(*[exceptions.ConnectionError("refused")] * 50))
 
     assert time.monotonic() - began < 2
 
 
-def test_without_patience_an_action_is_tried_once() -> None:
-    """Patience 0 is one try and no wait."""
+@pytest.mark.parametrize(("retry_timeout_s", "deadline"), [(0.0, math.inf), (60.0, -math.inf)])
+def test_without_time_an_action_is_tried_once(retry_timeout_s: float, deadline: float) -> None:
     flaky = Flaky(*[exceptions.ConnectionError("refused")] * 3)
+    redis = RedisConnection.open(
+        "redis://host", retry_timeout_s=retry_timeout_s, on_wait=pytest.fail
+    )
+    redis.deadline = deadline
 
     with pytest.raises(QueueUnavailable):
-        call_with_retry(flaky, retry_timeout_s=0, on_wait=pytest.fail, where="")
+        redis.call(flaky)
 
     assert len(flaky.errors) == 2
 
 
-def test_what_cannot_pass_is_not_waited_for() -> None:
-    """A refused password ends at once, and says so."""
-    with pytest.raises(QueueUnavailable, match="refused the password"):
-        call_with_retry(
-            Flaky(exceptions.AuthenticationError("x")),
-            retry_timeout_s=60,
-            on_wait=lambda _: None,
-            where="",
-        )
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (exceptions.AuthenticationError("x"), "refused the password"),
+        (exceptions.NoPermissionError("x"), "redis://host does not allow this to its user"),
+    ],
+)
+def test_permanent_error_is_not_retried(error: Exception, message: str) -> None:
+    redis = RedisConnection.open("redis://host", retry_timeout_s=60, on_wait=pytest.fail)
+
+    with pytest.raises(QueueUnavailable, match=message):
+        redis.call(Flaky(error))
 
 
 def test_other_errors_pass_through() -> None:
-    """An error that is not of Redis is not ours to wait for."""
     with pytest.raises(KeyError):
-        call_with_retry(
-            Flaky(KeyError("bug")), retry_timeout_s=60, on_wait=lambda _: None, where=""
-        )
-
-
-def test_user_who_may_not_is_told_who_may() -> None:
-    """Each user of Redis can do its own work only, so the way out is another user's URLs."""
-    with pytest.raises(QueueUnavailable, match="redis://host does not allow this to its user"):
-        call_with_retry(
-            Flaky(exceptions.NoPermissionError("no permissions")),
-            retry_timeout_s=60,
-            on_wait=lambda _: None,
-            where="redis://host",
-        )
+        RedisConnection.open("redis://host", retry_timeout_s=60).call(Flaky(KeyError("bug")))
