@@ -1,7 +1,4 @@
-"""One run: a fleet works, faults strike it at random, and the outputs are judged.
-
-ops/chaos/run [--minutes N | --hour] [--seed S] [--workers K] [--engine stub|model] [--report DIR]
-"""
+"""Run ops/chaos/run: start workers and producers, inject random faults, report the outcome."""
 
 from __future__ import annotations
 
@@ -23,23 +20,23 @@ from ops.chaos.producers import Producer, make_task
 from ops.chaos.state import Run
 from ops.chaos.watch import Watch
 
-#: Jobs that run at once, each followed by another. A job stands still while a batch that it needs
-#: next comes back, so the fleet needs several to be busy.
+#: Jobs that run at once. A job waits while the batch that it needs next is recovered, so one job
+#: would leave the workers idle.
 PRODUCERS: Final = 6
 
 
 def main() -> NoReturn:
-    """Run, write the report, and exit with 1 if anything was breached."""
+    """Run, write the report, and exit with 1 if a check failed."""
     options = parse()
-    # So that the end of a terminal or of a test ends the fleet as well.
+    # Turned into an exception, so that `finally` stops the workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="eq-"))
     print(f"logs and outputs are in {folder}", file=sys.stderr)
     began = time.monotonic()
     run = _prepare(options, folder)
     try:
-        run.strike()
-        run.bring_home()
+        run.inject_faults()
+        run.finish_jobs()
         run.judge()
     finally:
         run.fleet.stop()
@@ -57,10 +54,10 @@ def _prepare(options: argparse.Namespace, folder: Path) -> Run:
     engine = engine_settings(options.engine)
     fleet = Fleet(folder, options.workers, engine)
     poison = options.engine == "stub"
-    most = 40 if options.minutes < 2 else 400
+    least, most = (10, 40) if options.minutes < 2 else (100, 400)
     sizes = random.Random(f"{options.seed} sizes")
     tasks = (
-        make_task(folder, number, sizes.randint(most // 4, most), poison, options.seed)
+        make_task(folder, number, sizes.randint(least, most), poison, options.seed)
         for number in itertools.count()
     )
     model = engine["EMBEDQ_MODEL"]

@@ -1,4 +1,4 @@
-"""The workers of a run of device faults: two that play NPUs, one on the CPU, and what they log."""
+"""Start the workers of a device-fault run and read their logs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embedq_worker.engines.stub import FaultScript
 from embedq_worker.main_process.device_health import LEARN_FROM
 from embedq_worker.main_process.status import StatusFile
 
-#: Public settings that shorten what takes minutes in production; the report prints them.
+#: Shorter times than the defaults; the report prints them.
 SETTINGS: Final = {
     "EMBEDQ_VISIBILITY_TIMEOUT_S": "5",
     "EMBEDQ_LEASE_RENEWAL_S": "1",
@@ -37,17 +37,17 @@ SETTINGS: Final = {
     "EMBEDQ_CRASH_LOOP_WINDOW_S": "10",
     "EMBEDQ_SLOW_BATCHES": "2",
     "EMBEDQ_SHADOW_CHECK_EVERY": "1",
-    # Each worker does ten batches a second at most, and leaves the cores to those that start again.
+    # At most ten batches per second and worker, to leave CPU time for workers that restart.
     "EMBEDQ_STUB_DELAY_S": "0.1",
 }
-#: Seconds that workers may take to be ready.
+#: Seconds in which all workers must be ready.
 READY_S: Final = 60.0
 
 _AT: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) ")
 
 
 class LoggedWorker:
-    """A worker under its supervisor, whose log is read as it is written."""
+    """A worker under its supervisor, with its log."""
 
     settings: dict[str, str]
 
@@ -69,7 +69,7 @@ class LoggedWorker:
             )
 
     def lines(self) -> list[str]:
-        """Return all that the worker has logged."""
+        """Return the lines that the worker has logged."""
         with self._log_path.open("rb") as log:
             log.seek(self._read)
             new = log.read()
@@ -79,11 +79,11 @@ class LoggedWorker:
         return self._lines
 
     def count(self, words: str) -> int:
-        """Count the lines that hold these words."""
+        """Count the lines that contain these words."""
         return sum(words in line for line in self.lines())
 
     def stop(self) -> None:
-        """End the worker."""
+        """Stop the worker."""
         self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
@@ -94,18 +94,16 @@ class LoggedWorker:
 class CpuWorker(LoggedWorker):
     """A worker on the CPU."""
 
-    def __init__(self, folder: Path, number: int, stage: Stage) -> None:
+    def __init__(self, folder: Path, number: int, owner: DeviceFleet) -> None:
         self.settings = {"EMBEDQ_DEVICE": "stub", "EMBEDQ_MODEL": "stub"}
-        super().__init__(folder, f"cpu{number}", stage.urls)
+        super().__init__(folder, f"cpu{number}", owner.urls)
 
 
 class Npu(LoggedWorker):
-    """A worker that plays an NPU; without it, it takes nothing, for a worker on the CPU is
-    there.
-    """
+    """A worker with a stub NPU and without a CPU fallback."""
 
-    def __init__(self, folder: Path, number: int, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, folder: Path, number: int, owner: DeviceFleet) -> None:
+        self._owner = owner
         self._script = FaultScript(folder / f"npu{number}.faults")
         self._script.replace()
         self._mark = 0
@@ -117,10 +115,10 @@ class Npu(LoggedWorker):
             "EMBEDQ_STUB_FAULTS": str(folder / f"npu{number}.faults"),
             "EMBEDQ_CPU_FALLBACK": "0",
         }
-        super().__init__(folder, f"npu{number}", stage.urls)
+        super().__init__(folder, f"npu{number}", owner.urls)
 
-    def strike(self, line: str) -> None:
-        """Let a fault strike; one of the start needs a process that starts."""
+    def inject(self, line: str) -> None:
+        """Inject a fault; one of the start also kills the pool process, so that it starts again."""
         self._mark = len(self.lines())
         self._script.replace(line)
         self._structural = line == "init=raise"
@@ -130,27 +128,27 @@ class Npu(LoggedWorker):
                 with suppress(ProcessLookupError):
                     os.kill(state.pid, signal.SIGKILL)
 
-    def mend(self) -> None:
-        """Take the fault back; what no probe would try again, an operator asks for."""
+    def clear_fault(self) -> None:
+        """Remove the fault; where no probe would be made, ask for one as an operator does."""
         self._mark = len(self.lines())
         self._script.replace()
         if self._structural:
-            set_desired_state(self._stage.results.client, self.name, DesiredState.HEALTHY, "")
+            set_desired_state(self._owner.results.client, self.name, DesiredState.HEALTHY, "")
 
-    def knows_its_pace(self) -> bool:
-        """Tell whether it has done enough batches to notice that it becomes slow."""
+    def has_latency_baseline(self) -> bool:
+        """Return whether it has done enough batches to detect a slowdown."""
         return sum("batch_done" in line for line in self._since()) > LEARN_FROM
 
-    def is_away(self) -> bool:
-        """Tell whether it has degraded since it was struck."""
+    def has_degraded(self) -> bool:
+        """Return whether it has degraded since the fault."""
         return any(" degraded worker=" in line and "count=" in line for line in self._since())
 
-    def is_back(self) -> bool:
-        """Tell whether it serves on its NPU since it was mended."""
+    def has_recovered(self) -> bool:
+        """Return whether it has served on its NPU again since the fault was removed."""
         return any("Started consuming from embed.npu.strict" in line for line in self._since())
 
     def timings(self) -> Iterator[tuple[str, float]]:
-        """Yield how long each hand-over and each leaving of the queue took, in seconds."""
+        """Yield the seconds that each reroute and each cancellation of the NPU queue took."""
         seen = degraded = 0.0
         consumes = False
         for line in self.lines():
@@ -177,8 +175,8 @@ class Npu(LoggedWorker):
         return self.lines()[self._mark :]
 
 
-class Stage:
-    """Two Redis and the workers."""
+class DeviceFleet:
+    """Two Redis servers and the workers."""
 
     def __init__(self, folder: Path, kinds: list[type[Npu] | type[CpuWorker]]) -> None:
         self.began = time.monotonic()
@@ -204,24 +202,24 @@ class Stage:
         sys.exit(f"ops/chaos/device_faults.py: the workers were not ready within {READY_S:.0f} s.")
 
     def kill_clients(self) -> None:
-        """Let the broker drop every connection."""
+        """Close every connection of the broker."""
         with suppress(RedisError):
             self.broker.client.client_kill_filter(_type="normal", skipme=True)
             self.broker.client.client_kill_filter(_type="pubsub")
 
     def restart_broker(self) -> None:
-        """Kill the broker; it is started again soon."""
+        """Kill the broker; `poll` restarts it."""
         self.broker.kill()
         self._restart_at = time.monotonic() + 0.5
 
-    def tend(self) -> None:
-        """Start what is due."""
+    def poll(self) -> None:
+        """Restart the broker if that is due."""
         if self._restart_at and time.monotonic() >= self._restart_at:
             self._restart_at = 0.0
             self.broker.start()
 
     def stop(self) -> None:
-        """End everything."""
+        """Stop all processes."""
         for worker in self.workers:
             worker.stop()
         for server in (self.broker, self.results):

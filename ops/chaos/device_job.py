@@ -1,4 +1,4 @@
-"""The job of a run of device faults: texts without end, each vector checked as it comes."""
+"""Run the job of a device-fault run: an endless stream of texts, each vector checked."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from embedq.protocol.contract import Status
 from embedq.settings import ProducerSettings
 from embedq.testing import stub_vectors
 
-#: Texts of a batch.
+#: Texts per batch.
 BATCH_TEXTS: Final = 16
 #: Seconds without a vector after which the job counts as stuck.
 SILENCE_S: Final = 90.0
 
 
 class Job:
-    """A job that runs in a thread until it is told to finish.
+    """A job that runs in a thread until `finish` is called.
 
     Attributes:
-        done: texts that have come back, in order.
-        rerouted: of these, handed on by an NPU.
-        wrong, failed: of these, with a vector that is not theirs, and with none.
-        twice, lost: texts that came again, and that never came.
-        error: why it ended too soon.
+        done: texts returned, in order.
+        rerouted: of these, rerouted by an NPU worker.
+        wrong, failed: of these, with a wrong vector, and without one.
+        twice, lost: texts returned again, and never returned.
+        error: why the job ended early.
     """
 
     def __init__(self, urls: dict[str, str]) -> None:
@@ -48,11 +48,11 @@ class Job:
         self.error = ""
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def finish(self) -> None:
-        """Send no more, and wait for what is under way."""
+        """Send no more texts, and wait for those in flight."""
         self._stop.set()
         self._thread.join(2 * SILENCE_S)
         if self._thread.is_alive():

@@ -1,4 +1,4 @@
-"""The faults, one function each; every function tells what it hit, or None if it found nothing."""
+"""Inject faults into a chaos run, one function per kind; each returns whether it hit a target."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from redis.exceptions import RedisError
 
 from embedq.protocol.contract import Queue
 
-#: Seconds for which a Redis is full.
+#: Seconds for which a Redis refuses writes.
 FULL_S: Final = 2.0
-#: Seconds for which a killed Redis is away.
-AWAY_S: Final = (0.1, 1.5)
-#: Seconds for which a worker stands still before it is killed, so that Redis pops into its socket.
-STANDING_S: Final = (0.3, 1.5)
+#: Minimum and maximum seconds before a killed Redis is restarted.
+DOWN_S: Final = (0.1, 1.5)
+#: Minimum and maximum seconds for which a worker is stopped before it is killed.
+STOPPED_S: Final = (0.3, 1.5)
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """What a fault may hit."""
+class Targets:
+    """What a fault may be injected into."""
 
     fleet: Fleet
     producers: list[Producer]
@@ -36,73 +36,75 @@ class World:
     rng: random.Random
 
 
-def kill_child(world: World) -> bool:
-    """Kill -9 the child of a worker; its parent lives."""
-    worker = world.fleet.serving(world.rng)
+def kill_pool_process(targets: Targets) -> bool:
+    """Send SIGKILL to the pool process of a worker."""
+    worker = targets.fleet.serving(targets.rng)
     if worker is None:
         return False
-    world.watch.dies(worker.name, "child")
+    targets.watch.note_kill(worker.name, "pool process")
     with suppress(ProcessLookupError):
-        os.kill(worker.child_pid() or 2**22, signal.SIGKILL)
+        os.kill(worker.pool_pid() or 2**22, signal.SIGKILL)
     return True
 
 
-def kill_worker(world: World) -> bool:
-    """Kill -9 a worker: the parent alone, which must take its child along, or both at once."""
-    worker = world.fleet.serving(world.rng)
+def kill_worker(targets: Targets) -> bool:
+    """Send SIGKILL to the main process of a worker alone, or to the whole worker."""
+    worker = targets.fleet.serving(targets.rng)
     if worker is None:
         return False
-    world.watch.dies(worker.name, "worker")
-    worker.signal(signal.SIGKILL, whole=world.rng.random() < 0.5)
+    targets.watch.note_kill(worker.name, "worker")
+    worker.signal(signal.SIGKILL, whole=targets.rng.random() < 0.5)
     return True
 
 
-def terminate_worker(world: World) -> bool:
-    """SIGTERM a worker; it finishes what it has in hand."""
-    worker = world.fleet.serving(world.rng)
+def terminate_worker(targets: Targets) -> bool:
+    """Send SIGTERM to a worker, which finishes its batch."""
+    worker = targets.fleet.serving(targets.rng)
     if worker is None:
         return False
     worker.signal(signal.SIGTERM)
     return True
 
 
-def swallow_message(world: World) -> bool:
-    """Stop a worker so that Redis pops a message into its socket, then kill it: nobody has it."""
-    worker = world.fleet.serving(world.rng)
+def swallow_message(targets: Targets) -> bool:
+    """Stop a worker while Redis pops a message into its socket, then kill it."""
+    worker = targets.fleet.serving(targets.rng)
     if worker is None:
         return False
     worker.signal(signal.SIGSTOP)
-    world.fleet.agenda.after(world.rng.uniform(*STANDING_S), lambda: _kill_stopped(world, worker))
+    targets.fleet.schedule.after(
+        targets.rng.uniform(*STOPPED_S), lambda: _kill_stopped(targets, worker)
+    )
     return True
 
 
-def _kill_stopped(world: World, worker: Worker) -> None:
-    world.watch.dies(worker.name, "worker")
+def _kill_stopped(targets: Targets, worker: Worker) -> None:
+    targets.watch.note_kill(worker.name, "worker")
     worker.signal(signal.SIGKILL, whole=True)
 
 
-def kill_broker(world: World) -> bool:
-    """Kill -9 the Redis of the queues and start it again."""
-    return _kill_redis(world, world.fleet.broker)
+def kill_broker(targets: Targets) -> bool:
+    """Send SIGKILL to the broker and restart it."""
+    return _kill_redis(targets, targets.fleet.broker)
 
 
-def kill_results(world: World) -> bool:
-    """Kill -9 the Redis of the results and start it again."""
-    return _kill_redis(world, world.fleet.results)
+def kill_results(targets: Targets) -> bool:
+    """Send SIGKILL to the results Redis and restart it."""
+    return _kill_redis(targets, targets.fleet.results)
 
 
-def _kill_redis(world: World, server: RedisServer) -> bool:
+def _kill_redis(targets: Targets, server: RedisServer) -> bool:
     if not server.is_up():
         return False
     server.kill()
-    world.watch.redis_dies()
-    world.fleet.agenda.after(world.rng.uniform(*AWAY_S), server.start)
+    targets.watch.note_redis_kill()
+    targets.fleet.schedule.after(targets.rng.uniform(*DOWN_S), server.start)
     return True
 
 
-def kill_clients(world: World) -> bool:
-    """CLIENT KILL every connection of one Redis."""
-    server = world.rng.choice(world.fleet.servers)
+def kill_clients(targets: Targets) -> bool:
+    """Close every connection of one Redis with CLIENT KILL."""
+    server = targets.rng.choice(targets.fleet.servers)
     with suppress(RedisError):
         for kind in ("normal", "pubsub"):
             server.client.client_kill_filter(_type=kind, skipme=True)
@@ -110,45 +112,45 @@ def kill_clients(world: World) -> bool:
     return False
 
 
-def lose_message(world: World) -> bool:
-    """RPOP a queued message: nobody has it."""
+def lose_message(targets: Targets) -> bool:
+    """Lose a queued message."""
     with suppress(RedisError):
-        return any(world.fleet.broker.client.rpop(str(queue)) for queue in Queue)
+        return any(targets.fleet.broker.client.rpop(str(queue)) for queue in Queue)
     return False
 
 
-def fill_broker(world: World) -> bool:
-    """Let the Redis of the queues be out of memory for a while."""
-    return _fill(world, world.fleet.broker)
+def fill_broker(targets: Targets) -> bool:
+    """Let the broker be out of memory for a while."""
+    return _fill(targets, targets.fleet.broker)
 
 
-def fill_results(world: World) -> bool:
-    """Let the Redis of the results be out of memory for a while."""
-    return _fill(world, world.fleet.results)
+def fill_results(targets: Targets) -> bool:
+    """Let the results Redis be out of memory for a while."""
+    return _fill(targets, targets.fleet.results)
 
 
-def _fill(world: World, server: RedisServer) -> bool:
+def _fill(targets: Targets, server: RedisServer) -> bool:
     if not server.fill():
         return False
-    world.fleet.agenda.after(FULL_S, server.empty)
+    targets.fleet.schedule.after(FULL_S, server.empty)
     return True
 
 
-def flush_results(world: World) -> bool:
-    """FLUSHALL the results."""
+def flush_results(targets: Targets) -> bool:
+    """Delete every key of the results Redis."""
     with suppress(RedisError):
-        return bool(world.fleet.results.client.flushall())
+        return bool(targets.fleet.results.client.flushall())
     return False
 
 
-def kill_producer(world: World) -> bool:
-    """Kill -9 a producer; the same command goes on a little later."""
-    return world.rng.choice(world.producers).kill()
+def kill_producer(targets: Targets) -> bool:
+    """Send SIGKILL to a producer; the same command is started again later."""
+    return targets.rng.choice(targets.producers).kill()
 
 
-#: Fault -> how often it comes, relative to the others.
-WEIGHTS: Final[dict[Callable[[World], bool], float]] = {
-    kill_child: 8,
+#: Fault -> relative frequency.
+WEIGHTS: Final[dict[Callable[[Targets], bool], float]] = {
+    kill_pool_process: 8,
     kill_worker: 2.5,
     terminate_worker: 1.5,
     swallow_message: 1.5,
@@ -163,7 +165,7 @@ WEIGHTS: Final[dict[Callable[[World], bool], float]] = {
 }
 
 
-def inject(world: World) -> str | None:
-    """Inject one fault, and return its name if it hit something."""
-    [fault] = world.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
-    return fault.__name__ if fault(world) else None
+def inject(targets: Targets) -> str | None:
+    """Inject one random fault, and return its name if it hit a target."""
+    [fault] = targets.rng.choices(list(WEIGHTS), list(WEIGHTS.values()))
+    return fault.__name__ if fault(targets) else None

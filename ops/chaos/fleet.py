@@ -1,4 +1,4 @@
-"""The processes of a run: two Redis and some workers, each of which may be killed at any moment."""
+"""Start, kill and restart the processes of a chaos run: two Redis servers and the workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ops.chaos.servers import RedisServer
 from embedq_worker.main_process.status import StatusFile
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-#: Settings of a run that are shorter than the defaults, so that an hour holds many recoveries.
+#: Shorter timeouts than the defaults, so that a run contains many recoveries.
 SHORTENED: Final = {
     "EMBEDQ_VISIBILITY_TIMEOUT_S": "5",
     "EMBEDQ_LEASE_RENEWAL_S": "1",
@@ -28,14 +28,14 @@ SHORTENED: Final = {
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return an environment without settings but these, in which a child finds the packages."""
+    """Return an environment with only these settings and with both packages on PYTHONPATH."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBEDQ_")}
     clean["PYTHONPATH"] = os.pathsep.join([str(ROOT / "producer"), str(ROOT / "worker")])
     return {**clean, **variables}
 
 
-class Agenda:
-    """What is to be done later, such as starting what was killed."""
+class Schedule:
+    """Actions that are due later, such as the restart of a killed server."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, Callable[[], object]]] = []
@@ -44,11 +44,11 @@ class Agenda:
         return len(self._due)
 
     def after(self, seconds: float, action: Callable[[], object]) -> None:
-        """Do something in so many seconds."""
+        """Schedule an action in so many seconds."""
         self._due.append((time.monotonic() + seconds, action))
 
-    def tend(self) -> None:
-        """Do what is due."""
+    def poll(self) -> None:
+        """Run the actions that are due."""
         now = time.monotonic()
         due = [action for at, action in self._due if at <= now]
         self._due = [(at, action) for at, action in self._due if at > now]
@@ -57,7 +57,7 @@ class Agenda:
 
 
 class Worker:
-    """A worker started as the README says, by Celery's own command, and again whenever it ends."""
+    """A worker started by Celery's command and restarted whenever it exits."""
 
     def __init__(self, folder: Path, name: str, settings: dict[str, str]) -> None:
         self.name = name
@@ -66,13 +66,13 @@ class Worker:
         self._environment = environment(
             **settings, EMBEDQ_NAME=name, EMBEDQ_RUNTIME_DIR=str(self._runtime_dir)
         )
-        #: Return codes of ends that no fault of ours explains.
-        self.own_ends: Counter[int] = Counter()
-        self._ended_by_us = False
+        #: Exit code -> count of exits that no injected fault explains.
+        self.unexpected_exits: Counter[int] = Counter()
+        self._killed = False
         self._start()
 
     def _start(self) -> None:
-        words = [
+        command = [
             sys.executable,
             "-m",
             "celery",
@@ -80,30 +80,30 @@ class Worker:
             "embedq_worker.main_process.app",
             "worker",
         ]
-        words += ["--hostname", f"{self.name}@chaos", "--without-gossip", "--without-mingle"]
+        command += ["--hostname", f"{self.name}@chaos", "--without-gossip", "--without-mingle"]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*words, "--loglevel", "info"],
+                [*command, "--loglevel", "info"],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self._ended_by_us = False
+        self._killed = False
 
-    def tend(self) -> None:
-        """Start the worker again if it ended."""
+    def poll(self) -> None:
+        """Restart the worker if it has exited."""
         if self._process.poll() is None:
             return
-        if not self._ended_by_us:
-            self.own_ends[self._process.returncode] += 1
-        with suppress(ProcessLookupError):  # children that outlived their parent
+        if not self._killed:
+            self.unexpected_exits[self._process.returncode] += 1
+        with suppress(ProcessLookupError):  # processes that outlived the main process
             os.killpg(self._process.pid, signal.SIGKILL)
         self._start()
 
-    def child_pid(self) -> int:
-        """Return the process id of the living child, 0 if there is none to be seen."""
+    def pool_pid(self) -> int:
+        """Return the process id of the running pool process, or 0."""
         state = StatusFile(self._runtime_dir, self.name).read()
         if state is None or not state.pid:
             return 0
@@ -113,12 +113,12 @@ class Worker:
         return 0
 
     def is_serving(self) -> bool:
-        """Tell whether the worker has a child."""
-        return self._process.poll() is None and self.child_pid() > 0
+        """Return whether the worker has a pool process."""
+        return self._process.poll() is None and self.pool_pid() > 0
 
     def signal(self, number: signal.Signals, *, whole: bool = False) -> None:
-        """Signal the parent, or the whole process group."""
-        self._ended_by_us = self._ended_by_us or number in (signal.SIGKILL, signal.SIGTERM)
+        """Signal the main process, or the whole process group."""
+        self._killed = self._killed or number in (signal.SIGKILL, signal.SIGTERM)
         with suppress(ProcessLookupError):
             if whole:
                 os.killpg(self._process.pid, number)
@@ -126,18 +126,18 @@ class Worker:
                 self._process.send_signal(number)
 
     def stop(self) -> None:
-        """End the worker and all of its processes."""
+        """Kill all processes of the worker."""
         self.signal(signal.SIGKILL, whole=True)
         self._process.wait()
 
 
 class Fleet:
-    """Everything that serves."""
+    """Two Redis servers and the workers."""
 
     def __init__(self, folder: Path, n_workers: int, engine: dict[str, str]) -> None:
         self.broker = RedisServer(folder, "broker")
         self.results = RedisServer(folder, "results")
-        self.agenda = Agenda()
+        self.schedule = Schedule()
         self.urls = {
             "EMBEDQ_BROKER_URL": self.broker.kombu_url,
             "EMBEDQ_RESULTS_URL": self.results.url,
@@ -147,22 +147,22 @@ class Fleet:
 
     @property
     def servers(self) -> tuple[RedisServer, RedisServer]:
-        """Both Redis."""
+        """The broker and the results Redis."""
         return self.broker, self.results
 
     def serving(self, rng: random.Random) -> Worker | None:
-        """Choose a worker that has a child."""
+        """Choose a worker that has a pool process."""
         able = [worker for worker in self.workers if worker.is_serving()]
         return rng.choice(able) if able else None
 
-    def tend(self) -> None:
-        """Start again what has ended, and do what is due."""
-        self.agenda.tend()
+    def poll(self) -> None:
+        """Restart workers that have exited, and run due actions."""
+        self.schedule.poll()
         for worker in self.workers:
-            worker.tend()
+            worker.poll()
 
     def stop(self) -> None:
-        """End everything."""
+        """Kill all processes."""
         for worker in self.workers:
             worker.stop()
         for server in self.servers:

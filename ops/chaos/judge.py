@@ -1,4 +1,4 @@
-"""The checks: every vector, every row, every batch, and what is left in Redis."""
+"""Check the outputs of a chaos run: each vector, row and batch, and the keys left in Redis."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from embedq.store.ledger import JOBS_KEY
 from embedq.testing import stub_vectors
 
 Array = npt.NDArray[np.float32]
-#: Lowest cosine of a vector that a real model computed in other company than the expected one.
+#: Minimum cosine between a vector and the expected one, which had other batch neighbours.
 MIN_COSINE: Final = 0.99999
 
 
 @dataclass(slots=True)
 class Findings:
-    """What is wrong with the outputs, in texts.
+    """Errors in the outputs, counted in texts.
 
     Attributes:
-        lost: documents that the output lacks.
-        twice: documents or batches that it holds more than once, or at another's place.
-        wrong: vectors that are not those of their texts.
-        wrongly_set_aside: good texts without a vector.
-        not_set_aside: poisoned texts with one, or without the reason.
-        not_identical: vectors that are right, but not bit for bit.
-        examples: some of it, for a person.
+        lost: documents missing from the output.
+        twice: documents that are duplicated or in the wrong row.
+        wrong: vectors of another text.
+        wrongly_set_aside: valid texts without a vector.
+        not_set_aside: poisoned texts with a vector, or without the reason.
+        not_identical: vectors that are right, but not bit-identical.
+        examples: up to 20 of the errors, as messages.
     """
 
     lost: int = 0
@@ -46,17 +46,17 @@ class Findings:
     examples: list[str] = field(default_factory=list)
 
     def breaches(self) -> int:
-        """Count what must not be."""
+        """Count the errors that fail a run."""
         return self.lost + self.twice + self.wrong + self.wrongly_set_aside + self.not_set_aside
 
     def note(self, example: str) -> None:
-        """Keep an example."""
+        """Add an example."""
         if len(self.examples) < 20:
             self.examples.append(example)
 
 
 def expected_stub(task: Task) -> Array:
-    """Return what the stub engine answers, float32 [n, D]."""
+    """Return the vectors of the stub engine, float32 [n, D]."""
     return stub_vectors(task.texts)
 
 
@@ -86,18 +86,17 @@ def judge(task: Task, expected: Callable[[Task], Array], findings: Findings) -> 
 
 
 def _judge_rows(task: Task, items: list[Any], n_vectors: int, findings: Findings) -> None:
-    """Require each document once, at its place."""
     wanted = [task.row_id(row) for row in range(len(task.texts))]
     found = [item["id"] for item in items]
     missing = len(set(wanted) - set(found)) + max(0, len(wanted) - n_vectors)
     places = sum(1 for row, item in enumerate(items) if item["row"] != row)
-    strangers = len(found) - len(set(found)) + sum(1 for a, b in zip(wanted, found) if a != b)  # noqa: B905 # lengths may differ
+    misplaced = len(found) - len(set(found)) + sum(1 for a, b in zip(wanted, found) if a != b)  # noqa: B905 # lengths may differ
     surplus = max(0, n_vectors - len(wanted))
     findings.lost += missing
-    findings.twice += places + strangers + surplus
-    if missing or places or strangers or surplus:
+    findings.twice += places + misplaced + surplus
+    if missing or places or misplaced or surplus:
         findings.note(
-            f"{task.input.stem}: {missing} missing, {strangers} misplaced, {surplus} more"
+            f"{task.input.stem}: {missing} missing, {misplaced} misplaced, {surplus} surplus"
         )
 
 
@@ -108,7 +107,7 @@ def _judge_poisoned(task: Task, row: int, item: Any, empty: bool, findings: Find
 
 
 def leftovers(fleet: Fleet) -> dict[str, int]:
-    """Count what finished jobs have left in Redis; nothing, if all is well."""
+    """Count what finished jobs have left in Redis; empty if Redis is clean."""
     broker, results = fleet.broker.client, fleet.results.client
     counts = {str(queue): int(broker.llen(str(queue))) for queue in Queue}
     counts["unacked"] = int(broker.hlen("unacked"))
@@ -120,41 +119,43 @@ def leftovers(fleet: Fleet) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Executions:
-    """How often batches without poison were computed.
+    """Executions of the batches that contain no poisoned text.
 
     Attributes:
-        batches: how many there were.
-        finished: computed to the end.
-        taken: taken by a worker, those included that a kill cut short.
-        committed_twice: committed again within one life of their job.
+        batches: number of batches.
+        finished: executions that finished.
+        started: executions that started, including those that a fault interrupted.
+        committed_twice: second commits under the same job id.
     """
 
     batches: int
     finished: int
-    taken: int
+    started: int
     committed_twice: int
 
     @property
     def extra_percent(self) -> float:
-        """Share of computing that was done again, in per cent."""
-        return 100 * (self.taken / self.batches - 1) if self.batches else 0.0
+        """Repeated executions, in percent of all batches."""
+        return 100 * (self.started / self.batches - 1) if self.batches else 0.0
 
 
 def poisoned_batches(tasks: list[Task]) -> set[Key]:
-    """Return the batches that hold a poisoned text, in every life of their jobs."""
+    """Return the batches that contain a poisoned text, under every id of their jobs."""
     return {(job, index) for task in tasks for index in task.batches()[1] for job in task.jobs}
 
 
 def recoveries(tasks: list[Task], watch: Watch) -> dict[str, list[float]]:
-    """Return what died -> seconds until its batch was committed; poison dies again and again."""
+    """Return what was killed -> seconds until its batch was committed, without poisoned batches."""
     poisoned = poisoned_batches(tasks)
     clean = [(what, seconds) for what, key, seconds in watch.recoveries if key not in poisoned]
-    by_kind = {kind: [s for what, s in clean if what == kind] for kind in ("child", "worker")}
+    by_kind = {
+        kind: [s for what, s in clean if what == kind] for kind in ("pool process", "worker")
+    }
     return {**by_kind, "redis": watch.redis_recoveries}
 
 
 def count_executions(tasks: list[Task], watch: Watch) -> Executions:
-    """Count what the workers did for batches of tasks, over all lives of their jobs."""
+    """Count the executions of the batches of tasks, under all ids of their jobs."""
     poisoned = poisoned_batches(tasks)
     known = {job for task in tasks for job in task.jobs}
 
@@ -164,6 +165,6 @@ def count_executions(tasks: list[Task], watch: Watch) -> Executions:
     return Executions(
         batches=sum(n - len(indices) for n, indices in (task.batches() for task in tasks)),
         finished=total(watch.finished),
-        taken=total(watch.taken),
+        started=total(watch.started),
         committed_twice=sum(n - 1 for key, n in watch.commits.items() if key[0] in known and n > 1),
     )

@@ -1,4 +1,4 @@
-"""What a run can be told."""
+"""Define the command line of ops/chaos/run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ops.chaos.fleet import ROOT
 
 from embedq.settings import DEFAULT_MODEL
 
-DESCRIPTION = "Break a real fleet at random while it works, and check every vector it delivers."
+DESCRIPTION = "Inject random faults into running workers and check every vector that they return."
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="ops/chaos/run", description=DESCRIPTION)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=5.0, help="How long faults strike.")
+    length.add_argument("--minutes", type=float, default=5.0, help="How long faults are injected.")
     length.add_argument("--hour", dest="minutes", action="store_const", const=60.0)
-    parser.add_argument("--seed", type=int, default=1, help="Of inputs and faults.")
-    parser.add_argument("--workers", type=int, default=4, help="Workers.")
+    parser.add_argument("--seed", type=int, default=1, help="Seed of inputs and faults.")
+    parser.add_argument("--workers", type=int, default=4, help="Number of workers.")
     parser.add_argument("--engine", choices=["stub", "model"], default="stub")
     parser.add_argument("--report", type=Path, default=ROOT / "ops" / "chaos" / "reports")
     parser.add_argument("--keep", action="store_true", help="Keep logs and outputs.")
@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
 
 
 def engine_settings(name: str) -> dict[str, str]:
-    """Return the settings of workers with this engine; the model is looked for as tests do."""
+    """Return the settings of workers with this engine; the model is EMBEDQ_TEST_MODEL."""
     if name == "stub":
         return {
             "EMBEDQ_DEVICE": "stub",

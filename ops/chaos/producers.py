@@ -1,4 +1,4 @@
-"""The jobs of a run: generated inputs, and the real `embedq embed` on them until it is done."""
+"""Generate the inputs of a chaos run, and run `embedq embed` on them until it has finished."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from embedq.bulk.checkpoint import manifest_path
 from embedq.cli.console import EXIT_FAILED, EXIT_OK
 from embedq.jobs.batches import split
 
-#: Texts of a batch.
+#: Texts per batch.
 BATCH_TEXTS: Final = 16
-#: Faults that a text can make the stub engine commit.
+#: Faults that a text can trigger in the stub engine.
 POISONS: Final = ("raise", "exit", "segfault", "hang")
 #: Batches per poisoned text, on average.
 POISON_EVERY: Final = 250
-#: Seconds before a producer that gave up is started again.
-AGAIN_AFTER_S: Final = 0.5
+#: Seconds before a producer that exited is restarted.
+RESTART_DELAY_S: Final = 0.5
 
 
 @dataclass(slots=True)
 class Task:
-    """One input and what became of it.
+    """One input file and its job.
 
     Attributes:
         input, output: the files.
         texts: all texts, in order.
         poisoned: rows that cannot be embedded.
-        jobs: ids that the job had, one for each resume.
-        job: the last of them.
+        jobs: ids of the job, one per resume.
+        job: the latest id.
     """
 
     input: Path
@@ -53,7 +53,7 @@ class Task:
     job: str = ""
 
     def batches(self) -> tuple[int, set[int]]:
-        """Return how many batches the input is cut into, and which hold a poisoned text."""
+        """Return the number of batches, and the indices of those that contain a poisoned text."""
         limits = {"max_texts": BATCH_TEXTS, "max_tokens": 30_000, "max_length": 256}
         slices = list(split(self.texts, **limits))
         ends = [piece.start + len(piece) for piece in slices]
@@ -90,7 +90,7 @@ def _text(rng: random.Random, number: int, row: int) -> str:
 
 
 class Producer:
-    """Runs jobs one after the other."""
+    """A process of `embedq embed` that runs one job after the other."""
 
     def __init__(self, tasks: Iterator[Task], log_path: Path, urls: dict[str, str], model: str):
         self._tasks = tasks
@@ -104,17 +104,17 @@ class Producer:
         self.task: Task | None = None
         self.done: list[Task] = []
         self.peak_rss_bytes = 0
-        #: Times it was refused before it had begun, and times it gave up a job that was running.
+        #: Reason -> jobs refused before they began, and running jobs given up.
         self.refused: Counter[str] = Counter()
         self.gave_up: Counter[str] = Counter()
         self._process: subprocess.Popen[bytes] | None = None
         self._start_at = 0.0
         self._begun = self._killed = False
 
-    def tend(self, *, more: bool) -> None:
-        """Start, resume or finish; with no more tasks wanted, only bring the present one home."""
+    def poll(self, *, more: bool) -> None:
+        """Start, resume or finish a job; without `more`, start no further one."""
         if self._process is not None:
-            self._look_at(self._process)
+            self._check(self._process)
         elif self.task is None and more:
             self.task = next(self._tasks)
             self._start(self.task)
@@ -122,11 +122,11 @@ class Producer:
             self._start(self.task)
 
     def is_idle(self) -> bool:
-        """Tell whether no job is running or to be resumed."""
+        """Return whether no job is running or waits to be resumed."""
         return self.task is None
 
     def kill(self) -> bool:
-        """End the command with SIGKILL; the same command goes on later."""
+        """Send SIGKILL to the command; `poll` restarts it."""
         if self._process is None or self._process.poll() is not None:
             return False
         self._killed = True
@@ -134,19 +134,19 @@ class Producer:
         return True
 
     def embed(self, task: Task, output: Path) -> int:
-        """Run the command to its end, as in a run without faults; return its exit code."""
+        """Run the command to its end and return its exit code."""
         with self.log_path.open("ab") as log:
-            words = self._words(task.input, output)
-            return subprocess.run(words, env=self._environment, stdout=log, stderr=log).returncode
+            command = self._command(task.input, output)
+            return subprocess.run(command, env=self._environment, stdout=log, stderr=log).returncode
 
-    def _words(self, source: Path, output: Path) -> list[str]:
+    def _command(self, source: Path, output: Path) -> list[str]:
         return [sys.executable, "-m", "embedq", "embed", str(source), "-o", str(output)]
 
     def _start(self, task: Task) -> None:
         self._begun = self._killed = False
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                self._words(task.input, task.output),
+                self._command(task.input, task.output),
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -154,7 +154,7 @@ class Producer:
                 start_new_session=True,
             )
 
-    def _look_at(self, process: subprocess.Popen[bytes]) -> None:
+    def _check(self, process: subprocess.Popen[bytes]) -> None:
         assert self.task is not None
         code = process.poll()
         self._note_job(self.task)
@@ -162,17 +162,16 @@ class Producer:
             self._measure(process.pid)
             return
         self._process = None
-        self._start_at = time.monotonic() + AGAIN_AFTER_S
+        self._start_at = time.monotonic() + RESTART_DELAY_S
         if code in (EXIT_OK, EXIT_FAILED) and self._manifest(self.task).get("complete"):
             self.done.append(self.task)
             self.task = None
         elif not self._killed:
-            last = self._last_words()
+            last = self._last_log_line()
             refused = not self._begun or "takes no new job" in last
             (self.refused if refused else self.gave_up)[f"exit {code}: {last}"] += 1
 
     def _note_job(self, task: Task) -> None:
-        """Remember the ids that the job has had; the manifest tells the present one."""
         if (job := self._manifest(task).get("job")) and job not in task.jobs:
             task.jobs.add(job)
             task.job = job
@@ -190,9 +189,9 @@ class Producer:
             peak = next(line for line in lines if line.startswith("VmHWM"))
             self.peak_rss_bytes = max(self.peak_rss_bytes, int(peak.split()[1]) * 1024)
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()
         last = lines[-1] if lines else ""
-        # Neither paths nor numbers: the report counts reasons.
+        # Without paths and numbers, so that equal reasons are counted together.
         words = (word for word in last.split() if not any(c in "/0123456789" for c in word))
         return " ".join(words)[:100]

@@ -1,4 +1,4 @@
-"""What a run found, as JSON for machines and as a page for people. No host names, no paths."""
+"""Write the report of a chaos run as JSON and as Markdown, without host names and paths."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ops.chaos.state import Run
 
 from embedq.jobs.sender import PAUSE_RATIO
 
-#: Faults that end a process of a worker or a producer with SIGKILL.
-_KILLS = ("kill_child", "kill_node", "swallow_message", "kill_producer")
+#: Faults that send SIGKILL to a process of a worker or a producer.
+_KILLS = ("kill_pool_process", "kill_worker", "swallow_message", "kill_producer")
 
 
 def facts(run: Run, seconds: float) -> dict[str, Any]:
-    """Gather everything that the report says."""
+    """Return the content of the report."""
     tasks, found, options = run.done, run.findings, run.options
     executions = judge.count_executions(tasks, run.watch)
     return {
@@ -50,7 +50,7 @@ def facts(run: Run, seconds: float) -> dict[str, Any]:
         "not_bit_identical": found.not_identical,
         "executions": {
             "batches_without_poison": executions.batches,
-            "taken": executions.taken,
+            "started": executions.started,
             "finished": executions.finished,
             "extra_percent": round(executions.extra_percent, 2),
             "by_verdict": dict(run.watch.verdicts),
@@ -71,11 +71,11 @@ def facts(run: Run, seconds: float) -> dict[str, Any]:
         "producer_peak_rss_bytes": max(p.peak_rss_bytes for p in run.producers),
         "producers_refused_at_start": _sum(p.refused for p in run.producers),
         "producers_gave_up": _sum(p.gave_up for p in run.producers),
-        "nodes_ended_by_themselves": _sum(
-            Counter({f"exit {code}": n for code, n in worker.own_ends.items()})
+        "unexpected_worker_exits": _sum(
+            Counter({f"exit {code}": n for code, n in worker.unexpected_exits.items()})
             for worker in run.fleet.workers
         ),
-        "careful_runs": run.watch.events["isolation_started"],
+        "isolated_executions": run.watch.events["isolation_started"],
         "left_in_redis": run.left,
         "breaches": run.breaches(),
     }
@@ -91,16 +91,16 @@ def write(of: dict[str, Any], folder: Path) -> str:
 
 
 def page(of: dict[str, Any]) -> str:
-    """Write the page, in Markdown."""
+    """Return the report as Markdown."""
     run = of["executions"]
     verdict = "FAILED" if of["breaches"] else "passed"
     zeros = {
         "lost": of["lost"],
         "delivered twice": of["delivered_twice"],
         "wrong": of["wrong"],
-        "wrongly set aside": of["wrongly_set_aside"],
-        "poison not set aside": of["poison_not_set_aside"],
-        "not bit for bit": of["not_bit_identical"],
+        "wrongly dead-lettered": of["wrongly_set_aside"],
+        "poison not dead-lettered": of["poison_not_set_aside"],
+        "not bit-identical": of["not_bit_identical"],
     }
     sizes = {
         "batches": f"{of['batches']:,}",
@@ -109,8 +109,9 @@ def page(of: dict[str, Any]) -> str:
         "kills": f"{of['kills']:,} of workers and producers",
         "Redis restarts": f"{of['redis_restarts']:,}",
         "extra executions": f"{run['extra_percent']:.1f} % "
-        f"({run['taken']:,} taken for {run['batches_without_poison']:,} batches without poison)",
-        "careful runs": f"{of['careful_runs']:,} for {of['poisoned_texts']:,} poisoned texts",
+        f"({run['started']:,} for {run['batches_without_poison']:,} batches without poison)",
+        "executions in isolation mode": f"{of['isolated_executions']:,} "
+        f"for {of['poisoned_texts']:,} poisoned texts",
         "longest time without a commit": f"{of['longest_silence_s']} s",
         "producer, peak RSS": f"{of['producer_peak_rss_bytes'] / 2**20:.0f} MiB",
     }
@@ -122,20 +123,20 @@ def page(of: dict[str, Any]) -> str:
         f"# Chaos run of {of['date']}: {verdict}\n",
         f"`{of['command']}` on {of['machine']}, {of['seconds'] / 60:.0f} minutes.\n",
         *(f"**Breach**: {breach}\n" for breach in of["breaches"]),
-        _table("what must be zero", "texts", zeros),
-        _table("what was done", "", sizes),
+        _table("must be zero", "texts", zeros),
+        _table("size of the run", "", sizes),
         _table("fault", "times", of["faults"]),
-        "| died | batches brought back | p50 | p99 | longest |\n|---|---|---|---|---|\n"
+        "| killed | recovered batches | p50 | p99 | longest |\n|---|---|---|---|---|\n"
         + "".join(_recovery(kind, spread) for kind, spread in of["recovery_s"].items()),
         _table("setting", "value", of["settings"]),
-        _table("workers that ended by themselves", "times", of["nodes_ended_by_themselves"]),
-        _table("producers refused at their start", "times", of["producers_refused_at_start"]),
+        _table("unexpected worker exits", "times", of["unexpected_worker_exits"]),
+        _table("producers refused at the start", "times", of["producers_refused_at_start"]),
     ]
     return "\n".join(parts)
 
 
 def machine() -> str:
-    """Describe the processor; no names."""
+    """Return the processor model and number of cores."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"

@@ -1,4 +1,4 @@
-"""The two Redis of a run, with AOF as in production, each of which may be killed or filled."""
+"""Start, kill and fill a Redis server with AOF, as in production."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from redis.exceptions import RedisError
 
 from embedq.store.connection import open_redis
 
-#: Memory of each Redis, in bytes.
+#: maxmemory of each Redis, in bytes.
 MAXMEMORY: Final = 32 * 2**20
 
 
 class RedisServer:
-    """A Redis with AOF on a unix socket, in a folder of its own."""
+    """A Redis server with AOF on a unix socket, in its own folder."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
@@ -34,16 +34,16 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """URL as redis-py wants it."""
+        """URL for redis-py."""
         return f"unix://{self._socket}?db=0"
 
     @property
     def kombu_url(self) -> str:
-        """URL as kombu wants it."""
+        """URL for kombu."""
         return f"redis+socket://{self._socket}?virtual_host=0"
 
     def start(self) -> None:
-        """Start the server, or start it again on what it had written."""
+        """Start the server, or restart it on its append-only file."""
         program = shutil.which("redis-server")
         if program is None:
             sys.exit("ops/chaos/run: redis-server is missing. Debian: apt install redis-server")
@@ -58,37 +58,37 @@ class RedisServer:
             "maxmemory": str(MAXMEMORY),
             "maxmemory-policy": "noeviction",
         }
-        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        flags = [word for key, value in options.items() for word in (f"--{key}", value)]
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [program, *words], stdout=log, stderr=log, start_new_session=True
+                [program, *flags], stdout=log, stderr=log, start_new_session=True
             )
         self.restarts += 1
 
     def is_up(self) -> bool:
-        """Tell whether the server was not killed; it may still be loading."""
+        """Return whether the process runs; it may still be loading."""
         return self._process is not None and self._process.poll() is None
 
     def kill(self) -> None:
-        """End the server with SIGKILL."""
+        """Send SIGKILL to the server."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def fill(self) -> bool:
-        """Make the server refuse whatever needs memory; False if it does not answer."""
+        """Let the server refuse writes; return False if it does not answer."""
         with suppress(RedisError):
             used = int(self.client.info("memory")["used_memory"])
             return bool(self.client.config_set("maxmemory", used - 2**16))
         return False
 
     def empty(self) -> None:
-        """Give the server its memory back; a restarted one has it already."""
+        """Restore the memory limit of the server."""
         with suppress(RedisError):
             self.client.config_set("maxmemory", MAXMEMORY)
 
     def measure(self) -> None:
-        """Note how much memory the server needs."""
+        """Record the peak memory of the server."""
         with suppress(RedisError):
             peak = int(self.client.info("memory")["used_memory_peak"])
             self.peak_bytes = max(self.peak_bytes, peak)

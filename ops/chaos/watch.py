@@ -1,4 +1,4 @@
-"""What the workers do, read from their logs as they write them: executions, commits, recoveries."""
+"""Count executions, commits and recoveries from the logs of the workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 #: A batch: its job and its index.
 Key = tuple[str, int]
 
-#: Seconds after which a batch came back slowly.
+#: Seconds after which the recovery of a batch counts as slow.
 SLOW_S: Final = 8.0
 
 _RECEIVED: Final = re.compile(r"Task embedq\.embed_batch\[(\w+):(\d+)[:\]].* received")
@@ -22,48 +22,49 @@ _OTHER: Final = re.compile(
 
 
 class Watch:
-    """Reads the logs; one file for each worker, over all its lives."""
+    """Reader of the logs, one file per worker over all its restarts."""
 
     def __init__(self, logs: dict[str, Path]) -> None:
         self._logs = logs
         self._read = dict.fromkeys(logs, 0)
         self._rest = dict.fromkeys(logs, b"")
-        self._in_hand: dict[str, Key | None] = dict.fromkeys(logs)
-        self._missed: dict[Key, tuple[float, str]] = {}
-        self._redis_died: float | None = None
+        self._in_flight: dict[str, Key | None] = dict.fromkeys(logs)
+        self._interrupted: dict[Key, tuple[float, str]] = {}
+        self._redis_killed_at: float | None = None
         self._committed_at = time.monotonic()
-        #: Batch -> how often a worker took it to compute it, and how the finished ones ended.
-        self.taken: Counter[Key] = Counter()
+        #: Batch -> number of executions that a worker started, and that finished.
+        self.started: Counter[Key] = Counter()
         self.finished: Counter[Key] = Counter()
         self.commits: Counter[Key] = Counter()
         self.verdicts: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
-        #: Seconds until the batch in hand of what died was committed, and until any was.
+        #: What was killed, its batch and seconds until that was committed; seconds from the kill of
+        #: a Redis until the next commit.
         self.recoveries: list[tuple[str, Key, float]] = []
         self.redis_recoveries: list[float] = []
         self.slow: list[str] = []
         self.longest_silence_s = 0.0
 
     def poll(self) -> None:
-        """Read what the workers have said since the last time."""
+        """Read the log lines since the last call."""
         for worker, path in self._logs.items():
             self._poll(worker, path)
 
-    def dies(self, worker: str, what: str) -> None:
-        """Note that a process of a worker is about to be killed."""
+    def note_kill(self, worker: str, what: str) -> None:
+        """Record that a process of a worker is about to be killed."""
         self._poll(worker, self._logs[worker])
-        key = self._in_hand[worker]
+        key = self._in_flight[worker]
         if key is not None:
-            self._missed.setdefault(key, (time.monotonic(), what))
-        self._in_hand[worker] = None
+            self._interrupted.setdefault(key, (time.monotonic(), what))
+        self._in_flight[worker] = None
 
-    def redis_dies(self) -> None:
-        """Note that a Redis was killed."""
-        self._redis_died = time.monotonic()
+    def note_redis_kill(self) -> None:
+        """Record that a Redis was killed."""
+        self._redis_killed_at = time.monotonic()
 
     def forget(self, jobs: set[str]) -> None:
-        """Forget what was missed of jobs that ended otherwise."""
-        self._missed = {key: of for key, of in self._missed.items() if key[0] not in jobs}
+        """Drop the interrupted batches of jobs that were replaced."""
+        self._interrupted = {key: of for key, of in self._interrupted.items() if key[0] not in jobs}
 
     def _poll(self, worker: str, path: Path) -> None:
         with path.open("rb") as log:
@@ -77,41 +78,43 @@ class Watch:
     def _note(self, worker: str, line: str) -> None:
         if found := _RECEIVED.search(line):
             key = (found[1], int(found[2]))
-            self._in_hand[worker] = key
-            self.taken[key] += 1
+            self._in_flight[worker] = key
+            self.started[key] += 1
         elif found := _DONE.search(line):
             self._done(worker, (found[1], int(found[2])), found[3])
         elif found := _OTHER.search(line):
             self.events[found[1]] += 1
             if found[1] == "batch_skipped":
                 key = (found[2], int(found[3]))
-                self.taken[key] -= 1
-                self._missed.pop(key, None)
-                self._in_hand[worker] = None
+                self.started[key] -= 1
+                self._interrupted.pop(key, None)
+                self._in_flight[worker] = None
         elif "lease_renewal_failed" in line or "redis_retry reason" in line or "Traceback" in line:
             self.events[line.split()[-1] if "Traceback" not in line else "traceback"] += 1
 
     def _done(self, worker: str, key: Key, verdict: str) -> None:
         now = time.monotonic()
-        self._in_hand[worker] = None
+        self._in_flight[worker] = None
         self.finished[key] += 1
         self.verdicts[verdict] += 1
-        missed = self._missed.pop(key, None)
-        if missed is not None and verdict != "job_gone":
-            self._came_back(key, missed[1], now - missed[0])
+        interrupted = self._interrupted.pop(key, None)
+        if interrupted is not None and verdict != "job_gone":
+            self._note_recovery(key, interrupted[1], now - interrupted[0])
         if verdict != "yes":
             return
         self.commits[key] += 1
         self.longest_silence_s = max(self.longest_silence_s, now - self._committed_at)
         self._committed_at = now
-        if self._redis_died is not None:
-            self.redis_recoveries.append(now - self._redis_died)
-            self._redis_died = None
+        if self._redis_killed_at is not None:
+            self.redis_recoveries.append(now - self._redis_killed_at)
+            self._redis_killed_at = None
 
-    def _came_back(self, key: Key, what: str, seconds: float) -> None:
+    def _note_recovery(self, key: Key, what: str, seconds: float) -> None:
         self.recoveries.append((what, key, seconds))
         if seconds > SLOW_S:
-            self.slow.append(f"{key[0]}:{key[1]} came back {seconds:.1f} s after a {what} died")
+            self.slow.append(
+                f"{key[0]}:{key[1]} recovered {seconds:.1f} s after a {what} was killed"
+            )
 
     @property
     def silence_s(self) -> float:

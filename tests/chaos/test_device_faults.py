@@ -1,4 +1,4 @@
-"""Two NPUs that fail in every way we know, over one job: each text gets its vector, and once."""
+"""A job survives every scripted fault of two emulated NPUs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from pathlib import Path
 import pytest
 
 RUN = Path(__file__).parents[2] / "ops" / "chaos" / "device_faults.py"
-#: Kinds of faults that the script knows.
+#: Number of kinds in device_faults.FAULTS.
 KINDS = 13
 
 
 @pytest.mark.redis
 @pytest.mark.timeout(400)
-def test_every_kind_of_fault_is_survived(tmp_path: Path) -> None:
-    """Each kind strikes once; both NPUs come back each time, and drain the job once all are dead.
-
-    How quickly is for the full run, which keeps its bounds as well.
-    """
+def test_job_survives_every_kind_of_fault(tmp_path: Path) -> None:
+    # Time bounds are not asserted: they need an idle machine.
     if shutil.which("redis-server") is None and os.environ.get("CI") != "true":
         pytest.skip("redis-server is missing; Debian: apt install redis-server")
     command = [sys.executable, str(RUN), "--faults", str(KINDS), "--patience", "3"]

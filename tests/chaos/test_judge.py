@@ -1,4 +1,4 @@
-"""The judge of chaos runs finds what it is there to find: each spoiled output is told apart."""
+"""The checks of a chaos run detect each kind of corrupted output."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Vectors = npt.NDArray[np.float32]
 Items = list[dict[str, Any]]
 
 
-def judged(folder: Path, spoil: Callable[[Vectors, Items], tuple[Vectors, Items]]) -> Findings:
-    """Write a right output, spoil it, and return what the judge finds."""
+def judged(folder: Path, corrupt: Callable[[Vectors, Items], tuple[Vectors, Items]]) -> Findings:
+    """Write a correct output, corrupt it, and return the findings."""
     texts = [f"text {row}" for row in range(8)]
     texts[POISONED] = "embedq-fault:raise"
     task = Task(folder / "job.jsonl", folder / "job.npy", texts, frozenset({POISONED}))
@@ -33,7 +33,7 @@ def judged(folder: Path, spoil: Callable[[Vectors, Items], tuple[Vectors, Items]
         {"row": row, "id": task.row_id(row), "status": "ok", "code": ""} for row in range(8)
     ]
     items[POISONED].update(status="failed", code="set_aside")
-    vectors, items = spoil(vectors, items)
+    vectors, items = corrupt(vectors, items)
     np.save(task.output, vectors)
     sidecar_path(task.output).write_text("".join(json.dumps(item) + "\n" for item in items))
     findings = Findings()
@@ -42,7 +42,6 @@ def judged(folder: Path, spoil: Callable[[Vectors, Items], tuple[Vectors, Items]
 
 
 def test_right_output_has_no_findings(tmp_path: Path) -> None:
-    """What is as it should be is not blamed."""
     assert judged(tmp_path, lambda vectors, items: (vectors, items)) == Findings()
 
 
@@ -82,7 +81,7 @@ def _embed_the_poison(vectors: Vectors, items: Items) -> tuple[Vectors, Items]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "finding"),
+    ("corrupt", "finding"),
     [
         (_flip_one_bit, "wrong"),
         (_swap_two_vectors, "wrong"),
@@ -93,11 +92,10 @@ def _embed_the_poison(vectors: Vectors, items: Items) -> tuple[Vectors, Items]:
         (_embed_the_poison, "not_set_aside"),
     ],
 )
-def test_spoiled_output_is_found(
-    spoil: Callable[[Vectors, Items], tuple[Vectors, Items]], finding: str, tmp_path: Path
+def test_corrupted_output_is_found(
+    corrupt: Callable[[Vectors, Items], tuple[Vectors, Items]], finding: str, tmp_path: Path
 ) -> None:
-    """One row is enough for a breach of the right kind."""
-    findings = judged(tmp_path, spoil)
+    findings = judged(tmp_path, corrupt)
 
     assert getattr(findings, finding) > 0
     assert findings.breaches() > 0
