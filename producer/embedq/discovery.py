@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 
 from embedq.errors import NotQuantized, NoWorker, SettingsError, StrictUnavailable, did_you_mean
 from embedq.protocol.contract import Accuracy, Device, Dtype, OnLong, Queue, VectorSpec
-from embedq.protocol.worker import Heartbeat, ModelInfo
+from embedq.protocol.worker import ModelInfo, WorkerStatus
 from embedq.settings import ProducerSettings
 from embedq.store.connection import REDIS_HINT, RedisConnection
 from embedq.store.fleet import find_model, list_live_workers
@@ -31,7 +31,7 @@ from embedq.store.fleet import find_model, list_live_workers
 _COMING = ("healthy", "starting", "probing")
 
 
-def can_serve_strict(worker: Heartbeat) -> bool:
+def can_serve_strict(worker: WorkerStatus) -> bool:
     """Tell whether a worker computes on an NPU, or is on the way to it."""
     if worker.assigned_device != Device.NPU:
         # A worker that has just begun does not know its device yet.
@@ -42,7 +42,7 @@ def can_serve_strict(worker: Heartbeat) -> bool:
 class NpuAvailability:
     """Gives a job up once no NPU has been there, or on its way, for long enough."""
 
-    def __init__(self, fetch: Callable[[], Sequence[Heartbeat]], wait_s: float) -> None:
+    def __init__(self, fetch: Callable[[], Sequence[WorkerStatus]], wait_s: float) -> None:
         """Watch the fleet for one job.
 
         Args:
@@ -75,7 +75,7 @@ class NpuAvailability:
             )
 
 
-def _why(alive: Sequence[Heartbeat]) -> str:
+def _why(alive: Sequence[WorkerStatus]) -> str:
     lost = [worker for worker in alive if worker.assigned_device == Device.NPU]
     if lost:
         return " ".join(
@@ -98,7 +98,7 @@ class QuantizedModelFinder:
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
 
-    def find(self, alive: Sequence[Heartbeat]) -> str:
+    def find(self, alive: Sequence[WorkerStatus]) -> str:
         """Return the name of the quantized model, or nothing as long as there is hope.
 
         Raises:
@@ -319,7 +319,7 @@ class FleetDiscovery:
             self._on_idle()
             broker.client.ping()
 
-        def fetch_alive() -> list[Heartbeat]:
+        def fetch_alive() -> list[WorkerStatus]:
             self._on_idle()
             return list_live_workers(results.client)
 

@@ -45,7 +45,7 @@ def test_nothing_moves_in_a_thousand_inferences(npu: Process) -> None:
         vectors, _, counters = npu.call(embed_there, TEXTS)
         assert np.isfinite(vectors).all()
 
-    assert counters["pointer_changes"] == counters["shape_changes"] == 0
+    assert counters["binds"] == counters["pointer_changes"] == counters["shape_changes"] == 0
 
 
 def test_concurrent_callers_are_served(npu: Process) -> None:

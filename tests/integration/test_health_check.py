@@ -16,7 +16,7 @@ from tests.support.redis import RedisProcess, environment, wait_for
 from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerStatus
 from embedq_worker.main_process import liveness
 
 
@@ -63,9 +63,9 @@ def test_worker_that_hangs_is_stale_and_one_without_broker_lives(
         code, shown = check(worker, "--json")
 
     answer: dict[str, Any] = json.loads(shown)
-    assert well == (0, "stub healthy: lives")
+    assert well == (0, "stub healthy: alive")
     assert "the limit is 3 s" in hung
-    assert (code, answer["well"], answer["ready"]) == (0, True, False)
+    assert (code, answer["alive"], answer["ready"]) == (0, True, False)
     assert answer["workers"][0]["age_s"] < 10
 
 
@@ -85,7 +85,7 @@ def test_worker_that_never_ran_is_unwell(worker: WorkerProcess, tmp_path: Path) 
 def test_worker_tells_what_it_has_computed(worker: WorkerProcess, client: Client) -> None:
     """Texts, tokens and inferences of a job arrive in the heartbeat, and nothing is at work."""
 
-    def told() -> Heartbeat | None:
+    def told() -> WorkerStatus | None:
         beat = worker.heartbeat()
         return beat if beat and beat.totals.get("texts", 0) >= before + 40 else None
 

@@ -29,7 +29,7 @@ from tests.support.workers import WorkerProcess, stub_worker
 from embedq import Client
 from embedq.errors import StrictUnavailable
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerStatus
 from embedq.store.fleet import list_live_workers
 from embedq.testing import stub_vectors
 from embedq_worker import exit_codes
@@ -410,7 +410,7 @@ def test_npu_that_cannot_be_proven(
             "the worker to be degraded",
         )
 
-        assert isinstance(degraded, Heartbeat)
+        assert isinstance(degraded, WorkerStatus)
         assert (degraded.assigned_device, degraded.device) == ("npu", "")
         assert degraded.reason.startswith("Compiling ")
         assert len(worker.lines("device_chosen")) == 1

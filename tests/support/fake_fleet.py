@@ -9,7 +9,7 @@ from redis import Redis
 
 from embedq.observability import status
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import Heartbeat, ModelInfo
+from embedq.protocol.worker import ModelInfo, WorkerStatus
 from embedq.store.fleet import publish_heartbeat
 from embedq.store.ledger import Ledger
 from embedq.store.queues import UNACKED_INDEX_KEY, UNACKED_KEY
@@ -28,7 +28,7 @@ def add_nodes(results: Redis, count: int, **fields: object) -> None:
             "model_info": MODEL_INFO,
             **fields,
         }
-        worker = Heartbeat(f"worker-{number:03}", at=now, state_since=now - 30, pid=1, **known)  # type: ignore[arg-type] # a test's keywords
+        worker = WorkerStatus(f"worker-{number:03}", at=now, state_since=now - 30, pid=1, **known)  # type: ignore[arg-type] # a test's keywords
         publish_heartbeat(results, worker)
 
 

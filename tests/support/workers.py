@@ -48,7 +48,7 @@ class WorkerProcess:
                 start_new_session=True,
             )
 
-    def heartbeat(self) -> worker.Heartbeat | None:
+    def heartbeat(self) -> worker.WorkerStatus | None:
         """Return what this worker last said of itself."""
         alive = fleet.list_live_workers(self._redis)
         return next((heartbeat for heartbeat in alive if heartbeat.worker == self.name), None)

@@ -1,1 +1,1 @@
-"""Celery workers that compute embeddings, one device each."""
+"""The embedq worker: Celery workers that turn texts into vectors, one device each."""

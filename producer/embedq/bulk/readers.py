@@ -1,7 +1,11 @@
-"""Readers of jsonl, csv and txt files, plain or gzipped, that yield one document at a time.
+"""Read jsonl, csv and txt, also compressed, as documents.
 
-A line that cannot be parsed is a bad line: the caller chooses whether to stop or to skip it. A
-document whose text cannot be embedded is not a bad line: it is passed on and fails alone.
+CSV rows with their line numbers; a quote that is never closed costs its own line only.
+
+Documents out of files: jsonl, csv and txt, plain or gzipped, one at a time whatever the size.
+
+A line that cannot be read as a document is a bad line, and the caller decides whether to stop or to
+skip it. A document whose text cannot be embedded is no bad line: it goes on and fails alone.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
@@ -28,22 +31,21 @@ from embedq.protocol.contract import MAX_TEXT_BYTES
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield the number of each row's first line, from 1, and the row or its parse error.
+    """Yield each row, or what is wrong with it, with the number of its first line from 1.
 
-    After an error, parsing continues at the second line of the broken row, because an unclosed
-    quote makes all following lines part of that row. A line of more than csv.field_size_limit
-    characters is an error.
+    Behind a broken row reading goes on at its second line: with an open quote the row has swallowed
+    many good ones, up to csv.field_size_limit characters. A longer line is broken in any case.
     """
     source = iter(lines)
-    pushed_back: deque[str] = deque()
-    row_lines: list[str] = []
+    again: deque[str] = deque()
+    taken: list[str] = []
 
     def supply() -> Iterator[str]:
         while True:
-            line = pushed_back.popleft() if pushed_back else next(source, None)
+            line = again.popleft() if again else next(source, None)
             if line is None:
                 return
-            row_lines.append(line)
+            taken.append(line)
             if len(line) > csv.field_size_limit():
                 raise csv.Error(f"line longer than {csv.field_size_limit():,} characters")
             yield line
@@ -51,39 +53,39 @@ def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]
     rows = csv.reader(supply(), strict=True)
     number = 1
     while True:
-        row_lines.clear()
+        taken.clear()
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             yield number, error
-            pushed_back.extendleft(reversed(row_lines[1:]))
+            again.extendleft(reversed(taken[1:]))
             rows = csv.reader(supply(), strict=True)
             number += 1
             continue
         yield number, row
-        number += len(row_lines)
+        number += len(taken)
 
 
-#: Name that stands for standard input.
+#: Reads standard input.
 STDIN: Final = "-"
 
 
-#: Maximum bytes of one line. JSON escapes make a text up to six times as long.
+#: Most bytes of one line; JSON escapes may make a text of the largest size six times as long.
 MAX_LINE_BYTES: Final = 8 * MAX_TEXT_BYTES
 
 
-#: Input formats, which are also the file name endings.
+#: Input formats by file name ending.
 FORMATS: Final = ("jsonl", "csv", "txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Names of the fields of a jsonl file, or columns of a csv file.
+    """Where a jsonl or csv file keeps what we need.
 
     Attributes:
-        id: field of the id; a document without it gets its line number as id.
+        id: field of the id; a line without it is named by its number.
         text: field of the text.
     """
 
@@ -92,13 +94,13 @@ class Fields:
 
 
 class BadLine(InputError):
-    """A line that cannot be parsed as a document."""
+    """A line that is no document."""
 
     code = "bad_line"
 
     def __init__(self, source: str, line: int, reason: str) -> None:
         super().__init__(
-            f"{source}, line {line:,}: {reason}. Fix the line, or skip such lines with "
+            f"{source}, line {line:,}: {reason}. Mend the line, or skip such lines with "
             "--on-bad-line skip."
         )
 
@@ -108,13 +110,13 @@ _Items = Generator[Document | BadLine, None, None]
 
 @dataclass(slots=True)
 class Reading:
-    """Progress of reading the inputs.
+    """Progress of reading, for display.
 
     Attributes:
-        total_bytes: size of all inputs on disk; 0 if unknown.
-        bytes_done: size of the inputs that were read completely.
-        position: returns the offset in the current input, in bytes.
-        skipped: number of skipped bad lines.
+        total_bytes: size of all inputs on disk, 0 if unknown.
+        bytes_done: of finished inputs.
+        position: tells the offset in the current one.
+        skipped: bad lines left out.
     """
 
     total_bytes: int = 0
@@ -123,21 +125,21 @@ class Reading:
     skipped: int = 0
 
     def fraction(self) -> float | None:
-        """Return the share of all inputs read so far, or None if their size is unknown."""
+        """Return the share of the input read so far, or None if its size is unknown."""
         if not self.total_bytes:
             return None
         return min(1.0, (self.bytes_done + self.position()) / self.total_bytes)
 
 
-def expand(inputs: Sequence[str], exclude: Sequence[Path] = ()) -> list[str]:
-    """Expand globs into sorted file names, in the order of the inputs.
+def expand(inputs: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
+    """Turn arguments into files: names, globs and ``-``, in the order given, globs sorted.
 
     Args:
-        inputs: file names, globs or ``-`` for standard input.
-        exclude: files that globs leave out, such as those of the output.
+        inputs: as given.
+        own: files of the output, which no glob means.
 
     Raises:
-        InputError: a file does not exist, is a folder, or cannot be read.
+        InputError: a name matches nothing, is a folder, or cannot be read.
     """
     found: list[str] = []
     for name in inputs:
@@ -146,21 +148,21 @@ def expand(inputs: Sequence[str], exclude: Sequence[Path] = ()) -> list[str]:
             continue
         matches: list[str] = []
         if glob.has_magic(name) and not Path(name).exists():
-            excluded = {path.resolve() for path in exclude}
-            matches = sorted(m for m in glob.glob(name) if Path(m).resolve() not in excluded)  # noqa: PTH207 # Path.glob takes no absolute pattern
+            ours = {path.resolve() for path in own}
+            matches = sorted(m for m in glob.glob(name) if Path(m).resolve() not in ours)  # noqa: PTH207 # Path.glob takes no absolute pattern
         for path in map(Path, matches or [name]):
             _require_readable(path)
             found.append(str(path))
     if found.count(STDIN) > 1:
-        raise InputError("Standard input (-) is named twice, but can be read only once.")
+        raise InputError("Standard input (-) is named twice; it can be read once.")
     return found
 
 
 def format_of(name: str, given: str | None = None) -> str:
-    """Return the format of an input: as given, else by its ending; standard input is jsonl.
+    """Return the format of an input: as given, or by its ending; standard input is jsonl.
 
     Raises:
-        InputError: the format or ending is unknown.
+        InputError: no such format.
     """
     known = ", ".join(FORMATS)
     if given is not None:
@@ -173,7 +175,7 @@ def format_of(name: str, given: str | None = None) -> str:
     suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
         raise InputError(
-            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, also with .gz. "
+            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, or .gz of one. "
             f"Name the format with --format.{did_you_mean(suffix, list(FORMATS))}"
         )
     return suffix
@@ -190,14 +192,14 @@ def read(
     """Yield the documents of all inputs, in order.
 
     Args:
-        inputs: file names, as returned by expand.
-        fields: names of the id and text fields in jsonl and csv.
-        format: format of every input; by default chosen by the ending.
-        skip_bad_lines: skip and count bad lines instead of raising.
-        reading: progress to update.
+        inputs: as from expand.
+        fields: where jsonl and csv keep id and text.
+        format: of every input; default: by its ending.
+        skip_bad_lines: count and leave out bad lines instead of raising.
+        reading: updated as reading goes on.
 
     Raises:
-        BadLine: a line cannot be parsed, and skip_bad_lines is false.
+        BadLine: a line is no document.
         InputError: a file cannot be read.
     """
     reading = reading if reading is not None else Reading()
@@ -208,11 +210,11 @@ def read(
         parse = parsers[format_of(name, format)]
         source = "standard input" if name == STDIN else name
         with _open(name) as raw:
-            reading.position = partial(_offset, raw)
+            reading.position = _teller(raw)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
             try:
                 if name.endswith(".gz") and not raw.peek(1):
-                    raise EOFError("it is empty; a .gz file has a header")
+                    raise EOFError("it is empty, which no .gz is")
                 with closing(parse(stream, source, fields)) as items:
                     for item in items:
                         if isinstance(item, Document):
@@ -223,8 +225,8 @@ def read(
                             raise item
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise InputError(f"{source}: reading failed ({reason}).") from error
-            if name != STDIN:  # fstat: the file may have been renamed meanwhile
+                raise InputError(f"{source}: cannot be read further ({reason}).") from error
+            if name != STDIN:  # of the file that was read, wherever it is by now
                 reading.position = int
                 reading.bytes_done += os.fstat(raw.fileno()).st_size
 
@@ -237,8 +239,7 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if not line.strip():
             continue
         try:
-            # Decoded here, because json would guess the encoding of bytes.
-            record = json.loads(line.decode("utf-8", "surrogatepass"))
+            record = json.loads(line.decode("utf-8", "surrogatepass"))  # bytes would be guessed at
         except (ValueError, RecursionError) as error:
             yield BadLine(source, number, f"not JSON ({_reason(error)})")
             continue
@@ -255,13 +256,13 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
                 yield Document(name, record[fields.text])
             else:
                 kind = type(name).__name__
-                reason = f"the id ({fields.id!r}, --id-field) is a JSON {kind}, not str or int"
+                reason = f"an id ({fields.id!r}, --id-field) that is a JSON {kind}, not str or int"
                 yield BadLine(source, number, reason)
 
 
 def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     csv.field_size_limit(MAX_LINE_BYTES)
-    # Invalid UTF-8 becomes lone surrogates, so only the texts that contain it fail.
+    # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         rows = csv_rows(_text_lines(text))
@@ -271,11 +272,11 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if header:
             yield from _csv_documents(rows, header, source, fields)
     finally:
-        text.detach()  # the caller closes the stream
+        text.detach()  # the stream belongs to the caller
 
 
 def _text_lines(text: IO[str]) -> Iterator[str]:
-    # A line above the limit is cut one character behind it, so that csv_rows reports it.
+    """Yield lines; of one beyond the limit as much as tells that it is."""
     while line := text.readline(MAX_LINE_BYTES + 1):
         yield line
         while len(line) > MAX_LINE_BYTES and not line.endswith(("\r", "\n")):
@@ -307,15 +308,15 @@ def _csv_documents(
 def _txt(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     for number, line in _lines(stream):
         if line is None:
-            text = "x" * (MAX_TEXT_BYTES + 1)  # fails as too large
+            text = "x" * (MAX_TEXT_BYTES + 1)  # refused as too large
         else:
-            # Invalid UTF-8 becomes lone surrogates, so only this text fails.
+            # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
             text = line.rstrip(b"\r\n").decode(errors="surrogateescape")
         yield Document(number, text, named=False)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    # Yields the line number from 1 and the line, or None for a line above the limit.
+    """Yield (number, line) with the number from 1; None for a line beyond the limit."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
@@ -338,20 +339,22 @@ def _open(name: str) -> io.BufferedReader:
         return Path(name).open("rb")
     except OSError as error:
         raise InputError(
-            f"{name}: {error.strerror}. Restore the file and run the same command again to "
-            "continue."
+            f"{name}: {error.strerror}. Put it back and run the same command again to go on."
         ) from error
 
 
-def _offset(raw: BinaryIO) -> int:
-    return 0 if raw.closed or not raw.seekable() else raw.tell()
+def _teller(raw: BinaryIO) -> Callable[[], int]:
+    def tell() -> int:
+        return 0 if raw.closed or not raw.seekable() else raw.tell()
+
+    return tell
 
 
 def _require_readable(path: Path) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder. Name a file, or a glob such as {path}/*.jsonl")
-        if not path.is_fifo():  # opening and closing a pipe would end its writer
+        if not path.is_fifo():  # the writer of a pipe would take us for its reader
             with path.open("rb"):
                 pass
     except OSError as error:
@@ -359,11 +362,11 @@ def _require_readable(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    # Never quotes the line: texts do not appear in messages.
+    """Say what is wrong with a line of JSON without quoting it."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return "a number with too many digits"
+    return "a number of too many digits"

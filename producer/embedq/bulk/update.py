@@ -1,8 +1,11 @@
-"""`embedq embed --update`: brings a finished output up to date with a changed input.
+"""`embedq embed --update`.
 
-New and changed documents are embedded into a delta output beside the output, which resumes after a
-kill like any other. Then old and new rows are merged in the order of the input and replace the
-output.
+The rows of an output by id and by text, so that an update finds those that it can keep.
+
+`embedq embed --update`: bring a finished output up to date with a changed input.
+
+New and changed documents are embedded into an output of their own, which can be killed and goes on
+like any other. Then old and new rows are merged in the order of the input, and replace the output.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -40,23 +43,23 @@ from embedq.jobs.batches import Document
 from embedq.protocol.contract import VectorSpec
 from embedq.protocol.values import DESCRIPTIONS, ITEM_BYTES, Vectors
 
-#: Returned instead of a row for a document that must be embedded.
+#: Stands for a row that is not there: the document has to be embedded.
 TO_EMBED: Final = -1
 
 
-#: Use of a row of the old output. RowIndex prefers rows with the lowest value.
+#: What became of a row of the old output; rows that may still be given away come first.
 UNUSED, SUPERSEDED, KEPT = 0, 1, 2
 
 
 class RowIndex:
-    """Finds the row of a document in an output by id and text hash, with a database on disk."""
+    """Where each document of an output is, by id and by hash of its text; on disk."""
 
     def __init__(self, path: Path, items: Path) -> None:
-        """Index the items of an output.
+        """Read the items of an output.
 
         Args:
-            path: file of the index, which must not exist.
-            items: file with one JSON object per line, in row order.
+            path: of the index, thrown away with its folder.
+            items: one JSON object a line, in row order.
 
         Raises:
             InputError: the items are damaged.
@@ -70,9 +73,9 @@ class RowIndex:
                 self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, 0)", map(_index_row, lines))
         except (ValueError, KeyError, TypeError, sqlite3.IntegrityError) as error:
             raise InputError(
-                f"{items}: lacks the format that embedq writes. Start over with --restart."
+                f"{items}: is not what embedq wrote. Start over with --restart."
             ) from error
-        # With `use` last, both indexes find an unused row among many equal ones at once.
+        # The use comes last in both, so that the free row of many equal ones is found at once.
         self._db.execute("CREATE INDEX by_id ON rows (id, hash, use)")
         self._db.execute("CREATE INDEX by_hash ON rows (hash, use)")
 
@@ -80,36 +83,32 @@ class RowIndex:
         """Close the index."""
         self._db.close()
 
-    def reset(self) -> None:
-        """Mark all rows as unused."""
+    def forget_use(self) -> None:
+        """Start counting anew."""
         self._db.execute("UPDATE rows SET use = ? WHERE use != ?", (UNUSED, UNUSED))
 
     def count_unused(self) -> int:
-        """Return the number of rows that are neither kept nor superseded."""
+        """Count the rows that no document was found in, nor superseded."""
         (n,) = self._db.execute("SELECT COUNT(*) FROM rows WHERE use = ?", (UNUSED,)).fetchone()
         return int(n)
 
     def find(self, document: Document, digest: str) -> int:
-        """Return the row with the id and the text of a document and mark it kept, or TO_EMBED.
+        """Return the row that holds this text under this id, or TO_EMBED.
 
-        A document without an id in the file is found by its text alone. Equal documents get
-        different rows while there are enough, and then share them.
-
-        Args:
-            document: the document.
-            digest: hash of its text; empty for a refused text.
+        A document that the file gives no id is found by its text alone, wherever it moved. Equal
+        documents are given equal rows in turn, and share them when there are too few.
         """
         if not digest:
             return TO_EMBED
         if document.named:
-            return self._mark("id = ? AND hash = ?", (_key(document.id), digest), KEPT)
-        return self._mark("hash = ?", (digest,), KEPT)
+            return self._use("id = ? AND hash = ?", (_key(document.id), digest), KEPT)
+        return self._use("hash = ?", (digest,), KEPT)
 
     def supersede(self, name: str | int) -> bool:
-        """Mark an unused row of this id as superseded; return False if there is none."""
-        return self._mark("id = ? AND use = 0", (_key(name),), SUPERSEDED) != TO_EMBED
+        """Give up a row of this id for a document that takes its place; False if there is none."""
+        return self._use("id = ? AND use = 0", (_key(name),), SUPERSEDED) != TO_EMBED
 
-    def _mark(self, where: str, values: tuple[str | bytes, ...], use: int) -> int:
+    def _use(self, where: str, values: tuple[str | bytes, ...], use: int) -> int:
         query = f"SELECT row, use FROM rows WHERE {where} ORDER BY use LIMIT 1"
         found = self._db.execute(query, values).fetchone()
         if found is None:
@@ -126,25 +125,27 @@ def _key(name: str | int) -> bytes:
 
 def _index_row(line: str) -> tuple[int, bytes, str]:
     item = json.loads(line)
-    # A failed text has no vector to reuse; find() never matches an empty hash.
+    # A failed text has no vector worth keeping: an empty hash is never found.
     digest = item["text_hash"] if item["status"] == "ok" else ""
     return item["row"], _key(item["id"]), digest
 
 
-#: Number of rows merged at a time.
+#: Rows merged at a time.
 CHUNK_ROWS: Final = 4_096
 
 
-#: Line number in the plan of a document that has an id in its file.
+#: Stands in the plan for a document whose id the file gives; else it is the number of its line.
 NAMED: Final = -1
 
 
-#: Plan entry of one document: its row in the old output or TO_EMBED; its line number or NAMED.
-_PLAN_ENTRY: Final = struct.Struct("<qq")
+#: One document in the plan: its row in the old output, and the number of its line.
+_STEP: Final = struct.Struct("<qq")
 
 
 @dataclass(slots=True)
 class _Counts:
+    """What an update did."""
+
     new: int = 0
     changed: int = 0
     kept: int = 0
@@ -157,52 +158,52 @@ class UpdateRun:
     def __init__(
         self, client: Client, request: EmbedRequest, display: ProgressDisplay, began: float
     ) -> None:
-        """Prepare a run; see EmbedRun for the arguments."""
+        """Prepare a run; arguments as EmbedRun."""
         self._client = client
         self._request = request
         self._display = display
         self._began = began
         self._counts = _Counts()
-        self._last_batch: InputBatch | None = None
+        self._last: InputBatch | None = None
         self._rows = 0
         self._has_read = False
 
     def run(self) -> RunSummary:
-        """Embed new and changed documents, keep unchanged rows and drop removed ones.
+        """Embed what is new or changed, keep the rest, drop what is gone.
 
         Raises:
-            InputError: there is no finished output, or an input or the output cannot be used.
-            InputChanged: the output was made with other settings.
-            QueueUnavailable, NoWorker, ResultError: see Client.encode.
+            InputError: there is no finished output, or it was made with other settings.
+            QueueUnavailable, NoWorker, ResultError: as Client.encode.
         """
         output = self._request.output
         writers.require_writable(output)
         spec = self._request.spec(self._client)
         with lock_output(output), _scratch_folder(output) as scratch:
             fresh = fresh_manifest(self._client, self._request, spec)
-            before = self._finish_old_output(fresh, spec)
+            before = self._finished(fresh, spec)
             old = writers.open_rows(output, scratch, spec.dim, spec.dtype)
             index = RowIndex(scratch / "index", old.items_path)
             with closing(index), (scratch / "plan").open("w+b") as plan:
-                found = (index.count_unused(), old.vectors_path.stat().st_size)
+                held = (index.count_unused(), old.vectors_path.stat().st_size)
                 row_bytes = ITEM_BYTES[spec.dtype] * spec.dim
-                if found != (before.rows, NPY_HEADER_BYTES + row_bytes * before.rows):
+                if held != (before.rows, NPY_HEADER_BYTES + row_bytes * before.rows):
                     raise InputError(
-                        f"{output}: has other rows than its manifest says; another program "
+                        f"{output}: holds other rows than its manifest says; something else "
                         "changed it. Start over with --restart."
                     )
                 delta = self._embed_delta(fresh, index, plan, spec)
                 self._counts.removed = index.count_unused()
                 return self._merge(fresh, old, plan, delta, spec)
 
-    def _finish_old_output(self, fresh: Manifest, spec: VectorSpec) -> Manifest:
+    def _finished(self, fresh: Manifest, spec: VectorSpec) -> Manifest:
+        """Return the manifest of an output whose rows may be mixed with those of this run."""
         output = self._request.output
         before = Manifest.load(manifest_path(output))
         if before is None or not before.embedded:
             raise InputError(
                 f"{output}: no finished output to update. Run the command without --update first."
             )
-        # An update may change the inputs. Other settings would mix incompatible vectors.
+        # Other files or names are what an update is for; other settings would mix vectors.
         before.inputs, before.engine = fresh.inputs, fresh.engine
         before.check_compatible(fresh)
         finish(output, before, spec.dim)
@@ -211,12 +212,12 @@ class UpdateRun:
     def _embed_delta(
         self, fresh: Manifest, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> RunSummary:
+        """Embed what is new or changed, going on from a killed update if it fits."""
         request = replace(self._request, output=writers.delta_path(self._request.output))
 
         def documents(progress: RunProgress) -> Iterator[Document]:
-            return self._documents_to_embed(progress, index, plan, spec)
+            return self._to_embed(progress, index, plan, spec)
 
-        # First resume the delta of a killed update; start over if the input has changed since.
         for restart in (False, True):
             attempt = replace(request, restart=restart)
             run = EmbedRun(self._client, attempt, self._display, self._began, documents=documents)
@@ -230,38 +231,42 @@ class UpdateRun:
         raise RuntimeError("An update neither ended nor failed. This is a bug.")
 
     def _require_rereadable(self, fresh: Manifest) -> None:
-        # A pipe cannot be read again; without the delta, the next run reads it from the beginning.
+        """Check that the inputs can be read from the beginning a second time.
+
+        Raises:
+            InputError: one is a pipe; what stood in its way is gone, so that the next run reads it.
+        """
         for name in fresh.inputs["files"]:
             if name == STDIN or not Path(name).is_file():
-                self._delete_delta(fresh)
+                self._forget_delta(fresh)
                 raise InputError(
-                    f"{'Standard input' if name == STDIN else name}: differs from the input of a "
-                    "killed update, and can be read only once. The files of that update were "
-                    "deleted and the output is unchanged: run the same command again."
+                    f"{'Standard input' if name == STDIN else name}: is not what a killed update "
+                    "had read, and can be read only once. What that update left is deleted and "
+                    "the output is as it was: run the same command again."
                 )
 
-    def _delete_delta(self, fresh: Manifest) -> None:
-        # An empty manifest first: after a kill in the middle, the next run starts over.
+    def _forget_delta(self, fresh: Manifest) -> None:
+        """Delete the delta, in an order in which a kill leaves one that is begun anew."""
         delta = writers.delta_path(self._request.output)
         Manifest(fresh.settings, fresh.inputs, fresh.engine).save(manifest_path(delta))
         PartialFiles(delta).remove()
         for path in (delta, writers.sidecar_path(delta), manifest_path(delta)):
             path.unlink(missing_ok=True)
 
-    def _documents_to_embed(
+    def _to_embed(
         self, progress: RunProgress, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> Iterator[Document]:
-        # Yields the documents that the old output lacks, and writes the plan of all documents.
+        """Yield the documents that the old output lacks, and note for each where its row is."""
         self._has_read = True
         plan.seek(0)
         plan.truncate()
-        index.reset()
-        self._counts, self._rows, self._last_batch = _Counts(), 0, None
+        index.forget_use()
+        self._counts, self._rows, self._last = _Counts(), 0, None
         documents = self._request.documents(progress)
-        for batch in iter_batches(documents, lambda texts: self._client.split(texts, spec)):
-            for document, digest in zip(batch.documents, batch.hashes, strict=True):
+        for piece in iter_batches(documents, lambda texts: self._client.split(texts, spec)):
+            for document, digest in zip(piece.documents, piece.hashes, strict=True):
                 row = index.find(document, digest)
-                plan.write(_PLAN_ENTRY.pack(row, NAMED if document.named else int(document.id)))
+                plan.write(_STEP.pack(row, NAMED if document.named else int(document.id)))
                 if row == TO_EMBED:
                     replaces = document.named and index.supersede(document.id)
                     self._counts.changed += replaces
@@ -269,8 +274,8 @@ class UpdateRun:
                     yield document
                 else:
                     self._counts.kept += 1
-            self._rows += len(batch.documents)
-            self._last_batch = batch
+            self._rows += len(piece.documents)
+            self._last = piece
 
     def _merge(
         self,
@@ -281,42 +286,48 @@ class UpdateRun:
         spec: VectorSpec,
     ) -> RunSummary:
         output = self._request.output
-        writer = PartialWriter(output, manifest)
+        spool = PartialWriter(output, manifest)
         try:
-            _merge_rows(writer, manifest, old, plan, writers.delta_path(output), spec.dim)
-            manifest.vectors_bytes, manifest.items_bytes = writer.sync()
+            _merge_rows(spool, manifest, old, plan, writers.delta_path(output), spec.dim)
+            manifest.vectors_bytes, manifest.items_bytes = spool.sync()
         finally:
-            writer.close()
+            spool.close()
         manifest.rows, manifest.skipped = self._rows, delta.skipped_lines
-        if (last := self._last_batch) is not None:
-            manifest.batches, manifest.digest = last.slice.index + 1, last.digest
+        if self._last is not None:
+            manifest.batches, manifest.digest = self._last.slice.index + 1, self._last.digest
         written = finish(output, manifest, spec.dim)
-        self._delete_delta(manifest)
+        self._forget_delta(manifest)
         return replace(
             delta,
             **{name: manifest.counts[name] for name in COUNTS},  # type: ignore[arg-type] # mypy sees one type for all fields
             total=manifest.rows,
             outputs=[str(path) for path in written],
-            updated=asdict(self._counts),
+            updated={
+                "new": self._counts.new,
+                "changed": self._counts.changed,
+                "kept": self._counts.kept,
+                "removed": self._counts.removed,
+            },
         )
 
 
 @contextmanager
 def _scratch_folder(output: Path) -> Iterator[Path]:
+    """Make a folder beside the output, in the place of one that a killed run left."""
     path = output.with_name(output.name + ".update")
     with writing(path):
-        shutil.rmtree(path, ignore_errors=True)  # left by a killed run
+        shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
     try:
-        with writing(path), _translate_full_disk():
+        with writing(path), _full_index():
             yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _translate_full_disk() -> Iterator[None]:
-    # sqlite reports a full disk with its own error, which writing() does not know.
+def _full_index() -> Iterator[None]:
+    """Say of the index, too, that the disk is full; sqlite has an error of its own for that."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -326,13 +337,14 @@ def _translate_full_disk() -> Iterator[None]:
 
 
 def _merge_rows(
-    writer: PartialWriter,
+    spool: PartialWriter,
     manifest: Manifest,
     old: writers.Unpacked,
     plan: BinaryIO,
     delta: Path,
     dim: int,
 ) -> None:
+    """Write old and new rows into the spool in the order of the plan."""
     old_vectors, new_vectors = _rows_of(old.vectors_path), _rows_of(delta)
     offsets = _line_offsets(old.items_path)
     new_row = 0
@@ -341,11 +353,11 @@ def _merge_rows(
         old.items_path.open("rb") as old_items,
         writers.sidecar_path(delta).open("rb") as new_items,
     ):
-        while chunk := plan.read(_PLAN_ENTRY.size * CHUNK_ROWS):
-            shape = (len(chunk) // _PLAN_ENTRY.size, dim)
-            merged: Vectors = np.empty(shape, DESCRIPTIONS[manifest.dtype])
+        while chunk := plan.read(_STEP.size * CHUNK_ROWS):
+            kind = DESCRIPTIONS[manifest.dtype]
+            merged: Vectors = np.empty((len(chunk) // _STEP.size, dim), kind)
             lines = []
-            for at, (row, number) in enumerate(_PLAN_ENTRY.iter_unpack(chunk)):
+            for at, (row, number) in enumerate(_STEP.iter_unpack(chunk)):
                 if row == TO_EMBED:
                     merged[at] = new_vectors[new_row]
                     line = new_items.readline()
@@ -354,15 +366,15 @@ def _merge_rows(
                     merged[at] = old_vectors[row]
                     old_items.seek(int(offsets[row]))
                     line = old_items.readline()
-                lines.append(_count_and_renumber(line, number, manifest))
-            writer.write(merged, lines)
+                lines.append(_renumbered(line, number, manifest))
+            spool.write(merged, lines)
 
 
-def _count_and_renumber(line: bytes, number: int, manifest: Manifest) -> str:
+def _renumbered(line: bytes, number: int, manifest: Manifest) -> str:
     item: dict[str, Any] = json.loads(line)
     item["row"] = manifest.rows
     if number != NAMED:
-        item["id"] = number  # the current line of the text
+        item["id"] = number  # the line that the text is on now
     manifest.rows += 1
     manifest.tokens += item["n_tokens"]
     manifest.counts[item["status"]] += 1
@@ -373,13 +385,13 @@ def _count_and_renumber(line: bytes, number: int, manifest: Manifest) -> str:
 
 def _rows_of(path: Path) -> Vectors:
     if path.stat().st_size <= NPY_HEADER_BYTES:
-        return np.empty((0, 0), np.float32)  # an empty file cannot be mapped
+        return np.empty((0, 0), np.float32)  # nothing to map
     vectors: Vectors = np.load(path, mmap_mode="r")
     return vectors
 
 
 def _line_offsets(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
-    # int64 [n]: only eight bytes per row, so that memory stays small for large outputs.
+    """Return where each line of a file begins, int64 [n]; eight bytes a row is all that grows."""
     with path.open("rb") as lines:
         lengths = np.fromiter((len(line) for line in lines), np.int64)
     return np.cumsum(lengths) - lengths

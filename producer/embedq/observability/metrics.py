@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from embedq.observability.status import FleetStatus, JobStatus
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerStatus
 
 #: Most workers that have series of their own, by name; all of them are counted in embedq_workers.
 MOST_WORKERS: Final = 256
@@ -252,7 +252,7 @@ def fleet_samples(found: FleetStatus) -> Iterator[Sample]:
 
 
 def _of_workers(found: FleetStatus) -> Iterator[Sample]:
-    states = Counter(worker.state for worker in found.workers)
+    states = Counter(str(worker.state) for worker in found.workers)
     for state in STATES:
         yield Sample("embedq_workers", (state,), states[state])
     yield Sample("embedq_workers", (SILENT,), len(found.silent))
@@ -265,7 +265,7 @@ def _of_workers(found: FleetStatus) -> Iterator[Sample]:
         yield Sample("embedq_worker_last_beat_timestamp_seconds", (name,), at)
 
 
-def _of_worker(worker: Heartbeat) -> Iterator[Sample]:
+def _of_worker(worker: WorkerStatus) -> Iterator[Sample]:
     name = (worker.worker,)
     model = worker.model_info.label if worker.model_info else ""
     info = (*name, worker.assigned_device, worker.device, worker.engine, worker.precision, model)
@@ -281,7 +281,7 @@ def _of_worker(worker: Heartbeat) -> Iterator[Sample]:
     yield Sample("embedq_worker_infer_seconds", name, seconds, count)
 
 
-def _code(worker: Heartbeat) -> str:
+def _code(worker: WorkerStatus) -> str:
     if worker.code and len(worker.code) <= _LONGEST_CODE and worker.code.isidentifier():
         return worker.code
     return OTHER_REASON if worker.reason else NO_REASON

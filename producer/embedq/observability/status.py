@@ -21,7 +21,7 @@ from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import LARGEST, Heartbeat, strip_control_chars
+from embedq.protocol.worker import LARGEST, WorkerStatus, strip_control_chars
 from embedq.store.dead_letters import DEAD_KEY
 from embedq.store.fleet import (
     FORGET_S,
@@ -164,7 +164,7 @@ class FleetStatus:
     """
 
     at: float
-    workers: list[Heartbeat]
+    workers: list[WorkerStatus]
     queues: dict[str, int]
     in_hand: int
     oldest_lease_s: float
@@ -244,7 +244,7 @@ def _ask_results(results: Redis, now: float) -> list[Any]:
 
 def _ask_details(
     results: Redis, names: Sequence[str], known: list[tuple[bytes, float]], now: float
-) -> tuple[list[Heartbeat], list[JobStatus]]:
+) -> tuple[list[WorkerStatus], list[JobStatus]]:
     """Return the living workers, and the living jobs, oldest first."""
     if not names and not known:
         return [], []

@@ -1,8 +1,7 @@
-"""What a worker says of itself: model, state, heartbeat.
+"""What a worker publishes about itself: the model it serves and its status.
 
-Records that others wrote into Redis: types checked, words fit for a terminal. Pure.
-
-The card of a model: what its workers announce of it, so that a producer needs no model file.
+Both are read from Redis by processes that may be older or newer than their writer, so every field
+is checked for its type and texts are stripped of control characters. Pure: no I/O, no clock.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import msgpack
 
 from embedq.errors import MalformedMessage
 
-#: Most characters of a field that is shown.
+#: Longest text field kept, characters.
 LONGEST: Final = 2_000
 
 
-#: Largest number, in size: times in seconds stay within what calendars know.
+#: Largest absolute value of a number; times in seconds stay within the range of calendars.
 LARGEST: Final = 1e12
 
 
@@ -37,17 +36,18 @@ _TYPES: Final[Mapping[object, tuple[type, ...]]] = {
 
 
 def strip_control_chars(text: str) -> str:
-    """Return a text without what moves a cursor or ends a line, and not too long."""
+    """Replace control characters, which could move a terminal's cursor, and cut to LONGEST."""
     return _CONTROLS.sub(" ", text[:LONGEST])
 
 
 def validate_fields(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those fields of a body that a dataclass knows, each of the type that it says.
+    """Return the fields of a message that a dataclass declares, with their types checked.
 
-    Texts come back plain, but for those that the class keeps out of its repr: they are content.
+    Control characters are stripped from texts, except where the field is excluded from the
+    dataclass's repr: those are user content.
 
     Raises:
-        TypeError: a field is of another type, or no number to work with.
+        TypeError: a field has the wrong type or a number is out of bounds.
     """
     found = {}
     for known in fields(kind):
@@ -70,19 +70,18 @@ MAX_DIM: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a worker announces of the model it serves, so that the SDK needs no model file.
+    """The model that a worker serves. The SDK reads it here and needs no model file.
 
     Attributes:
-        label: what ``EMBEDQ_MODEL`` says on the worker, with its revision; a name, never an
-            identity.
+        label: the worker's ``EMBEDQ_MODEL`` with its revision; for display, never an identity.
         identity: sha256 in hex of weights, tokenizer and configuration.
         dim: components of a vector.
-        max_length: tokens the model takes, special tokens included.
+        max_length: longest input in tokens, special tokens included.
         pooling: ``mean`` or ``cls``.
         normalized: vectors have unit length.
         prompts: name -> text put before each input.
-        default_prompt: the name used when the caller names none; empty for none.
-        quantized: name of the quantized model for class ``int8``; empty where there is none.
+        default_prompt: name of the prompt used when the caller names none; empty for none.
+        quantized: name of the quantized model that serves class ``int8``; empty for none.
     """
 
     label: str
@@ -96,33 +95,35 @@ class ModelInfo:
     quantized: str = ""
 
     def to_message(self) -> bytes:
-        """Encode the card as msgpack."""
+        """Encode as msgpack."""
         return bytes(msgpack.packb(asdict(self)))
 
     @classmethod
     def from_message(cls, raw: bytes) -> ModelInfo:
-        """Decode a card.
+        """Decode; fields of a newer version are ignored.
 
         Raises:
-            MalformedMessage: the bytes are not a card of this version.
+            MalformedMessage: the bytes are not a ModelInfo.
         """
         try:
             return cls.from_body(msgpack.unpackb(raw))
         except Exception as error:
-            raise MalformedMessage(f"A model card of {len(raw):,} bytes is unreadable.") from error
+            raise MalformedMessage(
+                f"Model info of {len(raw):,} bytes cannot be decoded."
+            ) from error
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> ModelInfo:
-        """Take a card from an unpacked message; fields of a newer version are ignored.
+        """Build from an unpacked message; fields of a newer version are ignored.
 
         Raises:
-            TypeError, AttributeError: it is none.
+            TypeError, AttributeError: a field is missing, out of bounds or of the wrong type.
         """
         model_info = cls(**validate_fields(cls, body))
         if not all(
             isinstance(word, str) for prompt in model_info.prompts.items() for word in prompt
         ):
-            raise TypeError("A prompt is no text.")
+            raise TypeError("A prompt is not a text.")
         if not 0 < model_info.dim <= MAX_DIM or model_info.max_length < 1:
             raise TypeError(
                 f"A vector of {model_info.dim:,} components, {model_info.max_length:,} tokens."
@@ -130,75 +131,79 @@ class ModelInfo:
         return model_info
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """What a worker says of itself.
-
-    Attributes:
-        worker: name, the same over restarts.
-        state: starting, healthy, degraded, probing or failed.
-        reason: why, when it is not healthy.
-        since: Unix time of the last change of state, in seconds.
-        device, engine, precision: what computes here.
-        home: the device that the worker is for; another than `device` while it is degraded.
-        may_return: a degraded NPU will be tried again.
-        model_info: the model served, or None while there is none.
-        code: why it is not healthy, in a word.
-        count: how often its NPU was given up in a row.
-        probe_at: Unix time at which its NPU is tried again, in seconds; 0 if none is planned.
-        at: Unix time of this heartbeat, in seconds.
-        pid: of the worker's parent process.
-        totals: what its child has computed since it began; names and numbers that only rise.
-    """
-
-    worker: str
-    state: str
-    at: float
-    state_since: float
-    pid: int
-    reason: str = ""
-    device: str = ""
-    engine: str = ""
-    precision: str = ""
-    model_info: ModelInfo | None = None
-    assigned_device: str = ""
-    will_retry: bool = False
-    code: str = ""
-    totals: dict[str, float] = field(default_factory=dict)
-    failure_count: int = 0
-    next_probe_at: float = 0.0
-
-    def to_message(self) -> bytes:
-        """Encode as msgpack."""
-        return bytes(msgpack.packb(asdict(self)))
-
-    @classmethod
-    def from_message(cls, raw: bytes) -> Heartbeat:
-        """Decode a heartbeat; fields of a newer version are ignored.
-
-        Raises:
-            MalformedMessage: the bytes are not a heartbeat.
-        """
-        try:
-            body = validate_fields(cls, msgpack.unpackb(raw))
-            model_info = body.pop("model_info", None)
-            totals = body.pop("totals", {})
-            if not all(isinstance(total, int | float) for total in totals.values()):
-                raise TypeError("A total is no number.")
-            return cls(
-                **body,
-                totals=totals,
-                model_info=ModelInfo.from_body(model_info) if model_info else None,
-            )
-        except Exception as error:
-            raise MalformedMessage(f"A heartbeat of {len(raw):,} bytes is unreadable.") from error
-
-
 class WorkerState(StrEnum):
-    """States of a worker."""
+    """States of a worker; docs/device-health.md draws the transitions."""
 
     STARTING = "starting"
     HEALTHY = "healthy"
     DEGRADED = "degraded"
     PROBING = "probing"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """State of one worker: its status file, and its heartbeat in Redis.
+
+    The pool process writes the status file; the main process merges it with the device's health
+    and publishes the result.
+
+    Attributes:
+        worker: name, the same after a restart.
+        state: see WorkerState.
+        state_since: Unix time of the last change of state, seconds.
+        pool_pid: process id of the pool process; 0 for none.
+        pid: process id of the main process.
+        at: Unix time of the heartbeat, seconds.
+        reason, code: why the worker is not healthy, as a sentence and as one word.
+        device, engine, precision: where batches are computed; empty while none are.
+        assigned_device: device the worker was started for; differs from `device` while degraded.
+        will_retry: a degraded NPU will be probed again.
+        model_info: the model served, or None while no engine is open.
+        failure_count: how often the NPU has failed in a row.
+        next_probe_at: Unix time of the next probe, seconds; 0 while none is scheduled.
+        busy_since: monotonic time at which the running engine call started, seconds; 0 for none.
+        inference_s: duration of an NPU inference when the device was new, seconds; 0 if unknown.
+        totals: counters since the pool process started, by name.
+    """
+
+    worker: str
+    state: WorkerState
+    state_since: float
+    pool_pid: int = 0
+    pid: int = 0
+    at: float = 0.0
+    reason: str = ""
+    code: str = ""
+    device: str = ""
+    engine: str = ""
+    precision: str = ""
+    assigned_device: str = ""
+    will_retry: bool = False
+    model_info: ModelInfo | None = None
+    failure_count: int = 0
+    next_probe_at: float = 0.0
+    busy_since: float = 0.0
+    inference_s: float = 0.0
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+    def to_message(self) -> bytes:
+        """Encode as msgpack."""
+        return bytes(msgpack.packb(asdict(self)))
+
+    @classmethod
+    def from_message(cls, raw: bytes) -> WorkerStatus:
+        """Decode; fields of a newer version are ignored.
+
+        Raises:
+            MalformedMessage: the bytes are not a WorkerStatus.
+        """
+        try:
+            body = validate_fields(cls, msgpack.unpackb(raw))
+            model_info = body.pop("model_info", None)
+            if not all(isinstance(total, int | float) for total in body.get("totals", {}).values()):
+                raise TypeError("A total is not a number.")
+            body["state"] = WorkerState(body["state"])
+            return cls(**body, model_info=ModelInfo.from_body(model_info) if model_info else None)
+        except Exception as error:
+            raise MalformedMessage(f"A status of {len(raw):,} bytes cannot be decoded.") from error

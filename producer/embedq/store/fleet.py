@@ -18,7 +18,7 @@ import msgpack
 from redis import Redis
 
 from embedq.errors import MalformedMessage, NoWorker
-from embedq.protocol.worker import Heartbeat, ModelInfo, strip_control_chars
+from embedq.protocol.worker import ModelInfo, WorkerStatus, strip_control_chars
 
 #: Hash: worker -> its last order.
 COMMANDS_KEY: Final = "embedq:orders"
@@ -118,7 +118,7 @@ ALIVE_S: Final = 15.0
 FORGET_S: Final = 86_400.0
 
 
-def publish_heartbeat(redis: Redis, heartbeat: Heartbeat) -> None:
+def publish_heartbeat(redis: Redis, heartbeat: WorkerStatus) -> None:
     """Write a worker's heartbeat; it fades by itself."""
     pipe = redis.pipeline(transaction=False)
     pipe.set(worker_key(heartbeat.worker), heartbeat.to_message(), ex=int(ALIVE_S))
@@ -141,7 +141,7 @@ def list_workers(redis: Redis) -> list[str]:
     return [name.decode(errors="replace") for name in names]
 
 
-def list_live_workers(redis: Redis) -> list[Heartbeat]:
+def list_live_workers(redis: Redis) -> list[WorkerStatus]:
     """Return the last heartbeat of every living worker, by name."""
     names = list_workers(redis)
     if not names:
@@ -150,19 +150,19 @@ def list_live_workers(redis: Redis) -> list[Heartbeat]:
     return decode_heartbeats(raws)
 
 
-def decode_heartbeats(raws: Iterable[object]) -> list[Heartbeat]:
+def decode_heartbeats(raws: Iterable[object]) -> list[WorkerStatus]:
     """Return the heartbeats that can be read, by name; None stands for one that faded."""
     alive = []
     for raw in raws:
         if isinstance(raw, bytes):  # and not the error of a key that holds something else
             try:
-                alive.append(Heartbeat.from_message(raw))
+                alive.append(WorkerStatus.from_message(raw))
             except MalformedMessage:
                 continue  # a worker of another version: it is alive, but we cannot read it
     return sorted(alive, key=lambda heartbeat: heartbeat.worker)
 
 
-def find_model(alive: Sequence[Heartbeat], model: str) -> ModelInfo | None:
+def find_model(alive: Sequence[WorkerStatus], model: str) -> ModelInfo | None:
     """Return the card of the model that was asked for, if a living worker serves it.
 
     Args:

@@ -15,7 +15,7 @@ from tests.support.redis import DEADLINE_S, RedisProcess, environment, wait_for
 from tests.support.workers import WorkerProcess
 
 from embedq import Client
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerStatus
 from embedq.testing import stub_vectors
 from embedq_worker import exit_codes
 from embedq_worker.engines.stub import FaultScript
@@ -41,10 +41,10 @@ class Npu(WorkerProcess):
         script = {"EMBEDQ_STUB_FAULTS": os.fspath(folder / f"{name}.faults")}
         super().__init__(redis, folder, name, **{**QUICK, **script, **settings})
 
-    def wait_state(self, *states: str, device: str | None = None) -> Heartbeat:
+    def wait_state(self, *states: str, device: str | None = None) -> WorkerStatus:
         """Wait until the worker says that it is in one of these states, and computes there."""
 
-        def look() -> Heartbeat | None:
+        def look() -> WorkerStatus | None:
             found = self.heartbeat()
             if found is None or found.state not in states:
                 return None

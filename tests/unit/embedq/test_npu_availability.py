@@ -10,20 +10,18 @@ from redis.exceptions import ConnectionError as Gone
 from embedq import Client
 from embedq.discovery import NpuAvailability, can_serve_strict
 from embedq.errors import NoWorker, SettingsError, StrictUnavailable
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq.settings import ProducerSettings
 
 
 def worker(
     state: str = "healthy", home: str = "npu", device: str = "npu", *, may_return: bool = False
-) -> Heartbeat:
+) -> WorkerStatus:
     """Return what a worker says of itself."""
-    return Heartbeat(
+    return WorkerStatus(
         "n",
-        state,
-        at=0,
+        WorkerState(state),
         state_since=0,
-        pid=1,
         assigned_device=home,
         device=device,
         reason="It lied.",
@@ -45,7 +43,7 @@ def worker(
         (worker(home="", device="cpu"), False),
     ],
 )
-def test_workers_that_are_worth_waiting_for(heartbeat: Heartbeat, serves: bool) -> None:
+def test_workers_that_are_worth_waiting_for(heartbeat: WorkerStatus, serves: bool) -> None:
     """An NPU that serves, comes up or will be tried again; never a CPU."""
     assert can_serve_strict(heartbeat) is serves
 
@@ -72,9 +70,9 @@ def test_job_waits_while_an_npu_may_come() -> None:
 
 def test_redis_that_is_gone_is_no_missing_npu() -> None:
     """Whoever cannot ask does not know."""
-    answers: list[Sequence[Heartbeat] | Exception] = [[], Gone("down"), []]
+    answers: list[Sequence[WorkerStatus] | Exception] = [[], Gone("down"), []]
 
-    def fetch() -> Sequence[Heartbeat]:
+    def fetch() -> Sequence[WorkerStatus]:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer

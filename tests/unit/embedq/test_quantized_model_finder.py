@@ -8,16 +8,16 @@ from embedq import Client
 from embedq.discovery import QuantizedModelFinder
 from embedq.errors import NotQuantized, SettingsError
 from embedq.protocol.contract import Accuracy, VectorSpec
-from embedq.protocol.worker import Heartbeat, ModelInfo
+from embedq.protocol.worker import ModelInfo, WorkerState, WorkerStatus
 from embedq.testing import stub_vectors
 
 MODEL_INFO = ModelInfo("m", "ab" * 32, 8, 16)
 
 
-def worker(name: str, quantized: str = "", state: str = "healthy") -> Heartbeat:
+def worker(name: str, quantized: str = "", state: str = "healthy") -> WorkerStatus:
     """Return what a worker says of itself."""
     model_info = ModelInfo("m", "ab" * 32, 8, 16, quantized=quantized)
-    return Heartbeat(name, state, at=0, state_since=0, pid=1, model_info=model_info)
+    return WorkerStatus(name, WorkerState(state), state_since=0, model_info=model_info)
 
 
 def test_workers_with_a_copy_are_found_among_others() -> None:

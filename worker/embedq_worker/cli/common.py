@@ -67,6 +67,11 @@ def load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
         fail(error)
 
 
+def exit_code(error: BaseException) -> int:
+    """Return the exit code for an error."""
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1)
+
+
 def fail(error: EmbedqError) -> NoReturn:
     """End the command with the sentence of an error and the exit code of its kind."""
     exit_with_error("embedq-worker", error, _CODES)

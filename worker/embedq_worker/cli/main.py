@@ -1,6 +1,6 @@
 """embedq-worker start, warm, quantize, settings.
 
-`embedq-worker warm | quantize`: prepare a model for this machine.
+`embedq-worker warm | quantize | trace-binding`: prepare a model for this machine.
 
 What computes is imported by the command that needs it, so that `--help` stays quick.
 
@@ -10,6 +10,7 @@ What computes is imported by the command that needs it, so that `--help` stays q
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import NoReturn
@@ -19,43 +20,53 @@ import click
 from embedq.cli.common import exit_on_windows, print_settings
 from embedq.errors import EmbedqError
 from embedq_worker import exit_codes, process
-from embedq_worker.cli.common import EPILOG, export, fail, load, model_options
+from embedq_worker.cli.common import EPILOG, exit_code, export, fail, load, model_options
 from embedq_worker.cli.operations import check, degrade, devices, health, pause, recover, resume
+from embedq_worker.errors import FailureReason, describe
 from embedq_worker.settings import LogLevel, WorkerSettings
 
 
 @click.command(epilog=EPILOG)
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
-def warm(as_json: bool, **options: str | None) -> None:
-    """Compile the model for the device and prove it, so that the next start finds it done."""
+@click.option("--probe", type=int, default=0, hidden=True, metavar="PID")
+def warm(as_json: bool, probe: int, **options: str | None) -> None:
+    """Compile the model for the device and verify it, so that the next start is fast."""
     settings = load(options)
     process.send_native_to_stderr()
-    from embedq_worker.device.placement import choose_placement
     from embedq_worker.inference import opener
 
+    if probe:  # started by a worker's main process, to find out whether its NPU works again
+        process.set_up(str(settings.log_level))
+        process.die_with_parent()
+        if os.getppid() != probe:  # it died before the line above
+            sys.exit(exit_codes.FAILURE)
     began = time.monotonic()
+    code = exit_codes.OK
     try:
-        placement = choose_placement(settings)
-        claim = opener.claim_device(settings, placement)
-        opened = opener.open_placed(settings, placement)
-    except EmbedqError as error:
-        fail(error)
-    engine = opened.standard.engine
-    shown = {
-        "model": opened.model_info.label,
-        "engine": engine.name,
-        "device": str(engine.device),
-        "precision": str(engine.precision),
-        "seconds": round(time.monotonic() - began, 2),
-    }
-    opened.close()
-    if claim is not None:
-        claim.release()
+        model, engine = opener.warm(settings, npu_only=bool(probe))
+        shown = {
+            "model": model.label,
+            "engine": engine.name,
+            "device": str(engine.device),
+            "precision": str(engine.precision),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+    except Exception as error:
+        if not as_json:
+            if isinstance(error, EmbedqError):
+                fail(error)
+            raise
+        word, reason = describe(error, FailureReason.INIT_FAILED)
+        shown, code = {"code": word, "reason": reason}, exit_code(error)
     if as_json:
         click.echo(json.dumps(shown))
-        return
-    click.echo("{model} is ready: {engine} on {device}, {precision} ({seconds} s)".format(**shown))
+    else:
+        line = "{model} is ready: {engine} on {device}, {precision} ({seconds} s)"
+        click.echo(line.format(**shown))
+    if probe:
+        os._exit(code)  # the clean-up of a runtime whose device is gone may hang
+    sys.exit(code)
 
 
 @click.command(epilog=EPILOG)
@@ -106,6 +117,29 @@ def quantize(
     sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
 
 
+@click.command("trace-binding", epilog=EPILOG)
+@model_options
+@click.option("--inferences", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None:
+    """Count how often the NPU's tensors moved and its command lists changed; best is never."""
+    settings = load(options)
+    from embedq_worker.cli import trace_binding as trace_binding_module
+    from embedq_worker.device.placement import choose_placement
+    from embedq_worker.inference import opener
+
+    try:
+        placement = choose_placement(settings)
+        claim = opener.claim_device(settings, placement)
+        found = trace_binding_module.trace(settings, placement.device, inferences)
+    except EmbedqError as error:
+        fail(error)
+    if claim is not None:
+        claim.release()
+    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+    sys.exit(exit_codes.OK if found.is_pinned else exit_codes.CHECK)
+
+
 #: What the extra `cpu` brings and every worker imports.
 _OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
 
@@ -121,7 +155,7 @@ def cli() -> None:
 
 for _command in (
     *(check, devices, health),
-    *(quantize, warm),
+    *(quantize, trace_binding, warm),
     *(degrade, pause, recover, resume),
 ):
     cli.add_command(_command)
@@ -151,9 +185,7 @@ def start(
     try:
         if part:
             start_module.configure_part(part)
-        code = start_module.start(
-            WorkerSettings.load(), attempt=attempt, npu_disabled_reason=npu_off
-        )
+        code = start_module.start(WorkerSettings.load(), attempt=attempt, npu_off=npu_off)
     except EmbedqError as error:
         fail(error)
     sys.exit(code)

@@ -22,10 +22,11 @@ from typing import Final
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Device, Precision
+from embedq.protocol.worker import ModelInfo
 from embedq.testing import stub_vectors
 from embedq_worker.device.discovery import verify_opened
-from embedq_worker.device.placement import DeviceLock, Placement, acquire
-from embedq_worker.engines.base import AnyTokenizer
+from embedq_worker.device.placement import DeviceLock, Placement, acquire, choose_placement
+from embedq_worker.engines.base import AnyTokenizer, Engine
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.engines.model_cache import QuantizedModel, QuantizedModelStore
 from embedq_worker.engines.stub import (
@@ -35,7 +36,7 @@ from embedq_worker.engines.stub import (
     StubTokenizer,
     stub_model_info,
 )
-from embedq_worker.errors import DeviceError, EngineError, FailureReason, NotQuantized
+from embedq_worker.errors import DeviceError, EngineError, FailureReason, NoDevice, NotQuantized
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import CANARY_TEXT, Canary, Embedder
 from embedq_worker.inference.selection import (
@@ -93,6 +94,7 @@ class EngineOpener:
         options = NpuOptions(
             target=TARGETS[settings.npu_emulation],
             requests=settings.npu_requests,
+            binding=settings.npu_binding,
             commandlist_mode=str(settings.npu_commandlist_mode or ""),
             properties=settings.npu_properties,
             compile_timeout_s=settings.compile_timeout_s,
@@ -348,3 +350,27 @@ def open_placed(
             opened.close()
             raise
     return opened
+
+
+def warm(settings: WorkerSettings, *, npu_only: bool) -> tuple[ModelInfo, Engine]:
+    """Open and verify the engine once, so that its compiled model is cached, and close it.
+
+    Args:
+        settings: of the worker.
+        npu_only: refuse to open the CPU in place of an NPU.
+
+    Raises:
+        NoDevice: `npu_only`, and there is no NPU.
+        DeviceBusy, ModelError, EngineError: as claim_device and open_placed.
+    """
+    placement = choose_placement(settings, wait_s=LOCK_TIMEOUT_S if npu_only else 0.0)
+    if npu_only and placement.assigned_device is not Device.NPU:
+        raise NoDevice(placement.reason)
+    lock = claim_device(settings, placement)
+    try:
+        opened = open_placed(settings, placement)
+        opened.close()
+        return opened.model_info, opened.standard.engine
+    finally:
+        if lock is not None:
+            lock.release()

@@ -16,32 +16,28 @@ from embedq_worker.main_process.bootsteps import (
     LivenessStep,
 )
 from embedq_worker.main_process.consumer import PoolMaintenanceStep, QueueConsumptionStep
+from embedq_worker.main_process.controller import WorkerContext, WorkerController
 from embedq_worker.settings import WorkerSettings
 
-
-def add_steps(app: Any) -> None:
-    """Add the steps to an app."""
-    app.steps["consumer"].update(
-        (
-            QueueConsumptionStep,
-            LeaseRenewalStep,
-            PoolMaintenanceStep,
-            HeartbeatStep,
-            ControlStep,
-            LivenessStep,
-        )
-    )
+STEPS = (
+    QueueConsumptionStep,
+    LeaseRenewalStep,
+    PoolMaintenanceStep,
+    HeartbeatStep,
+    ControlStep,
+    LivenessStep,
+)
 
 
 def build_app(settings: WorkerSettings) -> Celery:
-    """Build the app of a worker from its settings."""
+    """Build the app of a worker; `app.conf.embedq` is its WorkerContext."""
     transport.install()
     app = Celery("embedq_worker", set_as_current=True)
     app.conf.update(_options(settings))
-    app.conf.embedq = settings
-    # What answers `celery inspect` and Flower must be readable with Celery's defaults.
+    app.conf.embedq = WorkerContext(settings, WorkerController(settings, None))
+    # Flower and `celery inspect` must be able to decode the answers with Celery's defaults.
     app.control.mailbox.serializer = "json"  # type: ignore[attr-defined] # not in celery-types
-    add_steps(app)
+    app.steps["consumer"].update(STEPS)
     return app
 
 
@@ -54,33 +50,33 @@ def _options(settings: WorkerSettings) -> dict[str, Any]:
         "worker_consumer": "embedq_worker.main_process.consumer:Consumer",
         "task_queues": [KombuQueue(str(name)) for name in Queue],
         "task_default_queue": str(Queue.CPU),
-        # A typo in a queue name must raise, not create a queue that nobody reads.
+        # A misspelled queue name must raise, not create a queue that no worker consumes.
         "task_create_missing_queues": False,
-        # A batch leaves Redis when it is committed, not when it is received.
+        # A batch is acknowledged when it is committed, not when it is received.
         "task_acks_late": True,
-        # A hung engine is a fault of the device, not an answer to the batch.
+        # A batch whose engine call timed out is requeued: the device is at fault.
         "task_acks_on_timeout": False,
-        # A child that dies under a batch: the batch comes back, counted; the ledger counts as well.
+        # Requeue the batch of a pool process that died; Celery and the ledger count the attempts.
         "task_retry_on_worker_lost": True,
-        # Used only if publishing that retry fails.
+        # Applies only if publishing that retry fails.
         "task_reject_on_worker_lost": True,
-        # Exactly one batch in hand: a second would wait here while another worker idles.
+        # One batch at a time: a prefetched one would wait here while another worker idles.
         "worker_prefetch_multiplier": 1,
         "worker_concurrency": 1,
         "worker_pool": "prefork",
-        # Fork is quick and safe here because the parent never imports a runtime.
+        # Forking is fast, and safe because the main process imports no runtime.
         "worker_pool_start_method": "fork",
-        # The default of 4 s kills every replacement child that is still loading its model.
+        # The default of 4 s kills a replacement process that is still loading its model.
         "worker_proc_alive_timeout": 600.0,
-        # A recycled child is a model loaded again.
+        # Recycling a pool process would load the model again.
         "worker_max_tasks_per_child": None,
-        # The ledger knows what is done; Celery would fetch whole results to find out.
+        # The ledger detects duplicates; Celery would fetch whole results to do so.
         "worker_deduplicate_successful_tasks": False,
-        # True would kill a loaded model at every blip of the network.
+        # True would end a process with a loaded model at every short loss of the connection.
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "worker_soft_shutdown_timeout": 30.0,
         "worker_enable_remote_control": True,
-        # Flower lives on events; measured cost: half a millisecond a batch.
+        # Flower is fed by events.
         "worker_send_task_events": True,
         "task_send_sent_event": True,
         "task_track_started": False,
@@ -88,22 +84,22 @@ def _options(settings: WorkerSettings) -> dict[str, Any]:
         "task_store_errors_even_if_ignored": False,
         "task_serializer": "msgpack",
         "result_serializer": "msgpack",
-        # No pickle, no YAML; json for remote control messages.
+        # No pickle, no YAML; json is for remote control messages.
         "accept_content": ["msgpack", "json"],
-        # Celery must not take over the handlers or redirect prints of the runtime.
+        # Celery must not replace the log handlers or redirect what a runtime prints.
         "worker_hijack_root_logger": False,
         "worker_redirect_stdouts": False,
         "broker_connection_retry_on_startup": True,
-        # The default gives up, and the worker exits, after 100 tries.
+        # By default the worker exits after 100 attempts to connect.
         "broker_connection_max_retries": None,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
-            # How soon a dead worker's batch is noticed once its lease has run out.
+            # Seconds between two searches for messages whose lease has expired.
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,
-            # The default of 300 s blocks recovery when a worker dies inside the sweep.
+            # With the default of 300 s, a worker that dies during the search blocks recovery.
             "unacked_mutex_expire": 30,
-            # Without it a publish on a dead connection blocks for ever.
+            # Without it, a publish on a dead connection blocks for ever.
             "socket_timeout": 30,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,

@@ -1,19 +1,11 @@
-"""Bootsteps: lease renewal, heartbeat, control, liveness.
-
-Work that a worker's parent does again and again beside passing batches on.
-
-The step in a worker's parent that keeps the batches in hand its own.
-
-The step in a worker's parent that hears what an operator wants of it.
-
-The step in a worker's parent that writes its heartbeat.
-"""
+"""Periodic bootsteps of the main process: lease renewal, operator commands, heartbeat, liveness."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -21,24 +13,41 @@ from celery import bootsteps
 from celery.worker import state as worker_state
 from redis.exceptions import RedisError
 
-from embedq.protocol import worker
+from embedq.protocol.worker import WorkerStatus
 from embedq.store import fleet
 from embedq.store.connection import open_redis
-from embedq.store.fleet import DesiredState, OperatorCommand, fetch_commands
+from embedq.store.fleet import DesiredState, OperatorCommand
 from embedq_worker.errors import FailureReason
-from embedq_worker.main_process import liveness, status
-from embedq_worker.main_process.controller import WorkerController
-from embedq_worker.main_process.status import WorkerStatus
-from embedq_worker.settings import WorkerSettings
+from embedq_worker.main_process import liveness
+from embedq_worker.main_process.controller import WorkerContext
+from embedq_worker.main_process.status import COUNTERS
+
+log = logging.getLogger(__name__)
+
+#: Interval between two reads of the operator's command, and the pause after a failed one, seconds.
+CONTROL_EVERY_S, CONTROL_PAUSE_S = 0.3, 5.0
+
+#: Timeout of one read; the event loop waits for it, seconds.
+CONTROL_TIMEOUT_S = 0.5
+
+#: Interval between two checks whether the status has changed, seconds.
+STATUS_EVERY_S = 0.2
+
+#: Timeout of publishing a heartbeat; the event loop waits for it, seconds.
+HEARTBEAT_TIMEOUT_S = 1.0
+
+#: Interval between two writes of the liveness file, seconds.
+LIVENESS_EVERY_S = 1.0
 
 
 class PeriodicStep(bootsteps.StartStopStep):
-    """A step on the event loop's own timer: ticks while the worker hears its broker.
+    """A step that runs `tick` on the event loop's timer while the broker is connected.
 
-    It starts once the queues can be consumed, and again after each reconnect.
+    It starts when the queues can be consumed, and again after each reconnect.
 
     Attributes:
-        every_s: seconds between two ticks.
+        every_s: interval between two ticks, seconds.
+        context: the worker's settings and controller.
     """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
@@ -46,36 +55,34 @@ class PeriodicStep(bootsteps.StartStopStep):
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
+        self.context: WorkerContext = c.app.conf.embedq
         self._timer: Any = None
 
     def start(self, c: Any) -> None:
-        """Tick from now on."""
+        """Start the timer."""
         self._timer = c.timer.call_repeatedly(self.every_s, self.tick, (c,))
 
     def stop(self, c: Any) -> None:
-        """Stop; runs whenever the broker is lost, and at the end."""
+        """Cancel the timer; called whenever the broker is lost, and at shutdown."""
         if self._timer is not None:
             self._timer.cancel()
 
     def tick(self, c: Any) -> None:
-        """Do it once; kombu logs what this raises, and the next tick comes all the same."""
+        """Do the work once; kombu logs an exception, and the next tick follows all the same."""
         raise NotImplementedError
 
 
-log = logging.getLogger(__name__)
-
-
 class LeaseRenewalStep(PeriodicStep):
-    """Keep the batches in hand ours for as long as this parent lives.
+    """Renew the leases of the batches that this worker holds.
 
-    Kombu gives a message to another worker once it has been unacknowledged for the visibility
-    timeout, however busy its owner is: without renewal a batch of three timeouts ran three times
-    (measured). With it the timeout can be a minute, so a dead worker's batch restarts soon.
+    Kombu redelivers a message that has not been acknowledged within the visibility timeout, even
+    if its owner is still computing it. With renewal the timeout can be a minute, so the batch of a
+    dead worker is redelivered soon.
     """
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
-        settings: WorkerSettings = c.app.conf.embedq
+        settings = self.context.settings
         self.every_s = min(settings.lease_renewal_s, settings.visibility_timeout_s / 4)
 
     def tick(self, c: Any) -> None:
@@ -90,205 +97,170 @@ class LeaseRenewalStep(PeriodicStep):
         channel = c.task_consumer.channel
         try:
             with channel.conn_or_acquire() as client:
-                # XX: a message acknowledged in this very moment must not come back to life.
+                # XX: do not add a message that was acknowledged at this very moment.
                 client.zadd(channel.unacked_index_key, held, xx=True)
         except (RedisError, OSError) as error:
             log.warning("lease_renewal_failed held=%d reason=%s", len(held), type(error).__name__)
 
 
-#: Seconds between two questions, and after one that Redis did not answer.
-ASK_EVERY_S, REST_S = 0.3, 5.0
-
-
-#: Seconds that a question may hold up the event loop when Redis does not answer.
-TIMEOUT_S = 0.5
-
-
 class ControlStep(PeriodicStep):
-    """Ask the results Redis for standing orders.
+    """Poll Redis for the operator's command and apply it.
 
-    They lie there and not in a message, so that they last over a restart of the worker and of
-    Celery until somebody undoes them. While Redis is away, the last that was heard holds.
+    A command is a key and not a message, so that it outlasts a restart of the worker until an
+    operator replaces it. While Redis is away the last command stays in force.
     """
 
-    every_s = ASK_EVERY_S
+    every_s = CONTROL_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
-        settings: WorkerSettings = c.app.conf.embedq
+        settings = self.context.settings
         self._worker = settings.name
         self._last: OperatorCommand | None = None
-        self._has_heard = False
-        self._began = time.time()
-        self._rests_until = 0.0
+        self._has_polled = False
+        self._started_at = time.time()
+        self._paused_until_s = 0.0
         self._redis = open_redis(
-            settings.results_url, connect_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S
+            settings.results_url, connect_timeout_s=CONTROL_TIMEOUT_S, timeout_s=CONTROL_TIMEOUT_S
         )
 
     def start(self, c: Any) -> None:
-        """Ask before the first batch, and from now on."""
+        """Poll before the first batch is consumed, then start the timer."""
         self.tick(c)
         super().start(c)
 
     def tick(self, c: Any) -> None:
-        """Ask once, unless Redis did not answer just now."""
+        """Poll once, unless Redis failed to answer a moment ago."""
         now_s = time.monotonic()
-        if now_s < self._rests_until:
+        if now_s < self._paused_until_s:
             return
         try:
-            order, paused = fetch_commands(self._redis, self._worker)
+            command, paused = fleet.fetch_commands(self._redis, self._worker)
         except RedisError as error:
             log.debug("control_poll_failed reason=%s", type(error).__name__)
-            self._rests_until = now_s + REST_S
+            self._paused_until_s = now_s + CONTROL_PAUSE_S
             return
-        guard: WorkerController = c.app.conf.embedq_guard
-        if guard.paused != paused:
+        controller = self.context.controller
+        if controller.paused != paused:
             log.warning("%s worker=%s", "paused" if paused else "resumed", self._worker)
-            guard.paused = paused
-        first, self._has_heard = not self._has_heard, True
-        if order == self._last:
+            controller.paused = paused
+        first, self._has_polled = not self._has_polled, True
+        if command == self._last:
             return
-        self._last = order
-        if order is not None and order.desired is DesiredState.DEGRADED:
-            guard.disable_npu(order.reason, time.time())
-        # What stood there before the worker began was for a fault of before. Later ones count,
-        # whatever their time: the operator's clock may be behind.
-        elif not first or order is None or order.at >= self._began:
-            guard.enable_npu(time.time())
-
-
-#: Seconds between two looks for something new to tell.
-LOOK_EVERY_S = 0.2
-
-
-#: Seconds that a heartbeat may hold up the event loop when Redis does not answer.
-HEARTBEAT_TIMEOUT_S = 1.0
+        self._last = command
+        if command is not None and command.desired is DesiredState.DEGRADED:
+            controller.disable_npu(command.reason, time.time())
+        # A `recover` from before this start was for an earlier fault. A later one counts whatever
+        # its timestamp: the operator's clock may be slow.
+        elif not first or command is None or command.at >= self._started_at:
+            controller.enable_npu(time.time())
 
 
 class HeartbeatStep(PeriodicStep):
-    """Write the worker's heartbeat: every few seconds, and at once when its state changes.
+    """Publish the heartbeat every `heartbeat_s` seconds and on every change of the status.
 
-    A worker that gives up says so with its last one, which fades by itself, as after a crash.
+    On shutdown the worker is deregistered; if it ends with an error, a last heartbeat with state
+    `failed` is published and left to expire.
     """
 
-    every_s = LOOK_EVERY_S
+    every_s = STATUS_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
-        settings: WorkerSettings = c.app.conf.embedq
-        self._settings = settings
-        self._told: WorkerStatus | None = None
-        self._told_at_s = 0.0
+        self._settings = self.context.settings
+        self._published: WorkerStatus | None = None
+        self._published_at_s = 0.0
         self._redis = open_redis(
-            settings.results_url,
+            self._settings.results_url,
             connect_timeout_s=HEARTBEAT_TIMEOUT_S,
             timeout_s=HEARTBEAT_TIMEOUT_S,
         )
 
     def shutdown(self, c: Any) -> None:
-        """Take leave, so that nobody waits for a worker that went in good order."""
-        last = c.app.conf.embedq_guard.final_status()
+        """Deregister the worker, or publish why it failed."""
+        last = self.context.controller.final_status()
         try:
             if last is not None:
-                fleet.publish_heartbeat(self._redis, self._heartbeat(last))
+                self._publish(last)
             else:
                 fleet.deregister(self._redis, self._settings.name)
         except RedisError:
             log.info("deregister_failed worker=%s", self._settings.name)
 
     def tick(self, c: Any) -> None:
-        """Tell what is new, or what has not been told for long."""
-        guard: WorkerController = c.app.conf.embedq_guard
-        # A clock that is set back by an hour must not silence the worker for one.
+        """Publish if the status has changed or `heartbeat_s` seconds have passed."""
+        # Monotonic: an hour's correction of the clock must not stop the heartbeat for an hour.
         now_s = time.monotonic()
-        state = guard.status()
-        unchanged = self._told is not None and _same(self._told, state)
-        if unchanged and now_s - self._told_at_s < self._settings.heartbeat_s:
+        status = self.context.controller.status()
+        # Engine calls and counters change with every batch and wait for the next heartbeat.
+        shown = replace(status, busy_since=0.0, totals={})
+        if shown == self._published and now_s - self._published_at_s < self._settings.heartbeat_s:
             return
-        self._told, self._told_at_s = state, now_s
+        self._published, self._published_at_s = shown, now_s
         try:
-            fleet.publish_heartbeat(self._redis, self._heartbeat(state))
+            self._publish(status)
         except RedisError as error:
             log.warning("heartbeat_failed reason=%s", type(error).__name__)
 
-    def _heartbeat(self, state: WorkerStatus) -> worker.Heartbeat:
-        return worker.Heartbeat(
-            worker=self._settings.name,
-            state=str(state.state),
-            at=time.time(),
-            state_since=state.state_since,
-            pid=os.getpid(),
-            reason=state.reason,
-            code=state.code,
-            failure_count=state.failure_count,
-            next_probe_at=state.next_probe_at,
-            device=state.device,
-            engine=state.engine,
-            precision=state.precision,
-            model_info=state.model_info,
-            assigned_device=state.assigned_device,
-            will_retry=state.will_retry,
-            totals=status.read_totals(self._settings.runtime_dir, self._settings.name),
+    def _publish(self, status: WorkerStatus) -> None:
+        totals = Counter(COUNTERS)
+        totals.update(status.totals)
+        fleet.publish_heartbeat(
+            self._redis,
+            replace(status, at=time.time(), pid=os.getpid(), totals=dict(totals)),
         )
-
-
-def _same(one: WorkerStatus, other: WorkerStatus) -> bool:
-    """Tell whether two states say the same of a worker, however busy it is."""
-    return replace(one, busy_since=0.0) == replace(other, busy_since=0.0)
-
-
-#: Seconds between two signs of life.
-BEAT_EVERY_S = 1.0
 
 
 class LivenessStep(PeriodicStep):
-    """Write the pulse from the event loop, so that a loop that hangs is seen."""
+    """Write the liveness file once per second.
 
-    every_s = BEAT_EVERY_S
+    It runs on the event loop, so that a health check sees a loop that hangs.
+    """
+
+    every_s = LIVENESS_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
-        self._conf = c.app.conf
-        self._settings: WorkerSettings = c.app.conf.embedq
-        self._beaten = 0.0
-        c.on_broker_wait = self.beat_waiting
+        self._settings = self.context.settings
+        self._written_at_s = 0.0
+        c.on_broker_wait = self.write_while_waiting
 
     def tick(self, c: Any) -> None:
-        """Beat."""
-        self._beat()
+        """Write the file."""
+        self._write()
 
     def shutdown(self, c: Any) -> None:
-        """Leave no file behind that could be taken for a worker that hangs."""
-        for suffix in (liveness.SUFFIX, status.SUFFIX):
-            path = self._settings.runtime_dir / (self._settings.name + suffix)
-            path.unlink(missing_ok=True)
+        """Delete the file: a stopped worker must not look like one that hangs."""
+        liveness.remove(self._settings.runtime_dir, self._settings.name)
 
-    def beat_waiting(self) -> None:
-        """Beat while there is no broker and so no event loop; asked very often at times."""
-        if time.monotonic() - self._beaten >= BEAT_EVERY_S:
-            self._beat(connected=False)
+    def write_while_waiting(self) -> None:
+        """Write the file while the broker is away and the event loop stands still.
 
-    def _beat(self, *, connected: bool = True) -> None:
-        self._beaten = now_s = time.monotonic()
+        Kombu calls this many times a second.
+        """
+        if time.monotonic() - self._written_at_s >= LIVENESS_EVERY_S:
+            self._write(connected=False)
+
+    def _write(self, *, connected: bool = True) -> None:
+        self._written_at_s = now_s = time.monotonic()
         settings = self._settings
-        guard: WorkerController = self._conf.embedq_guard
-        state = guard.status()
-        began = [request.time_start for request in worker_state.active_requests]
-        beat = liveness.Liveness(
+        status = self.context.controller.status()
+        started = [request.time_start for request in worker_state.active_requests]
+        current = liveness.Liveness(
             worker=settings.name,
             at=now_s,
             pid=os.getpid(),
-            child=state.pid,
-            state=str(state.state),
-            reason=state.reason,
-            # A worker that goes on with its CPU after such a loop lives.
-            crash_loop=state.code == FailureReason.CRASH_LOOP and not state.device,
+            pool_pid=status.pool_pid,
+            state=str(status.state),
+            reason=status.reason,
+            # After a crash loop on the NPU, a worker that serves from its CPU is alive.
+            crash_loop=status.code == FailureReason.CRASH_LOOP and not status.device,
             connected=connected,
-            batch_since=min((at for at in began if at), default=None),
-            engine_since=state.busy_since or None,
+            batch_since=min((at for at in started if at), default=None),
+            engine_since=status.busy_since or None,
             engine_timeout_s=settings.engine_timeout_s,
         )
         try:
-            liveness.write(settings.runtime_dir, beat)
+            liveness.write(settings.runtime_dir, current)
         except OSError as error:
             log.warning("liveness_write_failed worker=%s reason=%s", settings.name, error.strerror)

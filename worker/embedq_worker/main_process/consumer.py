@@ -1,11 +1,4 @@
-"""Celery's Consumer with queue and pool steps.
-
-What the parent of a worker does beside passing batches to its child.
-
-Steps on the event loop's own timer: consume the queues that the worker's state allows and replace a
-child that is not to be trusted, miss a child that died; renew the leases of batches in hand, tell
-the fleet how the worker is, and hear what an operator wants have files of their own.
-"""
+"""Celery's consumer of the main process, with the steps that manage queues and pool process."""
 
 from __future__ import annotations
 
@@ -20,23 +13,15 @@ from celery.worker import state as worker_state
 from celery.worker.consumer import consumer as celery_consumer
 
 from embedq.protocol.worker import WorkerState
-from embedq_worker.main_process.bootsteps import PeriodicStep
-from embedq_worker.main_process.controller import WorkerController
+from embedq_worker.main_process.bootsteps import STATUS_EVERY_S, PeriodicStep
 from embedq_worker.main_process.status import StatusFile
-from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
+#: Interval between two searches for a dead pool process, seconds.
+MAINTAIN_EVERY_S = 0.5
 
-#: Seconds between two looks at the state file.
-LOOK_EVERY_S = 0.2
-
-
-#: Seconds between two looks for a dead child.
-CHILD_EVERY_S = 0.5
-
-
-#: What `celery inspect stats` and Flower show of a worker.
+#: Fields of the status that `celery inspect stats` and Flower show.
 SHOWN = (
     "state",
     "reason",
@@ -51,76 +36,68 @@ SHOWN = (
 
 
 class QueueConsumptionStep(PeriodicStep):
-    """Consume what the guard allows, and replace the child that it names."""
+    """Apply the controller's decisions: consume its queues and replace the pool process."""
 
-    every_s = LOOK_EVERY_S
+    every_s = STATUS_EVERY_S
 
     def __init__(self, c: Any, **options: Any) -> None:
         super().__init__(c, **options)
-        settings: WorkerSettings = c.app.conf.embedq
+        settings = self.context.settings
         self._file = StatusFile(settings.runtime_dir, settings.name)
-        self._guard = WorkerController(settings, c.app.conf.get("embedq_placement"))
-        c.app.conf.embedq_guard = self._guard
 
     def start(self, c: Any) -> None:
-        """Apply once before the loop consumes, then keep looking; runs at each reconnect too."""
-        # Celery ends the worker when its very first child dies early, and replaces every other. The
-        # guard counts them all.
+        """Apply the decisions before anything is consumed, then start the timer."""
+        # Celery ends the worker when its first pool process dies early, and replaces later ones.
+        # Here the controller counts them all.
         c.pool.did_start_ok = lambda: True
         self.tick(c)
         super().start(c)
 
     def stop(self, c: Any) -> None:
-        """Stop looking; at the end of the worker a child that is not ready yet need not get
-        ready.
-        """
+        """Cancel the timer; at shutdown, kill a pool process that is not ready yet."""
         super().stop(c)
-        child = self._file.read()
+        pool = self._file.read()
         ends = worker_state.should_stop is not None or worker_state.should_terminate is not None
-        if ends and child is not None and child.state is WorkerState.STARTING:
-            self._end_child(c, child.pid)
+        if ends and pool is not None and pool.state is WorkerState.STARTING:
+            self._kill(c, pool.pool_pid)
 
     def shutdown(self, c: Any) -> None:
-        """Leave no probe behind."""
-        self._guard.stop()
+        """Stop a running probe."""
+        self.context.controller.stop()
 
     def info(self, c: Any) -> dict[str, Any]:  # type: ignore[override] # celery-types says None
-        """Show the worker's state in `celery inspect stats` and in Flower."""
-        state = self._guard.status()
-        shown = {key: str(getattr(state, key)) for key in SHOWN}
+        """Return the worker's status for `celery inspect stats` and Flower."""
+        status = self.context.controller.status()
+        shown = {key: str(getattr(status, key)) for key in SHOWN}
         return {"embedq": shown, "pool": for_flower(shown, c.pool.info)}
 
     def tick(self, c: Any) -> None:
-        """Look once, and act."""
-        guard = self._guard
-        guard.update(self._file.read(), time.time(), time.monotonic())
-        # The pool may start a child at any moment, for one that died.
-        c.app.conf.embedq_placement, c.app.conf.embedq_pace_s = guard.placement, guard.pace_s
-        if guard.exit_code:
-            worker_state.should_stop = guard.exit_code  # type: ignore[assignment] # an exit status, or None
-        wanted = [str(queue) for queue in guard.queues_to_consume()]
+        """Update the controller and apply its decisions."""
+        controller = self.context.controller
+        controller.update(self._file.read(), time.time(), time.monotonic())
+        if controller.exit_code:
+            worker_state.should_stop = controller.exit_code  # type: ignore[assignment] # an exit status, or None
+        wanted = [str(queue) for queue in controller.queues_to_consume()]
         current = {queue.name for queue in c.task_consumer.queues}
         for queue in wanted:
             if queue not in current:
                 c.add_task_queue(queue)
         for queue in sorted(current - set(wanted)):
             c.cancel_task_queue(queue)
-        holds_none = not (worker_state.reserved_requests or worker_state.active_requests)
-        if guard.kill_pid or (guard.drain_pid and holds_none):
-            self._end_child(c, guard.kill_pid or guard.drain_pid)
+        holds_batch = bool(worker_state.reserved_requests or worker_state.active_requests)
+        if controller.kill_pid or (controller.drain_pid and not holds_batch):
+            self._kill(c, controller.kill_pid or controller.drain_pid)
 
-    def _end_child(self, c: Any, pid: int) -> None:
-        """End the child, whose driver may hang; the pool starts another where the guard wants."""
+    def _kill(self, c: Any, pid: int) -> None:
+        # SIGKILL, as a driver may hang. Celery's pool starts a replacement.
         if pid in c.pool.info["processes"]:
             os.kill(pid, signal.SIGKILL)
-        self._guard.replaced(pid)
+        self.context.controller.replaced(pid)
 
 
 def for_flower(shown: Mapping[str, str], pool: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a worker's state before what its pool tells: that is what its page in Flower opens
-    with.
-    """
-    # Without dashes, which Flower takes for blanks.
+    """Put the worker's status before the pool's statistics, which Flower shows first."""
+    # Flower replaces dashes by blanks, so the date has none.
     since = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(float(shown["state_since"])))
     return {
         **{f"worker {key}": value for key, value in {**shown, "state_since": since}.items()},
@@ -129,63 +106,61 @@ def for_flower(shown: Mapping[str, str], pool: Mapping[str, Any]) -> dict[str, A
 
 
 class PoolMaintenanceStep(PeriodicStep):
-    """Notice a dead child soon.
+    """Let Celery's pool search for a dead pool process twice a second.
 
-    Celery wakes up when the child's end of a pipe closes, which is a moment before the process can
-    be waited for; when it looks too early, it looks again after five seconds. Half of all killed
-    children were replaced that late (measured).
+    Celery searches when the pipe of a pool process closes, which is a moment before the process can
+    be waited for, and again only after five seconds.
     """
 
-    every_s = CHILD_EVERY_S
+    every_s = MAINTAIN_EVERY_S
 
     def tick(self, c: Any) -> None:
-        """Look once."""
+        """Search once."""
         c.pool.maintain_pool()
 
 
 class Consumer(celery_consumer.Consumer):
-    """Celery's consumer, whose complaints about bad messages quote sizes and never bodies."""
+    """Celery's consumer; it logs the size of an invalid message and never its body."""
 
-    #: Called about every second while the broker is away; a step sets it.
+    #: Called about once per second while the broker is away; set by LivenessStep.
     on_broker_wait: Callable[[], None] | None = None
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Wait for the broker, showing meanwhile that this worker lives."""
+        """Wait for the broker and call `on_broker_wait` meanwhile."""
         if self.on_broker_wait is not None:
-            # The private one, because an event that cannot be published waits in it too, within
-            # the event loop and for as long as the broker is away (measured with kombu 5.7).
-            beat = self.on_broker_wait
-            conn._ensure_connection = with_callback(conn._ensure_connection, beat)
+            # The private method: publishing an event calls it too, inside the event loop, and
+            # waits there for as long as the broker is away.
+            conn._ensure_connection = with_callback(conn._ensure_connection, self.on_broker_wait)
         return super().ensure_connected(conn)
 
     def on_decode_error(self, message: Any, exc: Exception) -> None:
-        """Drop a message whose body cannot be decoded."""
-        self._drop(message, type(exc).__name__)
+        """Reject a message whose body cannot be decoded."""
+        self._reject(message, type(exc).__name__)
 
     def on_unknown_message(self, body: object, message: Any) -> None:
-        """Drop a message of no task."""
-        self._drop(message, "unknown message")
+        """Reject a message that names no task."""
+        self._reject(message, "unknown message")
 
     def on_unknown_task(self, body: object, message: Any, exc: Exception) -> None:
-        """Drop a message of another task."""
-        self._drop(message, "unknown task")
+        """Reject a message of another task."""
+        self._reject(message, "unknown task")
 
     def on_invalid_task(self, body: object, message: Any, exc: Exception) -> None:
-        """Drop a message whose headers Celery refuses."""
-        self._drop(message, type(exc).__name__)
+        """Reject a message whose headers Celery refuses."""
+        self._reject(message, type(exc).__name__)
 
-    def _drop(self, message: Any, reason: str) -> None:
+    def _reject(self, message: Any, reason: str) -> None:
         size = len(message.body or b"")
         log.error("message_refused bytes=%d reason=%s", size, reason)
         message.reject_log_error(log, self.connection_errors)  # type: ignore[attr-defined] # set by Celery
 
 
-def with_callback(ensure: Callable[..., Any], beat: Callable[[], None]) -> Callable[..., Any]:
-    """Return kombu's patient connecting, which beats at each try and every second between."""
+def with_callback(ensure: Callable[..., Any], on_wait: Callable[[], None]) -> Callable[..., Any]:
+    """Wrap kombu's `_ensure_connection` to call `on_wait` at each attempt and while it sleeps."""
 
     def connect(*args: Any, callback: Callable[[], None] | None = None, **options: Any) -> Any:
         def waiting() -> None:
-            beat()
+            on_wait()
             if callback is not None:
                 callback()
 

@@ -1,12 +1,6 @@
-"""State machine and failure detectors of a device.
+"""Health of a worker's NPU: failure detectors, a circuit breaker, and what follows from its state.
 
-Signs that a device or a process cannot be trusted, weighed before anything is done about them.
-
-Pure: the clock is passed in.
-
-May a worker's NPU be trusted, when is it tried again, and what does the worker consume meanwhile.
-
-Pure: the clock is passed in, and what happened is told; nothing here knows Celery or a runtime.
+Pure: callers pass the clock and what happened; nothing here knows Celery or a runtime.
 
     starting -> healthy -> degraded -> probing -> starting
                    ^                     |            |
@@ -23,13 +17,12 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from embedq.protocol.contract import Device, Queue
-from embedq.protocol.worker import WorkerState
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq_worker.errors import FailureReason
-from embedq_worker.main_process.status import WorkerStatus
 
-#: Failures that a sound device may have once in a while: a text that it cannot take, a moment
-#: without memory. Every other reason ends the trust at once.
-FORGIVABLE = frozenset(
+#: Failures that a sound device may have now and then, such as one text it cannot process or a
+#: moment without memory. Any other failure makes the device unhealthy at once.
+TOLERATED = frozenset(
     {
         FailureReason.INFER_FAILED,
         FailureReason.DEVICE_ERROR,
@@ -38,105 +31,7 @@ FORGIVABLE = frozenset(
     }
 )
 
-
-#: Batches from which a worker learns how fast its device is.
-LEARN_FROM = 8
-
-
-class FailureWindow:
-    """Failed batches of a device; some are forgiven, until there are too many."""
-
-    def __init__(self, allowed: int, window_s: float) -> None:
-        """Forgive fewer than ``allowed`` failures within ``window_s`` seconds."""
-        self._allowed = allowed
-        self._window_s = window_s
-        self._recent: list[float] = []
-
-    def are_too_many(self, reason: FailureReason, now_s: float) -> bool:
-        """Count a failure, and tell whether the device has lost its trust."""
-        self._recent = [at for at in self._recent if now_s - at < self._window_s] + [now_s]
-        return reason not in FORGIVABLE or len(self._recent) >= self._allowed
-
-
-class SlowdownDetector:
-    """How fast a device is against how fast it was when it began."""
-
-    def __init__(self, factor: float, batches: int, known_s: float = 0.0) -> None:
-        """Call a device slow after ``batches`` in a row that took ``factor`` times as long.
-
-        Args:
-            factor: 0 never calls it slow.
-            batches: in a row.
-            known_s: what an inference took before, so that a device that comes back slow is found
-                as well; 0 learns it from the first batches.
-        """
-        self._factor = factor
-        self._batches = batches
-        self._first: list[float] = []
-        self.known_s = known_s
-        self._row: deque[float] = deque(maxlen=batches)
-
-    def is_slow(self, seconds: float) -> bool:
-        """Take note of one batch, and tell whether the device has become slow.
-
-        Args:
-            seconds: for each inference of the batch.
-        """
-        if not self._factor:
-            return False
-        if not self.known_s:
-            self._first.append(seconds)
-            if len(self._first) == LEARN_FROM:
-                self.known_s = statistics.median(self._first)
-            return False
-        self._row.append(seconds)
-        return len(self._row) == self._batches and min(self._row) > self._factor * self.known_s
-
-
-class CrashLoopDetector:
-    """Children that died; Celery replaces them without end."""
-
-    def __init__(self, allowed: int, window_s: float) -> None:
-        """Call ``allowed`` deaths within ``window_s`` seconds a loop."""
-        self._allowed = allowed
-        self._window_s = window_s
-        self._last: WorkerStatus | None = None
-        self._all: list[float] = []
-        self._early = 0
-
-    def note(self, child: WorkerStatus | None, now_s: float, *, ended: int = 0) -> None:
-        """Look at the child once more.
-
-        Args:
-            child: what it says; looks may miss a child, which only makes this slower.
-            now_s: seconds on a clock that never goes back.
-            ended: process id of the child that this worker ended itself, which does not count.
-        """
-        last, self._last = self._last, child
-        if child is not None and child.state is not WorkerState.STARTING:
-            self._early = 0
-        if last is None or child is None or child.pid in (0, last.pid) or last.pid in (0, ended):
-            return
-        self._all = [at for at in self._all if now_s - at < self._window_s] + [now_s]
-        if child.state is WorkerState.STARTING and last.state is WorkerState.STARTING:
-            self._early += 1
-
-    @property
-    def is_loop(self) -> bool:
-        """Whether children die again and again, whatever they were at."""
-        return len(self._all) >= self._allowed
-
-    @property
-    def is_early_loop(self) -> bool:
-        """Whether children die before they are ready, one after the other, however slowly."""
-        return self._early >= self._allowed
-
-    def forget(self) -> None:
-        """Begin again: the next children run on another device."""
-        self._all, self._early = [], 0
-
-
-#: Trying again changes nothing: a machine without the device, a compiler that is not installed.
+#: Failures that another probe cannot change, such as a missing device or compiler.
 PERMANENT_FAILURES = frozenset(
     {
         FailureReason.COMPILE_REFUSED,
@@ -150,45 +45,142 @@ PERMANENT_FAILURES = frozenset(
     }
 )
 
-
-#: An operator took the NPU away; no probe gives it back.
+#: Code of an NPU that an operator disabled; it is not probed.
 OPERATOR = FailureReason.OPERATOR
 
-
-#: States in which an NPU is not to be trusted.
+#: States in which an NPU must not be used.
 UNHEALTHY = (WorkerState.DEGRADED, WorkerState.PROBING)
+
+#: Batches from which SlowdownDetector learns the normal duration of an inference.
+LEARN_FROM = 8
+
+
+class FailureWindow:
+    """Counts failed batches of a device within a sliding window."""
+
+    def __init__(self, limit: int, window_s: float) -> None:
+        """Tolerate fewer than `limit` failures within `window_s` seconds."""
+        self._limit = limit
+        self._window_s = window_s
+        self._recent: list[float] = []
+
+    def add(self, reason: FailureReason, now_s: float) -> bool:
+        """Count a failure; return whether the device has become unhealthy."""
+        self._recent = [at for at in self._recent if now_s - at < self._window_s] + [now_s]
+        return reason not in TOLERATED or len(self._recent) >= self._limit
+
+
+class SlowdownDetector:
+    """Compares the duration of inferences with that of the first ones.
+
+    Attributes:
+        normal_s: normal duration of an inference, seconds; 0 until known.
+    """
+
+    def __init__(self, factor: float, batches: int, normal_s: float = 0.0) -> None:
+        """Report a slowdown after `batches` consecutive batches took `factor` times as long.
+
+        Args:
+            factor: 0 disables the detector.
+            batches: consecutive slow batches.
+            normal_s: as learnt by an earlier process, so that a device that comes back slow is
+                detected as well; 0 learns it from the first batches.
+        """
+        self._factor = factor
+        self._batches = batches
+        self._first: list[float] = []
+        self.normal_s = normal_s
+        self._last: deque[float] = deque(maxlen=batches)
+
+    def add(self, seconds: float) -> bool:
+        """Record one batch; return whether the device has become slow.
+
+        Args:
+            seconds: per inference of the batch.
+        """
+        if not self._factor:
+            return False
+        if not self.normal_s:
+            self._first.append(seconds)
+            if len(self._first) == LEARN_FROM:
+                self.normal_s = statistics.median(self._first)
+            return False
+        self._last.append(seconds)
+        return len(self._last) == self._batches and min(self._last) > self._factor * self.normal_s
+
+
+class CrashLoopDetector:
+    """Counts pool processes that died; Celery would replace them without end."""
+
+    def __init__(self, limit: int, window_s: float) -> None:
+        """Report a crash loop after `limit` exits within `window_s` seconds."""
+        self._limit = limit
+        self._window_s = window_s
+        self._last: WorkerStatus | None = None
+        self._exits: list[float] = []
+        self._early = 0
+
+    def update(self, pool: WorkerStatus, now_s: float, *, ended_pid: int = 0) -> None:
+        """Compare the pool process with the one seen before.
+
+        Args:
+            pool: its status; a short-lived process may be missed, which only delays detection.
+            now_s: monotonic time in seconds.
+            ended_pid: process id of the pool process that this worker killed; it does not count.
+        """
+        last, self._last = self._last, pool
+        if pool.state is not WorkerState.STARTING:
+            self._early = 0
+        if last is None or pool.pool_pid in (0, last.pool_pid) or last.pool_pid in (0, ended_pid):
+            return
+        self._exits = [at for at in self._exits if now_s - at < self._window_s] + [now_s]
+        if pool.state is WorkerState.STARTING and last.state is WorkerState.STARTING:
+            self._early += 1
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether pool processes die repeatedly, in any state."""
+        return len(self._exits) >= self._limit
+
+    @property
+    def is_early_loop(self) -> bool:
+        """Whether pool processes die one after another before they are ready, at any rate."""
+        return self._early >= self._limit
+
+    def reset(self) -> None:
+        """Start again at 0: the next pool processes run on another device."""
+        self._exits, self._early = [], 0
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeBackoff:
-    """When a degraded NPU is tried again.
+    """Exponential backoff between two probes of a degraded NPU.
 
     Attributes:
-        probe_initial_delay_s: seconds until the first probe; each failure doubles them.
-        probe_max_delay_s: what they grow to.
-        settle_s: an NPU that was healthy for this long starts again with the first.
+        initial_delay_s: delay before the first probe; each failure doubles it.
+        max_delay_s: maximum delay.
+        reset_after_s: time without a fault after which the delay restarts at its first value.
     """
 
     initial_delay_s: float
     max_delay_s: float
     reset_after_s: float
 
-    def pause_s(self, count: int) -> float:
-        """Return how long the NPU rests after it was given up for the n-th time in a row."""
+    def delay_s(self, count: int) -> float:
+        """Return the delay before the next probe after `count` failures in a row."""
         return min(self.initial_delay_s * 2.0 ** min(count - 1, 32), self.max_delay_s)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceHealth:
-    """What a worker thinks of its NPU.
+    """Health of a worker's NPU: a circuit breaker with half-open probes.
 
     Attributes:
-        state: starting, healthy, degraded or probing.
-        code: why it is degraded, in a word: a Reason, or the code of an error.
-        reason: the same as a sentence.
-        since: Unix time at which it became healthy, or was degraded; a probe does not change it.
-        count: how often it was given up in a row; how well it must settle is in the rules.
-        probe_at: Unix time of the next probe; never is infinity.
+        state: starting, healthy, degraded (open) or probing (half open).
+        code, reason: why it is degraded, as one word and as a sentence.
+        state_since: Unix time at which it became healthy or degraded, seconds; a probe keeps it.
+        failure_count: how often it failed in a row.
+        next_probe_at: Unix time of the next probe, seconds; infinity for never.
     """
 
     state: WorkerState = WorkerState.STARTING
@@ -199,74 +191,79 @@ class DeviceHealth:
     next_probe_at: float = math.inf
 
     def degraded(
-        self, code: str, reason: str, now: float, rules: ProbeBackoff, *, proven: bool = False
+        self,
+        code: str,
+        reason: str,
+        now: float,
+        backoff: ProbeBackoff,
+        *,
+        was_verified: bool = False,
     ) -> DeviceHealth:
-        """Return the health of an NPU that has just done something wrong.
+        """Return the health after a failure.
 
-        One that is away already keeps its first reason, unless an operator takes it away. One that
-        was proven before may come back whatever it says: a driver that starts anew shows none.
+        An unhealthy NPU keeps its first reason, unless an operator disables it. An NPU that was
+        verified before is probed again even after a permanent failure: while a driver restarts,
+        the device is missing for a moment.
         """
         if self.state in UNHEALTHY and code != OPERATOR:
             return self
         settled = (
-            self.state is WorkerState.HEALTHY and now - self.state_since >= rules.reset_after_s
+            self.state is WorkerState.HEALTHY and now - self.state_since >= backoff.reset_after_s
         )
         count = 1 if settled else self.failure_count + 1
-        never = code == OPERATOR or (code in PERMANENT_FAILURES and not proven)
-        probe_at = math.inf if never else now + rules.pause_s(count)
+        never = code == OPERATOR or (code in PERMANENT_FAILURES and not was_verified)
+        probe_at = math.inf if never else now + backoff.delay_s(count)
         return DeviceHealth(WorkerState.DEGRADED, code, reason, now, count, probe_at)
 
     def probing(self) -> DeviceHealth:
-        """Return the health of an NPU that is being tried."""
+        """Return the health during a probe."""
         return replace(self, state=WorkerState.PROBING, next_probe_at=math.inf)
 
-    def probe_failed(self, code: str, reason: str, now: float, rules: ProbeBackoff) -> DeviceHealth:
-        """Return the health of an NPU that failed its probe: degraded for longer."""
+    def probe_failed(
+        self, code: str, reason: str, now: float, backoff: ProbeBackoff
+    ) -> DeviceHealth:
+        """Return the health after a failed probe: degraded, with a longer delay."""
         count = self.failure_count + 1
-        # Whatever it says now, it has been an NPU that could be trusted: it may come back.
-        at = now + rules.pause_s(count)
-        since = min(
-            self.state_since, now
-        )  # or a clock that was set back has it probed without a pause
+        at = now + backoff.delay_s(count)
+        # A state_since in the future, after a clock was set back, would make every probe due.
+        since = min(self.state_since, now)
         return DeviceHealth(WorkerState.DEGRADED, code, reason, since, count, at)
 
     def on_probe_passed(self) -> DeviceHealth:
-        """Return the health of an NPU that passed its probe; a child opens it next."""
+        """Return the health after a passed probe; a new pool process opens the NPU next."""
         return DeviceHealth(WorkerState.STARTING, failure_count=self.failure_count)
 
     def on_verified(self, now: float) -> DeviceHealth:
-        """Return the health of an NPU that a child has opened and proven."""
-        return (
-            self
-            if self.state is WorkerState.HEALTHY
-            else DeviceHealth(WorkerState.HEALTHY, "", "", now, self.failure_count)
-        )
+        """Return the health after a pool process has opened and verified the NPU."""
+        if self.state is WorkerState.HEALTHY:
+            return self
+        return DeviceHealth(WorkerState.HEALTHY, "", "", now, self.failure_count)
 
     def probe_now(self, now: float) -> DeviceHealth:
-        """Return the health after an operator asked for the NPU back: probed at once."""
+        """Return the health after an operator's `recover`: a probe is due now."""
         return replace(self, next_probe_at=now) if self.state is WorkerState.DEGRADED else self
 
     def probe_due(self, now: float) -> bool:
-        """Tell whether it is time for a probe; a clock that was set back does not delay it."""
+        """Return whether a probe is due; a clock that was set back does not delay it."""
         waits = self.state is WorkerState.DEGRADED and not math.isinf(self.next_probe_at)
         return waits and (now >= self.next_probe_at or now < self.state_since)
 
     @property
     def will_retry(self) -> bool:
-        """Whether the NPU comes back without a person, or is in place."""
+        """Whether the NPU is in use or will be probed without an operator."""
         return self.state is not WorkerState.DEGRADED or not math.isinf(self.next_probe_at)
 
 
 def queues_for(
     worker: WorkerStatus, *, helps: bool = True, paused: bool = False
 ) -> tuple[Queue, ...]:
-    """Return the queues that a worker in this state consumes, first choice first.
+    """Return the queues that a worker consumes, in order of preference.
 
-    Strict batches are for a healthy NPU: no engine on a CPU ever gets one.
+    Strict batches are served by a healthy NPU only, never by a CPU.
 
     Args:
-        worker: its state.
-        helps: a worker of the CPU also takes what waits for an NPU.
+        worker: its status.
+        helps: a CPU worker also consumes the NPU queue.
         paused: an operator has paused the fleet.
     """
     if paused:
@@ -288,8 +285,8 @@ def queues_for(
 
 
 def may_answer(queue: str, device: Device) -> bool:
-    """Tell whether a batch of this queue may be computed on this device.
+    """Return whether a batch of this queue may be computed on this device.
 
-    A worker that lost its NPU may still have a strict batch in hand.
+    A worker that lost its NPU may still hold a strict batch.
     """
     return queue != Queue.NPU_STRICT or device is not Device.CPU

@@ -1,8 +1,8 @@
-"""One look at the NPU by a process that lives no longer: is it back?
+"""Probe the NPU in a process of its own.
 
-A plugin initializes its driver once for each process, so only a fresh one can see a device that
-has come back. It holds the device's lock while it looks, proves the engine as a child would, says
-what it found as one line of JSON, and ends.
+The plugin initializes its driver once per process, so only a new process can open a device that
+came back. `embedq-worker warm` does all a probe needs: it locks the device, opens the engine, runs
+the self-test and closes it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import json
 import os
 import subprocess
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass
+
+_COMMAND = (sys.executable, "-m", "embedq_worker", "warm", "--json", "--probe")
 
 
-class ProbeResult(NamedTuple):
-    """What a probe found.
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Result of a probe.
 
     Attributes:
-        passed: the NPU may be trusted.
-        code, reason: why not, as a word and as a sentence.
-        seconds: how long it took.
+        passed: the NPU can be used.
+        code, reason: why not, as one word and as a sentence.
+        seconds: duration.
     """
 
     passed: bool
@@ -30,44 +33,46 @@ class ProbeResult(NamedTuple):
 
 
 class DeviceProbe:
-    """A probe under way, watched from an event loop."""
+    """A running probe, polled from an event loop."""
 
-    def __init__(self, deadline_s: float, now_s: float) -> None:
+    def __init__(self, timeout_s: float, now_s: float) -> None:
         """Start the process.
 
         Args:
-            deadline_s: how long it may take.
-            now_s: seconds on a clock that never goes back.
+            timeout_s: of the probe.
+            now_s: monotonic time in seconds.
         """
-        self._until = now_s + deadline_s
-        self._deadline_s = deadline_s
+        self._deadline_s = now_s + timeout_s
+        self._timeout_s = timeout_s
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "embedq_worker.pool_process.probe", str(os.getpid())],
+            [*_COMMAND, str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
 
     def poll(self, now_s: float) -> ProbeResult | None:
-        """Return what it found, or None while it looks."""
+        """Return the result, or None while the probe runs."""
         status = self._process.poll()
-        if status is None and now_s < self._until:
+        if status is None and now_s < self._deadline_s:
             return None
         if status is None:
             self.stop()
-            return ProbeResult(
-                False, "init_timeout", f"The probe took longer than {self._deadline_s:g} s."
-            )
-        # A line is far shorter than a pipe, so the process never waited for us to read.
-        out = self._process.stdout.read() if self._process.stdout else b""
+            reason = f"The probe took longer than {self._timeout_s:g} s."
+            return ProbeResult(False, "init_timeout", reason)
+        # The result is shorter than a pipe's buffer, so the process never waited for this read.
+        output = self._process.stdout.read() if self._process.stdout else b""
         self.stop()
         try:
-            return ProbeResult(**json.loads(out.splitlines()[-1]))
-        except (ValueError, TypeError, IndexError):
-            how = f"signal {-status}" if status < 0 else f"status {status}"
+            found = json.loads(output.splitlines()[-1])
+            if status == 0:
+                return ProbeResult(True, seconds=float(found["seconds"]))
+            return ProbeResult(False, str(found["code"]), str(found["reason"]))
+        except (ValueError, TypeError, KeyError, IndexError):
+            how = f"signal {-status}" if status < 0 else f"exit code {status}"
             return ProbeResult(False, "init_failed", f"The probe ended with {how}.")
 
     def stop(self) -> None:
-        """End the process."""
+        """Kill the process if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()

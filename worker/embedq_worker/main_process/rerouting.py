@@ -1,11 +1,8 @@
-"""Reroute to the CPU queue; Celery's Request and Task classes.
+"""Reroute batches to the CPU queue, from the pool process or when it died.
 
-A batch in hand whose NPU failed under it goes to the CPU queue: same id, no attempt, no failure.
-
-Only from `embed.npu` to `embed.cpu`, so that no batch ever travels in a circle. A strict batch
-goes back to its own queue, where another NPU may take it.
-
-A batch as Celery's parent process sees it: in hand, lost with its child, and published again.
+A batch whose NPU failed is published to `embed.cpu` with its id; neither an attempt nor a failure
+is counted. Batches are rerouted from `embed.npu` only, so none can travel in a circle. A strict
+batch is requeued to its own queue, which another NPU may consume.
 """
 
 from __future__ import annotations
@@ -22,39 +19,38 @@ from celery.worker.request import Request
 
 from embedq.protocol.contract import PUBLISHED_HEADER, Queue
 from embedq.protocol.message import Header, message_headers
-from embedq_worker.main_process.controller import WorkerController
+from embedq_worker.main_process.controller import WorkerContext
 from embedq_worker.main_process.status import COUNTERS
 
 log = logging.getLogger(__name__)
 
-
-#: Headers of ours, and those of W3C Trace Context.
-KEPT: Final = (PUBLISHED_HEADER, "traceparent", "tracestate")
+#: Headers that a republished message keeps: when it was first published, and W3C Trace Context.
+KEPT_HEADERS: Final = (PUBLISHED_HEADER, "traceparent", "tracestate")
 
 
 def process_name(worker: str, pid: object) -> str:
-    """Name a process of the fleet."""
+    """Return the name of a pool process in the ledger."""
     return f"{worker}:{pid}"
 
 
 def can_reroute(queue: str, body: Mapping[str, Any]) -> bool:
-    """Tell whether a batch of this queue may be handed to the CPU."""
+    """Return whether a batch of this queue may be moved to the CPU queue."""
     return queue == Queue.NPU and not body.get("rerouted")
 
 
 def kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a message keeps when it is published again: its age, and whose trace it is in.
+    """Return the headers that a message keeps when it is published again.
 
-    The reconciler takes the head of a queue for its oldest message.
+    Recovery of lost batches relies on the age of the message at the head of a queue.
     """
-    return {name: headers[name] for name in KEPT if headers.get(name) is not None}
+    return {name: headers[name] for name in KEPT_HEADERS if headers.get(name) is not None}
 
 
 def republish_to_cpu(task: Any, request: Any, body: Mapping[str, Any]) -> None:
-    """Publish a batch to the CPU queue under the id that it has.
+    """Publish a batch to the CPU queue with its task id.
 
     Raises:
-        Exception: it could not be published; the message in hand is still ours.
+        Exception: publishing failed; the caller still holds the message.
     """
     again = task.signature_from_request(
         request,
@@ -63,15 +59,15 @@ def republish_to_cpu(task: Any, request: Any, body: Mapping[str, Any]) -> None:
         headers=kept_headers(vars(request)),
     )
     again.apply_async()
-    COUNTERS.rerouted += 1
+    COUNTERS["rerouted"] += 1
 
 
 def reroute_or_requeue(task: Any, body: Any, code: str, reason: str) -> NoReturn:
-    """Give the batch in hand away, from the process that was to embed it.
+    """Reroute the batch of the running task, or requeue it where that is not possible.
 
     Raises:
-        Ignore: it is in the CPU queue; the parent acknowledges the message.
-        Reject: it could not be published, or is strict: it goes back to the queue it came from.
+        Ignore: it was published to the CPU queue; the main process acknowledges the message.
+        Reject: it is strict or publishing failed: it is requeued.
     """
     job, index = Header.address(body) or ("", -1)
     queue = (task.request.delivery_info or {}).get("routing_key", "")
@@ -80,7 +76,7 @@ def reroute_or_requeue(task: Any, body: Any, code: str, reason: str) -> NoReturn
         raise Reject(reason, requeue=True)
     try:
         republish_to_cpu(task, task.request, body)
-    except Exception as error:  # whatever it is: the message must stay ours
+    except Exception as error:  # any kind: acknowledging the message would lose the batch
         log.warning(
             "batch_requeued job=%s index=%d code=%s reason=%s",
             job,
@@ -93,30 +89,29 @@ def reroute_or_requeue(task: Any, body: Any, code: str, reason: str) -> NoReturn
     raise Ignore
 
 
-#: Header of a message with the process that ended itself over the batch.
+#: Header with the name of the pool process that crashed while it computed the batch.
 CRASHED_PROCESS_HEADER: Final = "died"
 
-
-#: Signals that come from outside: an operator, the kernel short of memory, a parent that ends.
-FROM_OUTSIDE: Final = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+#: Signals sent by an operator, the kernel's OOM killer or a main process that ends.
+EXTERNAL_SIGNALS: Final = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
 
 
 class BatchRequest(Request):
-    """A batch in the hand of the parent, which alone sees how its child ended.
+    """A batch that the main process holds while the pool process computes it.
 
-    Only the message of the batch travels on. So a batch that comes back because a process ended
-    itself names that process; isolation mode knows from its notes which text it was at.
+    Only the main process sees how a pool process ended. It writes the name of a crashed one into
+    the headers; isolation mode looks up which text that process was computing.
     """
 
     def info(self, safe: bool = False) -> Any:
-        """Describe the batch for `celery inspect` and Flower, without its texts."""
+        """Return the batch for `celery inspect` and Flower, without its texts."""
         return super().info(safe=True)
 
     def on_failure(self, exc_info: Any, *args: Any, **options: Any) -> None:
-        """Hand on the batch of a lost child.
+        """Publish the batch of a pool process that died.
 
-        If the worker gave up its NPU over it, the batch goes to the CPU queue. Otherwise a child
-        that ended itself is written down, before Celery publishes the batch again.
+        If the NPU is unhealthy, the batch goes to the CPU queue. Otherwise Celery publishes it
+        again, with the name of the process if that crashed.
         """
         request: Any = self  # celery-types lacks what follows
         headers = kept_headers(request.message.headers)
@@ -124,32 +119,32 @@ class BatchRequest(Request):
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, WorkerLostError) and self._rerouted():
             return
-        # billiard tells the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
-        if isinstance(error, WorkerLostError) and not any(s in str(error) for s in FROM_OUTSIDE):
-            worker = request.app.conf.embedq.name
+        # billiard gives the status in words only: "signal 11 (SIGSEGV)", "exitcode 70".
+        is_external = any(signal in str(error) for signal in EXTERNAL_SIGNALS)
+        if isinstance(error, WorkerLostError) and not is_external:
+            worker = request.app.conf.embedq.settings.name
             headers[CRASHED_PROCESS_HEADER] = process_name(worker, request.worker_pid)
         super().on_failure(exc_info, *args, **options)
 
     def _rerouted(self) -> bool:
-        """Publish the batch to the CPU queue if its device is to blame, and acknowledge it."""
         request: Any = self  # celery-types lacks what follows
-        guard: WorkerController | None = request.app.conf.get("embedq_guard")
+        context: WorkerContext = request.app.conf.embedq
         body = request._context.args[0] if request._context.args else None
         queue = (request._context.delivery_info or {}).get("routing_key", "")
-        if guard is None or not guard.npu_unhealthy or not isinstance(body, dict):
+        if not context.controller.npu_unhealthy or not isinstance(body, dict):
             return False
         if not can_reroute(queue, body):
             return False
         try:
             republish_to_cpu(request.task, request._context, body)
-        except Exception as error:  # whatever it is: Celery's own way is left
-            log.warning("batch_not_rerouted reason=%s", type(error).__name__)
+        except Exception as error:  # any kind: Celery then publishes the batch itself
+            log.warning("reroute_failed reason=%s", type(error).__name__)
             return False
         worker_state.task_ready(self)
         request.acknowledge()
         if address := Header.address(body):
             request.task.backend.undo_attempt(*address)
-        health = guard.health
+        health = context.controller.health
         log.warning(
             "batch_rerouted job=%s index=%s code=%s reason=%s",
             body.get("job"),
@@ -161,7 +156,7 @@ class BatchRequest(Request):
 
 
 class BatchTask(Task[..., Any]):
-    """A task whose messages look like the SDK's when this worker publishes one again."""
+    """A task whose messages have the SDK's headers when a worker publishes them again."""
 
     abstract = True
     Request = "embedq_worker.main_process.rerouting:BatchRequest"
@@ -169,7 +164,7 @@ class BatchTask(Task[..., Any]):
     def apply_async(  # type: ignore[override] # every option of Celery passes through
         self, args: Any = None, kwargs: Any = None, **options: Any
     ) -> Any:
-        """Publish a batch, as Celery does when a child was lost under it."""
+        """Publish a batch; Celery calls this when a pool process died."""
         if args and isinstance(args[0], Mapping):
             headers = options.get("headers") or {}
             options.update(message_headers(args[0], headers.get(PUBLISHED_HEADER) or time.time()))

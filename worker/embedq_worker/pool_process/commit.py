@@ -146,7 +146,7 @@ class ResultCommitter(BaseBackend):
 
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
         super().__init__(app, url=url, **options)
-        self.settings: WorkerSettings = app.conf.embedq
+        self.settings: WorkerSettings = app.conf.embedq.settings
         self._thread: ThreadPoolExecutor | None = None
 
     @cached_property
@@ -157,7 +157,7 @@ class ResultCommitter(BaseBackend):
     def start_attempt(self, job: str, index: int) -> tuple[Attempt, int]:
         """Ask the ledger whether a batch still wants computing; see Ledger.start_attempt."""
         verdict, tries = self.call(lambda: Ledger(self.redis.client, job).start_attempt(index))
-        COUNTERS.redelivered += tries > 1
+        COUNTERS["redelivered"] += tries > 1
         return verdict, tries
 
     def undo_attempt(self, job: str, index: int) -> None:
@@ -207,12 +207,12 @@ class ResultCommitter(BaseBackend):
         except StagedValuesExpired:
             upload.forget()
             committed = commit()
-        COUNTERS.duplicates += committed is False
+        COUNTERS["duplicates"] += committed is False
         return committed
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
         """Commit the refusal of a whole batch, so that its producer gets an answer."""
-        COUNTERS.refused += 1
+        COUNTERS["refused"] += 1
         value = encode_failure(code, detail)
         return self.call(lambda: Ledger(self.redis.client, job).commit(index, [value]))
 

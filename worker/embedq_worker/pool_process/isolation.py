@@ -128,7 +128,7 @@ class LedgerNotes:
     def dead_letter(self, offset: int, reason: str) -> None:
         """Keep a text among the dead letters."""
         batch = self._batch
-        COUNTERS.set_aside += 1
+        COUNTERS["set_aside"] += 1
         log.error("text_dead_lettered job=%s index=%d offset=%d", batch.job, batch.index, offset)
         letter = dead_letters.new(
             batch.job,

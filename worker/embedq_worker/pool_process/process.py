@@ -1,18 +1,8 @@
-"""Open the engine in the pool process and report its state.
+"""Open the engine in the pool process and report its status to the main process.
 
-What the child of a worker says of itself, and when it stops trusting its device.
-
-The child tells through the worker's state file; what follows from it, the parent decides.
-
-Tracing of a worker's child, by the official instrumentation of Celery.
-
-The life of a worker's child: find the model, open the engine, prove it, serve.
-
-Runs in Celery's `worker_process_init`, whose exceptions Celery swallows and then serves without a
-model. So nothing here raises: the child writes what became of it into the worker's state file, and
-the parent consumes nothing until that says healthy.
-
-Signs of life: a worker's parent writes its pulse, and its child what it has done.
+Celery swallows exceptions of `worker_process_init` and would then serve without a model. So nothing
+here raises: the result goes into the status file, and the main process consumes no queue until that
+says healthy.
 """
 
 from __future__ import annotations
@@ -27,21 +17,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from celery import signals
+from celery import current_app, signals
 
 from embedq.errors import EmbedqError, SettingsError
 from embedq.observability import tracing
 from embedq.protocol.contract import Device
-from embedq.protocol.worker import WorkerState
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq_worker import process
 from embedq_worker.device.placement import DeviceLock, Placement, choose_placement
 from embedq_worker.errors import EngineError, FailureReason, describe
 from embedq_worker.inference.opener import LOCK_TIMEOUT_S, claim_device, open_placed
 from embedq_worker.inference.serving import EngineSet
-from embedq_worker.main_process import status
+from embedq_worker.main_process.controller import WorkerContext
 from embedq_worker.main_process.device_health import FailureWindow, SlowdownDetector
-from embedq_worker.main_process.status import StatusFile, WorkerStatus
-from embedq_worker.process import die_with_parent
+from embedq_worker.main_process.status import COUNTERS, StatusFile, reset_counters
 from embedq_worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -49,251 +38,233 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-#: Seconds after which a child that could not tell how it is tries again.
-TELL_AGAIN_S = 1.0
-
+#: Delay before another attempt to write the status file, seconds.
+WRITE_RETRY_S = 1.0
 
 #: Period in which failed batches count towards EMBEDQ_INFER_FAILURES, seconds.
 INFER_FAILURES_WINDOW_S = 60.0
 
-
 #: Ratio of a batch's inference time to that of the first batches above which it counts as slow.
 SLOWDOWN_FACTOR = 5.0
 
+#: Time that the main process has to kill a pool process whose engine hangs, before that ends
+#: itself, seconds.
+MAIN_PROCESS_FIRST_S = 5.0
 
-#: Seconds that the parent has to end a child whose engine hangs, before the child ends itself.
-PARENT_FIRST_S = 5.0
+#: Longest time for which one Python thread keeps the others waiting, seconds. With the default of
+#: 5 ms the thread that feeds the device waits longer than the device computes.
+SWITCH_INTERVAL_S = 0.0005
+
+#: Pause at the start of a pool process whose predecessor died before it was ready, seconds: long
+#: enough for the main process to see and count each of them.
+EARLY_EXIT_PAUSE_S = 0.5
 
 
-class Child:
-    """The process of a worker that owns its device."""
+class PoolProcess:
+    """The process of a worker that owns its device, as it reports itself."""
 
-    def __init__(self, settings: WorkerSettings, pace_s: float = 0.0) -> None:
-        """Begin as a child that starts.
+    def __init__(self, settings: WorkerSettings, inference_s: float = 0.0) -> None:
+        """Report that this process starts.
 
         Args:
             settings: of the worker.
-            pace_s: what an inference took the child before this one; 0 if nobody knows.
+            inference_s: normal duration of an NPU inference, as an earlier process measured it;
+                0 if unknown.
         """
         self._settings = settings
         self._file = StatusFile(settings.runtime_dir, settings.name)
-        self._serving: EngineSet | None = None
+        self._engines: EngineSet | None = None
         self._on_npu = False
         self._failures = FailureWindow(settings.infer_failures, INFER_FAILURES_WINDOW_S)
-        self._pace = SlowdownDetector(SLOWDOWN_FACTOR, settings.slow_batches, pace_s)
+        self._slowdown = SlowdownDetector(SLOWDOWN_FACTOR, settings.slow_batches, inference_s)
         before = self._file.read()
-        #: Whether the child before this one died before it was ready.
-        self.follows_early_death = before is not None and before.state is WorkerState.STARTING
-        self.state = WorkerStatus(WorkerState.STARTING, time.time(), os.getpid())
-        self._written = False
-        self._write(self.state)
+        #: Whether the pool process before this one died before it was ready.
+        self.follows_early_exit = before is not None and before.state is WorkerState.STARTING
+        self.status = WorkerStatus(
+            settings.name, WorkerState.STARTING, time.time(), os.getpid(), os.getppid()
+        )
+        self._is_written = False
+        self._write(self.status)
 
     @property
     def engines(self) -> EngineSet | None:
-        """What this child embeds with, or None if it may not serve."""
-        return self._serving
+        """The engines, or None if this process must not serve."""
+        return self._engines
 
     @property
     def on_npu(self) -> bool:
-        """Whether what it embeds with is the NPU of the worker, or plays it."""
+        """Whether the standard engine runs on the NPU, real, emulated or stub."""
         return self._on_npu
 
     def report_placed(self, placement: Placement) -> None:
-        """Say where this child is about to open its engine."""
-        self._write(replace(self.state, assigned_device=str(placement.assigned_device)))
+        """Report the device on which the engine is about to be opened."""
+        self._write(replace(self.status, assigned_device=str(placement.assigned_device)))
 
-    def report_ready(self, serving: EngineSet, placement: Placement) -> None:
-        """Say that the engine is open and proven."""
-        engine = serving.standard.engine
-        self._serving = serving
+    def report_ready(self, engines: EngineSet, placement: Placement) -> None:
+        """Report that the engine is open and verified, and start to serve."""
+        engine = engines.standard.engine
+        self._engines = engines
         self._on_npu = placement.assigned_device is Device.NPU and not placement.degraded
-        state = replace(
-            self.state,
+        self.status = replace(
+            self.status,
             device=str(engine.device),
             engine=engine.name,
             precision=str(engine.precision),
-            model_info=serving.model_info,
+            model_info=engines.model_info,
         )
         if placement.degraded:
-            self._write(state.transition(WorkerState.DEGRADED, placement.reason))
+            self._transition(WorkerState.DEGRADED, placement.reason)
         else:
-            self._write(state.transition(WorkerState.HEALTHY))
+            self._transition(WorkerState.HEALTHY)
 
     def report_idle(self, reason: str) -> None:
-        """Say that there is nothing to serve with, and that this is meant to be."""
-        self._write(self.state.transition(WorkerState.DEGRADED, reason))
+        """Report that this process serves nothing, as the settings ask for."""
+        self._transition(WorkerState.DEGRADED, reason)
 
     def report_failed(self, error: BaseException) -> None:
-        """Say why no engine could be opened."""
+        """Report why no engine could be opened."""
         code, reason = describe(error, FailureReason.INIT_FAILED)
-        self._write(self.state.transition(WorkerState.FAILED, reason, code))
+        self._transition(WorkerState.FAILED, reason, code)
 
     def record_failure(self, error: Exception) -> tuple[str, str]:
-        """Weigh a failed batch, and stop serving if the device has lost its trust.
+        """Count a failed batch; stop serving if the device has become unhealthy.
 
         Returns:
             The code and the sentence of the failure.
         """
         code, reason = describe(error, FailureReason.ENGINE_FAILED)
         kind = error.reason if isinstance(error, EngineError) else FailureReason.ENGINE_FAILED
-        if self._failures.are_too_many(kind, time.monotonic()):
+        if self._failures.add(kind, time.monotonic()):
             self.mark_unhealthy(code, reason)
         return code, reason
 
     def record_duration(self, seconds: float, inferences: int) -> None:
-        """Take note of how long a batch kept the NPU; a slow one's vectors are right all the same.
+        """Record how long the NPU computed a batch; stop serving if it has become slow.
 
-        Args:
-            seconds: in which the device computed for it.
-            inferences: in it.
+        The vectors of a slow batch are right and are committed.
         """
-        if self._on_npu and inferences and self._pace.is_slow(seconds / inferences):
+        if self._on_npu and inferences and self._slowdown.add(seconds / inferences):
             self.mark_unhealthy(
                 FailureReason.SLOW,
                 f"Its last {self._settings.slow_batches} batches took over "
                 f"{SLOWDOWN_FACTOR:g} times as long as the first ones.",
             )
 
+    def record_totals(self) -> None:
+        """Report the counters after a batch."""
+        totals = self._engines.totals() if self._engines is not None else {}
+        self._write(replace(self.status, totals={**self.status.totals, **totals, **COUNTERS}))
+
     def mark_unhealthy(self, code: str, reason: str) -> None:
-        """Stop serving; the parent replaces this process once it has let go of its batch."""
+        """Stop serving; the main process replaces this process once it holds no batch."""
         log.error("device_unhealthy worker=%s code=%s reason=%s", self._settings.name, code, reason)
-        self._serving = None
-        self._write(self.state.transition(WorkerState.DEGRADED, reason, code))
+        self._engines = None
+        self._transition(WorkerState.DEGRADED, reason, code)
 
     @contextmanager
     def engine_call(self) -> Iterator[None]:
-        """Let nobody wait for ever for the body, a call of the engine.
+        """Limit the duration of the body, a call of the engine.
 
-        On an NPU the parent ends this process in time, for the batch is not to blame. The process
-        ends itself where the parent cannot, and on a CPU, where a text may well be.
+        On an NPU the main process kills this process in time, as the batch is not at fault. If it
+        cannot, and on a CPU, where a text may be at fault, this process ends itself.
         """
-        self._write(replace(self.state, busy_since=time.monotonic()))
-        limit_s = self._settings.engine_timeout_s + (PARENT_FIRST_S if self._on_npu else 0.0)
+        self._write(replace(self.status, busy_since=time.monotonic()))
+        limit_s = self._settings.engine_timeout_s + (MAIN_PROCESS_FIRST_S if self._on_npu else 0.0)
         try:
             with process.deadline(limit_s):
                 yield
         finally:
-            self._write(replace(self.state, busy_since=0.0, pace_s=self._pace.known_s))
+            normal_s = self._slowdown.normal_s
+            self._write(replace(self.status, busy_since=0.0, inference_s=normal_s))
 
     def write_with_retry(self) -> None:
-        """Tell again until it is written: nothing else would, and the parent consumes nothing."""
-        while not self._written:
-            time.sleep(TELL_AGAIN_S)
-            self._write(self.state)
+        """Retry until the status is written: without it the main process consumes nothing."""
+        while not self._is_written:
+            time.sleep(WRITE_RETRY_S)
+            self._write(self.status)
 
     def close(self) -> None:
-        """Give the devices back."""
-        if self._serving is not None:
-            self._serving.close()
+        """Close the engines."""
+        if self._engines is not None:
+            self._engines.close()
 
-    def _write(self, state: WorkerStatus) -> None:
-        self.state, self._written = state, False
+    def _transition(self, state: WorkerState, reason: str = "", code: str = "") -> None:
+        self._write(
+            replace(self.status, state=state, reason=reason, code=code, state_since=time.time())
+        )
+
+    def _write(self, status: WorkerStatus) -> None:
+        self.status, self._is_written = status, False
         try:
-            self._file.write(state)
-            self._written = True
+            self._file.write(status)
+            self._is_written = True
         except (OSError, SettingsError) as error:
-            # A full disk must not fail a batch: Celery would acknowledge it, and it would be gone.
+            # Raising would fail a batch, which Celery would then acknowledge: it would be lost.
             log.warning(
                 "status_write_failed worker=%s reason=%s", self._settings.name, type(error).__name__
             )
 
 
-_provider: TracerProvider | None = None
+_this: PoolProcess | None = None
+_lock: DeviceLock | None = None
+_tracer: TracerProvider | None = None
 
 
-def enable() -> None:
-    """Trace each batch of this child; called after the fork, because exporters have threads.
-
-    Raises:
-        SettingsError: OpenTelemetry is missing, or its exporter unknown.
-    """
-    global _provider
-    _provider = tracing.enable("embedq-worker")
-    from opentelemetry.instrumentation.celery import CeleryInstrumentor
-
-    CeleryInstrumentor().instrument()  # type: ignore[no-untyped-call] # it has no types
-
-
-def flush() -> None:
-    """Send what is left."""
-    if _provider is not None:
-        _provider.shutdown()
-
-
-#: Seconds for which one Python thread may keep the others from running. With the default of 5 ms a
-#: thread that hands the device its next work waits longer for its turn than the device computes.
-SWITCH_INTERVAL_S = 0.0005
-
-
-#: Seconds that a child waits whose predecessor died before it was ready: long enough for the parent
-#: to see each of them, so that a loop ends after about as many as it should; 13 were seen for 5.
-EARLY_DEATH_PAUSE_S = 0.5
-
-
-_child: Child | None = None
-
-
-_claim: DeviceLock | None = None
-
-
-def current_child() -> Child:
-    """Return what this process says of itself.
+def this_process() -> PoolProcess:
+    """Return the pool process that this is.
 
     Raises:
-        RuntimeError: it is no child of a worker.
+        RuntimeError: this is another process.
     """
-    if _child is None:
-        raise RuntimeError("A batch outside a worker's child. This is a bug.")
-    return _child
+    if _this is None:
+        raise RuntimeError("A batch was run outside a pool process. This is a bug.")
+    return _this
 
 
 @signals.worker_process_init.connect
-def on_process_init(sender: Any = None, **_: Any) -> None:
-    """Make this child ready to serve, or record why it is not."""
-    global _child, _claim
-    from embedq_worker.main_process.app import (
-        app,  # the app imports the tasks, which import this file
-    )
-
-    settings: WorkerSettings = app.conf.embedq
-    _child = Child(settings, app.conf.get("embedq_pace_s", 0.0))
+def on_process_init(**_: Any) -> None:
+    """Open the engine, or report why it cannot be opened."""
+    global _this, _lock
+    context: WorkerContext = current_app.conf.embedq
+    settings, controller = context.settings, context.controller
+    reset_counters()
+    this = _this = PoolProcess(settings, controller.inference_s)
     try:
-        die_with_parent()
-        # Ctrl-C in a terminal reaches the whole group; the parent decides when a child ends.
+        process.die_with_parent()
+        # Ctrl-C in a terminal reaches every process of its group; the main process ends this one.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         process.send_native_to_stderr()
-        if _child.follows_early_death:
-            time.sleep(EARLY_DEATH_PAUSE_S)
+        if settings.traces:
+            _enable_tracing()
+        if this.follows_early_exit:
+            time.sleep(EARLY_EXIT_PAUSE_S)
         began = time.monotonic()
-        placement = app.conf.get("embedq_placement") or choose_placement(
-            settings, wait_s=LOCK_TIMEOUT_S
-        )
-        _child.report_placed(placement)
+        placement = controller.placement or choose_placement(settings, wait_s=LOCK_TIMEOUT_S)
+        this.report_placed(placement)
         if placement.degraded and (settings.strict or not settings.cpu_fallback):
             log.warning("degraded worker=%s device=none reason=%s", settings.name, placement.reason)
-            _child.report_idle(placement.reason)
-            _child.write_with_retry()
+            this.report_idle(placement.reason)
+            this.write_with_retry()
             return
-        _claim = claim_device(settings, placement)
-        opened = open_placed(settings, placement)
-    except BaseException as error:  # whatever it is, the parent must hear of it
+        _lock = claim_device(settings, placement)
+        engines = open_placed(settings, placement)
+    except BaseException as error:  # the main process must learn of every kind
         reason = str(error) if isinstance(error, EmbedqError) else type(error).__name__
         log.exception("init_failed worker=%s reason=%s", settings.name, reason)
-        _child.report_failed(error)
-        _child.write_with_retry()
+        this.report_failed(error)
+        this.write_with_retry()
         return
     if placement.degraded:
         log.warning("degraded worker=%s device=cpu reason=%s", settings.name, placement.reason)
-    _child.report_ready(opened, placement)
-    _child.write_with_retry()
-    engine = opened.standard.engine
+    this.report_ready(engines, placement)
+    this.write_with_retry()
+    engine = engines.standard.engine
     log.info(
         "serving worker=%s model=%s identity=%s engine=%s device=%s precision=%s seconds=%.2f",
         settings.name,
-        opened.model_info.label,
-        opened.model_info.identity[:12],
+        engines.model_info.label,
+        engines.model_info.identity[:12],
         engine.name,
         engine.device,
         engine.precision,
@@ -303,32 +274,25 @@ def on_process_init(sender: Any = None, **_: Any) -> None:
 
 @signals.worker_process_shutdown.connect
 def on_process_shutdown(**_: Any) -> None:
-    """Give the device back when the child ends in good order."""
-    if _child is not None:
-        _child.close()
-    if _claim is not None:
-        _claim.release()
-
-
-@signals.worker_process_init.connect
-def open_counters(**_: Any) -> None:
-    """Begin the file of this child."""
-    from embedq_worker.main_process.app import app  # the app imports the steps of this file
-
-    settings: WorkerSettings = app.conf.embedq
-    status.COUNTERS.open(settings.runtime_dir, settings.name)
-    if settings.traces:
-        enable()
-
-
-@signals.worker_process_shutdown.connect
-def flush_spans(**_: Any) -> None:
-    """Send the last spans."""
-    flush()
+    """Close the engine, release the device and export the last spans."""
+    if _this is not None:
+        _this.close()
+    if _lock is not None:
+        _lock.release()
+    if _tracer is not None:
+        _tracer.shutdown()
 
 
 @signals.task_postrun.connect
 def on_batch(**_: Any) -> None:
-    """Write down what this child has done so far."""
-    serving = current_child().engines
-    status.COUNTERS.write(serving.totals() if serving is not None else {})
+    """Report the counters."""
+    this_process().record_totals()
+
+
+def _enable_tracing() -> None:
+    # After the fork, because exporters have threads.
+    global _tracer
+    _tracer = tracing.enable("embedq-worker")
+    from opentelemetry.instrumentation.celery import CeleryInstrumentor
+
+    CeleryInstrumentor().instrument()  # type: ignore[no-untyped-call] # it has no types

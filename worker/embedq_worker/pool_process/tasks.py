@@ -28,7 +28,7 @@ from embedq_worker.pool_process.isolation import (
     Notes,
     embed_isolated,
 )
-from embedq_worker.pool_process.process import current_child
+from embedq_worker.pool_process.process import this_process
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
     except DeviceFault as fault:
-        why = current_child().record_failure(
+        why = this_process().record_failure(
             fault.error
         )  # first of all, so that the parent takes nothing more
         backend.undo_attempt(job, index)
@@ -131,12 +131,12 @@ class _Refused(Exception):
 def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
     """Return what to embed with, or give the batch away: it did nothing wrong."""
     queue = (task.request.delivery_info or {}).get("routing_key", "")
-    worker = current_child().engines
+    worker = this_process().engines
     if worker is not None and may_answer(queue, worker.standard.engine.device):
         return worker
     if isinstance(body, dict) and rerouting.can_reroute(queue, body):
         rerouting.reroute_or_requeue(
-            task, body, current_child().state.code, "The worker has stopped serving."
+            task, body, this_process().status.code, "The worker has stopped serving."
         )
     log.warning("batch_requeued job=%s index=%d reason=not serving", job, index)
     raise requeue_after_delay("not serving")
@@ -178,7 +178,7 @@ def _embed(
     )
 
     def embed_one(alone: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
-        elsewhere = on_cpu and current_child().on_npu
+        elsewhere = on_cpu and this_process().on_npu
         return _ask(
             worker.engine_for(Accuracy.EXACT) if elsewhere else proven, worker, alone, stats
         )
@@ -194,10 +194,10 @@ def _ask(
     sink: RowSink | None = None,
 ) -> tuple[Vectors, OutcomeTable]:
     """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
-    on_npu = current_child().on_npu and proven.engine is worker.standard.engine
+    on_npu = this_process().on_npu and proven.engine is worker.standard.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
-        with current_child().engine_call(), tracing.span("embedq.engine", texts=len(batch.texts)):
+        with this_process().engine_call(), tracing.span("embedq.engine", texts=len(batch.texts)):
             vectors, outcomes = proven.embedder.embed(batch, stats, sink)
             if on_npu:
                 worker.check(batch, vectors)
@@ -206,7 +206,7 @@ def _ask(
             raise DeviceFault(error) from error
         raise
     if on_npu:
-        current_child().record_duration(stats.busy_s - busy_s, stats.inferences - inferences)
+        this_process().record_duration(stats.busy_s - busy_s, stats.inferences - inferences)
     return vectors, outcomes
 
 

@@ -62,7 +62,7 @@ def test_the_whole_input_is_measured(tmp_path: Path) -> None:
 
     assert sample.texts == 1_000
     assert sample.text_bytes == sum(map(len, lines))
-    assert sample.guessed_tokens == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
+    assert sample.guessed == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
 
 
 def test_estimate_reads_as_lines() -> None:

@@ -61,10 +61,10 @@ def test_text_that_is_no_string_fails_later_and_alone(tmp_path: Path) -> None:
         ("[1]", "a JSON list, not an object"),
         ('"text"', "a JSON str, not an object"),
         ('{"txt": "a"}', r"no field 'text' \(--text-field\). Did you mean txt\?"),
-        ('{"id": 7.0, "text": "a"}', r"the id .* is a JSON float, not str or int"),
-        ('{"id": NaN, "text": "a"}', r"the id .* is a JSON float, not str or int"),
-        ('{"id": true, "text": "a"}', r"the id .* is a JSON bool, not str or int"),
-        ('{"id": [1], "text": "a"}', r"the id .* is a JSON list, not str or int"),
+        ('{"id": 7.0, "text": "a"}', r"an id .* that is a JSON float, not str or int"),
+        ('{"id": NaN, "text": "a"}', r"an id .* that is a JSON float, not str or int"),
+        ('{"id": true, "text": "a"}', r"an id .* that is a JSON bool, not str or int"),
+        ('{"id": [1], "text": "a"}', r"an id .* that is a JSON list, not str or int"),
         ('{"text": "a", "n": ' + "1" * 5000 + "}", "not JSON .*digits"),
         ("[" * 100_000, "not JSON .nested too deeply"),
     ],
@@ -182,9 +182,9 @@ def test_gzip_is_read_through(tmp_path: Path) -> None:
     empty = written(tmp_path, "c.jsonl.gz", b"")
 
     assert documents(good) == [(1, "a" * 5000)]
-    with pytest.raises(InputError, match=r"b\.jsonl\.gz: reading failed"):
+    with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read further"):
         documents(cut)
-    with pytest.raises(InputError, match=r"c\.jsonl\.gz: reading failed \(it is empty"):
+    with pytest.raises(InputError, match=r"c\.jsonl\.gz: cannot be read further \(it is empty"):
         documents(empty)
 
 

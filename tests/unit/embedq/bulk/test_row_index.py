@@ -80,13 +80,14 @@ def test_superseded_row_can_still_be_kept(tmp_path: Path) -> None:
         assert not rows.supersede("a")
 
 
-def test_reset_marks_all_rows_unused(tmp_path: Path) -> None:
+def test_forgetting_starts_anew(tmp_path: Path) -> None:
+    """After forget_use every row is to be had again."""
     with index(tmp_path, [("a", "x"), ("b", "y")]) as rows:
         find(rows, "a", "x")
         rows.supersede("b")
         assert rows.count_unused() == 0
 
-        rows.reset()
+        rows.forget_use()
 
         assert rows.count_unused() == 2
 

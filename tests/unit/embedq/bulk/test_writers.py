@@ -108,7 +108,7 @@ def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.M
     """A read-only folder is named; root may write everywhere, so the answer is asked for here."""
     monkeypatch.setattr("os.access", lambda *_: False)
 
-    with pytest.raises(InputError, match="this folder is not writable"):
+    with pytest.raises(InputError, match="this folder cannot be written to"):
         require_writable(tmp_path / "out.npy")
 
 

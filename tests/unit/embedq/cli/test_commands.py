@@ -16,7 +16,7 @@ from embedq.cli.common import EXIT_SETTINGS
 from embedq.cli.console import EXIT_INPUT
 from embedq.cli.operations import exporter
 from embedq.observability.status import FleetStatus, JobStatus
-from embedq.protocol.worker import Heartbeat
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq.store import dead_letters
 from embedq.store.fleet import Pause
 
@@ -93,7 +93,9 @@ def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) ->
 def test_brackets_are_no_markup() -> None:
     """Names, reasons and outputs are shown as they are; `[/dev/accel]` ended the command."""
     now = 1000.0
-    worker = Heartbeat("n[a]", "degraded", now, now, 1, reason="cannot open [/dev/accel/accel0]")
+    worker = WorkerStatus(
+        "n[a]", WorkerState.DEGRADED, now, reason="cannot open [/dev/accel/accel0]"
+    )
     job = JobStatus("j[b]", "out[v2].npy", 0, 0, 1.0)
     found = FleetStatus(now, [worker], {}, 0, 0.0, [job], {}, None, silent={"s[/c]": now})
     shown = io.StringIO()

@@ -10,7 +10,7 @@ import pytest
 from redis import Redis
 
 from embedq.errors import MalformedMessage, NoWorker
-from embedq.protocol.worker import Heartbeat, ModelInfo
+from embedq.protocol.worker import ModelInfo, WorkerState, WorkerStatus
 from embedq.store.fleet import (
     WORKERS_KEY,
     deregister,
@@ -20,8 +20,13 @@ from embedq.store.fleet import (
 )
 
 MODEL_INFO = ModelInfo("org/model@abc123", "ab" * 32, 384, 256)
-WORKER = Heartbeat(
-    "worker", "healthy", at=time.time(), state_since=time.time(), pid=1, model_info=MODEL_INFO
+WORKER = WorkerStatus(
+    "worker",
+    WorkerState.HEALTHY,
+    at=time.time(),
+    state_since=time.time(),
+    pid=1,
+    model_info=MODEL_INFO,
 )
 
 
@@ -29,16 +34,18 @@ def test_heartbeat_survives_the_wire_and_newer_fields() -> None:
     """A heartbeat comes back, also from a version that knows more."""
     newer = msgpack.packb({**msgpack.unpackb(WORKER.to_message()), "mood": "good"})
 
-    assert Heartbeat.from_message(WORKER.to_message()) == WORKER
-    assert Heartbeat.from_message(newer) == WORKER
-    assert Heartbeat.from_message(replace(WORKER, model_info=None).to_message()).model_info is None
+    assert WorkerStatus.from_message(WORKER.to_message()) == WORKER
+    assert WorkerStatus.from_message(newer) == WORKER
+    assert (
+        WorkerStatus.from_message(replace(WORKER, model_info=None).to_message()).model_info is None
+    )
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xc1", b"\x01", msgpack.packb({"worker": "x"})])
 def test_garbage_is_no_heartbeat(raw: bytes) -> None:
     """What cannot be read is refused by its size."""
     with pytest.raises(MalformedMessage):
-        Heartbeat.from_message(raw)
+        WorkerStatus.from_message(raw)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +69,14 @@ def test_garbage_is_no_heartbeat(raw: bytes) -> None:
 def test_heartbeat_with_a_field_of_another_type_is_none(change: dict[str, object]) -> None:
     """Whoever shows, sorts or counts heartbeats need not ask what is in them."""
     with pytest.raises(MalformedMessage):
-        Heartbeat.from_message(msgpack.packb({**asdict(WORKER), **change}))
+        WorkerStatus.from_message(msgpack.packb({**asdict(WORKER), **change}))
 
 
 def test_words_of_a_worker_move_no_cursor_and_end_no_line() -> None:
     """What a worker says of itself is shown on terminals and in logs, whoever wrote it."""
     words = "\x1b]0;owned\x07 one\r\nfake=line" + "x" * 9_999
 
-    reason = Heartbeat.from_message(replace(WORKER, reason=words).to_message()).reason
+    reason = WorkerStatus.from_message(replace(WORKER, reason=words).to_message()).reason
 
     assert reason.startswith(" ]0;owned  one fake=line")
     assert len(reason) <= 2_000
@@ -79,7 +86,7 @@ def test_card_of_a_newer_worker_is_read() -> None:
     """A newer worker whose card knows more is alive for an older producer."""
     newer = msgpack.packb({**asdict(WORKER), "model_info": {**asdict(MODEL_INFO), "mood": "good"}})
 
-    assert Heartbeat.from_message(newer) == WORKER
+    assert WorkerStatus.from_message(newer) == WORKER
 
 
 def test_name_that_is_no_text_hides_no_worker(results: Redis) -> None:

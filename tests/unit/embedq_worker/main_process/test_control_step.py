@@ -37,9 +37,8 @@ def test_order_to_recover_ends_no_pause_of_a_later_worker(
     redis, guard = FakeRedis(), Obedient()
     monkeypatch.setattr(bootsteps, "open_redis", lambda *_, **__: redis)
     settings = WorkerSettings.load(name="npu0", device="stub", runtime_dir=tmp_path)
-    worker = SimpleNamespace(
-        app=SimpleNamespace(conf=SimpleNamespace(embedq=settings, embedq_guard=guard))
-    )
+    context = SimpleNamespace(settings=settings, controller=guard)
+    worker = SimpleNamespace(app=SimpleNamespace(conf=SimpleNamespace(embedq=context)))
     set_desired_state(redis, "npu0", DesiredState.HEALTHY, "mended")
     step = bootsteps.ControlStep(worker)
 

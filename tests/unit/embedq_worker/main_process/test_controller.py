@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 
 from embedq.protocol.contract import Device, Queue
-from embedq.protocol.worker import WorkerState
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq_worker import exit_codes
 from embedq_worker.device.placement import Placement
 from embedq_worker.errors import FailureReason
 from embedq_worker.main_process.controller import WorkerController
 from embedq_worker.main_process.probe import DeviceProbe, ProbeResult
-from embedq_worker.main_process.status import WorkerStatus
 from embedq_worker.settings import WorkerSettings
 
 ON_NPU = Placement(Device.NPU, Device.NPU, "There it is.")
@@ -24,7 +23,7 @@ CPU_QUEUES = (Queue.CPU, Queue.NPU)
 class ScriptedProbe(DeviceProbe):
     """A probe that ends when the test says so."""
 
-    finding: ProbeResult | None = None
+    result: ProbeResult | None = None
 
     def __init__(self) -> None:
         """Start nothing."""
@@ -32,7 +31,7 @@ class ScriptedProbe(DeviceProbe):
 
     def poll(self, now_s: float) -> ProbeResult | None:
         """Return what the test found."""
-        return self.finding
+        return self.result
 
     def stop(self) -> None:
         """Take note."""
@@ -47,7 +46,7 @@ class Story:
         self.probe = ScriptedProbe()
         self.guard = WorkerController(WorkerSettings(**values), placement, lambda *_: self.probe)  # type: ignore[arg-type]
         self.now = 1000.0
-        self.child = WorkerStatus(WorkerState.STARTING, self.now, 1, assigned_device="npu")
+        self.child = WorkerStatus("npu0", WorkerState.STARTING, self.now, 1, assigned_device="npu")
 
     def goes_on(self, seconds: float = 1.0, **said: object) -> None:
         """Let the child say something, and the guard look."""
@@ -62,10 +61,10 @@ class Story:
     def is_replaced(self, state: WorkerState, device: str) -> None:
         """Let the pool replace the child as the guard wants."""
         pid = self.guard.kill_pid or self.guard.drain_pid
-        assert pid == self.child.pid
+        assert pid == self.child.pool_pid
         self.guard.replaced(pid)
         self.goes_on(
-            pid=pid + 1, state=WorkerState.STARTING, state_since=self.now, device="", code=""
+            pool_pid=pid + 1, state=WorkerState.STARTING, state_since=self.now, device="", code=""
         )
         self.goes_on(state=state, device=device, busy_since=0.0)
 
@@ -97,7 +96,7 @@ def test_npu_is_left_tried_again_and_taken_back() -> None:
     )
     assert story.guard.queues_to_consume() == CPU_QUEUES
 
-    story.probe.finding = ProbeResult(True)
+    story.probe.result = ProbeResult(True)
     story.goes_on()
     assert story.guard.placement == ON_NPU
     assert story.guard.queues_to_consume() == ()
@@ -111,7 +110,7 @@ def test_failed_probe_leaves_the_worker_on_its_cpu() -> None:
     story.is_healthy()
     story.degrades()
 
-    story.probe.finding = ProbeResult(False, "selftest_failed", "It lies.")
+    story.probe.result = ProbeResult(False, "selftest_failed", "It lies.")
     story.goes_on(31)
     story.goes_on()
 
@@ -164,7 +163,7 @@ def test_time_of_day_that_jumps_ends_no_start(jump: float) -> None:
     assert story.guard.kill_pid == 0
 
     story.guard.update(story.child, story.now + jump, story.now + 101)
-    assert story.guard.kill_pid == story.child.pid
+    assert story.guard.kill_pid == story.child.pool_pid
 
 
 def test_loop_of_deaths_ends_in_a_degraded_worker() -> None:
@@ -172,7 +171,7 @@ def test_loop_of_deaths_ends_in_a_degraded_worker() -> None:
     story = Story(crash_loop_limit=3)
 
     for pid in range(2, 6):
-        story.goes_on(pid=pid)
+        story.goes_on(pool_pid=pid)
 
     assert story.guard.health.code == FailureReason.CRASH_LOOP
     assert story.guard.exit_code == 0
@@ -194,7 +193,7 @@ def test_npu_that_vanishes_after_it_was_proven_is_tried_again() -> None:
     story = Story()
     story.is_healthy()
     story.degrades()
-    story.probe.finding = ProbeResult(True)
+    story.probe.result = ProbeResult(True)
     story.goes_on(31)
     story.goes_on()
     story.is_replaced(WorkerState.STARTING, "")

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from embedq.protocol.contract import Device, Queue
-from embedq.protocol.worker import ModelInfo, WorkerState
+from embedq.protocol.worker import ModelInfo, WorkerState, WorkerStatus
 from embedq_worker.errors import FailureReason
 from embedq_worker.main_process.device_health import (
     DeviceHealth,
@@ -17,7 +17,6 @@ from embedq_worker.main_process.device_health import (
     may_answer,
     queues_for,
 )
-from embedq_worker.main_process.status import WorkerStatus
 
 NOTHING: tuple[Queue, ...] = ()
 CPU_FIRST = (Queue.CPU, Queue.NPU)
@@ -26,7 +25,7 @@ NPU_ONLY = (Queue.NPU, Queue.NPU_STRICT)
 
 def worker(state: WorkerState, home: str, device: str) -> WorkerStatus:
     """Return the state of a worker."""
-    return WorkerStatus(state, 0.0, 1, assigned_device=home, device=device)
+    return WorkerStatus("npu0", state, 0.0, 1, assigned_device=home, device=device)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_worker_with_a_quantized_copy_reads_the_queue_of_int8() -> None:
 
 def test_worker_without_a_state_consumes_nothing() -> None:
     """Its child has not spoken yet."""
-    assert queues_for(WorkerStatus(WorkerState.STARTING, 1.0, 0)) == NOTHING
+    assert queues_for(WorkerStatus("npu0", WorkerState.STARTING, 1.0)) == NOTHING
 
 
 def test_worker_may_be_kept_to_its_own_queue() -> None:

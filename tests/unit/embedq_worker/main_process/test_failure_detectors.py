@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedq.protocol.worker import WorkerState
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq_worker.errors import FailureReason
 from embedq_worker.main_process.device_health import (
     LEARN_FROM,
@@ -12,7 +12,6 @@ from embedq_worker.main_process.device_health import (
     FailureWindow,
     SlowdownDetector,
 )
-from embedq_worker.main_process.status import WorkerStatus
 
 
 @pytest.mark.parametrize(
@@ -20,14 +19,14 @@ from embedq_worker.main_process.status import WorkerStatus
 )
 def test_lost_and_wrong_devices_are_not_forgiven(reason: FailureReason) -> None:
     """One is enough, however many failures are allowed."""
-    assert FailureWindow(100, 60).are_too_many(reason, 0.0)
+    assert FailureWindow(100, 60).add(reason, 0.0)
 
 
-def test_failures_are_forgiven_until_there_are_too_many() -> None:
+def test_failures_are_forgiven_until_there_add() -> None:
     """The third within a minute is one too many; those of an hour ago are forgotten."""
     failures = FailureWindow(3, 60)
 
-    answers = [failures.are_too_many(FailureReason.INFER_FAILED, at) for at in (0, 30, 61, 62)]
+    answers = [failures.add(FailureReason.INFER_FAILED, at) for at in (0, 30, 61, 62)]
 
     assert answers == [False, False, False, True]
 
@@ -36,30 +35,30 @@ def test_device_that_has_become_slow_is_found() -> None:
     """Five batches in a row over five times as long as at first; one slow batch is nothing."""
     pace = SlowdownDetector(5.0, 5)
 
-    began = [pace.is_slow(0.1) for _ in range(LEARN_FROM)]
-    blips = [pace.is_slow(seconds) for seconds in (9.0, 0.1, 9.0, 9.0, 9.0, 9.0)]
+    began = [pace.add(0.1) for _ in range(LEARN_FROM)]
+    blips = [pace.add(seconds) for seconds in (9.0, 0.1, 9.0, 9.0, 9.0, 9.0)]
 
     assert not any(began + blips)
-    assert pace.is_slow(9.0)
+    assert pace.add(9.0)
 
 
 def test_device_that_comes_back_slow_is_found() -> None:
     """A new process knows from the one before it how fast the device was."""
-    pace = SlowdownDetector(5.0, 2, known_s=0.1)
+    pace = SlowdownDetector(5.0, 2, normal_s=0.1)
 
-    assert [pace.is_slow(0.9), pace.is_slow(0.9)] == [False, True]
+    assert [pace.add(0.9), pace.add(0.9)] == [False, True]
 
 
 def test_factor_of_zero_never_calls_a_device_slow() -> None:
     """The trigger can be switched off."""
     pace = SlowdownDetector(0.0, 1)
 
-    assert not any(pace.is_slow(10.0**n) for n in range(20))
+    assert not any(pace.add(10.0**n) for n in range(20))
 
 
 def child(pid: int, state: WorkerState = WorkerState.STARTING) -> WorkerStatus:
     """Return what a child says of itself."""
-    return WorkerStatus(state, 0.0, pid)
+    return WorkerStatus("npu0", state, 0.0, pid)
 
 
 def test_children_that_die_before_they_are_ready_are_a_loop() -> None:
@@ -68,7 +67,7 @@ def test_children_that_die_before_they_are_ready_are_a_loop() -> None:
 
     answers = []
     for pid in range(1, 7):
-        deaths.note(child(pid), now_s=pid)
+        deaths.update(child(pid), now_s=pid)
         answers.append(deaths.is_early_loop)
 
     assert answers == [False] * 5 + [True]
@@ -79,8 +78,8 @@ def test_children_that_served_are_no_early_loop() -> None:
     deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 20):
-        deaths.note(child(pid), now_s=pid)
-        deaths.note(child(pid, WorkerState.HEALTHY), now_s=pid)
+        deaths.update(child(pid), now_s=pid)
+        deaths.update(child(pid, WorkerState.HEALTHY), now_s=pid)
 
     assert deaths.is_loop
     assert not deaths.is_early_loop
@@ -91,7 +90,7 @@ def test_child_that_came_up_ends_a_row_of_deaths() -> None:
     deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 40):
-        deaths.note(
+        deaths.update(
             child(pid, WorkerState.HEALTHY if pid % 5 == 0 else WorkerState.STARTING),
             now_s=99 * pid,
         )
@@ -104,7 +103,7 @@ def test_rare_deaths_are_no_loop() -> None:
     deaths = CrashLoopDetector(5, 60)
 
     for pid in range(1, 20):
-        deaths.note(child(pid), now_s=pid * 60)
+        deaths.update(child(pid), now_s=pid * 60)
 
     assert not deaths.is_loop
 
@@ -113,7 +112,7 @@ def test_children_that_the_worker_ended_itself_do_not_count() -> None:
     """Replacing a child is no death."""
     deaths = CrashLoopDetector(1, 60)
 
-    deaths.note(child(1), now_s=0)
-    deaths.note(child(2), now_s=1, ended=1)
+    deaths.update(child(1), now_s=0)
+    deaths.update(child(2), now_s=1, ended_pid=1)
 
     assert not deaths.is_loop

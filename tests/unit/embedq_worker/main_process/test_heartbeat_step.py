@@ -11,7 +11,7 @@ import pytest
 
 from embedq.store import fleet
 from embedq_worker.main_process.bootsteps import HeartbeatStep
-from embedq_worker.main_process.controller import WorkerController
+from embedq_worker.main_process.controller import WorkerContext, WorkerController
 from embedq_worker.settings import WorkerSettings
 
 
@@ -20,7 +20,7 @@ def test_clock_that_is_set_back_does_not_silence_a_worker(
 ) -> None:
     """Its heartbeat fades within seconds, and producers would take it for dead."""
     settings = WorkerSettings.load(name="one", device="stub", runtime_dir=tmp_path, heartbeat_s=5)
-    conf = SimpleNamespace(embedq=settings, embedq_guard=WorkerController(settings, None))
+    conf = SimpleNamespace(embedq=WorkerContext(settings, WorkerController(settings, None)))
     worker = SimpleNamespace(app=SimpleNamespace(conf=conf))
     told: list[float] = []
     monkeypatch.setattr(fleet, "publish_heartbeat", lambda _, heartbeat: told.append(heartbeat.at))

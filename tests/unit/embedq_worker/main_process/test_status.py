@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
 import pytest
 
 from embedq.errors import SettingsError
-from embedq.protocol.worker import ModelInfo, WorkerState
+from embedq.protocol.worker import ModelInfo, WorkerState, WorkerStatus
 from embedq_worker.files import private_dir
-from embedq_worker.main_process.status import StatusFile, WorkerStatus
+from embedq_worker.main_process.status import StatusFile
 
 STATE = WorkerStatus(
+    "worker",
     WorkerState.HEALTHY,
     state_since=12.5,
-    pid=7,
+    pool_pid=7,
+    pid=6,
     device="cpu",
     model_info=ModelInfo("label", "ab" * 32, 384, 256),
 )
@@ -28,19 +31,17 @@ def test_state_comes_back(tmp_path: Path) -> None:
     file.write(STATE)
 
     assert file.read() == STATE
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["worker.state"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["worker.status"]
 
 
 def test_last_state_wins(tmp_path: Path) -> None:
-    """A change replaces the file, with the moment and the reason."""
     file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
 
-    failed = STATE.transition(WorkerState.FAILED, "no model")
+    failed = replace(STATE, state=WorkerState.FAILED, reason="no model")
     file.write(failed)
 
     assert file.read() == failed
-    assert failed.state_since > STATE.state_since
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_last_state_wins(tmp_path: Path) -> None:
         b"\xc1",
         b"\x01",
         b"\x90",
-        msgpack.packb({"state": "dancing"}),
+        msgpack.packb({"worker": "worker", "state": "dancing", "state_since": 1.0}),
         msgpack.packb({"pid": 1}),
     ],
     ids=repr,
@@ -58,7 +59,7 @@ def test_last_state_wins(tmp_path: Path) -> None:
 def test_unreadable_file_is_no_state(content: bytes, tmp_path: Path) -> None:
     """Half a file, another format or an unknown state read as nothing, and never raise."""
     file = StatusFile(tmp_path / "run", "worker")
-    (tmp_path / "run" / "worker.state").write_bytes(content)
+    (tmp_path / "run" / "worker.status").write_bytes(content)
 
     assert file.read() is None
 
@@ -78,7 +79,7 @@ def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     """A file that says more is still read."""
     file = StatusFile(tmp_path / "run", "worker")
     file.write(STATE)
-    path = tmp_path / "run" / "worker.state"
+    path = tmp_path / "run" / "worker.status"
     path.write_bytes(msgpack.packb({**msgpack.unpackb(path.read_bytes()), "mood": "good"}))
 
     assert file.read() == STATE
@@ -99,7 +100,7 @@ def test_link_and_open_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "file").touch()
 
-    with pytest.raises(SettingsError, match="Remove it, or name another"):
+    with pytest.raises(SettingsError, match="Remove it or name another"):
         private_dir(tmp_path / "link")
     with pytest.raises(SettingsError, match="chmod 700"):
         private_dir(tmp_path / "open")
