@@ -26,7 +26,7 @@ def is_missing(sent: PublishedBatch, view: QueueSnapshot, *, visibility_timeout_
     A queue is first in, first out, so a batch that was published long before the oldest message of
     a queue is not in it. "Long" covers clocks that differ and messages put back at the front.
     """
-    if not view.settled or sent.task_id in view.in_hand:
+    if not view.settled or sent.task_id in view.unacked:
         return False
     horizon = sent.published + 2 * visibility_timeout_s
     return all(oldest is None or oldest > horizon for oldest in view.oldest.values())

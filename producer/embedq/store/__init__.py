@@ -1,1 +1,1 @@
-"""Everything that is written to Redis. No Celery, no numpy, no click."""
+"""Reads and writes everything that Redis holds. No Celery, no numpy, no click."""

@@ -1,8 +1,6 @@
-"""Open Redis and retry with backoff.
+"""Opens Redis and retries failed operations with backoff.
 
-Waiting for Redis: what is worth waiting for, how long, and what a person is told meanwhile.
-
-One way to open Redis: bounded waits, no surprises, errors without passwords.
+Every connection has timeouts, and no error message contains a password.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-#: Told when a wait begins and at most every ten seconds while it lasts.
+#: Callback for a message about a wait.
 OnWait = Callable[[str], None]
 
 
@@ -38,41 +36,41 @@ def log_retry(message: str) -> None:
     log.warning("redis_retry reason=%s", message)
 
 
-#: First and longest pause between two tries, in seconds.
+#: Initial and maximum delay between two attempts, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
 
-#: Seconds between two reports of the same wait.
+#: Interval between two messages about the same wait, seconds.
 REPORT_EVERY_S = 10.0
 
 
-#: What helps when there is no Redis.
+#: Next step when Redis cannot be reached, for error messages.
 REDIS_HINT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
 
 
-_GONE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
+_UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
 
 
 def retryable_reason(error: Exception) -> str | None:
-    """Say what an error asks us to wait for, or None if waiting cannot help."""
+    """Return why an operation may succeed later, or None for a permanent error."""
     if isinstance(error, exceptions.AuthenticationError):
         return None
     if isinstance(error, exceptions.OutOfMemoryError):
         return "Redis is full (maxmemory)"
     if isinstance(error, exceptions.ReadOnlyError):
-        return "Redis takes no writes (a replica, failing over, or its disk)"
-    if isinstance(error, _GONE):
+        return "Redis refuses writes (a replica, a failover or a full disk)"
+    if isinstance(error, _UNREACHABLE):
         return "Redis cannot be reached"
-    # A full Redis refuses the commands of a pipeline one by one, with the reason in the text only.
+    # In a pipeline, redis-py reports a full Redis as a plain ResponseError.
     if isinstance(error, exceptions.ResponseError) and "maxmemory" in str(error):
         return "Redis is full (maxmemory)"
-    # redis-py has no class for it.
+    # redis-py has no class for this error.
     if isinstance(error, exceptions.ResponseError) and str(error).startswith("MISCONF"):
         return "Redis cannot write to its disk"
     return None
 
 
-#: Seconds to wait for a connection, and for an answer on it.
+#: Timeouts of a new connection and of one response, seconds.
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 5.0, 30.0
 
 
@@ -82,7 +80,7 @@ def open_redis(
     """Prepare a client for a Redis URL; nothing is sent yet.
 
     Raises:
-        SettingsError: the URL is not one of Redis.
+        SettingsError: the URL is not a Redis URL.
     """
     url = _as_redis_url(url)
     options: dict[str, Any] = {
@@ -90,8 +88,8 @@ def open_redis(
         "socket_timeout": timeout_s,
         "health_check_interval": 10,
         "client_name": "embedq",
-        "protocol": 2,  # answers keep one shape whatever the server's version
-        # One silent second try for a connection that died idle; longer waits: RedisConnection.call.
+        "protocol": 2,  # the same response types from every server version
+        # One retry, for a connection that was closed while idle.
         "retry": Retry(NoBackoff(), 1),
     }
     if url.startswith("unix://"):
@@ -111,12 +109,12 @@ class RedisConnection:
     """A Redis client that retries failed operations.
 
     Attributes:
-        client: the client, for operations that are not retried.
-        address: URL without its password, for messages.
-        retry_timeout_s: time to retry one operation, seconds; 0 tries it once.
+        client: the client itself, which does not retry.
+        address: URL without password, for messages.
+        retry_timeout_s: time to retry one operation, seconds; 0 tries once.
         deadline: time.monotonic() after which nothing is retried.
-        on_wait: called when a wait begins, and every ten seconds while it lasts.
-        advice: end of the message given to `on_wait`.
+        on_wait: receives a message when a wait begins and every REPORT_EVERY_S after that.
+        advice: next step, appended to that message.
     """
 
     client: Redis
@@ -180,8 +178,8 @@ def _sentence(error: Exception, reason: str | None, where: str, waited: float) -
         return f"Redis at {where} refused the password or user. Check the URL."
     if isinstance(error, exceptions.NoPermissionError):
         return (
-            f"Redis at {where} does not allow this to its user. Use the URLs of one who may: "
-            "producer embeds, ops looks and gives orders (docs/operations.md)."
+            f"Redis at {where} does not permit this command for its user. Use the URLs of the "
+            "user producer to embed, of the user ops to operate the fleet (docs/operations.md)."
         )
     if reason is None:
         return f"Redis at {where} refused a command ({type(error).__name__})."
@@ -190,10 +188,10 @@ def _sentence(error: Exception, reason: str | None, where: str, waited: float) -
 
 
 class _Client(Redis):
-    """A client that Ctrl-C leaves as it was.
+    """A client that closes its connections when a command is interrupted, as by Ctrl-C.
 
-    redis-py puts a connection back whose answer is still to come, and from then on each command
-    gets the answer of the one before it (measured with redis-py 8.1).
+    redis-py would reuse the connection, and each later command would read the response to the
+    command before it.
     """
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
@@ -222,7 +220,7 @@ def _closing_if_interrupted(client: Redis) -> Iterator[None]:
 
 
 def _as_redis_url(url: str) -> str:
-    """Turn kombu's URL of a unix socket into redis-py's; others are the same for both."""
+    # Kombu and redis-py differ only in the URL of a unix socket.
     if not url.startswith("redis+socket://"):
         return url
     path, _, query = url.removeprefix("redis+socket://").partition("?")

@@ -1,14 +1,9 @@
-"""Dead letters and the attempts of each text.
+"""Stores the attempts of single texts in isolation mode, and the dead letters.
 
-Texts that a job's isolation mode tries one by one, noted where no dying process takes them along.
-
-One hash per job, beside its ledger. Each process has notes of its own, because a batch may run
-twice at the same time.
-
-Texts that were set aside because they stop whatever tries to embed them.
-
-Kept in the results Redis with the text itself, so that a person can look and try again; they fade
-after a week, and there are never more than a thousand.
+Attempts: one hash per job, next to its ledger, because it must survive a process that dies. Each
+process has its own fields, because a batch may run twice at the same time.
+Dead letters: texts that no process survived, stored with the text so that an operator can read and
+resubmit them.
 """
 
 from __future__ import annotations
@@ -24,13 +19,13 @@ from redis import Redis
 from embedq.errors import MalformedMessage
 from embedq.protocol.worker import validate_fields
 
-#: Life of the notes, in seconds: longer than any batch takes text by text.
+#: Time to live of a job's attempts, seconds; longer than any batch takes in isolation mode.
 ATTEMPT_LOG_TTL_S: Final = 86_400
 
 
-# KEYS meta suspects; ARGV verb name value ttl
-# A job that was dropped meanwhile must not come back to life as notes.
-_NOTE: Final = """
+# KEYS meta suspects; ARGV command field value ttl
+# Writes nothing for a job that was dropped, whose key would stay in Redis.
+_RECORD: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 redis.call(ARGV[1], KEYS[2], ARGV[2], ARGV[3])
 redis.call('EXPIRE', KEYS[2], ARGV[4])
@@ -40,11 +35,11 @@ return 1
 
 @dataclass(frozen=True, slots=True)
 class TextAttempts:
-    """What is noted of a batch.
+    """The attempts of one batch.
 
     Attributes:
-        started: process -> offset of the text it has started and not ended.
-        missed: the same, of starts that somebody has seen before.
+        started: process -> offset of the text that it started and did not end.
+        missed: process -> offset of an unfinished start that is already counted as a failure.
         charges: offset -> points for failures.
     """
 
@@ -54,83 +49,83 @@ class TextAttempts:
 
 
 class AttemptLog:
-    """The notes of one job."""
+    """The attempts of one job."""
 
     def __init__(self, client: Redis, job: str) -> None:
         self._redis = client
         self._meta = f"embedq:{{{job}}}:meta"
         self._key = suspects_key(job)
-        self._record_script = client.register_script(_NOTE)
+        self._record_script = client.register_script(_RECORD)
 
     def start(self, index: int, offset: int, process: str) -> None:
-        """Note that a process tries a text on its own."""
+        """Record that a process starts to embed one text."""
         self._write("HSET", f"{index}@{process}", offset)
 
     def end(self, index: int, offset: int, process: str, *, cleared: bool) -> None:
-        """Note that the process is done with that text; a cleared one is charged with nothing."""
+        """Record that the process survived the text; `cleared` deletes the points of the text."""
         fields = [f"{index}@{process}", f"{index}?{process}"]
         self._redis.hdel(self._key, *fields, *([f"{index}:{offset}"] if cleared else []))
 
     def mark_unfinished(self, index: int, offset: int, process: str) -> None:
-        """Note that we have seen a start without an end; its process may be dead, or at it."""
+        """Record that a start without an end was counted; its process may be alive."""
         self._redis.hdel(self._key, f"{index}@{process}")
         self._write("HSET", f"{index}?{process}", offset)
 
     def add_failure(self, index: int, offset: int, points: int) -> None:
-        """Charge a text with a failure."""
+        """Add points for a failure to a text."""
         self._write("HINCRBY", f"{index}:{offset}", points)
 
     def fetch(self, index: int) -> TextAttempts:
-        """Return what is noted of a batch."""
-        notes = TextAttempts()
-        kinds = {"@": notes.started, "?": notes.missed}
+        """Return the attempts of a batch."""
+        attempts = TextAttempts()
+        kinds = {"@": attempts.started, "?": attempts.missed}
         raws = cast(dict[bytes, bytes], self._redis.hgetall(self._key))
         for key, value in raws.items():
             name = key.decode(errors="replace").removeprefix(str(index))
             kind, rest = name[:1], name[1:]
             if not value.isdigit():
-                continue  # nobody of ours wrote it
+                continue  # not written by embedq
             if kind == ":" and rest.isdecimal():
-                notes.charges[int(rest)] = int(value)
+                attempts.charges[int(rest)] = int(value)
             elif kind in kinds:
                 kinds[kind][rest] = int(value)
-        return notes
+        return attempts
 
-    def _write(self, verb: str, name: str, value: int) -> None:
+    def _write(self, command: str, name: str, value: int) -> None:
         self._record_script(
-            keys=[self._meta, self._key], args=[verb, name, value, ATTEMPT_LOG_TTL_S]
+            keys=[self._meta, self._key], args=[command, name, value, ATTEMPT_LOG_TTL_S]
         )
 
 
 def suspects_key(job: str) -> str:
-    """Return the key of a job's notes."""
+    """Return the key of a job's attempts."""
     return f"embedq:{{{job}}}:suspects"
 
 
-#: Hash of all dead letters by id.
+#: Hash: id -> dead letter.
 DEAD_KEY: Final = "embedq:dead"
 
 
-#: Seconds after which they fade, counted from the newest.
-TTL_S: Final = 7 * 86_400
+#: Time to live of all dead letters after the newest one, seconds.
+DEAD_LETTER_TTL_S: Final = 7 * 86_400
 
 
-#: Most letters kept.
-MOST: Final = 1_000
+#: Maximum number of dead letters.
+MAX_DEAD_LETTERS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One text that was set aside.
+    """One text that no process survived.
 
     Attributes:
-        id: job, batch and offset.
-        code: why, as in its outcome.
-        reason: why, as a sentence.
-        worker: that set it aside.
-        at: Unix time, in seconds.
-        prompt: that was put before it.
-        text: the text itself.
+        id: `job:index:offset`.
+        code: code of its outcome.
+        reason: the last failure, as a sentence.
+        worker: worker that dead-lettered the text.
+        at: Unix time, seconds.
+        prompt: prompt in front of the text.
+        text: the text.
     """
 
     id: str
@@ -143,11 +138,11 @@ class DeadLetter:
 
 
 def add(redis: Redis, letter: DeadLetter) -> None:
-    """Keep a letter; beyond the limit it is dropped, for its outcome tells of it too."""
-    if redis.hlen(DEAD_KEY) >= MOST:
+    """Store a letter, unless MAX_DEAD_LETTERS are stored; the outcome reports the text anyway."""
+    if redis.hlen(DEAD_KEY) >= MAX_DEAD_LETTERS:
         return
     redis.hsetnx(DEAD_KEY, letter.id, msgpack.packb(asdict(letter)))
-    redis.expire(DEAD_KEY, TTL_S)
+    redis.expire(DEAD_KEY, DEAD_LETTER_TTL_S)
 
 
 def fetch_all(redis: Redis) -> list[DeadLetter]:
@@ -157,15 +152,15 @@ def fetch_all(redis: Redis) -> list[DeadLetter]:
     return sorted(letters, key=lambda letter: -letter.at)
 
 
-def fetch(redis: Redis, name: str) -> DeadLetter | None:
-    """Return one letter, or None."""
-    raw = cast(bytes | None, redis.hget(DEAD_KEY, name))
+def fetch(redis: Redis, letter_id: str) -> DeadLetter | None:
+    """Return one letter, or None if there is no such letter."""
+    raw = cast(bytes | None, redis.hget(DEAD_KEY, letter_id))
     return None if raw is None else _from_message(raw)
 
 
-def drop(redis: Redis, names: Sequence[str]) -> int:
-    """Delete letters and return how many there were."""
-    return redis.hdel(DEAD_KEY, *names) if names else 0
+def drop(redis: Redis, letter_ids: Sequence[str]) -> int:
+    """Delete letters and return how many existed."""
+    return redis.hdel(DEAD_KEY, *letter_ids) if letter_ids else 0
 
 
 def new(
@@ -179,21 +174,23 @@ def new(
     prompt: str,
     text: str,
 ) -> DeadLetter:
-    """Make a letter of this moment."""
-    name = f"{job}:{index}:{offset}"
-    return DeadLetter(name, code, reason, worker, time.time(), prompt, text)
+    """Build a letter with the current time."""
+    letter_id = f"{job}:{index}:{offset}"
+    return DeadLetter(letter_id, code, reason, worker, time.time(), prompt, text)
 
 
-def _readable(name: str, raw: bytes) -> DeadLetter:
-    """Read a letter; of one that cannot be read, its name is enough to drop it."""
+def _readable(letter_id: str, raw: bytes) -> DeadLetter:
     try:
-        return replace(_from_message(raw), id=name)
+        return replace(_from_message(raw), id=letter_id)
     except MalformedMessage as error:
-        return DeadLetter(name, error.code, str(error), "", 0.0)
+        # Listed by its id, so that an operator can drop it.
+        return DeadLetter(letter_id, error.code, str(error), "", 0.0)
 
 
 def _from_message(raw: bytes) -> DeadLetter:
     try:
         return DeadLetter(**validate_fields(DeadLetter, msgpack.unpackb(raw)))
     except Exception as error:
-        raise MalformedMessage(f"A dead letter of {len(raw):,} bytes is unreadable.") from error
+        raise MalformedMessage(
+            f"A dead letter of {len(raw):,} bytes is unreadable. Delete it: embedq dead drop ID."
+        ) from error

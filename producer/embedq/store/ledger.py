@@ -1,19 +1,8 @@
-"""Per-job commit log in Redis.
+"""Stores the commit log of each job in Redis.
 
-The ledger's Lua: what must happen in Redis at once or not at all.
-
-Every script looks first whether the job still exists: a key written later would live for ever.
-
-Values written ahead of their commit, so that a large batch is committed in a moment.
-
-A worker writes the vectors that it has while it still computes others, under keys of its own
-execution; the commit renames them into place. Nobody reads them before that. They fade by
-themselves, and go with the job.
-
-A job's truth in Redis: which batches are committed, where their vectors are, what was given up.
-
-Celery may lose, repeat or reorder messages; nothing counts until the commit script has run, and it
-runs once for each batch. Keys of a job share a hash tag, so a cluster keeps a job on one shard.
+Celery may lose, duplicate or reorder messages, so a batch is done only when the commit script has
+accepted it. The script accepts each batch once. The keys of a job share a hash tag, so that a
+cluster stores them on one shard.
 """
 
 from __future__ import annotations
@@ -30,6 +19,8 @@ from redis import Redis
 from embedq.protocol.contract import MAX_BATCH_TEXTS, MAX_BATCHES
 from embedq.store.dead_letters import suspects_key
 
+# Scripts that may write a key check first that the job exists: a key without it would never expire.
+
 # KEYS meta bits tries; ARGV index
 START_ATTEMPT: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {'gone', 0} end
@@ -41,8 +32,8 @@ return {'go', tries}
 
 
 # KEYS meta bits commits tries staged, n values, their n sources; ARGV index n_texts, n values
-# The first writer wins. A value that is '' lies at its source and is renamed. The others go first:
-# under memory pressure Redis refuses a script at its first write or not at all.
+# The first writer wins. An empty value is staged at its source and is renamed. Other values are
+# written first: a Redis that is full refuses a script at its first write or not at all.
 COMMIT: Final = """
 local n = #ARGV - 2
 local sources = {}
@@ -86,8 +77,8 @@ return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
 """
 
 
-# KEYS bits commits; ARGV index. A bit without its entry, as after an eviction, would keep the batch
-# from being computed and its producer from ever hearing of it.
+# KEYS bits commits; ARGV index
+# Deletes a bit without its entry, as after an eviction: the batch would never be computed again.
 REPAIR_COMMIT: Final = """
 if redis.call('GETBIT', KEYS[1], ARGV[1]) == 0 then return 0 end
 for _, entry in ipairs(redis.call('XRANGE', KEYS[2], '-', '+')) do
@@ -108,17 +99,20 @@ if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1]
 """
 
 
-#: Life of a value that nobody commits, in seconds; a commit that comes later sends it again.
+#: Time to live of a value before its commit, seconds; a later commit uploads it again.
 STAGED_TTL_S: Final = 300
 
 
 def staged_key(job: str) -> str:
-    """Return the key of the set that names what is staged of a job."""
+    """Return the key of the set of a job's staged keys."""
     return f"embedq:{{{job}}}:staged"
 
 
 class StagedValues:
-    """What one execution of a batch has written ahead; one thread at a time."""
+    """Uploads values of a batch before its commit, so that the commit of a large batch is short.
+
+    The keys belong to one execution of the batch; the commit renames them. One thread at a time.
+    """
 
     def __init__(self, client: Redis, job: str, index: int) -> None:
         self._redis = client
@@ -126,20 +120,20 @@ class StagedValues:
         self._registry = staged_key(job)
         self._index = index
         self._execution = secrets.token_hex(4)
-        #: Number of each value that is staged -> its key.
+        #: Number of a staged value -> its key.
         self.keys: dict[int, str] = {}
 
     def write(self, part: int, value: bytes) -> bool:
-        """Write one value ahead.
+        """Stage one value.
 
         Returns:
-            False if nobody wants it any more: the job is gone, or the batch committed.
+            False if the job is gone or the batch is committed; everything staged is deleted then.
         """
         key = f"{self._prefix}s:{self._index}:{self._execution}:{part}"
         pipe = self._redis.pipeline()
         pipe.exists(self._prefix + "meta")
         pipe.getbit(self._prefix + "bits", self._index)
-        # Named in the same step, so that whoever drops the job after this one finds it.
+        # Registered in the same transaction, so that Ledger.drop finds the key.
         pipe.sadd(self._registry, key)
         pipe.expire(self._registry, STAGED_TTL_S)
         pipe.set(key, value, ex=STAGED_TTL_S)
@@ -151,7 +145,7 @@ class StagedValues:
         return False
 
     def discard(self) -> None:
-        """Delete what is staged."""
+        """Delete all staged values."""
         if self.keys:
             pipe = self._redis.pipeline()
             pipe.unlink(*self.keys.values())
@@ -160,12 +154,12 @@ class StagedValues:
             self.keys.clear()
 
 
-#: Sorted set of living jobs, scored by their start; what `embedq status` lists.
+#: Sorted set: job -> Unix time of its start; `embedq status` lists it.
 JOBS_KEY: Final = "embedq:jobs"
 
 
 class Attempt(StrEnum):
-    """What a worker should do with a batch it was handed."""
+    """What a worker does with a received batch."""
 
     RUN = "go"
     JOB_EXPIRED = "gone"
@@ -173,17 +167,17 @@ class Attempt(StrEnum):
 
 
 class StagedValuesExpired(Exception):
-    """Values that were written ahead have left Redis; commit again with the values themselves."""
+    """Staged values have expired; commit again with the values themselves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One entry of a job's stream: a batch whose vectors are ready.
+    """One entry of a job's stream of commits.
 
     Attributes:
         entry: id in the stream.
-        index: the batch; -1 for an entry that names none.
-        n_values: how many values hold its vectors.
+        index: batch; -1 in an entry that embedq did not write.
+        n_values: number of values that hold its vectors.
     """
 
     entry: bytes
@@ -210,7 +204,7 @@ class Ledger:
         self._repair_commit = client.register_script(REPAIR_COMMIT)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
-        """Create the job, or find it again; repeating it changes nothing."""
+        """Create the job; repeating it is harmless."""
         pipe = self._redis.pipeline()
         pipe.hsetnx(self._meta, "created", f"{time.time():.3f}")
         pipe.hset(
@@ -222,10 +216,10 @@ class Ledger:
         pipe.execute()
 
     def start_attempt(self, index: int) -> tuple[Attempt, int]:
-        """Ask whether a batch still wants computing, and count the delivery if so.
+        """Check whether a batch is to be computed, and count the attempt if so.
 
         Returns:
-            The verdict, and how many times this batch was begun without being committed.
+            What to do, and the number of attempts without a commit, with this one.
         """
         verdict, tries = cast(
             tuple[bytes, int],
@@ -234,22 +228,22 @@ class Ledger:
         return Attempt(verdict.decode()), tries
 
     def undo_attempt(self, index: int) -> None:
-        """Take back the count of the last delivery: what ended it was not the batch's doing."""
+        """Uncount the last attempt, which ended for a reason other than the batch."""
         self._undo_attempt(keys=[self._meta, self._tries], args=[index])
 
     def commit(self, index: int, values: Sequence[bytes | str], *, n_texts: int = 0) -> bool | None:
-        """Write a batch's values and mark it committed, all or nothing, first writer only.
+        """Write the values of a batch and mark it committed, atomically and once.
 
         Args:
-            index: the batch.
-            values: its vectors and outcomes, each as bytes, or as the key where it is staged.
-            n_texts: texts in it, for whoever watches the job.
+            index: batch.
+            values: vectors and outcomes, each as bytes or as the key at which it is staged.
+            n_texts: texts in the batch, for `embedq status`.
 
         Returns:
-            True if this call committed, False if another had, None if the job is gone.
+            True if this call committed, False if another one had, None if the job is gone.
 
         Raises:
-            StagedValuesExpired: a staged value is no longer there; nothing was written.
+            StagedValuesExpired: a staged value is missing; nothing was written.
         """
         targets = [self._value_key(index, part) for part in range(len(values))]
         sources = [
@@ -265,22 +259,22 @@ class Ledger:
         return {1: True, 0: False, -1: None}[answer]
 
     def exists(self) -> bool:
-        """Tell whether Redis still knows the job."""
+        """Return whether the job exists in Redis."""
         return bool(self._redis.exists(self._meta))
 
     def is_committed(self, index: int) -> bool:
-        """Tell whether a batch has been committed."""
+        """Return whether a batch is committed."""
         return bool(self._redis.getbit(self._bits, index))
 
     def has_readable_commit(self, index: int) -> bool:
-        """Tell whether a batch has a commit that can be read; if not, it may be committed anew."""
+        """Return whether a batch has a commit in the stream; if not, it can be committed again."""
         return bool(self._repair_commit(keys=[self._bits, self._commits], args=[index]))
 
     def read_commits(self, *, count: int, block_ms: int) -> list[Commit]:
-        """Return the first commits that were not taken, waiting up to block_ms for one.
+        """Return the first commits in the stream, waiting up to block_ms for one.
 
-        From the beginning: entries are deleted as they are taken, and a Redis that begins anew may
-        number its own below those that were.
+        Reads from the start, because acknowledged entries are deleted, and because a Redis that
+        lost its data may number new entries below the old ones.
         """
         answer = cast(
             list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]],
@@ -292,12 +286,12 @@ class Ledger:
         return [_commit(entry, body) for entry, body in entries]
 
     def fetch_values(self, commit: Commit) -> list[bytes | None]:
-        """Fetch the values of a committed batch; None stands for an expired one."""
+        """Fetch the values of a committed batch; None for an expired one."""
         keys = self._value_keys(commit)
         return cast(list[bytes | None], self._redis.mget(keys)) if keys else []
 
     def acknowledge(self, commits: Sequence[Commit]) -> None:
-        """Delete the values and stream entries of batches that the caller now holds."""
+        """Delete the values and stream entries of batches that were fetched."""
         pipe = self._redis.pipeline(transaction=False)
         for commit in commits:
             if keys := self._value_keys(commit):
@@ -306,23 +300,23 @@ class Ledger:
         pipe.execute()
 
     def invalidate(self, commit: Commit) -> None:
-        """Take a commit back with all that is left of it, so that the batch can be computed again.
+        """Delete a commit and its values, so that the batch can be computed again.
 
-        At once, and before it is published: a worker that commits it again uses the same keys.
+        Call it before publishing the batch again, whose next commit uses the same keys.
         """
         keys = [self._bits, self._commits, *self._value_keys(commit)]
         self._invalidate(keys=keys, args=[commit.index, commit.entry])
 
     def keep_alive(self, ttl_s: int) -> None:
-        """Put off the end of the job's keys."""
+        """Extend the time to live of the job."""
         pipe = self._redis.pipeline(transaction=False)
         for key in (self._meta, self._bits, self._commits):
             pipe.expire(key, ttl_s)
         pipe.execute()
 
     def drop(self) -> None:
-        """Delete everything of the job; batches still queued find it gone and are dropped."""
-        # The job itself first: no commit can add to it after that.
+        """Delete the job with all its keys; workers then skip its queued batches."""
+        # First the job itself: commits are refused from then on.
         self._redis.unlink(self._meta)
         entries = cast(
             list[tuple[bytes, dict[bytes, bytes]]], self._redis.xrange(self._commits, "-", "+")
@@ -331,8 +325,8 @@ class Ledger:
         for entry, body in entries:
             if keys := self._value_keys(_commit(entry, body)):
                 pipe.unlink(*keys)
-        ahead = cast(set[bytes], self._redis.smembers(self._staged))
-        pipe.unlink(*ahead, self._bits, self._commits, self._tries, self._suspects, self._staged)
+        staged = cast(set[bytes], self._redis.smembers(self._staged))
+        pipe.unlink(*staged, self._bits, self._commits, self._tries, self._suspects, self._staged)
         pipe.zrem(JOBS_KEY, self._job)
         pipe.execute()
 
@@ -344,14 +338,12 @@ class Ledger:
 
 
 def _commit(entry: bytes, body: dict[bytes, bytes]) -> Commit:
-    """Read an entry; one that no worker wrote is of no batch, or of one without values."""
     index = _number(body.get(b"i"), MAX_BATCHES - 1)
-    n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS)  # each holds a row or more
+    n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS)  # a value holds at least one row
     return Commit(entry, -1 if index is None else index, n_values or 0)
 
 
-def _number(raw: bytes | None, most: int) -> int | None:
-    """Return a count of Redis, or None if it is none or too large."""
-    if raw is None or len(raw) > len(str(most)) or not raw.isdigit() or int(raw) > most:
+def _number(raw: bytes | None, maximum: int) -> int | None:
+    if raw is None or len(raw) > len(str(maximum)) or not raw.isdigit() or int(raw) > maximum:
         return None
     return int(raw)

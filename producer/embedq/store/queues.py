@@ -1,7 +1,4 @@
-"""Queue depth, unacknowledged messages and memory of Redis.
-
-The broker seen from outside Celery: what waits, what a worker holds, how full it is.
-"""
+"""Reads queues, unacknowledged messages and memory use from the broker, without Celery."""
 
 from __future__ import annotations
 
@@ -15,18 +12,18 @@ from redis.exceptions import ResponseError
 from embedq.protocol.contract import Queue
 from embedq.store.fleet import PAUSED_KEY, list_live_workers
 
-#: Hash of kombu's that holds every message popped and not acknowledged.
+#: Kombu's hash: delivery tag -> message that a worker received and has not acknowledged.
 UNACKED_KEY: Final = "unacked"
 
 
-#: Sorted set of kombu's: the same messages by the time their lease was last renewed.
+#: Kombu's sorted set: delivery tag -> Unix time of the last renewal of its lease.
 UNACKED_INDEX_KEY: Final = "unacked_index"
 
 
-# Which of the ids ARGV[1..] appear in unacked, and the publish time of the oldest message of each
-# queue KEYS[2..]. Kombu writes a message as JSON with the headers behind the body, so the last
-# kilobytes tell, and texts are not searched.
-_LOOK: Final = """
+# KEYS unacked, queues; ARGV task ids
+# Returns the ids that are in unacked, and the publish time of the oldest message of each queue.
+# Kombu writes a message as JSON with the headers behind the body, so the end of it is enough.
+_SNAPSHOT: Final = """
 local found, oldest = {}, {}
 for _, message in ipairs(redis.call('HVALS', KEYS[1])) do
   local tail = string.sub(message, -8192)
@@ -46,8 +43,9 @@ return {found, oldest}
 """
 
 
-# The publish times of the oldest message of each queue KEYS[2..], and of the oldest in KEYS[1]; ''
-# where there is none. Of many in hand only some are looked at: they are there for minutes at most.
+# KEYS unacked, queues
+# Returns the publish time of the oldest message of each queue, and of the oldest in unacked; '' for
+# none. Reads at most 256 messages of unacked, which stay there for minutes only.
 AGES_SCRIPT: Final = """
 local function published(message)
   return string.match(string.sub(message, -8192), 'published[\\\\"]+: ([%d.]+)') or ''
@@ -69,7 +67,7 @@ return ages
 
 @dataclass(frozen=True, slots=True)
 class RedisMemory:
-    """How full a Redis is.
+    """Memory use of a Redis.
 
     Attributes:
         used: bytes in use.
@@ -81,40 +79,40 @@ class RedisMemory:
 
     @property
     def ratio(self) -> float:
-        """Share in use; 0 where there is no limit."""
+        """Used share of the limit; 0 without a limit."""
         return self.used / self.limit if self.limit else 0.0
 
     @classmethod
     def from_info(cls, info: object) -> RedisMemory:
-        """Read the answer to INFO; a Redis that refuses it counts as empty."""
+        """Read the response to INFO; a refused INFO counts as no use."""
         if not isinstance(info, dict):
             return cls(0, 0)
         return cls(int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)))
 
 
 class QueueInspector:
-    """The queues as Redis holds them."""
+    """Reads the state of the broker."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._look = redis.register_script(_LOOK)
+        self._snapshot = redis.register_script(_SNAPSHOT)
 
     def snapshot(self, task_ids: Iterable[str], results: Redis) -> QueueSnapshot:
-        """Return what the reconciler needs to know of these tasks.
+        """Return the state of the queues and of these tasks.
 
         Args:
-            task_ids: outstanding tasks.
-            results: where the fleet tells how it is.
+            task_ids: tasks to find among the unacknowledged messages.
+            results: Redis that holds heartbeats and the pause.
         """
         queues = [str(queue) for queue in Queue]
         answer = cast(
             tuple[list[bytes], list[bytes]],
-            self._look(keys=[UNACKED_KEY, *queues], args=list(task_ids)),
+            self._snapshot(keys=[UNACKED_KEY, *queues], args=list(task_ids)),
         )
         found, oldest = answer
         probing = any(worker.state == "probing" for worker in list_live_workers(results))
         return QueueSnapshot(
-            in_hand=frozenset(task.decode() for task in found),
+            unacked=frozenset(task.decode() for task in found),
             oldest={
                 queue: float(published) if published else None
                 for queue, published in zip(queues, oldest, strict=True)
@@ -123,7 +121,7 @@ class QueueInspector:
         )
 
     def memory(self) -> RedisMemory:
-        """Return how full this Redis is; one that does not tell counts as empty."""
+        """Return the memory use of this Redis; a refused INFO counts as no use."""
         try:
             return RedisMemory.from_info(self._redis.info("memory"))
         except ResponseError:
@@ -132,14 +130,14 @@ class QueueInspector:
 
 @dataclass(frozen=True, slots=True)
 class QueueSnapshot:
-    """What Redis holds at one moment.
+    """State of the broker at one moment.
 
     Attributes:
-        in_hand: ids of the tasks that some worker has popped and not acknowledged.
+        unacked: requested task ids that a worker received and has not acknowledged.
         oldest: queue -> Unix time at which its oldest message was published; None when empty.
-        settled: no worker is probing and nobody has paused the queues.
+        settled: no worker is probing and the fleet is not paused.
     """
 
-    in_hand: frozenset[str]
+    unacked: frozenset[str]
     oldest: Mapping[str, float | None]
     settled: bool

@@ -1,4 +1,4 @@
-"""Waiting for Redis: what for, how long, and what a person hears of it."""
+"""RedisConnection.call: which errors it retries, for how long, and what it reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedq.store.connection import RedisConnection, retryable_reason
 
 
 class Flaky:
-    """Fails a number of times, then answers."""
+    """Raises each error once, then returns."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -34,7 +34,7 @@ class Flaky:
         (exceptions.ResponseError("OOM ... 'maxmemory'"), "Redis is full (maxmemory)"),
         (
             exceptions.ReadOnlyError("replica"),
-            "Redis takes no writes (a replica, failing over, or its disk)",
+            "Redis refuses writes (a replica, a failover or a full disk)",
         ),
         (exceptions.ResponseError("MISCONF Errors writing"), "Redis cannot write to its disk"),
         (exceptions.AuthenticationError("password"), None),
@@ -42,13 +42,11 @@ class Flaky:
         (exceptions.ResponseError("WRONGTYPE"), None),
     ],
 )
-def test_only_what_may_pass_is_waited_for(error: Exception, reason: str | None) -> None:
-    """A lost, loading, full or read-only Redis may come back; a wrong password will not."""
+def test_only_temporary_errors_are_retried(error: Exception, reason: str | None) -> None:
     assert retryable_reason(error) == reason
 
 
 def test_action_is_repeated_until_it_answers() -> None:
-    """Two failures are two waits and one report."""
     reported: list[str] = []
     redis = RedisConnection.open("redis://host", retry_timeout_s=10, on_wait=reported.append)
 
@@ -100,7 +98,7 @@ def test_without_time_an_action_is_tried_once(retry_timeout_s: float, deadline: 
     ("error", "message"),
     [
         (exceptions.AuthenticationError("x"), "refused the password"),
-        (exceptions.NoPermissionError("x"), "redis://host does not allow this to its user"),
+        (exceptions.NoPermissionError("x"), "redis://host does not permit this command"),
     ],
 )
 def test_permanent_error_is_not_retried(error: Exception, message: str) -> None:
