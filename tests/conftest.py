@@ -1,4 +1,4 @@
-"""What every test gets: no settings from outside, and servers that are shared or its own."""
+"""Fixtures for all tests: a clean environment, Redis servers, workers and clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redis import Redis
 from tests.support.cli import Command
 from tests.support.files import SMALL
 from tests.support.models import TEST_MODEL, tiny_model
-from tests.support.redis import JOB_TTL_S, RedisProcess, forget_all
+from tests.support.redis import JOB_TTL_S, RedisProcess, delete_jobs
 from tests.support.sysfs import DeviceTree
 from tests.support.workers import WorkerProcess, stub_worker
 
@@ -22,22 +22,21 @@ from embedq import Client
 from embedq.store.ledger import Ledger
 from embedq_worker.model.resolve import Model
 
-#: Variables that tests themselves read.
-OURS = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV")
+#: Variables that configure the tests themselves.
+TEST_VARIABLES = ("EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV")
 
-# A busy machine must not fail a test, and CI must find the same failure twice.
+# No deadline, because the machine may be busy; the same examples in every run.
 hypothesis_settings.register_profile("embedq", deadline=None, derandomize=True)
 hypothesis_settings.load_profile("embedq")
 
-
-#: Folders whose tests come first: they cost milliseconds, and what they find the others stumble on.
+#: Folders whose tests run first: they take milliseconds and find most faults.
 QUICK = frozenset({"unit", "conformance"})
-#: Folders of one file each that waits long. It must not be what one of several workers ends with.
+#: Folders of slow files. They run next, so that no pytest worker starts one at the end.
 LONG = frozenset({"chaos", "e2e"})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark quick tests and run them first, then long waits; within each kind the order stays."""
+    """Mark quick tests, and order tests: quick, slow, the rest."""
     root = Path(__file__).parent
 
     def rank(item: pytest.Item) -> int:
@@ -51,16 +50,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove every setting of embedq from the environment of a test."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("EMBEDQ_") and name not in OURS:
+        if name.startswith("EMBEDQ_") and name not in TEST_VARIABLES:
             monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
 def model_settings() -> dict[str, str]:
-    """Return the settings by which a worker finds the real model, or skip."""
+    """Return the settings that make a worker serve the real model, or skip."""
     if not TEST_MODEL:
         pytest.skip("no model files; set EMBEDQ_TEST_MODEL to their folder")
     return {"EMBEDQ_MODEL": TEST_MODEL}
@@ -76,7 +74,6 @@ def short_dir() -> Iterator[Path]:
 
 @pytest.fixture
 def redis(short_dir: Path) -> Iterator[RedisProcess]:
-    """Run a Redis for one test."""
     server = RedisProcess(short_dir)
     yield server
     server.stop()
@@ -84,14 +81,12 @@ def redis(short_dir: Path) -> Iterator[RedisProcess]:
 
 @pytest.fixture
 def results(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the results database."""
     with redis.open() as client:
         yield client
 
 
 @pytest.fixture
 def ledger(results: Redis) -> Ledger:
-    """The ledger of an open job."""
     opened = Ledger(results, "job")
     opened.open(fingerprint=bytes(8), ttl_s=JOB_TTL_S, label="test")
     return opened
@@ -99,7 +94,6 @@ def ledger(results: Redis) -> Ledger:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Iterator[Path]:
-    """Make a short folder for the servers that tests share."""
     folder = Path(tempfile.mkdtemp(prefix="eq-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -107,7 +101,7 @@ def shared_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def shared_redis(shared_dir: Path) -> Iterator[RedisProcess]:
-    """Run a Redis for the session; take `worker` or `client` instead."""
+    """Run a Redis for the session. Tests use the fixtures `worker` or `client`."""
     server = RedisProcess(shared_dir)
     yield server
     server.stop()
@@ -115,46 +109,42 @@ def shared_redis(shared_dir: Path) -> Iterator[RedisProcess]:
 
 @pytest.fixture(scope="session")
 def shared_worker(shared_redis: RedisProcess, shared_dir: Path) -> Iterator[WorkerProcess]:
-    """Run a stub worker for the session; take `worker` instead."""
+    """Run a stub worker for the session. Tests use the fixture `worker`."""
     with stub_worker(shared_redis, shared_dir, "shared") as worker:
         yield worker
 
 
 @pytest.fixture
 def worker(shared_worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[WorkerProcess]:
-    """Lend the shared stub worker with empty queues; it must outlive the test."""
-    forget_all(shared_redis)
+    """Return the shared stub worker after emptying Redis; fail if the test ends the worker."""
+    delete_jobs(shared_redis)
     yield shared_worker
     assert shared_worker.process.poll() is None, f"The worker died:\n{shared_worker.log()[-4000:]}"
 
 
 @pytest.fixture
 def client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client of the shared worker."""
     with Client(settings=shared_redis.settings()) as opened:
         yield opened
 
 
 @pytest.fixture
 def command(tmp_path: Path, worker: WorkerProcess, shared_redis: RedisProcess) -> Command:
-    """The command in a folder of its own, with a worker at hand."""
+    """Return `embedq`, run in an empty folder against the shared worker."""
     return Command(tmp_path, shared_redis)
 
 
 @pytest.fixture
 def small(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client of the shared worker with small batches."""
     with Client(settings=shared_redis.settings(**SMALL)) as opened:
         yield opened
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Write the tiny model once; tests only read it."""
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> DeviceTree:
-    """Make a machine without accelerators."""
     return DeviceTree(tmp_path / "tree")

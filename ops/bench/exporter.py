@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.support.fake_fleet import add_jobs, add_messages, add_nodes, hold_messages
+from tests.support.fake_fleet import add_jobs, add_messages, add_unacked_messages, add_workers
 from tests.support.redis import RedisProcess
 
 from embedq.observability.exporter import serve
@@ -45,9 +45,9 @@ def measure(redis: RedisProcess, jobs: int, workers: int, scrapes: int) -> str:
     """Fill a Redis, scrape it again and again, and say how long that took."""
     with redis.open(0) as broker, redis.open() as results:
         add_jobs(results, jobs)
-        add_nodes(results, workers, totals={"texts": 1_000_000.0, "infer_s": 12.5})
+        add_workers(results, workers, totals={"texts": 1_000_000.0, "infer_s": 12.5})
         add_messages(broker, Queue.NPU, [60.0] * 4 * workers, size=MESSAGE_BYTES)
-        hold_messages(broker, [5.0] * workers, size=MESSAGE_BYTES)
+        add_unacked_messages(broker, [5.0] * workers, size=MESSAGE_BYTES)
         with serve(broker, results, "127.0.0.1", 0) as server:
             thread = threading.Thread(target=server.serve_forever)
             thread.start()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.models import WORDS, real_model, tiny_model
-from tests.support.npu_emulation import Process, RemoteEngine, target_of
+from tests.support.npu_emulation import EngineProcess, RemoteEngine, target_of
 
 from embedq.protocol.contract import Device, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
@@ -82,7 +82,7 @@ def open_bf16(model: Model) -> Engine:
 def open_subject(name: str, model: Model, folder: Path) -> Engine:
     """Open an engine by the name of a subject, or skip and say why."""
     if name in STANDINS:
-        return RemoteEngine(Process(), target_of(name), model, folder / "cache")
+        return RemoteEngine(EngineProcess(), target_of(name), model, folder / "cache")
     if name == "openvino bf16":
         return open_bf16(model)
     return open_engine(name.split()[0], model, 2)

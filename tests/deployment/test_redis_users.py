@@ -185,11 +185,11 @@ DESTRUCTIVE = (
 @pytest.mark.parametrize("user", USERS)
 def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, user: str) -> None:
     """Commands that destroy, configure or enumerate are refused, and keys that are not ours."""
-    with fleet.judge(server) as judge:
+    with fleet.admin(server) as admin:
         allowed = [
             words
             for words in DESTRUCTIVE
-            if judge.execute_command("ACL", "DRYRUN", user, *words.split()) == b"OK"
+            if admin.execute_command("ACL", "DRYRUN", user, *words.split()) == b"OK"
         ]
 
     assert allowed == []
@@ -221,8 +221,8 @@ def test_no_user_can_do_the_work_of_another(
     fleet: Fleet, server: str, user: str, words: str
 ) -> None:
     """A stolen password of one role is not a password of the others."""
-    with fleet.judge(server) as judge:
-        answer = judge.execute_command("ACL", "DRYRUN", user, *words.split())
+    with fleet.admin(server) as admin:
+        answer = admin.execute_command("ACL", "DRYRUN", user, *words.split())
 
     assert answer != b"OK"
 
@@ -240,8 +240,8 @@ def test_no_user_can_do_the_work_of_another(
 )
 def test_orders_are_given_by_ops_and_heard_by_workers(fleet: Fleet, user: str, words: str) -> None:
     """What degrade, recover, pause and resume write, workers can read."""
-    with fleet.judge("results") as judge:
-        answer = judge.execute_command("ACL", "DRYRUN", user, *words.split())
+    with fleet.admin("results") as admin:
+        answer = admin.execute_command("ACL", "DRYRUN", user, *words.split())
 
     assert answer == b"OK"
 
@@ -249,10 +249,10 @@ def test_orders_are_given_by_ops_and_heard_by_workers(fleet: Fleet, user: str, w
 @pytest.mark.parametrize("server", SERVERS)
 def test_configuration_keeps_what_it_accepts(fleet: Fleet, server: str) -> None:
     """Both refuse rather than evict, have a limit, and write every command to disk in a second."""
-    with fleet.judge(server) as judge:
-        found = judge.config_get("maxmemory*")
-        persistence = judge.config_get("append*")
-        info = judge.info()
+    with fleet.admin(server) as admin:
+        found = admin.config_get("maxmemory*")
+        persistence = admin.config_get("append*")
+        info = admin.info()
 
     assert found["maxmemory-policy"] == "noeviction"
     assert int(found["maxmemory"]) > 0
@@ -263,8 +263,8 @@ def test_configuration_keeps_what_it_accepts(fleet: Fleet, server: str) -> None:
 
 def test_without_a_login_nothing_is_answered(fleet: Fleet) -> None:
     """The default user is off."""
-    with fleet.judge("broker") as judge:
-        answer = judge.execute_command("ACL", "GETUSER", "default")
+    with fleet.admin("broker") as admin:
+        answer = admin.execute_command("ACL", "GETUSER", "default")
 
     assert b"off" in answer[b"flags"]
 

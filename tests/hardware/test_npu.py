@@ -1,4 +1,4 @@
-"""A real Intel NPU: set EMBEDQ_TEST_NPU=1 where there is one; nothing else proves its numbers."""
+"""Run a real Intel NPU; set EMBEDQ_TEST_NPU=1 on a machine that has one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.support.models import real_model
 from tests.support.npu_emulation import (
-    Process,
+    EngineProcess,
     embed_from_threads,
-    embed_there,
-    open_there,
-    process,
+    embed_texts,
+    engine_process,
+    open_npu,
 )
 
 from embedq_worker.engines.openvino_runtime import TARGETS
@@ -30,26 +30,24 @@ TEXTS = [f"Sentence number {i}, " * (1 + i % 30) for i in range(512)]
 
 
 @pytest.fixture(scope="module")
-def npu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """The NPU, compiled for, proven and warm."""
-    with process() as there:
+def npu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    with engine_process() as process:
         cache = tmp_path_factory.mktemp("cache")
-        there.call(open_there, TARGETS["none"], real_model().folder, cache, {})
-        yield there
+        process.call(open_npu, TARGETS["none"], real_model().folder, cache, {})
+        yield process
 
 
-def test_nothing_moves_in_a_thousand_inferences(npu: Process) -> None:
-    """With pinned tensors the plugin reuses its command lists."""
+def test_a_thousand_inferences_change_no_binding(npu: EngineProcess) -> None:
+    # Otherwise the plugin could not reuse its command lists.
     counters: dict[str, int] = {}
     while counters.get("inferences", 0) < 1_000:
-        vectors, _, counters = npu.call(embed_there, TEXTS)
+        vectors, _, counters = npu.call(embed_texts, TEXTS)
         assert np.isfinite(vectors).all()
 
     assert counters["binds"] == counters["pointer_changes"] == counters["shape_changes"] == 0
 
 
-def test_concurrent_callers_are_served(npu: Process) -> None:
-    """Eight callers get the same vectors."""
+def test_concurrent_callers_get_identical_vectors(npu: EngineProcess) -> None:
     found = npu.call(embed_from_threads, TEXTS, 8)
 
     assert all(vectors.tobytes() == found[0].tobytes() for vectors in found)

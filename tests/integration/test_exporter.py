@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 from rich.console import Console
-from tests.support.fake_fleet import add_jobs, add_messages, add_nodes, hold_messages
+from tests.support.fake_fleet import add_jobs, add_messages, add_unacked_messages, add_workers
 from tests.support.redis import RedisProcess
 
 from embedq.cli.operations import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, render
@@ -80,7 +80,7 @@ def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -
     publish.
     """
     add_messages(broker, Queue.NPU, [90.0, 20.0], size=200_000)
-    hold_messages(broker, [500.0, 7.0], lease_s=3.0)
+    add_unacked_messages(broker, [500.0, 7.0], lease_s=3.0)
 
     with exporting(redis) as address:
         series = scrape(address)
@@ -99,7 +99,7 @@ def test_degraded_worker_is_told_with_since_and_code(redis: RedisProcess, result
     """State, code, time and counters of a worker have its name; the sentence is in no label."""
     totals = {"texts": 40.0, "infer_s": 2.5, "inferences": 4, "news": 1}
     degraded = {"state": "degraded", "assigned_device": "npu", "reason": "It is gone: text?"}
-    add_nodes(results, 1, **degraded, code="device_lost", totals=totals)
+    add_workers(results, 1, **degraded, code="device_lost", totals=totals)
 
     with exporting(redis) as address:
         series = scrape(address)
@@ -132,7 +132,7 @@ def test_reason_is_a_word_of_ours(
     redis: RedisProcess, results: Redis, fields: dict[str, object], shown: str
 ) -> None:
     """Whatever a worker sends as its code, the label is a short word."""
-    add_nodes(results, 1, **fields)
+    add_workers(results, 1, **fields)
 
     with exporting(redis) as address:
         assert one(scrape(address), "embedq_worker_reason", reason=shown) == 1
@@ -140,7 +140,7 @@ def test_reason_is_a_word_of_ours(
 
 def test_silent_worker_is_down(redis: RedisProcess, results: Redis) -> None:
     """A worker that went without taking leave is down and counted as silent."""
-    add_nodes(results, 2)
+    add_workers(results, 2)
     results.delete("embedq:worker:worker-001")
 
     with exporting(redis) as address:
@@ -170,7 +170,7 @@ def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis)
 
 def test_labels_are_bounded(redis: RedisProcess, results: Redis) -> None:
     """More workers and jobs than have series of their own are counted, and jobs summed."""
-    add_nodes(results, MOST_WORKERS + 5)
+    add_workers(results, MOST_WORKERS + 5)
     add_jobs(results, MOST_JOBS + 5, batches=2)
 
     with exporting(redis) as address:
@@ -187,7 +187,7 @@ def test_every_metric_of_the_table_is_there(redis: RedisProcess, results: Redis)
     """A fleet with a worker and a job has a series of each metric that README lists, and no
     other.
     """
-    add_nodes(results, 1)
+    add_workers(results, 1)
     add_jobs(results, 1)
     results.set(PAUSED_KEY, "1")
 
@@ -244,7 +244,7 @@ def test_health_check_asks_nothing_of_redis(redis: RedisProcess) -> None:
 
 def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
     """The tables name silent and degraded workers with their reason, and jobs with their share."""
-    add_nodes(results, 2, state="degraded", reason="Its NPU is gone.")
+    add_workers(results, 2, state="degraded", reason="Its NPU is gone.")
     results.delete("embedq:worker:worker-001")
     add_jobs(results, 1, batches=3, planned=60)
     console = Console(width=160, record=True, file=io.StringIO())

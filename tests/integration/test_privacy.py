@@ -14,7 +14,7 @@ import pytest
 from celery import Celery
 from tests.support.forged_messages import MARKER, batch_of, push, queued, with_body
 from tests.support.redis import RedisProcess, wait_for
-from tests.support.workers import WorkerProcess, leaving_worker
+from tests.support.workers import WorkerProcess, stopped_worker
 
 from embedq import Client
 from embedq.errors import TextsFailed
@@ -110,7 +110,7 @@ def test_events_and_logs_tell_of_batches_without_text(
 def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: Path) -> None:
     """Any Celery can inspect a busy worker, and sees a description instead of the arguments."""
     with (
-        leaving_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as worker,
+        stopped_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as worker,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
     ):
@@ -135,7 +135,7 @@ def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
     """Neither log nor inspection shows the password that Redis asks for."""
     redis = RedisProcess(short_dir, password=PASSWORD)
     try:
-        with leaving_worker(redis, short_dir) as worker, remote(redis) as app:
+        with stopped_worker(redis, short_dir) as worker, remote(redis) as app:
             shown = app.control.inspect(timeout=5, limit=1).conf(with_defaults=True)
     finally:
         redis.stop()
@@ -150,7 +150,7 @@ def test_batch_put_back_by_a_dead_child_carries_no_text(
 ) -> None:
     """A batch that kills its child is sent again by Celery: without text in headers and events."""
     with (
-        leaving_worker(redis, short_dir) as worker,
+        stopped_worker(redis, short_dir) as worker,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
         captured_events(app) as events,

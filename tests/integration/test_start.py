@@ -134,7 +134,7 @@ def test_sigterm_ends_a_worker_whose_device_never_opens(
     script.write_text("init=hang\n")
     worker = WorkerProcess(redis, short_dir, "slow", EMBEDQ_STUB_FAULTS=os.fspath(script))
     try:
-        wait_for(lambda: worker.child_pid() and worker.lines("ready."), "the child to start")
+        wait_for(lambda: worker.pool_pid() and worker.lines("ready."), "the child to start")
         wait_for(script.with_name("faults.struck").exists, "its device to hang")
 
         worker.process.terminate()

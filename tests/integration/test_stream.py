@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.cli import wait_until_forgotten
+from tests.support.cli import wait_until_redis_is_empty
 from tests.support.files import SMALL, Work
 from tests.support.redis import DEADLINE_S, RedisProcess, environment, wait_for
 from tests.support.workers import WorkerProcess, stub_worker
@@ -53,7 +53,7 @@ def test_job_gives_results_in_order(small: Client, shared_redis: RedisProcess) -
     assert [result.id for result in results] == list(range(500))
     assert np.array_equal([result.vector for result in results], stub_vectors(texts(500)))
     assert {str(result.outcome.status) for result in results} == {"ok"}
-    wait_until_forgotten(shared_redis)
+    wait_until_redis_is_empty(shared_redis)
 
 
 def test_submit_publishes_one_window(small: Client) -> None:
@@ -129,7 +129,7 @@ def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> N
 
         assert job.progress().finished
         assert list(job.results()) == []
-        wait_until_forgotten(redis)
+        wait_until_redis_is_empty(redis)
         wait_for(
             lambda: len(worker.lines("batch_done")) + len(worker.lines("batch_skipped")) >= 16,
             "the worker to drop the rest",
@@ -143,7 +143,7 @@ def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProc
         if result.id == 10:
             break
 
-    wait_until_forgotten(shared_redis)
+    wait_until_redis_is_empty(shared_redis)
 
 
 def test_stream_keeps_order_and_ids(small: Client) -> None:
@@ -201,7 +201,7 @@ def test_endless_stream_may_be_closed(small: Client, shared_redis: RedisProcess)
     stream.close()
 
     assert first == list(range(100))
-    wait_until_forgotten(shared_redis)
+    wait_until_redis_is_empty(shared_redis)
 
 
 def test_failed_texts_come_with_their_reason(small: Client) -> None:
@@ -364,4 +364,4 @@ def test_submit_that_fails_leaves_nothing(small: Client, shared_redis: RedisProc
     with pytest.raises(OSError, match="went away"):
         small.submit(failing())
 
-    wait_until_forgotten(shared_redis)
+    wait_until_redis_is_empty(shared_redis)

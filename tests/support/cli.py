@@ -1,7 +1,4 @@
-"""Run the command embedq in a process of its own.
-
-`embedq` run as a person runs it: in a folder, as a process, to the end.
-"""
+"""Run the command `embedq` as a process."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from tests.support.redis import RedisProcess, environment, wait_for
 
 
 class Command:
-    """Runs `embedq` in a folder, against the shared stub worker."""
+    """`embedq`, run in a folder against the shared stub worker."""
 
     def __init__(self, folder: Path, redis: RedisProcess) -> None:
         self.folder = folder
@@ -29,7 +26,6 @@ class Command:
         }
 
     def __call__(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end."""
         return subprocess.run(
             [sys.executable, "-m", "embedq", *arguments],
             cwd=self.folder,
@@ -47,24 +43,23 @@ class Command:
         return name
 
     def items(self, name: str = "out.items.jsonl") -> list[dict[str, Any]]:
-        """Read the sidecar."""
         return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the one line that a failed command says."""
+    """Return the single line that a failed command printed to stderr."""
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     [line] = done.stderr.splitlines()
     return line
 
 
-#: The same for a child process.
+#: files.SMALL as environment variables.
 SMALL_ENVIRONMENT = {"EMBEDQ_BATCH_TEXTS": "32", "EMBEDQ_MAX_IN_FLIGHT": "8"}
 
 
 def start(redis: RedisProcess, *arguments: str | Path, **settings: str) -> subprocess.Popen[str]:
-    """Start `embedq` as a child that talks to a stub worker through this Redis."""
+    """Start `embedq` for the model `stub`, with small batches."""
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     return subprocess.Popen(
         [sys.executable, "-m", "embedq", *(os.fspath(argument) for argument in arguments)],
@@ -73,33 +68,33 @@ def start(redis: RedisProcess, *arguments: str | Path, **settings: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in the background has them, and so the child, ignore Ctrl-C.
+        # A shell that runs the tests in the background lets them, and this process, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
-def finish(child: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
-    """Wait for a child; return its exit code, stdout and stderr."""
-    out, err = child.communicate(text, timeout=60)
-    return child.returncode, out, err
+def finish(process: subprocess.Popen[str], text: str | None = None) -> tuple[int, str, str]:
+    """Wait for a process; return its exit code, stdout and stderr."""
+    out, err = process.communicate(text, timeout=60)
+    return process.returncode, out, err
 
 
 def command(redis: RedisProcess, *arguments: str | Path, **settings: str) -> tuple[int, str, str]:
-    """Run `embedq` as a child to its end; return its exit code, stdout and stderr."""
+    """Run `embedq` to its end; return its exit code, stdout and stderr."""
     return finish(start(redis, *arguments, **settings))
 
 
-def kill_at(child: subprocess.Popen[str], output: Path, rows: int) -> int:
-    """Kill -9 a command once so many rows are safe in its output; return how many were."""
-    wait_for(lambda: safe_rows(output) >= rows or child.poll() is not None, f"{rows} rows")
-    assert child.poll() is None, f"The command ended before it was killed:\n{finish(child)}"
-    child.kill()
-    finish(child)
+def kill_at(process: subprocess.Popen[str], output: Path, rows: int) -> int:
+    """Send SIGKILL once the manifest confirms so many rows; return how many it confirms."""
+    wait_for(lambda: safe_rows(output) >= rows or process.poll() is not None, f"{rows} rows")
+    assert process.poll() is None, f"The command ended before it was killed:\n{finish(process)}"
+    process.kill()
+    finish(process)
     return safe_rows(output)
 
 
-def wait_until_forgotten(redis: RedisProcess) -> None:
-    """Wait until Redis holds nothing of any job: no ledger, no vectors, no queued batch."""
+def wait_until_redis_is_empty(redis: RedisProcess) -> None:
+    """Wait until Redis holds no ledger, no vectors and no queued batch."""
 
     def left() -> list[bytes]:
         return [
@@ -109,7 +104,7 @@ def wait_until_forgotten(redis: RedisProcess) -> None:
             if not key.startswith((b"_kombu", b"embedq:worker"))
         ]
 
-    wait_for(lambda: not left(), "Redis to forget every job")
+    wait_for(lambda: not left(), "all keys of jobs to be deleted")
 
 
 def _keys(redis: RedisProcess, db: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The two Redis of production on loopback: their real configuration, their real users."""
+"""Run the two Redis servers of production on loopback, with their configuration and users."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ from tests.support.binaries import program
 from tests.support.redis import answers, wait_for
 
 ROOT = Path(__file__).parents[2]
-
-
 OPS = ROOT / "ops"
-
-
 DEPLOY = OPS / "deploy"
-
-
 USERS = ("producer", "worker", "ops")
-
-
 SERVERS = ("broker", "results")
 
 
 def make_secrets(folder: Path, **variables: str) -> Path:
-    """Run ops/secrets into a folder."""
     target = folder / "secrets"
     subprocess.run(
         [OPS / "secrets", target], env={**os.environ, **variables}, check=True, capture_output=True
@@ -35,11 +26,11 @@ def make_secrets(folder: Path, **variables: str) -> Path:
 
 
 class PortTaken(Exception):
-    """A server ended at once; another process has its port by now."""
+    """A server exited at the start, because another process has taken its port."""
 
 
 class Fleet:
-    """Broker and results as ops/deploy/redis configures them, and a superuser for looking on."""
+    """Broker and results Redis as ops/deploy/redis configures them, and a superuser for tests."""
 
     def __init__(self, folder: Path, ports: dict[str, int]) -> None:
         server = program("redis-server", "redis-server")
@@ -52,7 +43,7 @@ class Fleet:
             data.mkdir()
             acl = folder / f"{name}.acl"
             users = (self.secrets / f"{name}_acl").read_text()
-            acl.write_text(users + "user judge on nopass ~* &* +@all\n")
+            acl.write_text(users + "user admin on nopass ~* &* +@all\n")
             own = ("--port", str(ports[name]), "--bind", "127.0.0.1", "--dir", os.fspath(data))
             configuration = os.fspath(DEPLOY / "redis" / f"{name}.conf")
             command = [server, configuration, *own, "--aclfile", os.fspath(acl)]
@@ -66,35 +57,34 @@ class Fleet:
             self.stop()
             raise
 
-    def judge(self, server: str) -> Redis:
-        """Return a client that may do everything."""
-        return Redis(port=self._ports[server], username="judge", password="x")
+    def admin(self, server: str) -> Redis:
+        """Return a client with all permissions."""
+        return Redis(port=self._ports[server], username="admin", password="x")
 
     def urls(self, user: str) -> dict[str, str]:
-        """Return the variables by which a user finds both."""
+        """Return the settings with the URLs of a user."""
         return {
             f"EMBEDQ_{name.upper()}_URL": (self.secrets / f"{user}_{name}_url").read_text().strip()
             for name in SERVERS
         }
 
     def refusals(self) -> list[str]:
-        """Return what was refused, and forget it."""
+        """Return the entries of both ACL logs, and reset the logs."""
         found = []
         for name in SERVERS:
-            with self.judge(name) as judge:
-                for entry in judge.acl_log():
+            with self.admin(name) as admin:
+                for entry in admin.acl_log():
                     found.append(f"{name} {entry['username']} {entry['reason']} {entry['object']}")
-                judge.acl_log_reset()
+                admin.acl_log_reset()
         return found
 
     def _wait(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        with self.judge(name) as judge:
-            wait_for(lambda: process.poll() or answers(judge), f"{name} to answer")
+        with self.admin(name) as admin:
+            wait_for(lambda: process.poll() or answers(admin), f"{name} to answer")
         if process.poll() is not None:
-            raise PortTaken(f"{name} ended with {process.poll()}")
+            raise PortTaken(f"{name} exited with {process.poll()}")
 
     def stop(self) -> None:
-        """End both."""
         for process in self._processes:
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""Messages as an attacker, a broken producer or another version would put them into a queue."""
+"""Build messages as an attacker, a broken producer or another version would send them."""
 
 from __future__ import annotations
 
@@ -17,29 +17,24 @@ from embedq.store.ledger import Ledger
 from embedq.testing import STUB_DIM
 from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 
-#: Stands for content: no log, header or event may ever hold it.
+#: Text that no log, header or event may contain.
 MARKER = "Kundengeheimnis"
-
-
-#: The database of Redis that no worker reads.
-NOBODYS_DB = 7
-
-
-#: What the stub serves.
+#: A Redis database that no worker consumes.
+UNUSED_DB = 7
+#: Specification that the stub serves.
 SPEC = VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH)
 
 
 def batch_of(texts: Sequence[str], *, job: str = "forged", index: int = 0) -> EmbedBatch:
-    """Return a batch that the stub worker would serve."""
     return EmbedBatch(job, index, texts, SPEC)
 
 
 def queued(redis: RedisProcess, batch: EmbedBatch, queue: Queue = Queue.CPU) -> dict[str, Any]:
-    """Return the message that a producer would put into Redis for a batch."""
-    publisher = Publisher(redis.broker_url(NOBODYS_DB))
+    """Return the message that a producer publishes for a batch."""
+    publisher = Publisher(redis.broker_url(UNUSED_DB))
     publisher.publish(batch, queue)
     publisher.close()
-    with redis.open(NOBODYS_DB) as client:
+    with redis.open(UNUSED_DB) as client:
         raw = client.lpop(str(queue))
     assert isinstance(raw, bytes)
     message: dict[str, Any] = json.loads(raw)
@@ -47,17 +42,15 @@ def queued(redis: RedisProcess, batch: EmbedBatch, queue: Queue = Queue.CPU) -> 
 
 
 def payload(message: dict[str, Any]) -> Any:
-    """Return what the body of a message decodes to: [args, kwargs, embed]."""
+    """Return the decoded body of a message: [args, kwargs, embed]."""
     return msgpack.unpackb(base64.b64decode(message["body"]))
 
 
 def with_body(message: dict[str, Any], body: bytes) -> dict[str, Any]:
-    """Return the message with other bytes as its body."""
     return {**message, "body": base64.b64encode(body).decode()}
 
 
 def with_payload(message: dict[str, Any], value: object) -> dict[str, Any]:
-    """Return the message with a body that decodes to this."""
     return with_body(message, msgpack.packb(value))
 
 
@@ -69,25 +62,22 @@ def with_batch(message: dict[str, Any], **fields: object) -> dict[str, Any]:
 
 
 def with_headers(message: dict[str, Any], **fields: object) -> dict[str, Any]:
-    """Return the message with other headers."""
     return {**message, "headers": {**message["headers"], **fields}}
 
 
 def without_header(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the message without a header."""
     headers = {key: value for key, value in message["headers"].items() if key != name}
     return {**message, "headers": headers}
 
 
 def open_job(redis: RedisProcess, job: str, spec: VectorSpec = SPEC) -> Ledger:
-    """Open a job in the ledger, as its producer would, and return its ledger."""
     ledger = Ledger(redis.open(), job)
     ledger.open(fingerprint=spec.fingerprint(), ttl_s=600)
     return ledger
 
 
 def push(redis: RedisProcess, message: object, queue: Queue = Queue.CPU) -> None:
-    """Put a message, or raw bytes, into a queue that a worker reads."""
+    """Publish a message, or raw bytes, to a queue that a worker consumes."""
     raw = message if isinstance(message, bytes) else json.dumps(message).encode()
     with redis.open(0) as client:
         client.lpush(str(queue), raw)

@@ -1,7 +1,6 @@
-"""Models for tests: a tiny random BERT that tests write themselves, and the real weights if found.
+"""Provide models for tests: a tiny random BERT, and the real weights if available.
 
-The tiny one comes with its own forward pass, written from the definition and slow, so that the
-graph is compared with something that shares no code with it.
+`reference_vector` is a forward pass of the tiny model that shares no code with the product.
 """
 
 from __future__ import annotations
@@ -36,15 +35,12 @@ from embedq_worker.model.sources import WHEEL_FOLDER
 
 Array = npt.NDArray[np.float32]
 
-
 #: Folder into which ops/demo and ops/test download the default model.
 DOWNLOADED = cache_home() / "wheel" / WHEEL_FOLDER
-
-
 #: Folder of the real model, or "". Read at import, before a fixture clears the environment.
 TEST_MODEL = os.environ.get("EMBEDQ_TEST_MODEL", str(DOWNLOADED) if DOWNLOADED.is_dir() else "")
 
-
+#: config.json of the tiny model.
 TINY: dict[str, Any] = {
     "model_type": "bert",
     "hidden_size": 32,
@@ -58,19 +54,15 @@ TINY: dict[str, Any] = {
     "layer_norm_eps": 1e-12,
     "position_embedding_type": "absolute",
 }
-
-
-#: What sentence_bert_config.json of the tiny model says.
+#: Maximum length of the tiny model, tokens.
 TINY_MAX_LENGTH = 24
-
-
-#: Words of which tests make texts; single letters cover everything else.
+#: Whole words in its vocabulary; other words are split into letters.
 WORDS = ["the", "queue", "worker", "keeps", "a", "promise", "of", "texts", "and", "vectors"]
 
 
 @functools.cache
 def real_model() -> Model:
-    """Find the real all-MiniLM-L6-v2, or skip the test and say how to provide it."""
+    """Return the real all-MiniLM-L6-v2, or skip the test."""
     digests = Path(tempfile.gettempdir()) / f"embedq-test-{os.getuid()}"
     try:
         if TEST_MODEL:
@@ -82,10 +74,7 @@ def real_model() -> Model:
 
 @functools.cache
 def docstrings() -> list[str]:
-    """Return 2,048 docstrings of Python's standard library.
-
-    Those of the benchmarks, but from as few files as it takes: parsing them all takes seconds.
-    """
+    """Return 2,048 docstrings of Python's standard library, from as few files as possible."""
     corpus = runpy.run_path(str(Path(__file__).parents[2] / "ops" / "bench" / "corpus.py"))
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     every = itertools.chain.from_iterable(map(corpus["_of_file"], files))
@@ -95,7 +84,6 @@ def docstrings() -> list[str]:
 
 
 def tiny_model(folder: Path, **options: Any) -> Model:
-    """Write a tiny BERT into a folder and load it."""
     write_tiny(folder, **options)
     return load_model(folder, "tiny", DigestCache(folder / "cache"))
 
@@ -109,7 +97,7 @@ def write_tiny(
     dtype: str = "F32",
     **config: Any,
 ) -> dict[str, Array]:
-    """Write a tiny BERT as sentence-transformers would, and return its tensors."""
+    """Write a tiny BERT in the layout of sentence-transformers, and return its tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**TINY, **config}
     tensors = tiny_tensors(settings, seed)
@@ -134,13 +122,12 @@ def write_tiny(
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, with its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
 
 
 def write_tokenizer(path: Path) -> None:
-    """Write a WordPiece tokenizer with padding and truncation on, as the real one arrives."""
+    """Write a WordPiece tokenizer with padding and truncation on, like the real one."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *(c for c in letters if c not in WORDS)]
     words += [f"##{c}" for c in "esdrk"]
@@ -158,7 +145,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Array], dtype: str = "F32") -> None:
-    """Write tensors in the safetensors format, aligned to eight bytes as its library does."""
+    """Write tensors in the safetensors format, with the header padded to eight bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     chunks: list[bytes] = []
     at = 0
@@ -224,7 +211,7 @@ def write_foreign(
 ) -> npt.NDArray[np.float32]:
     """Write an ONNX model whose token vectors are rows of a table, and return the table [V, D].
 
-    With ``sentence_embedding`` as output, its vector is that of the first token, times 3.
+    With output `sentence_embedding`, the vector is that of the first token, times 3.
     """
     table = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
@@ -236,7 +223,7 @@ def write_foreign(
         ]
         shape = [axes[0], 8]
     else:
-        # Every input is used, and padding is spoilt, so that a wrong mask shows.
+        # Every input changes the result, so that a wrong mask is detected.
         total = "input_ids"
         for i, name in enumerate(inputs[1:]):
             nodes.append(helper.make_node("Add", [total, name], [f"sum{i}"]))
@@ -274,7 +261,7 @@ def reference_vector(
     pooling: str = "mean",
     normalize: bool = True,
 ) -> npt.NDArray[np.float64]:
-    """Embed one text by the definition of BERT, in float64, one token sequence [T] at a time.
+    """Embed one token sequence [T] by the definition of BERT, in float64.
 
     Source: Devlin et al. 2018 and Vaswani et al. 2017, with the tensor names of transformers.
     """

@@ -1,4 +1,4 @@
-"""Those who watch a fleet, each a real process: exporter, Prometheus, Flower, browser."""
+"""Run the programs that monitor workers: exporter, Prometheus, Flower, browser."""
 
 from __future__ import annotations
 
@@ -23,36 +23,32 @@ from tests.support.binaries import program
 from tests.support.redis import RedisProcess, environment, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "ops" / "deploy"
-
-
+#: Login of Flower.
 USER = "ops:sesame"
-
-
-#: Seconds that a watcher may take to start on a busy machine.
+#: Seconds in which a program must be ready.
 START_S = 60.0
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
 def host() -> str:
-    """Return this machine's name, as Celery puts it behind the name of a worker."""
+    """Return the host name that Celery appends to the name of a worker."""
     return socket.gethostname()
 
 
 def fetch(url: str, *, user: str = "", data: bytes | None = None) -> str:
-    """Return the body of an address; with data, post it."""
+    """Return the body of a URL; with data, of a POST request."""
     headers = {"Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if user else {}
     with urlopen(Request(url, data, headers), timeout=15) as answer:
         return str(answer.read().decode())
 
 
 def answers(url: str) -> bool:
-    """Tell whether somebody answers an address."""
     try:
         return bool(fetch(url))
     except (URLError, OSError):
@@ -61,7 +57,7 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def running(arguments: list[str], log: Path, ready: str, **variables: str) -> Iterator[None]:
-    """Run a program until the block ends, and wait first until an address of it answers."""
+    """Run a program inside the block; the block starts when the URL `ready` answers."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             arguments, stdout=out, stderr=out, env=environment(**variables), cwd=log.parent
@@ -70,7 +66,7 @@ def running(arguments: list[str], log: Path, ready: str, **variables: str) -> It
 
         def is_ready() -> bool:
             if process.poll() is not None:
-                pytest.fail(f"{arguments[0]} ended:\n{log.read_text(errors='replace')[-3000:]}")
+                pytest.fail(f"{arguments[0]} exited:\n{log.read_text(errors='replace')[-3000:]}")
             return answers(ready)
 
         wait_for(is_ready, f"{ready} to answer", START_S)
@@ -85,13 +81,12 @@ def running(arguments: list[str], log: Path, ready: str, **variables: str) -> It
 
 
 def urls(redis: RedisProcess) -> dict[str, str]:
-    """Return the environment by which a program finds this Redis."""
     return {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
 
 
 @contextmanager
 def exporter(redis: RedisProcess, folder: Path) -> Iterator[str]:
-    """Run `embedq exporter` and give its host and port."""
+    """Run `embedq exporter` and yield its host and port."""
     at = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "embedq", "exporter", "--port", at.partition(":")[2]]
     with running(command, folder / "exporter.log", f"http://{at}/healthz", **urls(redis)):
@@ -99,19 +94,19 @@ def exporter(redis: RedisProcess, folder: Path) -> Iterator[str]:
 
 
 class Prometheus:
-    """A Prometheus with the rules and alerts of ops/deploy/prometheus."""
+    """Client of a running Prometheus."""
 
     def __init__(self, address: str) -> None:
         self.address = address
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Return the series of an expression at this moment."""
+        """Return the series of an expression now."""
         body = json.loads(fetch(f"{self.address}/api/v1/query?query={quote(expression)}"))
         result: list[dict[str, Any]] = body["data"]["result"]
         return result
 
     def firing(self) -> dict[str, dict[str, Any]]:
-        """Return the alerts that fire, by name."""
+        """Return the firing alerts by name."""
         body = json.loads(fetch(f"{self.address}/api/v1/alerts"))
         alerts = [alert for alert in body["data"]["alerts"] if alert["state"] == "firing"]
         return {alert["labels"]["alertname"]: alert for alert in alerts}
@@ -119,7 +114,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Run Prometheus as ops/deploy/prometheus has it, but for where the exporter is."""
+    """Run Prometheus with the configuration of ops/deploy/prometheus, scraping `target`."""
     path = program("prometheus", "prometheus")
     config = (DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8")
     for name in ("rules.yml", "alerts.yml"):
@@ -133,23 +128,23 @@ def prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
 
 
 class Flower:
-    """A Flower with the configuration of ops/deploy/flower."""
+    """Client of a running Flower."""
 
     def __init__(self, at: str) -> None:
         self.at = at
 
     def api(self, path: str) -> Any:
-        """Return what its API answers to a user with the password."""
+        """Return the decoded answer of its API."""
         return json.loads(fetch(f"http://{self.at}/api/{path}", user=USER))
 
     def page(self, path: str) -> str:
-        """Return the address of a page with the password in it, for a browser."""
+        """Return the URL of a page, including the password."""
         return f"http://{USER}@{self.at}/{path}"
 
 
 @contextmanager
 def flower(redis: RedisProcess, folder: Path) -> Iterator[Flower]:
-    """Run Flower as the container does, on a port of its own."""
+    """Run Flower with the configuration of ops/deploy/flower."""
     pytest.importorskip("flower")
     (folder / "auth").write_text(USER)
     at = f"127.0.0.1:{free_port()}"
@@ -164,7 +159,7 @@ def flower(redis: RedisProcess, folder: Path) -> Iterator[Flower]:
 
 
 def browse(url: str, picture: Path) -> str:
-    """Open a page in a browser, take its picture, and return the page after its scripts ran."""
+    """Open a page in a browser, save a screenshot, and return the page after its scripts ran."""
     chromium = program("chromium", "chromium")
     with tempfile.TemporaryDirectory(prefix="eq-browser-") as profile:
         quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]

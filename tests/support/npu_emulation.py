@@ -1,7 +1,6 @@
-"""Emulated NPUs for an NPU, each in a process of its own: there a plugin is registered, and may
-die.
+"""Run emulated NPUs in separate processes: a plugin is registered once per process, and may crash.
 
-What is run over there is a function of this file, so that both processes know it.
+What runs there is a function of this module, so that it can be pickled.
 """
 
 from __future__ import annotations
@@ -39,18 +38,15 @@ from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
 T = TypeVar("T")
-
-
 Vectors = npt.NDArray[np.float32]
 
-
-#: The CPU plugin under the name NPU.
+#: Source of a plugin that is the CPU plugin under the name NPU.
 SHIM = Path(__file__).with_name("npu_shim.cpp")
 
 
 @functools.cache
 def shim_target() -> DeviceTarget:
-    """Build the shim, or skip and say why."""
+    """Build the shim, or skip if g++ is missing."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is missing; Debian: apt install g++")
@@ -59,7 +55,7 @@ def shim_target() -> DeviceTarget:
     libs = Path(spec.submodule_search_locations[0], "libs")
     folder = Path(tempfile.mkdtemp(prefix="embedq-shim-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    library, plugins = folder / "libnpu_standin_plugin.so", folder / "plugins.xml"
+    library, plugins = folder / "libnpu_shim_plugin.so", folder / "plugins.xml"
     define = f'-DOV_CPU_LIB="{libs / "libopenvino_intel_cpu_plugin.so"}"'
     runtime = next(libs.glob("libopenvino.so.*"))
     options = ("-std=c++17", "-O1", "-shared", "-fPIC", define)
@@ -70,35 +66,32 @@ def shim_target() -> DeviceTarget:
 
 
 def target_of(name: str) -> DeviceTarget:
-    """Return the target of an emulated NPU."""
     return shim_target() if name == "shim" else TARGETS[name]
 
 
-class Process:
-    """A process that runs functions of this file, one at a time."""
+class EngineProcess:
+    """A process that runs functions of this module, one at a time."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function over there and return what it returns, or raise what it raises."""
+        """Run a function in the process; return its result or raise its exception."""
         return self._pool.submit(function, *arguments).result()
 
     def close(self) -> None:
-        """End the process."""
         self._pool.shutdown()
 
     def kill(self) -> None:
-        """End the process although an inference hangs in it."""
+        """End the process, even if an inference hangs in it."""
         for each in self._pool._processes.values():
             each.kill()
         self._pool.shutdown()
 
 
 @contextmanager
-def process() -> Iterator[Process]:
-    """Run a process for as long as the block lasts."""
-    opened = Process()
+def engine_process() -> Iterator[EngineProcess]:
+    opened = EngineProcess()
     try:
         yield opened
     finally:
@@ -106,105 +99,102 @@ def process() -> Iterator[Process]:
 
 
 class RemoteEngine:
-    """An engine that lives in an emulated NPU's process and is asked from here."""
+    """An engine whose emulated NPU is in another process."""
 
     name, device = "openvino", Device.NPU
     concurrency = 1
 
-    def __init__(self, there: Process, target: DeviceTarget, model: Model, cache: Path) -> None:
-        self._there = there
-        shown = there.call(open_there, target, model.folder, cache, {})
-        self.dim, self.precision, self.form = shown["dim"], shown["precision"], shown["form"]
-        self.details: Mapping[str, str] = MappingProxyType(shown["details"])
+    def __init__(
+        self, process: EngineProcess, target: DeviceTarget, model: Model, cache: Path
+    ) -> None:
+        self._process = process
+        engine = process.call(open_npu, target, model.folder, cache, {})
+        self.dim, self.precision, self.form = engine["dim"], engine["precision"], engine["form"]
+        self.details: Mapping[str, str] = MappingProxyType(engine["details"])
 
     def infer(self, batch: TokenBatch) -> Vectors:
-        return self._there.call(infer_there, batch)
+        return self._process.call(infer_batch, batch)
 
     def close(self) -> None:
-        self._there.close()
+        self._process.close()
 
 
-# -- what runs over there ------------------------------------------------------------------------
+# -- functions that run in an EngineProcess -------------------------------------------------------
 
 _opened: dict[str, Any] = {}
 
 
-def settings_there(cache: Path, **settings: Any) -> WorkerSettings:
-    """Return settings of a worker on an NPU."""
+def npu_settings(cache: Path, **settings: Any) -> WorkerSettings:
     values = {"device": DeviceChoice.NPU, "npu_emulation": Emulation.ALIAS, "cache_dir": cache}
     return WorkerSettings(**{**values, **settings})
 
 
-def open_there(
+def open_npu(
     target: DeviceTarget, folder: Path, cache: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Open and prove an emulated NPU as a worker does, and say what it is."""
+    """Open and verify an emulated NPU as a worker does, and describe the engine."""
     import embedq_worker.engines.openvino_runtime as targets
 
-    # The shim has no name among the settings: it goes in the alias' place.
+    # The setting has no value for the shim, so it replaces `alias`.
     targets.TARGETS = {**TARGETS, "alias": target}  # type: ignore[misc]
     model = resolve.load_model(folder, "model", DigestCache(cache))
-    began = time.monotonic()
-    proven = EngineOpener(settings_there(cache, **settings), model).open_npu()
-    _opened.update(proven=proven, model=model)
-    engine = proven.engine
+    started = time.monotonic()
+    verified = EngineOpener(npu_settings(cache, **settings), model).open_npu()
+    _opened.update(verified=verified, model=model)
+    engine = verified.engine
     return {
         "dim": engine.dim,
         "precision": engine.precision,
         "form": engine.form,
         "details": dict(engine.details),
-        "report": proven.report,
-        "seconds": time.monotonic() - began,
+        "report": verified.report,
+        "seconds": time.monotonic() - started,
         "modules": [n for n in ("onnx", "onnxruntime") if n in __import__("sys").modules],
     }
 
 
-def infer_there(batch: TokenBatch) -> Vectors:
-    """Infer one token batch."""
-    proven: VerifiedEngine = _opened["proven"]
-    return proven.engine.infer(batch)
+def infer_batch(batch: TokenBatch) -> Vectors:
+    verified: VerifiedEngine = _opened["verified"]
+    return verified.engine.infer(batch)
 
 
-def embed_there(texts: list[str]) -> tuple[Vectors, EngineStats, dict[str, int]]:
-    """Embed texts through the embedder, canary and all; with what it cost, and the counters."""
-    proven: VerifiedEngine = _opened["proven"]
+def embed_texts(texts: list[str]) -> tuple[Vectors, EngineStats, dict[str, int]]:
+    """Embed texts with a canary per batch; return vectors, statistics and the engine's counters."""
+    verified: VerifiedEngine = _opened["verified"]
     stats = EngineStats()
-    vectors, _ = proven.embedder.embed(batch_of(texts, _opened["model"]), stats)
-    return vectors, stats, asdict(proven.engine.counters())  # type: ignore[attr-defined]
+    vectors, _ = verified.embedder.embed(batch_of(texts, _opened["model"]), stats)
+    return vectors, stats, asdict(verified.engine.counters())  # type: ignore[attr-defined]
 
 
 def embed_from_threads(texts: list[str], callers: int) -> list[Vectors]:
-    """Embed the same texts from several threads at once."""
-    proven: VerifiedEngine = _opened["proven"]
+    verified: VerifiedEngine = _opened["verified"]
     batch = batch_of(texts, _opened["model"])
     with ThreadPoolExecutor(callers) as pool:
-        return [found[0] for found in pool.map(proven.embedder.embed, [batch] * callers)]
+        return [found[0] for found in pool.map(verified.embedder.embed, [batch] * callers)]
 
 
 def batch_of(texts: list[str], model: Model) -> EmbedBatch:
-    """Make a batch of texts."""
     return EmbedBatch("job", 0, texts, VectorSpec(model.identity, model.dim, model.max_length))
 
 
 # -- faults --------------------------------------------------------------------------------------
 
-#: What the last operator of the graph does to its n-th inference from now on.
+#: Kind of fault, and the number of inferences before it.
 _fault: dict[str, Any] = {"kind": "", "after": 0}
 
-
-#: What the plugin said of a lost device.
+#: Message of the plugin for a lost device.
 LOST = (
     "zero_wrappers.cpp:382: L0 zeFenceHostSynchronize result: ZE_RESULT_ERROR_DEVICE_LOST, code "
     "0x70000001 - device hung, reset, was removed, or driver update occurred"
 )
 
 
-def open_faulty_there(
+def open_faulty_npu(
     target: DeviceTarget, folder: Path, cache: Path, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Open an emulated NPU as open_there, with an operator in its graph that can be told to fail.
+    """Open an emulated NPU whose graph ends with an operator that injects faults.
 
-    An operator in Python cannot be exported, so the model is compiled here and not in a child.
+    An operator in Python cannot be exported, so the model is compiled in this process.
     """
     from embedq_worker.engines.compiler import CompiledModelLoader
     from embedq_worker.model.bert import build_graph
@@ -213,15 +203,15 @@ def open_faulty_there(
         graph = build_graph(self._model)
         core = self._runtime._core
         read = core.read_model
-        self._runtime._core = _Inserting(core, read)
+        self._runtime._core = _FaultInsertingCore(core, read)
         return self._runtime.compile(graph, self._properties, shapes)
 
     CompiledModelLoader.load = load  # type: ignore[method-assign]
-    return open_there(target, folder, cache, settings)
+    return open_npu(target, folder, cache, settings)
 
 
-class _Inserting:
-    """A core that puts the operator before the result of each model it reads."""
+class _FaultInsertingCore:
+    """An OpenVINO core that inserts the fault operator before the result of each model."""
 
     def __init__(self, core: Any, read: Callable[[bytes], Any]) -> None:
         self._core, self._read = core, read
@@ -230,7 +220,6 @@ class _Inserting:
         return getattr(self._core, name)
 
     def read_model(self, graph: bytes) -> Any:
-        """Read a model and insert the operator."""
         model = self._read(graph)
         result = model.get_results()[0]
         source = result.input_value(0)
@@ -264,14 +253,13 @@ def _operator() -> Any:
 
         def evaluate(self, outputs: Any, inputs: Any) -> bool:
             inputs[0].copy_to(outputs[0])
-            _misbehave(outputs[0].data)
+            _inject_fault(outputs[0].data)
             return True
 
     return Fault
 
 
-def _misbehave(vectors: Any) -> None:
-    """Do what was asked for, in the n-th inference from when it was and in all later ones."""
+def _inject_fault(vectors: Any) -> None:
     if not _fault["kind"]:
         return
     _fault["after"] -= 1
@@ -285,17 +273,17 @@ def _misbehave(vectors: Any) -> None:
     elif kind == "lost":
         raise RuntimeError(LOST)
     elif kind == "error":
-        raise RuntimeError("something that nobody has seen before")
+        raise RuntimeError("an unknown error")
     elif kind == "hang":
         time.sleep(60)
 
 
-def arm_there(kind: str, after: int = 0) -> None:
-    """Tell the operator what to do, and to which inference from now on first."""
+def arm_fault(kind: str, after: int = 0) -> None:
+    """Inject a fault into every inference after the next `after` ones."""
     _fault.update(kind=kind, after=after)
 
 
-def exit_there() -> None:
-    """End the process in good order: close the engine, as a worker does."""
-    proven: VerifiedEngine = _opened["proven"]
-    proven.close()
+def close_npu() -> None:
+    """Close the engine, as a worker does before it exits."""
+    verified: VerifiedEngine = _opened["verified"]
+    verified.close()

@@ -1,10 +1,10 @@
-"""Processes as tests see them from outside."""
+"""Inspect processes."""
 
 from pathlib import Path
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process runs; a zombie does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,7 +1,4 @@
-"""Real Redis servers for tests.
-
-Real servers for tests: a private Redis on a unix socket, real workers in their own groups.
-"""
+"""Run a Redis server on a unix socket for tests."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from typing import TypeVar
 
 import pytest
 from redis import Redis
-from redis.exceptions import ConnectionError as NotThere
-from redis.exceptions import TimeoutError as NoAnswer
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from tests.support.binaries import program
 
 from embedq.protocol.contract import Queue
@@ -24,33 +21,28 @@ from embedq.store.connection import open_redis
 
 T = TypeVar("T")
 
-
-#: Seconds that any one thing of a test may take on a busy machine.
+#: Timeout of one step of a test, seconds.
 DEADLINE_S = 30.0
-
-
-#: Seconds that the job of the fixture `ledger` lives.
+#: Time to live of the job of the fixture `ledger`, seconds.
 JOB_TTL_S = 600
+#: Seconds between two polls of `wait_for`.
+POLL_INTERVAL_S = 0.02
 
 
-#: Seconds between two looks at what is waited for.
-LOOK_EVERY_S = 0.02
-
-
-def wait_for(look: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
-    """Return the first true answer of a look; fail with what was waited for after the deadline."""
+def wait_for(poll: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
+    """Call `poll` until it returns a true value, and return that; fail after the deadline."""
     deadline = time.monotonic() + deadline_s
     while True:
-        found = look()
+        found = poll()
         if found:
             return found
         if time.monotonic() > deadline:
             pytest.fail(f"Waited {deadline_s:.0f} s for {what}.")
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return an environment without settings but these, in which a child finds the packages."""
+    """Return an environment with only these settings and an absolute PYTHONPATH."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("EMBEDQ_")}
     paths = clean.get("PYTHONPATH", "").split(os.pathsep)
     clean["PYTHONPATH"] = os.pathsep.join(os.fspath(Path(p).resolve()) for p in paths if p)
@@ -58,7 +50,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class RedisProcess:
-    """A Redis of our own on a unix socket, without persistence."""
+    """A Redis server on a unix socket, without persistence."""
 
     def __init__(self, folder: Path, *options: str, password: str = "") -> None:
         server = program("redis-server", "redis-server")
@@ -77,43 +69,37 @@ class RedisProcess:
 
     @property
     def pid(self) -> int:
-        """Process id of the server."""
         return self._process.pid
 
     def broker_url(self, db: int = 0) -> str:
-        """Return the URL as kombu wants it."""
+        """Return the URL for kombu."""
         return f"redis+socket://{self._login}{self.socket}?virtual_host={db}"
 
     def results_url(self, db: int = 1) -> str:
-        """Return the URL as redis-py wants it."""
+        """Return the URL for redis-py."""
         return f"unix://{self._login}{self.socket}?db={db}"
 
     def open(self, db: int = 1) -> Redis:
-        """Return a client of a database."""
         return open_redis(self.results_url(db))
 
     def settings(self, **others: object) -> ProducerSettings:
-        """Return settings of a producer that talks to a stub worker through this Redis."""
+        """Return the settings of a producer for the model `stub`."""
         urls = {"broker_url": self.broker_url(), "results_url": self.results_url()}
         return ProducerSettings.load(**{**urls, "model": "stub", "startup_timeout_s": 20, **others})
 
     def stop(self) -> None:
-        """End the server."""
         self._process.kill()
         self._process.wait()
 
 
 def wait_until_acknowledged(redis: RedisProcess) -> None:
-    """Wait until no batch is queued or in hand.
-
-    A worker acknowledges a batch after the line about it, which comes after the vectors.
-    """
+    """Wait until no batch is queued or unacknowledged; this is after its vectors and log line."""
     with redis.open(0) as broker:
         wait_for(lambda: not broker.exists("unacked", "unacked_index", *Queue), "the last batch")
 
 
-def forget_all(redis: RedisProcess) -> None:
-    """Empty the queues and the results, but leave what workers say of themselves."""
+def delete_jobs(redis: RedisProcess) -> None:
+    """Delete everything except the keys of kombu and the heartbeats of workers."""
     for db in (0, 1):
         with redis.open(db) as client:
             for key in client.scan_iter("*", count=1000):
@@ -124,5 +110,5 @@ def forget_all(redis: RedisProcess) -> None:
 def answers(client: Redis) -> bool:
     try:
         return bool(client.ping())
-    except (NotThere, NoAnswer):
+    except (RedisConnectionError, RedisTimeoutError):
         return False

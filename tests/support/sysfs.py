@@ -1,4 +1,4 @@
-"""Trees of /dev and /sys as kernels with NPUs show them."""
+"""Build trees of /dev and /sys like those of a kernel with NPUs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from embedq_worker.device.discovery import SysfsRoots
 
-#: PCI device ids by the architecture that OpenVINO gives them.
+#: Architecture as OpenVINO names it -> PCI device id.
 IDS = {"3720": 0x7D1D, "4000": 0x643E, "5010": 0xB03E}
 
 
 class DeviceTree:
-    """A machine to which NPUs are added one by one."""
+    """Trees of /dev and /sys, without an accelerator at first."""
 
     def __init__(self, folder: Path) -> None:
         self.roots = SysfsRoots(dev=folder / "dev", sys=folder / "sys")
@@ -29,7 +29,7 @@ class DeviceTree:
         device_file: bool = True,
         driver: bool = True,
     ) -> Path:
-        """Add an accelerator, and return its node."""
+        """Add an accelerator, and return the path of its device file."""
         device = self.roots.sys / "devices" / pci
         device.mkdir(parents=True)
         (device / "vendor").write_text(f"{vendor:#06x}\n")

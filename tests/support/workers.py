@@ -1,4 +1,4 @@
-"""Real worker processes for tests."""
+"""Run worker processes for tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embedq_worker.main_process.status import StatusFile
 
 
 class WorkerProcess:
-    """A worker with the stub engine, in a process group of its own."""
+    """A worker under its supervisor, by default with the stub engine, in its own process group."""
 
     def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
         self.name = name
@@ -49,49 +49,47 @@ class WorkerProcess:
             )
 
     def heartbeat(self) -> worker.WorkerStatus | None:
-        """Return what this worker last said of itself."""
         alive = fleet.list_live_workers(self._redis)
         return next((heartbeat for heartbeat in alive if heartbeat.worker == self.name), None)
 
     def pids(self) -> tuple[int, int]:
-        """Return the process ids of the Celery parent and of its child."""
+        """Return the process ids of the main process and of the pool process, 0 if unknown."""
         heartbeat = self.heartbeat()
-        return heartbeat.pid if heartbeat else 0, self.child_pid()
+        return heartbeat.pid if heartbeat else 0, self.pool_pid()
 
     def wait_healthy(self) -> WorkerProcess:
-        """Wait until the worker's heartbeat says healthy; fail with its log if it ends instead."""
+        """Wait until the heartbeat reports healthy; fail if the worker exits."""
 
         def healthy() -> bool:
             if self.process.poll() is not None:
-                pytest.fail(f"Worker {self.name} ended:\n{self.log()}")
+                pytest.fail(f"Worker {self.name} exited:\n{self.log()}")
             heartbeat = self.heartbeat()
             return heartbeat is not None and heartbeat.state == "healthy"
 
         wait_for(healthy, f"worker {self.name} to be healthy; its log:\n{self.log()}")
         return self
 
-    def child_pid(self) -> int:
-        """Return the process id of the child, from the state file it wrote."""
+    def pool_pid(self) -> int:
+        """Return the process id of the pool process from its status file, or 0."""
         state = StatusFile(self.runtime_dir, self.name).read()
         return state.pid if state is not None else 0
 
     def log(self) -> str:
-        """Return all that the worker has said."""
         return self.log_path.read_text(errors="replace")
 
     def lines(self, *words: str) -> list[str]:
-        """Return the lines of the log that hold all these words."""
+        """Return the log lines that contain all these words."""
         return [line for line in self.log().splitlines() if all(word in line for word in words)]
 
     def kill(self) -> None:
-        """Kill all processes of the worker with SIGKILL, and wait until none holds a socket."""
+        """Send SIGKILL to all processes of the worker, and wait until they have exited."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        # Redis would still give a batch to one that is killed but has not ended.
+        # Redis may still deliver a batch to a killed process that has not exited.
         wait_for(lambda: not _runs(self.process.pid), f"worker {self.name} to end")
         self.process.wait()
 
     def discard(self) -> None:
-        """Kill the worker and let the fleet forget it."""
+        """Kill the worker and delete its heartbeat."""
         if self.process.poll() is None:
             self.kill()
         with suppress(RedisError):
@@ -99,7 +97,7 @@ class WorkerProcess:
         self._redis.close()
 
     def stop(self) -> None:
-        """Ask the worker to end, and end its group if it does not."""
+        """Send SIGTERM, and SIGKILL after 10 s."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -113,7 +111,7 @@ class WorkerProcess:
 def stub_worker(
     redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
 ) -> Iterator[WorkerProcess]:
-    """Run a healthy stub worker for as long as the block lasts; it is killed then, to save time."""
+    """Run a healthy stub worker inside the block, and kill it at the end, to save time."""
     worker = WorkerProcess(redis, folder, name, **settings)
     try:
         yield worker.wait_healthy()
@@ -122,19 +120,19 @@ def stub_worker(
 
 
 @contextmanager
-def leaving_worker(
+def stopped_worker(
     redis: RedisProcess, folder: Path, name: str = "stub", **settings: str
 ) -> Iterator[WorkerProcess]:
-    """Run one that ends in good order, so that its log is whole when it is judged afterwards."""
+    """Run a stub worker that is stopped with SIGTERM, so that its log is complete afterwards."""
     with stub_worker(redis, folder, name, **settings) as worker:
         yield worker
         worker.stop()
 
 
 def _runs(group: int) -> bool:
-    """Tell whether a process of a group is alive; the dead that nobody waited for are not."""
+    """Return whether a process of a group runs; a zombie does not."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # it has just exited
             state, _, pgid, *_ = path.read_text().rpartition(")")[2].split()
             if int(pgid) == group and state not in "ZX":
                 return True

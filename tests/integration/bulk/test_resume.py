@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.cli import command, finish, kill_at, start, wait_until_forgotten
+from tests.support.cli import command, finish, kill_at, start, wait_until_redis_is_empty
 from tests.support.files import (
     SMALL,
     Killed,
-    Notes,
+    RecordedNotes,
     Work,
     documents,
     embed,
@@ -30,7 +30,7 @@ from tests.support.files import (
     vectors,
     write_jsonl,
 )
-from tests.support.redis import RedisProcess, forget_all, wait_for
+from tests.support.redis import RedisProcess, delete_jobs, wait_for
 from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
@@ -65,7 +65,7 @@ def slow_worker(slow_redis: RedisProcess) -> Iterator[WorkerProcess]:
 @pytest.fixture
 def slow(slow_worker: WorkerProcess, slow_redis: RedisProcess) -> WorkerProcess:
     """Lend the slow worker with empty queues."""
-    forget_all(slow_redis)
+    delete_jobs(slow_redis)
     return slow_worker
 
 
@@ -106,7 +106,7 @@ def test_killed_command_goes_on(
     assert sidecar_path(output).read_bytes() == sidecar_path(whole).read_bytes()
     window = SMALL["max_in_flight"] * SMALL["batch_texts"]
     assert LONG <= n_computed <= LONG + 3 * window
-    wait_until_forgotten(slow_redis)
+    wait_until_redis_is_empty(slow_redis)
     done = {"in.jsonl", "whole.npy", "whole.items.jsonl", "whole.npy.embedq.json"}
     assert files_beside(output) == done | {"out.npy", "out.items.jsonl", "out.npy.embedq.json"}
 
@@ -254,7 +254,7 @@ def test_complete_output_is_left_alone(
     small: Client, worker: WorkerProcess, source: Path, tmp_path: Path
 ) -> None:
     """The same command once more embeds nothing and says so."""
-    output, display = tmp_path / "out.npy", Notes()
+    output, display = tmp_path / "out.npy", RecordedNotes()
     embed(small, source, output)
     before, work = output.stat(), Work(small, worker)
 
@@ -316,7 +316,7 @@ def test_restart_drops_the_killed_job(
     code, _, stderr = command(slow_redis, "embed", source, "-o", output, "--restart")
 
     assert code == 0, stderr
-    wait_until_forgotten(slow_redis)
+    wait_until_redis_is_empty(slow_redis)
     assert len(items(output)) == 10
 
 
@@ -446,7 +446,7 @@ def test_interrupted_command_says_how_to_go_on(
     assert (code, stdout) == (130, "")
     sentence = f"embedq: interrupted. What is in {output} so far is kept; the same command goes on."
     assert stderr.splitlines() == [sentence]
-    wait_until_forgotten(slow_redis)
+    wait_until_redis_is_empty(slow_redis)
     saved = safe_rows(output)
     code, stdout, _ = command(slow_redis, "embed", source, "-o", output)
     assert code == 0

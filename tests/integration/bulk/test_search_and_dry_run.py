@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.cli import command, wait_until_forgotten
+from tests.support.cli import command, wait_until_redis_is_empty
 from tests.support.files import documents, embed, items, unfinished, vectors, write_jsonl
 from tests.support.redis import RedisProcess
 from tests.support.workers import WorkerProcess
@@ -178,7 +178,7 @@ def test_dry_run_counts_exactly_and_writes_nothing(
     assert found.failed_share == pytest.approx(1 / 202)
     assert found.output_bytes == 202 * 384 * 4
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    wait_until_forgotten(shared_redis)
+    wait_until_redis_is_empty(shared_redis)
 
 
 def prose() -> list[str]:

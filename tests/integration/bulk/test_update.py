@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.cli import Command, command, kill_at, one_line, start, wait_until_forgotten
+from tests.support.cli import Command, command, kill_at, one_line, start, wait_until_redis_is_empty
 from tests.support.files import (
     SMALL,
     Documents,
@@ -510,7 +510,7 @@ def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: P
             assert json.loads(stdout)["updated"] == counts
             assert json.loads(stdout)["resumed"] == safe
             assert 2000 <= work.texts() <= 2000 + SMALL["max_in_flight"] * SMALL["batch_texts"]
-        wait_until_forgotten(redis)
+        wait_until_redis_is_empty(redis)
     assert np.array_equal(vectors(output), stub_vectors([d["text"] for d in after]))
     assert [item["id"] for item in items(output)] == [d["id"] for d in after]
     assert files_beside(output) == {

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from tests.support.models import WORDS, write_foreign, write_json
 from tests.support.npu_emulation import (
-    Process,
-    arm_there,
+    EngineProcess,
+    arm_fault,
+    close_npu,
     embed_from_threads,
-    embed_there,
-    exit_there,
-    open_faulty_there,
-    open_there,
-    process,
+    embed_texts,
+    engine_process,
+    open_faulty_npu,
+    open_npu,
     target_of,
 )
 from tests.support.redis import environment
@@ -49,20 +49,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["alias", "npuw", "shim"])
-def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[Process]:
-    """Each emulated NPU, open and proven in a process of its own."""
+def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[EngineProcess]:
+    """Each emulated NPU, open and proven in a engine_process of its own."""
     target = target_of(str(request.param))
-    with process() as there:
-        there.call(open_there, target, model.folder, cache, {})
-        yield there
+    with engine_process() as process:
+        process.call(open_npu, target, model.folder, cache, {})
+        yield process
 
 
-def test_nothing_moves_in_a_thousand_inferences(standin: Process) -> None:
+def test_nothing_moves_in_a_thousand_inferences(standin: EngineProcess) -> None:
     """After the warm-up no tensor is bound, and none is found elsewhere."""
     texts = TEXTS * 70
-    _, before, first = standin.call(embed_there, texts)
+    _, before, first = standin.call(embed_texts, texts)
 
-    _, after, last = standin.call(embed_there, texts)
+    _, after, last = standin.call(embed_texts, texts)
 
     assert before.inferences == after.inferences
     assert last["inferences"] - first["inferences"] == after.inferences > 1_000
@@ -70,9 +70,9 @@ def test_nothing_moves_in_a_thousand_inferences(standin: Process) -> None:
     assert last["pointer_changes"] == last["shape_changes"] == last["stride_changes"] == 0
 
 
-def test_more_callers_than_requests_are_all_served(standin: Process) -> None:
+def test_more_callers_than_requests_are_all_served(standin: EngineProcess) -> None:
     """Eight callers share one or two requests; each gets its own vectors."""
-    expected, _, _ = standin.call(embed_there, TEXTS)
+    expected, _, _ = standin.call(embed_texts, TEXTS)
 
     found = standin.call(embed_from_threads, TEXTS, 8)
 
@@ -81,10 +81,10 @@ def test_more_callers_than_requests_are_all_served(standin: Process) -> None:
 
 def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
     """A second start imports the blob; it needs neither onnx nor onnxruntime, nor a child."""
-    with process() as there:
-        there.call(open_there, ALIAS, model.folder, cache, {})
-    with process() as there:
-        again = there.call(open_there, ALIAS, model.folder, cache, {})
+    with engine_process() as process:
+        process.call(open_npu, ALIAS, model.folder, cache, {})
+    with engine_process() as process:
+        again = process.call(open_npu, ALIAS, model.folder, cache, {})
 
     assert again["details"]["blob"] == "cached"
     assert again["modules"] == []
@@ -92,10 +92,10 @@ def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
 
 def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) -> None:
     """Two processes with an empty cache: one compiles, the other waits and imports."""
-    with process() as one, process() as other, ThreadPoolExecutor(2) as starts:
+    with engine_process() as one, engine_process() as other, ThreadPoolExecutor(2) as starts:
         opened = list(
             starts.map(
-                lambda each: each.call(open_there, ALIAS, model.folder, tmp_path, {}), (one, other)
+                lambda each: each.call(open_npu, ALIAS, model.folder, tmp_path, {}), (one, other)
             )
         )
 
@@ -104,13 +104,13 @@ def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) 
 
 def test_host_tensors_are_bound_at_the_start_only(model: Model, cache: Path) -> None:
     """EMBEDQ_NPU_BINDING=host_tensor: four binds a request, none later, the same vectors."""
-    with process() as there:
-        there.call(open_there, ALIAS, model.folder, cache, {"npu_binding": "host_tensor"})
-        bound, _, first = there.call(embed_there, TEXTS)
-        _, _, last = there.call(embed_there, TEXTS)
-    with process() as there:
-        there.call(open_there, ALIAS, model.folder, cache, {})
-        pinned, _, _ = there.call(embed_there, TEXTS)
+    with engine_process() as process:
+        process.call(open_npu, ALIAS, model.folder, cache, {"npu_binding": "host_tensor"})
+        bound, _, first = process.call(embed_texts, TEXTS)
+        _, _, last = process.call(embed_texts, TEXTS)
+    with engine_process() as process:
+        process.call(open_npu, ALIAS, model.folder, cache, {})
+        pinned, _, _ = process.call(embed_texts, TEXTS)
 
     assert first["binds"] == last["binds"] > 0
     assert bound.tobytes() == pinned.tobytes()
@@ -121,9 +121,9 @@ def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
     write_foreign(tmp_path)
     write_json(tmp_path / "config.json", {"max_position_embeddings": 32})
     foreign = load_model(tmp_path, "foreign", DigestCache(tmp_path))
-    with process() as there:
-        opened = there.call(open_there, ALIAS, foreign.folder, tmp_path / "cache", {})
-        vectors, stats, counters = there.call(embed_there, TEXTS)
+    with engine_process() as process:
+        opened = process.call(open_npu, ALIAS, foreign.folder, tmp_path / "cache", {})
+        vectors, stats, counters = process.call(embed_texts, TEXTS)
 
     assert opened["details"]["rows"] == "buckets 16x32"
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
@@ -134,23 +134,23 @@ def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
 def test_unknown_properties_are_ignored_visibly(model: Model, cache: Path) -> None:
     """The mode of pull request 35626 is not sent to a plugin without it, and that is told."""
     wishes = {"npu_commandlist_mode": "DEFAULT", "npu_properties": {"NPU_TURBO": "YES"}}
-    with process() as there:
-        opened = there.call(open_there, ALIAS, model.folder, cache, wishes)
+    with engine_process() as process:
+        opened = process.call(open_npu, ALIAS, model.folder, cache, wishes)
 
     assert opened["details"]["ignored"] == "NPU_COMMANDLIST_MODE=DEFAULT NPU_TURBO=YES"
 
 
-def open_faulty(there: Process, model: Model, cache: Path) -> Process:
+def open_faulty(process: EngineProcess, model: Model, cache: Path) -> EngineProcess:
     """Open an emulated NPU with a fault operator in its graph, honest until it is armed."""
-    there.call(open_faulty_there, ALIAS, model.folder, cache, {"infer_timeout_s": 1.0})
-    return there
+    process.call(open_faulty_npu, ALIAS, model.folder, cache, {"infer_timeout_s": 1.0})
+    return process
 
 
 @pytest.fixture(scope="module")
-def faulty(model: Model, cache: Path) -> Iterator[Process]:
-    """One for the faults that a process survives."""
-    with process() as there:
-        yield open_faulty(there, model, cache)
+def faulty(model: Model, cache: Path) -> Iterator[EngineProcess]:
+    """One for the faults that a engine_process survives."""
+    with engine_process() as process:
+        yield open_faulty(process, model, cache)
 
 
 @pytest.mark.parametrize(
@@ -162,19 +162,19 @@ def faulty(model: Model, cache: Path) -> Iterator[Process]:
     ],
 )
 def test_device_that_fails_in_mid_task_gives_no_vector(
-    faulty: Process, fault: str, reason: FailureReason
+    faulty: EngineProcess, fault: str, reason: FailureReason
 ) -> None:
     """The batch raises with a named reason, and the requests serve again once the fault is gone."""
-    expected, _, _ = faulty.call(embed_there, TEXTS)
+    expected, _, _ = faulty.call(embed_texts, TEXTS)
     assert np.isfinite(expected).all()
 
-    faulty.call(arm_there, fault, 5)
+    faulty.call(arm_fault, fault, 5)
     with pytest.raises(InferFailed) as caught:
-        faulty.call(embed_there, TEXTS)
-    faulty.call(arm_there, "")
+        faulty.call(embed_texts, TEXTS)
+    faulty.call(arm_fault, "")
 
     assert caught.value.reason is reason
-    assert faulty.call(embed_there, TEXTS)[0].tobytes() == expected.tobytes()
+    assert faulty.call(embed_texts, TEXTS)[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -184,14 +184,14 @@ def test_lost_device_is_not_asked_again(
     model: Model, cache: Path, fault: str, reason: FailureReason
 ) -> None:
     """Lost or hung in mid-task: a named reason, now and later, and closing does not hang."""
-    with process() as there:
-        open_faulty(there, model, cache).call(arm_there, fault, 5)
+    with engine_process() as process:
+        open_faulty(process, model, cache).call(arm_fault, fault, 5)
         with pytest.raises(DeviceLost) as caught:
-            there.call(embed_there, TEXTS)
-        there.call(arm_there, "")
+            process.call(embed_texts, TEXTS)
+        process.call(arm_fault, "")
         with pytest.raises(DeviceLost):
-            there.call(embed_there, TEXTS)
-        there.call(exit_there)
+            process.call(embed_texts, TEXTS)
+        process.call(close_npu)
 
     assert caught.value.reason is reason
 

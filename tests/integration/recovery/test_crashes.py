@@ -39,16 +39,16 @@ def assert_serves(redis: RedisProcess) -> None:
 
 def replace_child(worker: WorkerProcess) -> None:
     """Kill the child and wait until another one is healthy."""
-    dead = worker.child_pid()
+    dead = worker.pool_pid()
     os.kill(dead, signal.SIGKILL)
 
     def replaced() -> bool:
         heartbeat = worker.heartbeat()
         return (
-            worker.child_pid() not in (0, dead)
+            worker.pool_pid() not in (0, dead)
             and heartbeat is not None
             and heartbeat.state == "healthy"
-            and bool(worker.lines("serving worker=", f" {worker.child_pid()} "))
+            and bool(worker.lines("serving worker=", f" {worker.pool_pid()} "))
         )
 
     wait_for(replaced, f"the replacement; log:\n{worker.log()[-2000:]}")
@@ -102,7 +102,7 @@ def test_child_that_never_comes_up_again_ends_the_worker(
     """A crash loop ends with its exit code after a few tries, and says why."""
     with stub_worker(redis, short_dir, **with_faults(short_dir)) as worker:
         script.replace(fault)
-        os.kill(worker.child_pid(), signal.SIGKILL)
+        os.kill(worker.pool_pid(), signal.SIGKILL)
 
         assert worker.process.wait(DEADLINE_S) == code
     struck = (short_dir / "faults.struck").read_text().count(fault)

@@ -45,7 +45,7 @@ def test_paused_worker_waits_for_a_redis_that_cannot_write(short_dir: Path) -> N
     redis = RedisProcess(short_dir, "--dir", os.fspath(disk))
     try:
         with stub_worker(redis, short_dir, "patient") as worker, redis.open(0) as broker:
-            before = worker.child_pid()
+            before = worker.pool_pid()
             with redis.open() as results:
                 fleet.pause(results, "A test.")
             wait_for(lambda: worker.lines("Canceling queue embed.npu"), "the worker to pause")
@@ -63,7 +63,7 @@ def test_paused_worker_waits_for_a_redis_that_cannot_write(short_dir: Path) -> N
             )
 
             assert not worker.lines("worker_process_exited")
-            assert worker.child_pid() == before
+            assert worker.pool_pid() == before
     finally:
         redis.stop()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.support.redis import RedisProcess, wait_for, wait_until_acknowledged
-from tests.support.workers import WorkerProcess, leaving_worker, stub_worker
+from tests.support.workers import WorkerProcess, stopped_worker, stub_worker
 
 from embedq import Client
 from embedq.errors import TextsFailed
@@ -79,8 +79,8 @@ def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: P
     """Leases are renewed: a batch of more than two leases is not given to an idle worker."""
     slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "22"}  # 200 texts take 9 s
     with (
-        leaving_worker(redis, short_dir, "one", **slow) as one,
-        leaving_worker(redis, short_dir, "two", **slow) as two,
+        stopped_worker(redis, short_dir, "one", **slow) as one,
+        stopped_worker(redis, short_dir, "two", **slow) as two,
     ):
         vectors = embed_as_one_batch(redis, TEXTS)
         assert_nothing_left(redis)
@@ -93,14 +93,14 @@ def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: P
 def test_replacement_child_finishes_the_batch(redis: RedisProcess, short_dir: Path) -> None:
     """A child killed with SIGKILL is replaced, and its batch comes back at once."""
     with stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as worker:
-        dead = worker.child_pid()
+        dead = worker.pool_pid()
         with in_background(lambda: embed_as_one_batch(redis, TEXTS, timeout_s=20)) as results:
             wait_until_begun(redis)
             os.kill(dead, signal.SIGKILL)
 
         assert np.array_equal(results[0], stub_vectors(TEXTS))
         assert worker.process.poll() is None
-        assert worker.child_pid() != dead
+        assert worker.pool_pid() != dead
         assert_nothing_left(redis)  # acknowledged, so the log has the line about it
         assert len(worker.lines("batch_done")) == 1
 
@@ -115,7 +115,7 @@ def test_lost_batch_does_not_queue_up_again(redis: RedisProcess, short_dir: Path
     with stub_worker(redis, short_dir, EMBEDQ_STUB_DELAY_S="0.3") as worker:
         with in_background(embed) as results:
             wait_until_begun(redis)
-            os.kill(worker.child_pid(), signal.SIGKILL)
+            os.kill(worker.pool_pid(), signal.SIGKILL)
 
         done = [line.partition("index=")[2].split()[0] for line in worker.lines("batch_done")]
         assert done == [str(index) for index in range(len(done))]
