@@ -1,11 +1,11 @@
-"""A strict job waits while an NPU may come, and gives up with the reason when none will."""
+"""Tests of how a strict job waits for an NPU worker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import pytest
-from redis.exceptions import ConnectionError as Gone
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from embedq import Client
 from embedq.discovery import NpuAvailability, can_serve_strict
@@ -15,17 +15,16 @@ from embedq.settings import ProducerSettings
 
 
 def worker(
-    state: str = "healthy", home: str = "npu", device: str = "npu", *, may_return: bool = False
+    state: str = "healthy", assigned: str = "npu", device: str = "npu", *, will_retry: bool = False
 ) -> WorkerStatus:
-    """Return what a worker says of itself."""
     return WorkerStatus(
         "n",
         WorkerState(state),
         state_since=0,
-        assigned_device=home,
+        assigned_device=assigned,
         device=device,
-        reason="It lied.",
-        will_retry=may_return,
+        reason="Wrong vectors.",
+        will_retry=will_retry,
     )
 
 
@@ -34,43 +33,41 @@ def worker(
     [
         (worker(), True),
         (worker("starting", device=""), True),
-        (worker("starting", home="", device=""), True),
+        (worker("starting", assigned="", device=""), True),
         (worker("probing", device=""), True),
         (worker("degraded", device="cpu"), False),
-        (worker("degraded", device="cpu", may_return=True), True),
+        (worker("degraded", device="cpu", will_retry=True), True),
         (worker("failed", device=""), False),
-        (worker(home="cpu", device="cpu"), False),
-        (worker(home="", device="cpu"), False),
+        (worker(assigned="cpu", device="cpu"), False),
+        (worker(assigned="", device="cpu"), False),
     ],
 )
-def test_workers_that_are_worth_waiting_for(heartbeat: WorkerStatus, serves: bool) -> None:
-    """An NPU that serves, comes up or will be tried again; never a CPU."""
+def test_strict_job_waits_for_workers_with_a_usable_npu(
+    heartbeat: WorkerStatus, serves: bool
+) -> None:
     assert can_serve_strict(heartbeat) is serves
 
 
-def test_job_is_given_up_with_the_reason() -> None:
-    """The message says what became of the NPUs, and what to do."""
+def test_job_fails_with_the_state_of_the_npu_workers() -> None:
     watch = NpuAvailability(lambda: [worker("degraded", device="cpu")], wait_s=0)
     watch.check()
 
-    with pytest.raises(StrictUnavailable, match=r"Worker n is degraded: It lied\.") as caught:
+    with pytest.raises(StrictUnavailable, match=r"Worker n is degraded: Wrong vectors\.") as caught:
         watch.check()
 
     assert isinstance(caught.value, NoWorker)
     assert "EMBEDQ_STARTUP_TIMEOUT_S" in str(caught.value)
 
 
-def test_job_waits_while_an_npu_may_come() -> None:
-    """Each sight of an NPU begins the wait anew."""
+def test_available_npu_restarts_the_wait() -> None:
     watch = NpuAvailability(lambda: [worker("starting", device="")], wait_s=0)
 
     for _ in range(3):
         watch.check()
 
 
-def test_redis_that_is_gone_is_no_missing_npu() -> None:
-    """Whoever cannot ask does not know."""
-    answers: list[Sequence[WorkerStatus] | Exception] = [[], Gone("down"), []]
+def test_redis_outage_does_not_count_as_missing_npu() -> None:
+    answers: list[Sequence[WorkerStatus] | Exception] = [[], RedisConnectionError("down"), []]
 
     def fetch() -> Sequence[WorkerStatus]:
         answer = answers.pop(0)
@@ -83,13 +80,11 @@ def test_redis_that_is_gone_is_no_missing_npu() -> None:
         watch.check()
 
 
-def test_strict_and_exact_are_refused_as_settings() -> None:
-    """Whoever sets both hears of it before anything is connected."""
+def test_settings_strict_and_exact_exclude_each_other() -> None:
     with pytest.raises(SettingsError, match="EMBEDQ_STRICT and EMBEDQ_ACCURACY=exact"):
         ProducerSettings.load(strict=True, accuracy="exact")
 
 
-def test_strict_and_exact_exclude_each_other(client: Client) -> None:
-    """Only the CPU computes in fp32, so nobody could serve such a job."""
+def test_call_options_strict_and_exact_exclude_each_other(client: Client) -> None:
     with pytest.raises(SettingsError, match="strict and accuracy=exact exclude each other"):
         client.encode(["a"], strict=True, accuracy="exact")

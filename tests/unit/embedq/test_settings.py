@@ -1,4 +1,4 @@
-"""Settings of the SDK: a wrong name or value is one sentence with the next step."""
+"""Tests of the SDK's settings and of their error messages."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from embedq_worker.settings import WorkerSettings
 
 
 def test_defaults_need_no_environment() -> None:
-    """Everything has a default."""
     settings = ProducerSettings.load()
 
     assert settings.broker_url == "redis://127.0.0.1:6379/0"
     assert settings.accuracy is Accuracy.STANDARD
 
 
-def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable replaces the default, an argument the variable; None means not given."""
+def test_argument_overrides_variable_overrides_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDQ_MAX_IN_FLIGHT", "7")
     monkeypatch.setenv("EMBEDQ_MODEL", "folder")
 
@@ -38,7 +36,7 @@ def test_environment_is_read_and_arguments_win(monkeypatch: pytest.MonkeyPatch) 
         ("EMBEDQ_RESULT_TTL_S", "EMBEDQ_RESULTS_TTL_S"),
     ],
 )
-def test_typo_in_a_name_names_the_nearest(
+def test_misspelled_variable_names_the_nearest_setting(
     name: str, meant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "x")
@@ -89,18 +87,16 @@ def test_typo_in_a_name_names_the_nearest(
         ),
     ],
 )
-def test_wrong_value_names_variable_limit_and_value(
+def test_invalid_value_names_variable_limit_and_value(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong value says which variable, what is allowed and what was given."""
     monkeypatch.setenv(PREFIX + name, value)
 
     with pytest.raises(SettingsError, match=message):
         ProducerSettings.load()
 
 
-def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two mistakes are two lines, not two runs."""
+def test_all_invalid_settings_are_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDQ_RESULTS_TTL_S", "0")
     monkeypatch.setenv("EMBEDQ_BATCH_TEXTS", "0")
 
@@ -116,7 +112,6 @@ def test_all_mistakes_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_of_the_other_package_are_accepted(
     own: type[EnvSettings], others: type[EnvSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No setting of the worker or of a script looks like a misspelled one of the producer."""
     scripts = {"EMBEDQ_TEST_MODEL", "EMBEDQ_TEST_NPU", "EMBEDQ_VENV"}
     for variable in others.variables() - own.variables() | scripts:
         monkeypatch.setenv(variable, "x")
@@ -132,17 +127,16 @@ def test_unknown_variable_that_resembles_no_setting_is_ignored(
     ProducerSettings.load()
 
 
-@pytest.mark.parametrize("room", [ProducerSettings, WorkerSettings])
+@pytest.mark.parametrize("kind", [ProducerSettings, WorkerSettings])
 def test_every_public_setting_is_described(
-    room: type[ProducerSettings], monkeypatch: pytest.MonkeyPatch
+    kind: type[ProducerSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each setting tells its variable, value, source and description; numbers tell their unit."""
     monkeypatch.setenv("EMBEDQ_BROKER_URL", "redis://me:secret@host:1/0")
 
-    described = list(room.load().describe())
+    described = list(kind.load().describe())
 
     assert [one.name for one in described] == [
-        PREFIX + name.upper() for name in room.public_fields()
+        PREFIX + name.upper() for name in kind.public_fields()
     ]
     assert all(one.description.endswith(".") for one in described)
     numbers = [one for one in described if one.default.replace(".", "", 1).isdigit()]
@@ -161,13 +155,11 @@ def test_every_public_setting_is_described(
         ("plain text", "plain text"),
     ],
 )
-def test_passwords_are_masked(url: str, masked: str) -> None:
-    """What a person is shown holds no password."""
+def test_password_in_a_url_is_masked(url: str, masked: str) -> None:
     assert mask_password(url) == masked
 
 
-def test_no_password_in_any_representation() -> None:
-    """Neither repr nor str of the settings shows a password."""
+def test_representation_of_settings_shows_no_password() -> None:
     settings = ProducerSettings.load(
         broker_url="redis://:secret@h/0", results_url="redis://:secret@h/1"
     )
@@ -175,8 +167,7 @@ def test_no_password_in_any_representation() -> None:
     assert "secret" not in f"{settings!r} {settings!s}"
 
 
-def test_password_in_a_wrong_url_is_not_quoted() -> None:
-    """A URL that is refused is quoted without its password."""
+def test_error_about_an_invalid_url_shows_no_password() -> None:
     from embedq.store.connection import open_redis
 
     with pytest.raises(SettingsError) as caught:
@@ -186,14 +177,11 @@ def test_password_in_a_wrong_url_is_not_quoted() -> None:
     assert "redis://host:port/db" in str(caught.value)
 
 
-def test_a_mounted_secret_sets_what_no_variable_sets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file named like a variable counts, a variable more; secrets of others are ignored."""
+def test_variable_overrides_mounted_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedq.settings.SECRETS_DIR", tmp_path)
     (tmp_path / "embedq_broker_url").write_text("redis://worker:secret@queue:6379/0\n")
     (tmp_path / "embedq_results_url").write_text("redis://file:6379/0")
-    (tmp_path / "grafana_password").write_text("another's")
+    (tmp_path / "grafana_password").write_text("unrelated")
     monkeypatch.setenv("EMBEDQ_RESULTS_URL", "redis://variable:6379/0")
 
     settings = WorkerSettings.load()

@@ -1,4 +1,4 @@
-"""Programs that a machine lacks: a laptop goes on without them, CI does not."""
+"""Tests of the lookup of programs that tests need."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from tests.support.binaries import program
 @pytest.mark.parametrize(
     ("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)]
 )
-def test_missing_program_fails_in_ci_alone(
+def test_missing_program_skips_locally_and_fails_in_ci(
     ci: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Either way the reason names the Debian package that brings it."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CI", ci)
 

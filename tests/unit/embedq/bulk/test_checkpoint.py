@@ -1,4 +1,4 @@
-"""The manifest and the spools: what a kill leaves behind is what the next run goes on from."""
+"""Tests of the manifest, the partial files and the lock of an output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANIFEST = Manifest(
 )
 
 
-def saved(folder: Path, **changes: object) -> Path:
+def save_manifest(folder: Path, **changes: object) -> Path:
     """Save a manifest with some fields changed and return its path."""
     path = folder / "m.json"
     MANIFEST.save(path)
@@ -33,8 +33,7 @@ def saved(folder: Path, **changes: object) -> Path:
     return path
 
 
-def test_manifest_comes_back(tmp_path: Path) -> None:
-    """Every field survives, nothing else is left in the folder."""
+def test_manifest_survives_save_and_load(tmp_path: Path) -> None:
     path = manifest_path(tmp_path / "out.npy")
     MANIFEST.save(path)
 
@@ -42,25 +41,21 @@ def test_manifest_comes_back(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.npy.embedq.json"]
 
 
-def test_missing_manifest_is_none(tmp_path: Path) -> None:
-    """An output without one was not begun."""
+def test_missing_manifest_loads_as_none(tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "none.json") is None
 
 
-def test_field_of_a_later_version_is_ignored(tmp_path: Path) -> None:
-    """A manifest of the same version may say more."""
-    assert Manifest.load(saved(tmp_path, color="blue")) == MANIFEST
+def test_unknown_field_of_the_manifest_is_ignored(tmp_path: Path) -> None:
+    assert Manifest.load(save_manifest(tmp_path, color="blue")) == MANIFEST
 
 
-def test_newer_manifest_is_refused(tmp_path: Path) -> None:
-    """A manifest of a newer version names both and the ways out."""
+def test_newer_manifest_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"manifest version 2; .* up to 1\. Upgrade embedq, or"):
-        Manifest.load(saved(tmp_path, version=MANIFEST_VERSION + 1))
+        Manifest.load(save_manifest(tmp_path, version=MANIFEST_VERSION + 1))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": "one"}'])
 def test_damaged_manifest_is_refused(content: str, tmp_path: Path) -> None:
-    """What cannot be read says how to start over."""
     path = tmp_path / "m.json"
     path.write_text(content)
 
@@ -76,19 +71,16 @@ def test_damaged_manifest_is_refused(content: str, tmp_path: Path) -> None:
         (replace(MANIFEST, inputs={"files": ["b.txt"]}), r'input files = \["a.txt"\]'),
     ],
 )
-def test_change_is_named_then_and_now(now: Manifest, words: str) -> None:
-    """A setting or input that differs is told with both values and the ways out."""
+def test_changed_request_is_refused_with_both_values(now: Manifest, words: str) -> None:
     with pytest.raises(InputError, match=f"{words}.*--restart"):
         MANIFEST.check_compatible(now)
 
 
-def test_same_request_goes_on() -> None:
-    """The same settings and inputs are no change, however far the run is."""
+def test_equal_request_is_compatible_whatever_its_progress() -> None:
     MANIFEST.check_compatible(replace(MANIFEST, rows=0, batches=0, job="other"))
 
 
-def test_spool_is_cut_to_what_the_manifest_vouches_for(tmp_path: Path) -> None:
-    """Rows after the last checkpoint are dropped; the spool goes on behind it."""
+def test_partial_file_is_truncated_to_the_last_checkpoint(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
     first = PartialWriter(output, replace(MANIFEST, batches=0))
     first.write(np.ones((2, 3), np.float32), ["a\n", "b\n"])
@@ -106,14 +98,12 @@ def test_spool_is_cut_to_what_the_manifest_vouches_for(tmp_path: Path) -> None:
     assert again.items_path.read_text() == "a\nb\nc\n"
 
 
-def test_spool_shorter_than_its_manifest_is_refused(tmp_path: Path) -> None:
-    """A spool that something else cut is not gone on from."""
+def test_partial_file_shorter_than_its_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="shorter than its manifest says"):
         PartialWriter(tmp_path / "out.npy", replace(MANIFEST, vectors_bytes=1000))
 
 
-def test_second_writer_is_kept_off(tmp_path: Path) -> None:
-    """While one embedq writes an output, another is refused; afterwards it is not."""
+def test_locked_output_is_refused_until_it_is_released(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
 
     with (
@@ -129,8 +119,9 @@ def test_second_writer_is_kept_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(0, 1), (1, 384), (10**9, 65_536)])
-def test_header_is_one_that_numpy_reads(rows: int, dim: int, tmp_path: Path) -> None:
-    """The header has one length for any shape, and numpy agrees with it."""
+def test_npy_header_is_readable_by_numpy_and_of_fixed_size(
+    rows: int, dim: int, tmp_path: Path
+) -> None:
     path = tmp_path / "a.npy"
     path.write_bytes(npy_header(rows, dim))
 
@@ -142,8 +133,7 @@ def test_header_is_one_that_numpy_reads(rows: int, dim: int, tmp_path: Path) -> 
     assert (shape, fortran, dtype) == ((rows, dim), False, np.dtype("<f4"))
 
 
-def test_full_disk_is_told_with_the_next_step(tmp_path: Path) -> None:
-    """A full disk says that the run can be gone on with."""
+def test_full_disk_is_reported_with_the_next_step(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
@@ -156,7 +146,6 @@ def test_full_disk_is_told_with_the_next_step(tmp_path: Path) -> None:
         out.write(b"x")
 
 
-def test_unwritable_place_is_told_with_its_reason(tmp_path: Path) -> None:
-    """Any other error of the system keeps its reason."""
+def test_system_error_of_a_write_is_reported_with_its_reason(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be written \(Is a dir"), writing(tmp_path):
         os.open(tmp_path, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""The sample of a dry run: even, of a fixed size, and measured against the whole."""
+"""Tests of the sample and the printed estimate of a dry run."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ ESTIMATE = Estimate(
 
 
 def request(folder: Path, n: int) -> EmbedRequest:
-    """Write n numbered lines, each as long as its number says."""
+    """Return a request for n numbered lines of 1 to 54 bytes."""
     source = folder / "in.txt"
     source.write_text("".join(f"{i}{'x' * (i % 50)}\n" for i in range(n)))
     return EmbedRequest((str(source),), folder / "out.npy")
 
 
-def test_small_input_is_its_own_sample(tmp_path: Path) -> None:
-    """Up to the size of a sample everything is taken, in order."""
+def test_small_input_is_sampled_completely(tmp_path: Path) -> None:
     sample = sample_of(request(tmp_path, SAMPLE), 256)
 
     assert [document.id for document in sample.documents] == list(range(1, SAMPLE + 1))
     assert sample.texts == SAMPLE
 
 
-def test_large_input_is_sampled_evenly(tmp_path: Path) -> None:
-    """Every part of the file has its share of the sample, which is the same each time."""
+def test_large_input_is_sampled_evenly_and_reproducibly(tmp_path: Path) -> None:
     asked = request(tmp_path, 10_000)
 
     sample = sample_of(asked, 256)
@@ -54,8 +52,7 @@ def test_large_input_is_sampled_evenly(tmp_path: Path) -> None:
     assert sample_of(asked, 256) == sample
 
 
-def test_the_whole_input_is_measured(tmp_path: Path) -> None:
-    """Texts and bytes are counted, tokens guessed, over all lines and not over the sample."""
+def test_counts_cover_the_whole_input(tmp_path: Path) -> None:
     lines = [f"{i}{'x' * (i % 50)}" for i in range(1_000)]
 
     sample = sample_of(request(tmp_path, 1_000), 8)
@@ -65,8 +62,7 @@ def test_the_whole_input_is_measured(tmp_path: Path) -> None:
     assert sample.guessed == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
 
 
-def test_estimate_reads_as_lines() -> None:
-    """A person sees counts with separators, shares, and a time in fitting units."""
+def test_estimate_is_printed_with_units_and_separators() -> None:
     text = "\n".join(ESTIMATE.lines())
 
     for part in ("1,234,567 (390.0 MB)", "about 75,000,000", "3.4%", "120 docs/s", "2 h 51 min"):

@@ -1,4 +1,4 @@
-"""Documents out of files: every format, every kind of broken line, one line at a time."""
+"""Tests of reading documents from JSONL, CSV and text files."""
 
 from __future__ import annotations
 
@@ -28,16 +28,15 @@ def documents(path: Path, *, skip: bool = False) -> list[tuple[str | int, object
     ]
 
 
-def written(folder: Path, name: str, content: str | bytes) -> Path:
+def write_file(folder: Path, name: str, content: str | bytes) -> Path:
     """Write a file and return its path."""
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def test_jsonl_gives_id_and_text(tmp_path: Path) -> None:
-    """Ids are strings or numbers as the file has them, else the number of the line."""
-    path = written(
+def test_jsonl_document_without_id_gets_its_line_number(tmp_path: Path) -> None:
+    path = write_file(
         tmp_path,
         "a.jsonl",
         '{"id": "x", "text": "one"}\n\n{"id": 7, "text": "two"}\n{"text": "three", "id": null}\n',
@@ -46,9 +45,8 @@ def test_jsonl_gives_id_and_text(tmp_path: Path) -> None:
     assert documents(path) == [("x", "one"), (7, "two"), (4, "three")]
 
 
-def test_text_that_is_no_string_fails_later_and_alone(tmp_path: Path) -> None:
-    """A number as text is a document; whether it can be embedded is not the file's question."""
-    path = written(tmp_path, "a.jsonl", '{"text": 7}\n{"text": null}\n{"text": "\\ud800"}\n')
+def test_text_that_is_not_a_string_is_read_unchanged(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.jsonl", '{"text": 7}\n{"text": null}\n{"text": "\\ud800"}\n')
 
     assert [text for _, text in documents(path)] == [7, None, "\ud800"]
 
@@ -69,25 +67,24 @@ def test_text_that_is_no_string_fails_later_and_alone(tmp_path: Path) -> None:
         ("[" * 100_000, "not JSON .nested too deeply"),
     ],
 )
-def test_broken_line_is_named_by_its_number(line: str, reason: str, tmp_path: Path) -> None:
-    """A bad line says file, number, reason and how to skip it, and quotes nothing of it."""
-    path = written(tmp_path, "a.jsonl", '{"text": "good"}\n' + line + "\n")
+def test_invalid_line_is_refused_with_file_line_and_reason(
+    line: str, reason: str, tmp_path: Path
+) -> None:
+    path = write_file(tmp_path, "a.jsonl", '{"text": "good"}\n' + line + "\n")
 
     with pytest.raises(InputError, match=rf"a\.jsonl, line 2: {reason}.*--on-bad-line skip"):
         documents(path)
 
 
-def test_bytes_that_are_no_utf8_are_a_broken_line(tmp_path: Path) -> None:
-    """JSON is UTF-8."""
-    path = written(tmp_path, "a.jsonl", b'{"text": "\xff"}\n')
+def test_jsonl_line_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.jsonl", b'{"text": "\xff"}\n')
 
     with pytest.raises(InputError, match=r"line 1: not JSON \(not UTF-8"):
         documents(path)
 
 
-def test_skipped_lines_are_counted(tmp_path: Path) -> None:
-    """With skip the good lines come with their own numbers, the bad ones are counted."""
-    path = written(tmp_path, "a.jsonl", '{"text": "a"}\nbad\n[]\n{"text": "b"}\n')
+def test_skipped_lines_are_counted_and_numbered(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.jsonl", '{"text": "a"}\nbad\n[]\n{"text": "b"}\n')
     reading = Reading()
 
     found = list(read([os.fspath(path)], fields=FIELDS, skip_bad_lines=True, reading=reading))
@@ -96,16 +93,14 @@ def test_skipped_lines_are_counted(tmp_path: Path) -> None:
     assert reading.skipped == 2
 
 
-def test_txt_gives_one_document_a_line(tmp_path: Path) -> None:
-    """Lines end at a newline of any system, and nowhere else; a byte order mark is no text."""
-    path = written(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n\ntw\xc2\x85o\x0b\nlast")
+def test_txt_gives_one_document_per_line(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.txt", b"\xef\xbb\xbfone\r\n\ntw\xc2\x85o\x0b\nlast")
 
     assert documents(path) == [(1, "one"), (2, ""), (3, "tw\x85o\x0b"), (4, "last")]
 
 
-def test_txt_line_that_is_no_utf8_fails_alone(tmp_path: Path) -> None:
-    """Broken bytes become a text that is refused as not Unicode, not a broken file."""
-    path = written(tmp_path, "a.txt", b"good\n\xff\xfe\n")
+def test_txt_line_that_is_not_utf8_becomes_a_text_with_surrogates(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.txt", b"good\n\xff\xfe\n")
 
     [_, (_, broken)] = documents(path)
 
@@ -114,37 +109,35 @@ def test_txt_line_that_is_no_utf8_fails_alone(tmp_path: Path) -> None:
         broken.encode()
 
 
-def test_line_beyond_every_limit_is_not_read_into_memory(tmp_path: Path) -> None:
-    """A line of 20 MB is one bad line, and the next line has the next number."""
-    path = written(tmp_path, "a.jsonl", b"x" * 20_000_000 + b'\n{"text": "next"}\n')
+def test_jsonl_line_of_20_mb_is_skipped(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.jsonl", b"x" * 20_000_000 + b'\n{"text": "next"}\n')
 
     assert documents(path, skip=True) == [(2, "next")]
 
 
-class Long(io.RawIOBase):
-    """A csv whose middle row has 64 MiB in one line; counts what is taken of it."""
+class LongCsv(io.RawIOBase):
+    """CSV stream whose second row has a line of 64 MiB; records the peak of traced memory."""
 
     def __init__(self, *, quote: str) -> None:
         rest = b"x" * (64 << 20)
         body = b"id,text,more\n1,a,b\n2," + quote.encode() + rest + b",y\n3,c,d\n"
         self._body = io.BytesIO(body)
-        self.most = 0
+        self.peak_bytes = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        taken, _ = tracemalloc.get_traced_memory()
-        self.most = max(self.most, taken)
+        allocated, _ = tracemalloc.get_traced_memory()
+        self.peak_bytes = max(self.peak_bytes, allocated)
         return self._body.readinto(buffer)
 
 
 @pytest.mark.parametrize("quote", ["", '"'])
-def test_csv_line_beyond_every_limit_is_not_read_into_memory(
+def test_csv_line_of_64_mib_is_skipped_in_bounded_memory(
     quote: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A csv without line ends is no reason to run out of memory; the next row is read as such."""
-    source, reading = Long(quote=quote), Reading()
+    source, reading = LongCsv(quote=quote), Reading()
     monkeypatch.setattr(readers, "_open", lambda _: io.BufferedReader(source))
     tracemalloc.start()
     try:
@@ -154,32 +147,29 @@ def test_csv_line_beyond_every_limit_is_not_read_into_memory(
         tracemalloc.stop()
 
     assert (names, reading.skipped) == (["1", "3"], 1)
-    assert source.most < 5 * MAX_LINE_BYTES
+    assert source.peak_bytes < 5 * MAX_LINE_BYTES
 
 
-def test_csv_takes_columns_by_name(tmp_path: Path) -> None:
-    """Quoted commas and newlines belong to the text; a row of other width is a bad line."""
-    path = written(tmp_path, "a.csv", 'id,text,more\n1,"a, b\nc",x\n2,short\n3,last,y\n')
+def test_csv_columns_are_found_by_name(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.csv", 'id,text,more\n1,"a, b\nc",x\n2,short\n3,last,y\n')
 
     assert documents(path, skip=True) == [("1", "a, b\nc"), ("3", "last")]
     with pytest.raises(InputError, match="line 4: 2 columns where the header has 3"):
         documents(path)
 
 
-def test_csv_without_the_column_names_the_nearest(tmp_path: Path) -> None:
-    """The error of a missing column says which option names it."""
-    path = written(tmp_path, "a.csv", "id,texts\n1,a\n")
+def test_csv_without_the_text_column_names_the_nearest(tmp_path: Path) -> None:
+    path = write_file(tmp_path, "a.csv", "id,texts\n1,a\n")
 
     with pytest.raises(InputError, match=r"no column 'text' \(--text-field\). Did you mean texts"):
         documents(path)
 
 
-def test_gzip_is_read_through(tmp_path: Path) -> None:
-    """A .gz of any format is that format; a damaged one says so."""
+def test_gzip_is_decompressed_and_damage_is_reported(tmp_path: Path) -> None:
     packed = gzip.compress(json.dumps({"text": "a" * 5000}).encode())
-    good = written(tmp_path, "a.jsonl.gz", packed)
-    cut = written(tmp_path, "b.jsonl.gz", packed[:-20])
-    empty = written(tmp_path, "c.jsonl.gz", b"")
+    good = write_file(tmp_path, "a.jsonl.gz", packed)
+    cut = write_file(tmp_path, "b.jsonl.gz", packed[:-20])
+    empty = write_file(tmp_path, "c.jsonl.gz", b"")
 
     assert documents(good) == [(1, "a" * 5000)]
     with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read further"):
@@ -189,9 +179,8 @@ def test_gzip_is_read_through(tmp_path: Path) -> None:
 
 
 def test_inputs_are_expanded_in_order(tmp_path: Path) -> None:
-    """Globs are sorted, names stay where they are, and a glob of nothing is an error."""
     for name in ("b.txt", "a.txt", "z.txt"):
-        written(tmp_path, name, "x")
+        write_file(tmp_path, name, "x")
 
     found = expand([os.fspath(tmp_path / "z.txt"), os.fspath(tmp_path / "[ab].txt")])
 
@@ -201,36 +190,33 @@ def test_inputs_are_expanded_in_order(tmp_path: Path) -> None:
 
 
 def test_named_pipe_is_opened_once(tmp_path: Path) -> None:
-    """Looking whether a pipe is there takes nothing of what its writer says."""
     path = tmp_path / "in.jsonl"
     os.mkfifo(path)
-    said = threading.Thread(target=path.write_text, args=('{"text": "said"}\n',))
-    said.start()
+    writer = threading.Thread(target=path.write_text, args=('{"text": "a text"}\n',))
+    writer.start()
     inputs = expand([os.fspath(path)])
     found = [document.text for document in read(inputs, fields=FIELDS)]
-    said.join()
+    writer.join()
 
-    assert found == ["said"]
+    assert found == ["a text"]
 
 
-def test_file_that_goes_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
-    """A log that is rotated away under us loses nothing; one that is gone before us is named."""
-    first = written(tmp_path, "a.txt", "one\ntwo\n")
-    second = written(tmp_path, "b.txt", "three\n")
+def test_file_deleted_while_open_is_read_to_its_end(tmp_path: Path) -> None:
+    first = write_file(tmp_path, "a.txt", "one\ntwo\n")
+    second = write_file(tmp_path, "b.txt", "three\n")
     reader = read([os.fspath(first), os.fspath(second)], fields=FIELDS)
 
-    begun = [next(reader).text]
+    texts = [next(reader).text]
     first.unlink()
     second.unlink()
-    begun.append(next(reader).text)
+    texts.append(next(reader).text)
 
-    assert begun == ["one", "two"]
+    assert texts == ["one", "two"]
     with pytest.raises(InputError, match=r"b\.txt: No such file.*the same command again"):
         next(reader)
 
 
-def test_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program without a standard input has no documents in it."""
+def test_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
 
     with pytest.raises(InputError, match=r"Standard input .* is closed"):
@@ -238,7 +224,6 @@ def test_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_folder_missing_file_and_second_stdin_are_refused(tmp_path: Path) -> None:
-    """Each is one sentence with the name."""
     with pytest.raises(InputError, match=r"is a folder\. Name a file, or a glob"):
         expand([os.fspath(tmp_path)])
     with pytest.raises(InputError, match=r"missing\.txt: No such file"):
@@ -251,18 +236,15 @@ def test_folder_missing_file_and_second_stdin_are_refused(tmp_path: Path) -> Non
     ("name", "format_"),
     [("a.jsonl", "jsonl"), ("a.TXT", "txt"), ("a.csv.gz", "csv"), ("-", "jsonl")],
 )
-def test_format_follows_the_ending(name: str, format_: str) -> None:
-    """The ending decides unless the format is given."""
+def test_format_follows_the_suffix_unless_given(name: str, format_: str) -> None:
     assert format_of(name) == format_
     assert format_of(name, "txt") == "txt"
 
 
-def test_unknown_ending_names_the_nearest(tmp_path: Path) -> None:
-    """A typo in the ending is answered with what was meant and the option."""
+def test_unknown_suffix_names_the_nearest_format(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"unknown ending josnl.*--format.*Did you mean jsonl"):
         format_of("a.josnl")
 
 
-def test_text_is_in_no_representation() -> None:
-    """A document in a traceback or a log shows no text."""
+def test_representation_of_a_document_shows_no_text() -> None:
     assert "geheimnis" not in repr(Document(1, "Kundengeheimnis"))

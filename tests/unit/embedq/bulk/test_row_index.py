@@ -1,4 +1,4 @@
-"""The index of an update: which old row serves which document, and what is left over."""
+"""Tests of the index that finds reusable rows for an update."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz")), max_s
 def index(
     folder: Path, rows: Sequence[tuple[str | int, str]], status: str = "ok"
 ) -> Iterator[RowIndex]:
-    """Index rows of (id, text)."""
+    """Open an index of rows (id, text)."""
     items = folder / "items.jsonl"
     with items.open("w") as out:
         for row, (name, text) in enumerate(rows):
@@ -39,7 +39,6 @@ def find(rows: RowIndex, name: str | int, text: str, *, named: bool = True) -> i
 
 
 def test_named_document_is_found_by_id_and_text(tmp_path: Path) -> None:
-    """Neither the id alone nor the text alone is enough."""
     with index(tmp_path, [("a", "x"), (7, "y")]) as rows:
         assert find(rows, "a", "x") == 0
         assert find(rows, 7, "y") == 1
@@ -47,15 +46,13 @@ def test_named_document_is_found_by_id_and_text(tmp_path: Path) -> None:
         assert find(rows, "b", "x") == TO_EMBED
 
 
-def test_document_without_a_name_is_found_by_its_text(tmp_path: Path) -> None:
-    """Its number is no name: the line may have moved."""
+def test_unnamed_document_is_found_by_its_text_alone(tmp_path: Path) -> None:
     with index(tmp_path, [(1, "x"), (2, "y")]) as rows:
         assert find(rows, 9, "y", named=False) == 1
         assert find(rows, 1, "z", named=False) == TO_EMBED
 
 
-def test_failed_row_is_never_found(tmp_path: Path) -> None:
-    """It has no vector to keep, but its document takes its place."""
+def test_failed_row_is_superseded_but_never_reused(tmp_path: Path) -> None:
     with index(tmp_path, [("a", "x")], status="failed") as rows:
         assert find(rows, "a", "x") == TO_EMBED
         assert rows.supersede("a")
@@ -63,7 +60,6 @@ def test_failed_row_is_never_found(tmp_path: Path) -> None:
 
 
 def test_equal_rows_are_used_in_turn_and_then_shared(tmp_path: Path) -> None:
-    """Two equal documents use two rows; a third shares one of them."""
     with index(tmp_path, [(1, "x"), (2, "x"), (3, "y")]) as rows:
         found = [find(rows, n, "x", named=False) for n in range(3)]
 
@@ -72,16 +68,14 @@ def test_equal_rows_are_used_in_turn_and_then_shared(tmp_path: Path) -> None:
         assert rows.count_unused() == 1
 
 
-def test_superseded_row_can_still_be_kept(tmp_path: Path) -> None:
-    """A changed document takes the place of a row that a later one turns out to be."""
+def test_superseded_row_can_still_be_reused(tmp_path: Path) -> None:
     with index(tmp_path, [("a", "x")]) as rows:
         assert rows.supersede("a")
         assert find(rows, "a", "x") == 0
         assert not rows.supersede("a")
 
 
-def test_forgetting_starts_anew(tmp_path: Path) -> None:
-    """After forget_use every row is to be had again."""
+def test_forget_use_resets_all_rows(tmp_path: Path) -> None:
     with index(tmp_path, [("a", "x"), ("b", "y")]) as rows:
         find(rows, "a", "x")
         rows.supersede("b")
@@ -93,25 +87,25 @@ def test_forgetting_starts_anew(tmp_path: Path) -> None:
 
 
 @given(before=ROWS, after=ROWS)
-def test_counts_add_up(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> None:
-    """Whatever repeats: each old row is used, superseded or left over, and found rows fit."""
+def test_counts_of_reused_changed_and_removed_rows_are_consistent(
+    before: list[tuple[str, str]], after: list[tuple[str, str]]
+) -> None:
     with tempfile.TemporaryDirectory() as folder, index(Path(folder), before) as rows:
-        kept = changed = 0
+        reused = changed = 0
         for name, text in after:
             row = find(rows, name, text)
             if row == TO_EMBED:
                 changed += rows.supersede(name)
             else:
-                kept += 1
+                reused += 1
                 assert before[row] == (name, text)
         removed = rows.count_unused()
 
-        assert removed >= len(before) - kept - changed
+        assert removed >= len(before) - reused - changed
         assert removed <= len(before) - len({*before} & {*after})
 
 
-def test_many_equal_lines_are_found_quickly(tmp_path: Path) -> None:
-    """Twenty thousand equal lines cost no more than different ones: nothing scans them all."""
+def test_many_equal_texts_are_found_in_linear_time(tmp_path: Path) -> None:
     n = 20_000
     with index(tmp_path, [(i, "same") for i in range(n)]) as rows:
         began = time.process_time()
@@ -119,4 +113,4 @@ def test_many_equal_lines_are_found_quickly(tmp_path: Path) -> None:
 
         assert len(found) == n
         assert rows.count_unused() == 0
-        assert time.process_time() - began < 10  # seconds of CPU; scanning took minutes
+        assert time.process_time() - began < 10  # seconds of CPU; a scan per text takes minutes

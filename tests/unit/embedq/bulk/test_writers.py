@@ -1,4 +1,4 @@
-"""Spools become the output: rows and items in step, every format, in one rename."""
+"""Tests of turning partial files into an output of each format."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ ITEMS = [
 ]
 
 
-def spooled(output: Path, vectors: Vectors = VECTORS) -> PartialWriter:
-    """Return complete spools of an output."""
-    spool = PartialWriter(output, Manifest(settings={}, inputs={}))
-    spool.write(vectors, [json.dumps(item) + "\n" for item in ITEMS[: len(vectors)]])
-    spool.sync()
-    spool.close()
-    return spool
+def partial_files(output: Path, vectors: Vectors = VECTORS) -> PartialWriter:
+    """Return complete partial files of an output."""
+    writer = PartialWriter(output, Manifest(settings={}, inputs={}))
+    writer.write(vectors, [json.dumps(item) + "\n" for item in ITEMS[: len(vectors)]])
+    writer.sync()
+    writer.close()
+    return writer
 
 
-def test_npy_has_its_sidecar_and_nothing_else(tmp_path: Path) -> None:
-    """Rows and items are files of their own, in the same order; spools are gone."""
+def test_npy_output_has_a_sidecar_and_no_other_files(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
 
-    written = finalize(output, spooled(output), 3, 3)
+    written = finalize(output, partial_files(output), 3, 3)
 
     assert written == [output, sidecar_path(output)]
     assert np.array_equal(np.load(output), VECTORS, equal_nan=True)
@@ -44,31 +43,30 @@ def test_npy_has_its_sidecar_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted(written)
 
 
-def test_npy_without_rows_is_an_empty_array(tmp_path: Path) -> None:
-    """An input without texts gives [0, D]."""
+def test_npy_output_without_rows_has_shape_0_by_dim(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
 
-    finalize(output, spooled(output, VECTORS[:0]), 0, 3)
+    finalize(output, partial_files(output, VECTORS[:0]), 0, 3)
 
     assert np.load(output).shape == (0, 3)
 
 
-def test_npy_can_be_mapped(tmp_path: Path) -> None:
-    """The rows are aligned, so that a large output need not be read to be used."""
+def test_npy_output_can_be_memory_mapped(tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
-    finalize(output, spooled(output), 3, 3)
+    finalize(output, partial_files(output), 3, 3)
 
     mapped = np.load(output, mmap_mode="r")
 
     assert mapped[1].tolist() == [0, 0.5, 0.25]
 
 
-def test_jsonl_has_vectors_in_its_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line is an item with its vector; a failed one has none, so that no NaN is in JSON."""
+def test_jsonl_output_has_null_as_vector_of_a_failed_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(writers, "CHUNK_ROWS", 2)
     output = tmp_path / "out.jsonl"
 
-    finalize(output, spooled(output), 3, 3)
+    finalize(output, partial_files(output), 3, 3)
 
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line.pop("vector") for line in lines] == [[1, 0, 0], [0, 0.5, 0.25], None]
@@ -78,7 +76,6 @@ def test_jsonl_has_vectors_in_its_items(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is here")
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
-    """The missing extra is told before any work."""
     with pytest.raises(InputError, match=r"pip install 'embedq\[parquet\]'"):
         require_writable(tmp_path / "out.parquet")
 
@@ -94,24 +91,20 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
         (f"{'x' * 300}.npy", "its name has 304 bytes; the limit is 228"),
     ],
 )
-def test_output_that_cannot_be_written_is_told_before_any_work(
-    name: str, message: str, tmp_path: Path
-) -> None:
-    """Each is one sentence with the name and the next step."""
+def test_unwritable_output_path_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder.npy").mkdir()
 
     with pytest.raises(InputError, match=message):
         require_writable(tmp_path / name)
 
 
-def test_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only folder is named; root may write everywhere, so the answer is asked for here."""
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Patched, because root may write to every folder.
     monkeypatch.setattr("os.access", lambda *_: False)
 
     with pytest.raises(InputError, match="this folder cannot be written to"):
         require_writable(tmp_path / "out.npy")
 
 
-def test_ending_decides_whatever_its_case() -> None:
-    """OUT.NPY is an npy."""
+def test_suffix_is_case_insensitive() -> None:
     assert format_of(Path("OUT.NPY")) == "npy"

@@ -1,4 +1,4 @@
-"""The smaller commands: what they refuse, and with which exit code."""
+"""Tests of the small commands of `embedq`: their refusals, exit codes and output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embedq.store.fleet import Pause
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> FakeRedis:
-    """A Redis with one text set aside, which is what the commands open."""
+    """Dead-letter queue with one text, used by the commands as the results Redis."""
     redis = FakeRedis()
     letter = dead_letters.new(
         "job", 0, 1, code="poison", reason="", worker="n", prompt="", text="a text"
@@ -33,8 +33,7 @@ def letters(monkeypatch: pytest.MonkeyPatch) -> FakeRedis:
     return redis
 
 
-def test_dropping_what_is_not_there_drops_the_rest(letters: FakeRedis) -> None:
-    """A typo among many ids is named, and stops none of the others."""
+def test_drop_of_an_unknown_id_still_drops_the_others(letters: FakeRedis) -> None:
     run = CliRunner().invoke(operations.dead, ["drop", "nope", "job:0:1"])
 
     assert run.exit_code == EXIT_INPUT
@@ -44,8 +43,7 @@ def test_dropping_what_is_not_there_drops_the_rest(letters: FakeRedis) -> None:
 
 
 @pytest.mark.parametrize("command", ["show", "drop"])
-def test_unknown_id_is_an_error(command: str, letters: FakeRedis) -> None:
-    """Nobody takes a typo for something that is done."""
+def test_unknown_dead_letter_id_is_an_error(command: str, letters: FakeRedis) -> None:
     run = CliRunner().invoke(operations.dead, [command, "nope"])
 
     assert run.exit_code == EXIT_INPUT
@@ -54,8 +52,7 @@ def test_unknown_id_is_an_error(command: str, letters: FakeRedis) -> None:
 
 
 @pytest.mark.parametrize("port", ["-1", "65536"])
-def test_port_that_is_none_is_refused(port: str) -> None:
-    """The message has the limits."""
+def test_invalid_port_is_refused_with_the_limits(port: str) -> None:
     run = CliRunner().invoke(exporter, ["--port", port])
 
     assert run.exit_code == EXIT_SETTINGS
@@ -63,15 +60,13 @@ def test_port_that_is_none_is_refused(port: str) -> None:
 
 
 def test_watch_and_json_exclude_each_other() -> None:
-    """One of them would be ignored."""
     run = CliRunner().invoke(operations.status, ["--watch", "--json"])
 
     assert run.exit_code == EXIT_SETTINGS
     assert "exclude each other" in run.output
 
 
-def test_pause_is_shown_with_its_reason() -> None:
-    """Who looks wants to know why nothing moves, and since when."""
+def test_status_shows_age_and_reason_of_a_pause() -> None:
     paused = Pause("upgrade", 400.0)
     found = FleetStatus(1000.0, [], {}, 0, 0.0, [], {}, paused)
 
@@ -80,8 +75,7 @@ def test_pause_is_shown_with_its_reason() -> None:
     assert "paused 10 min 0 s ago: upgrade" in str(head)
 
 
-def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) -> None:
-    """Only what is named is touched: there may be a thousand texts of a megabyte each."""
+def test_damaged_dead_letter_does_not_block_the_drop_of_another(letters: FakeRedis) -> None:
     letters.hset(dead_letters.DEAD_KEY, "damaged", b"x")
 
     run = CliRunner().invoke(operations.dead, ["drop", "job:0:1"])
@@ -90,8 +84,7 @@ def test_damaged_letter_keeps_no_other_from_being_dropped(letters: FakeRedis) ->
     assert not letters.hexists(dead_letters.DEAD_KEY, "job:0:1")
 
 
-def test_brackets_are_no_markup() -> None:
-    """Names, reasons and outputs are shown as they are; `[/dev/accel]` ended the command."""
+def test_status_does_not_read_brackets_as_markup() -> None:
     now = 1000.0
     worker = WorkerStatus(
         "n[a]", WorkerState.DEGRADED, now, reason="cannot open [/dev/accel/accel0]"
@@ -107,13 +100,11 @@ def test_brackets_are_no_markup() -> None:
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("-inf"), float("nan")])
-def test_age_of_a_forged_time_is_none(seconds: float) -> None:
-    """A score of inf in Redis is no reason to end `embedq status`."""
+def test_non_finite_duration_is_shown_as_zero(seconds: float) -> None:
     assert format_duration(seconds) == "0 s"
 
 
-def test_unreadable_letter_hides_no_other_and_can_be_dropped(letters: FakeRedis) -> None:
-    """One that is damaged, or of another version, stands in the list under its name."""
+def test_unreadable_dead_letters_are_listed_and_can_be_dropped(letters: FakeRedis) -> None:
     letters.hset(dead_letters.DEAD_KEY, "broken", b"junk")
     letters.hset(dead_letters.DEAD_KEY, "forged", msgpack.packb({"id": "x", "at": "never"}))
 
