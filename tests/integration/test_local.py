@@ -126,7 +126,7 @@ def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
         check_serves(fleet)
         fleet.close()
 
-        # Two tethers with their keepers, Redis, the worker and its child.
+        # Two guards with their leaders, Redis, the worker and its child.
         assert len(below) == 7
         assert not below.keys() & processes().keys()
         assert list(short_tmpdir.iterdir()) == []
@@ -174,9 +174,9 @@ def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's death signal")
-@pytest.mark.parametrize("generation", [1, 2, 3], ids=["tether", "keeper", "worker"])
+@pytest.mark.parametrize("generation", [1, 2, 3], ids=["guard", "leader", "worker"])
 def test_killed_link_takes_the_worker_along(generation: int) -> None:
-    """kill -9 of the tether, its keeper or the worker ends all three and the worker's child."""
+    """kill -9 of the guard, its leader or the worker ends all three and the worker's child."""
     with LocalFleet(worker_command=WORKER, warn=print) as fleet:
         wait_until(lambda: family_is_up(fleet.log_path), "the worker and its child are up")
         below = {pid: said for pid, said in descendants(os.getpid()).items() if "fork()" in said}

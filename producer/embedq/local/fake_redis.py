@@ -1,6 +1,6 @@
-"""Serve fakeredis on a unix socket, for a trial where no Redis server is available.
+"""Server of fakeredis on a unix socket, for trial on machines without a Redis server.
 
-python -P fake_redis.py SOCKET
+Usage: python -P fake_redis.py SOCKET
 """
 
 from __future__ import annotations
@@ -16,38 +16,36 @@ from redis.exceptions import ResponseError
 
 
 class UnixFakeServer(fakeredis.TcpFakeServer):
-    """The TCP server of fakeredis on a unix socket, with the faults that stop Celery mended."""
+    """Runs the TCP server of fakeredis on a unix socket, with fixes for Celery."""
 
     address_family = socket.AF_UNIX
     request_queue_size = 128
 
     def __init__(self, path: str) -> None:
-        super().__init__(path)  # type: ignore[arg-type]  # the address of a unix socket is a path
+        super().__init__(path)  # type: ignore[arg-type]  # a unix socket has a path as address
         self.daemon_threads = True
-        self.RequestHandlerClass = _mended(self.RequestHandlerClass)
-        self._numbers = itertools.count()
+        self.RequestHandlerClass = _fixed(self.RequestHandlerClass)
+        self._client_ids = itertools.count()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client under a name of its own: on a unix socket all have the same address."""
+        """Accept a client with a unique address, which clients of a unix socket lack."""
         connection, _ = self.socket.accept()
-        return connection, ("local", next(self._numbers))
+        return connection, ("local", next(self._client_ids))
 
 
-def _mended(handler: Any) -> Any:
+def _fixed(handler: Any) -> Any:
     class Handler(handler):  # type: ignore[misc]
-        """Answers as a real server does (both measured with fakeredis 2.40)."""
-
         def setup(self) -> None:
             super().setup()
-            # Its socket does not block, and a reply of more than the socket's buffer was lost.
-            self.writer.writer = _PatientWriter(self.connection)
-            # An error, NOSCRIPT for one, was answered and then the connection was closed.
+            # fakeredis writes to a non-blocking socket and loses what exceeds its buffer.
+            self.writer.writer = _BlockingWriter(self.connection)
+            # fakeredis closes the connection after an error reply such as NOSCRIPT.
             self.current_client.read_response = _returning_errors(self.current_client.read_response)
 
     return Handler
 
 
-class _PatientWriter:
+class _BlockingWriter:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
@@ -67,7 +65,7 @@ def _returning_errors(read: Any) -> Any:
         try:
             return read()
         except ResponseError as error:
-            # A traceback of Lua has lines, which no client expects in an error.
+            # A Lua traceback has several lines, but an error reply must have one.
             return type(error)(" ".join(str(error).split()))
 
     return read_response

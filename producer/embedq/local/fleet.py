@@ -1,13 +1,8 @@
-"""A private Redis and one worker for --local.
+"""`--local`: starts a private Redis and one worker as child processes.
 
-A private folder for the sockets and logs of one local run, and the end of forgotten ones.
-
-A child process that cannot outlive this one, with its log in a file.
-
-A private Redis and one worker as child processes, so that embedding needs no running service.
-
-Both live in a folder of their own and talk through a unix socket in it. Neither can outlive this
-process, and nothing of them is kept: the truth of a local run is the output that it writes.
+Both run in a private folder and communicate through a unix socket in it. Process guards end them
+when this process ends, however it ends. Nothing in Redis outlives the run: the state of a local run
+is the output that it writes.
 """
 
 from __future__ import annotations
@@ -33,27 +28,27 @@ if sys.platform != "win32":
     import fcntl
 
 
-#: Start of the names of our folders; a process id and random letters follow.
+#: Prefix of a runtime folder; process id and random letters follow.
 PREFIX = "embedq-"
 
 
-#: Longest path of a unix socket that every supported system takes, in bytes (macOS: 103).
+#: Maximum length of a unix socket path on every supported system, in bytes (macOS: 103).
 MAX_SOCKET_PATH_BYTES = 99
 
 
-#: Room for our folder and a socket in it, in bytes.
+#: Length that the names of the folder and of a socket in it add to a path, in bytes.
 RESERVED_BYTES = 40
 
 
-#: Characters that mean the same in a path, in a URL and in a Redis option.
+#: Characters that need no escaping in a path, a URL or a Redis option.
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
 
 
 class RuntimeDir:
-    """A folder of mode 0700 whose lock is held as long as its owner lives.
+    """A private folder with a lock that shows whether its owner lives.
 
     Attributes:
-        path: the folder; short enough for a unix socket in it.
+        path: the folder, of mode 0700; short enough for a unix socket in it.
     """
 
     def __init__(self, path: Path, lock: int) -> None:
@@ -62,10 +57,10 @@ class RuntimeDir:
 
     @classmethod
     def create(cls) -> RuntimeDir:
-        """Make and lock a new folder, and remove those of runs that have died.
+        """Create and lock a new folder, and remove the folders of runs that have died.
 
         Raises:
-            LocalStartFailed: no place for it can be written.
+            LocalStartFailed: no suitable folder is writable.
         """
         bases = list(_bases())
         for base in bases:
@@ -74,18 +69,19 @@ class RuntimeDir:
                 _sweep(bases)
                 return folder
         raise LocalStartFailed(
-            "No folder for a private Redis can be made: none of TMPDIR, /tmp and XDG_RUNTIME_DIR "
-            "is writable and short enough for a socket. Set TMPDIR to such a folder."
+            "No folder for a private Redis can be created: none of TMPDIR, /tmp and "
+            "XDG_RUNTIME_DIR is writable and short enough for a socket. Set TMPDIR to such a "
+            "folder."
         )
 
     @classmethod
     def _create_below(cls, base: Path) -> RuntimeDir:
-        # Locked under another name first: a sweep never meets an unlocked folder of the living.
+        # Locked before it gets its name, so that a sweep never finds an unlocked folder in use.
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=base))
         lock = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         letters = hidden.name.removeprefix(f".{PREFIX}")
-        # The process id is for people; the lock alone says whether the run lives.
+        # The process id is for people; only the lock shows whether the run lives.
         return cls(hidden.rename(base / f"{PREFIX}{os.getpid()}-{letters}"), lock)
 
     def remove(self) -> None:
@@ -97,17 +93,15 @@ class RuntimeDir:
 
 
 def _bases() -> Iterator[Path]:
-    """Yield the folders that may hold ours, best first, without those unfit for a socket."""
-    # XDG_RUNTIME_DIR comes last: it is emptied at logout, and a bulk job outlives its login.
-    wishes = (os.environ.get("TMPDIR"), "/tmp", os.environ.get("XDG_RUNTIME_DIR"))
-    for wish in dict.fromkeys(filter(None, wishes)):
-        fits = len(os.fsencode(wish)) + RESERVED_BYTES <= MAX_SOCKET_PATH_BYTES
-        if fits and wish.startswith("/") and _PLAIN.fullmatch(wish) and os.access(wish, os.W_OK):
-            yield Path(wish)
+    # XDG_RUNTIME_DIR comes last: it is emptied at logout, which a bulk job may outlive.
+    bases = (os.environ.get("TMPDIR"), "/tmp", os.environ.get("XDG_RUNTIME_DIR"))
+    for base in dict.fromkeys(filter(None, bases)):
+        fits = len(os.fsencode(base)) + RESERVED_BYTES <= MAX_SOCKET_PATH_BYTES
+        if fits and base.startswith("/") and _PLAIN.fullmatch(base) and os.access(base, os.W_OK):
+            yield Path(base)
 
 
 def _sweep(bases: list[Path]) -> None:
-    """Remove our own folders whose owners have died."""
     for base in bases:
         for path in base.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
@@ -119,28 +113,28 @@ def _remove_if_dead(path: Path) -> None:
         return
     lock = os.open(path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the owner lives
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the owner lives
         shutil.rmtree(path)
     finally:
         os.close(lock)
 
 
-#: Seconds beyond the time of grace after which the tether itself is killed.
-TETHER_MARGIN_S = 5.0
+#: Time beyond the grace period after which the process guard is killed, in seconds.
+GUARD_MARGIN_S = 5.0
 
 
-#: Bytes and lines at the end of a log that an error shows.
+#: Maximum bytes and lines from the end of a log in an error message.
 TAIL_BYTES, TAIL_LINES = 16_384, 12
 
 
-_TETHER = Path(__file__).with_name("process_guard.py")
+_GUARD = Path(__file__).with_name("process_guard.py")
 
 
 class ManagedProcess:
-    """A running command; it ends when told to, or when this process ends in any way.
+    """A command under a process guard, which ends it when this process ends.
 
     Attributes:
-        log_path: where its output goes.
+        log_path: file of the command's output.
     """
 
     def __init__(
@@ -151,62 +145,62 @@ class ManagedProcess:
         grace_s: float,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start a command; grace_s is how long it may take to end once it is told to."""
+        """Start a command; grace_s is the time between SIGTERM and SIGKILL at its end."""
         self.log_path = log_path
         self._grace_s = grace_s
-        tether = (sys.executable, "-I", "-S", os.fspath(_TETHER), str(grace_s), "--")
+        guard = (sys.executable, "-I", "-S", os.fspath(_GUARD), str(grace_s), "--")
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                (*tether, *command),
-                stdin=subprocess.PIPE,  # its other end closes with this process
+                (*guard, *command),
+                stdin=subprocess.PIPE,  # closed when this process ends
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C in the terminal is ours to handle
+                start_new_session=True,  # only this process handles Ctrl-C
             )
 
     def exit_code(self) -> int | None:
-        """Return the exit code, 128 + n after signal n, or None while the command runs."""
+        """Return the exit code, 128 + n after signal n; None while the command runs."""
         return self._process.poll()
 
     def end(self) -> None:
-        """End the command and everything that it started; a second call does nothing."""
+        """End the command and all its descendants; a second call does nothing."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.terminate()  # a fork of this process may hold stdin open as well
+        self._process.terminate()  # a fork of this process may still hold stdin open
         try:
-            self._process.wait(self._grace_s + TETHER_MARGIN_S)
+            self._process.wait(self._grace_s + GUARD_MARGIN_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
     def last_lines(self) -> str:
-        """Return the end of the log, indented."""
+        """Return the last lines of the log, indented."""
         with self.log_path.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (it is empty)"
+        return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (the log is empty)"
 
 
-#: Seconds in which the private Redis must answer; fakeredis starts slowest.
+#: Time within which the private Redis must answer, in seconds.
 READY_DEADLINE_S = 10.0
 
 
-#: Seconds between two looks whether it answers.
+#: Interval of the checks whether it answers, in seconds.
 READY_POLL_S = 0.005
 
 
-#: Seconds that worker and Redis get to end by themselves: none, for neither keeps anything that
-#: outlives the run.
+#: Time that worker and Redis get to end by themselves, in seconds: none, because neither stores
+#: anything that outlives the run.
 GRACE_S = 0.0
 
 
-#: What the default worker imports and the SDK alone does not bring.
+#: Packages that the default worker imports and the SDK does not install.
 WORKER_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
 
 
 class LocalFleet:
-    """The whole of embedq on this machine, for as long as a `with` block lasts."""
+    """A private Redis and one worker, for the duration of a `with` block."""
 
     def __init__(
         self,
@@ -216,13 +210,13 @@ class LocalFleet:
         redis: Choice = "auto",
         warn: Callable[[str], None],
     ) -> None:
-        """Say what to start; nothing starts yet.
+        """Configure the fleet without starting it.
 
         Args:
-            node_command: what to run instead of embedq's own worker on the CPU.
-            environment: variables for the worker, on top of this process's own.
-            redis: which kind of Redis; auto takes the best there is.
-            warn: gets each sentence that the user should read.
+            worker_command: command to run instead of embedq's worker on the CPU.
+            environment: variables for the worker, in addition to those of this process.
+            redis: kind of Redis; auto chooses the best available.
+            warn: called with each warning for the user.
         """
         self._worker_command = worker_command
         self._environment = dict(environment or {})
@@ -235,31 +229,30 @@ class LocalFleet:
 
     @property
     def broker_url(self) -> str:
-        """Where the batches travel, in Celery's form."""
+        """URL of the broker, in Celery's form."""
         return self._started_server().broker_url
 
     @property
     def results_url(self) -> str:
-        """Where the ledger is, in redis-py's form: the same server, another database."""
+        """URL of the results Redis, in redis-py's form: another database of the same server."""
         return self._started_server().results_url
 
     @property
     def log_path(self) -> Path:
-        """The log of the worker; it goes with the fleet."""
+        """Path of the worker's log; close() deletes it."""
         return self._started_server().socket_path.with_name("worker.log")
 
     def start(self) -> None:
-        """Start Redis and the worker together and wait until Redis answers; the worker takes
-        longer.
+        """Start Redis and the worker and wait until Redis answers; the worker takes longer.
 
         Raises:
-            LocalStartFailed: something is missing, or ended at once; the message says what to do.
+            LocalStartFailed: a program or package is missing, or Redis or the worker ended.
         """
         if self._folder is not None:
             raise RuntimeError("LocalFleet started twice. This is a bug.")
         if os.name == "nt":
             raise LocalStartFailed(
-                "embedq runs no worker on Windows. Use WSL 2, or point EMBEDQ_BROKER_URL and "
+                "embedq workers do not run on Windows. Use WSL 2, or point EMBEDQ_BROKER_URL and "
                 "EMBEDQ_RESULTS_URL at a Redis whose workers run on Linux."
             )
         command = self._worker_command or _default_worker()
@@ -273,22 +266,22 @@ class LocalFleet:
             raise
 
     def check(self) -> None:
-        """Do nothing while both processes live.
+        """Check that Redis and the worker live.
 
         Raises:
-            LocalStartFailed: one has ended; the message shows the end of its log.
+            LocalStartFailed: one has ended; the message shows its last lines.
         """
         for name, process in (("Redis", self._redis), ("worker", self._worker)):
             code = process.exit_code() if process else None
             if process and code is not None:
                 raise LocalStartFailed(
-                    f"The private {name} of this run ended with exit code {code}. Mend what its "
-                    "log names and run the same command again; it resumes. The last lines:\n"
+                    f"The private {name} of this run ended with exit code {code}. Fix the error in "
+                    "its log and run the same command again; it resumes. Last lines of the log:\n"
                     f"{process.last_lines()}"
                 )
 
     def close(self) -> None:
-        """End the worker, then Redis, and remove their folder; a second call does nothing."""
+        """End the worker and Redis and remove their folder; a second call does nothing."""
         for process in (self._worker, self._redis):
             if process is not None:
                 process.end()
@@ -319,9 +312,9 @@ class LocalFleet:
             **self._environment,
             "EMBEDQ_BROKER_URL": server.broker_url,
             "EMBEDQ_RESULTS_URL": server.results_url,
-            # Two local runs of one user both call their worker "local".
+            # Every local run names its worker "local", and names are locked in this folder.
             "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "worker"),
-            # What Celery's processes leave behind when they are ended goes with our folder.
+            # Temporary files of a killed worker are removed with the folder.
             "TMPDIR": os.fspath(folder),
         }
         self._worker = ManagedProcess(
@@ -336,8 +329,8 @@ class LocalFleet:
                 assert self._redis is not None
                 raise LocalStartFailed(
                     f"The private Redis ({server.command[0]}) did not answer within "
-                    f"{READY_DEADLINE_S:.0f} s. Run the command again on a calmer machine, or set "
-                    "EMBEDQ_BROKER_URL to a Redis of your own. The last lines of its log:\n"
+                    f"{READY_DEADLINE_S:.0f} s. Run the command again when the machine is less "
+                    "busy, or set EMBEDQ_BROKER_URL to another Redis. Last lines of the log:\n"
                     f"{self._redis.last_lines()}"
                 )
             time.sleep(READY_POLL_S)
@@ -350,14 +343,11 @@ class LocalFleet:
 
 
 def _default_worker() -> tuple[str, ...]:
-    """Return the command of a worker on the CPU, once all that it imports is known to be there."""
     missing = [name for name in WORKER_REQUIREMENTS if importlib.util.find_spec(name) is None]
     if missing:
         raise LocalStartFailed(
-            f"A worker on this machine needs {', '.join(missing)}, which this Python does not "
-            f"have. "
-            "Install it: pip install 'embedq[cpu]'."
+            f"A local worker needs {', '.join(missing)}, which is not installed. Run: pip install "
+            "'embedq[cpu]'"
         )
-    # -P: a celery.py in the current folder must not become part of the worker.
-    worker = ("embedq_worker", "start", "--name", "local")
-    return (sys.executable, "-P", "-m", *worker)
+    # -P: the worker must not import a celery.py in the current folder.
+    return (sys.executable, "-P", "-m", "embedq_worker", "start", "--name", "local")

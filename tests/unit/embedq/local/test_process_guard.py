@@ -1,4 +1,4 @@
-"""The tether: exit codes, an orderly end, a hard end, and nothing left of the group."""
+"""The process guard: exit codes, an orderly end, a hard end, and nothing left of the group."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 import embedq.local.fleet
-from embedq.local.fleet import TETHER_MARGIN_S, ManagedProcess
+from embedq.local.fleet import GUARD_MARGIN_S, ManagedProcess
 
-TETHER = Path(embedq.local.fleet.__file__).with_name("process_guard.py")
+GUARD = Path(embedq.local.fleet.__file__).with_name("process_guard.py")
 #: Seconds after which a process that should be gone counts as left behind.
 DEADLINE_S = 20.0
 
 
-def tether(grace_s: float, *command: str) -> subprocess.Popen[str]:
-    """Start a command on a tether whose stdin is ours."""
+def guard(grace_s: float, *command: str) -> subprocess.Popen[str]:
+    """Start a command under a guard whose stdin is ours."""
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(TETHER), str(grace_s), "--", *command],
+        [sys.executable, "-I", "-S", str(GUARD), str(grace_s), "--", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -37,13 +37,13 @@ def tether(grace_s: float, *command: str) -> subprocess.Popen[str]:
 )
 def test_exit_code_is_the_commands(script: str, code: int) -> None:
     """A command's exit code comes through, and a signal n as 128 + n."""
-    with tether(1, "sh", "-c", script) as process:
+    with guard(1, "sh", "-c", script) as process:
         assert process.wait(DEADLINE_S) == code
 
 
 def test_command_that_cannot_run_is_named() -> None:
     """A command that does not exist gives 127 and a line in its log."""
-    with tether(1, "/nowhere/redis-server") as process:
+    with guard(1, "/nowhere/redis-server") as process:
         assert process.stdout is not None
         log = process.stdout.read()
 
@@ -53,7 +53,7 @@ def test_command_that_cannot_run_is_named() -> None:
 
 def test_end_of_stdin_ends_the_command_politely() -> None:
     """When the owner's end closes, the command gets SIGTERM and may finish."""
-    with tether(
+    with guard(
         DEADLINE_S, "sh", "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.01; done"
     ) as process:
         assert process.stdin is not None
@@ -65,9 +65,9 @@ def test_end_of_stdin_ends_the_command_politely() -> None:
         assert process.wait(DEADLINE_S) == 5
 
 
-def test_sigterm_at_the_tether_ends_the_command() -> None:
-    """A tether that is told to end ends its command first."""
-    with tether(DEADLINE_S, "sh", "-c", "echo up; exec sleep 600") as process:
+def test_sigterm_at_the_guard_ends_the_command() -> None:
+    """A guard that gets SIGTERM ends its command first."""
+    with guard(DEADLINE_S, "sh", "-c", "echo up; exec sleep 600") as process:
         assert process.stdout is not None
         process.stdout.readline()
 
@@ -77,8 +77,8 @@ def test_sigterm_at_the_tether_ends_the_command() -> None:
 
 
 def test_interrupt_reaches_the_owner_only() -> None:
-    """Ctrl-C at the tether changes nothing: the owner decides."""
-    with tether(DEADLINE_S, "sh", "-c", "echo up; read line; exec sleep 600") as process:
+    """Ctrl-C at the guard changes nothing: the owner decides."""
+    with guard(DEADLINE_S, "sh", "-c", "echo up; read line; exec sleep 600") as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
@@ -92,7 +92,7 @@ def test_interrupt_reaches_the_owner_only() -> None:
 def test_stubborn_command_is_killed_after_the_grace() -> None:
     """A command that ignores SIGTERM is killed once its time is up."""
     started = time.monotonic()
-    with tether(0.2, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 600; done") as process:
+    with guard(0.2, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 600; done") as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
@@ -108,7 +108,7 @@ def test_grandchild_does_not_outlive_the_command() -> None:
     reader, writer = os.pipe()  # at its end when no process of the group holds it any more
     script = "(trap '' TERM; sleep 600) & exit 3"
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(TETHER), "5", "--", "sh", "-c", script],
+        [sys.executable, "-I", "-S", str(GUARD), "5", "--", "sh", "-c", script],
         stdin=subprocess.PIPE,
         pass_fds=[writer],
     )
@@ -120,9 +120,9 @@ def test_grandchild_does_not_outlive_the_command() -> None:
 
 
 def test_it_imports_little() -> None:
-    """A tether adds some 20 ms to a start, because it imports next to nothing."""
+    """A guard starts quickly, because it imports next to nothing."""
     run = subprocess.run(
-        [sys.executable, "-I", "-S", "-X", "importtime", str(TETHER), "1", "--", "true"],
+        [sys.executable, "-I", "-S", "-X", "importtime", str(GUARD), "1", "--", "true"],
         capture_output=True,
         text=True,
         check=True,
@@ -148,4 +148,4 @@ def test_end_waits_for_no_fork_of_its_owner(tmp_path: Path) -> None:
     os.write(writer, b"x")
     os.waitpid(fork, 0)
 
-    assert took_s < TETHER_MARGIN_S
+    assert took_s < GUARD_MARGIN_S
