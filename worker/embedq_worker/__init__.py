@@ -1,1 +1,1 @@
-"""The embedq worker: Celery workers that turn texts into vectors, one device each."""
+"""Celery workers that compute embeddings, one device each."""

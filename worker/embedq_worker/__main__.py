@@ -1,4 +1,7 @@
-"""`embedq-worker`, also `python -m embedq_worker`. Imports nothing heavy: see supervisor.py."""
+"""Entry point of `embedq-worker` and `python -m embedq_worker`.
+
+Imports nothing heavy at the top: the supervisor runs in this process.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,30 @@ import sys
 
 
 def main() -> None:
-    """Run a command; `start` runs under a supervisor."""
+    """Run a command, `start` under a supervisor."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["health"]:
-        from embedq_worker.main_process.liveness import main as check  # neither click nor pydantic
+        from embedq_worker.main_process import liveness  # neither click nor pydantic
 
-        sys.exit(check(arguments[1:]))
+        sys.exit(liveness.main(arguments[1:]))
     asks_for_help = {"-h", "--help"} & set(arguments)
     if arguments[:1] != ["start"] or asks_for_help or os.name == "nt":
         _run(arguments)  # never returns
-    from embedq_worker.main_process.supervisor import (
-        SupervisedProcess,
-        supervise,  # wants signals that Windows lacks
-    )
+    # Here, because this module needs signals that Windows lacks.
+    from embedq_worker.main_process.supervisor import SupervisedProcess, supervise
 
     def run(more: list[str]) -> None:
         _run([*arguments, *more])
 
-    parts = ("npu", "cpu") if "--all" in arguments else ()
-    sys.exit(
-        supervise(
-            [SupervisedProcess(run, ("--part", part)) for part in parts] or [SupervisedProcess(run)]
-        )
-    )
+    if "--all" in arguments:
+        workers = [SupervisedProcess(run, ("--part", part)) for part in ("npu", "cpu")]
+    else:
+        workers = [SupervisedProcess(run)]
+    sys.exit(supervise(workers))
 
 
 def _run(arguments: list[str]) -> None:
-    from embedq_worker.cli.main import run  # pydantic, click: not in the supervisor
+    from embedq_worker.cli.main import run  # pydantic and click are not for the supervisor
 
     run(arguments)
 

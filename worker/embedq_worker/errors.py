@@ -1,19 +1,19 @@
-"""What a worker raises on purpose; a second branch of the tree in embedq.errors.
+"""Errors of a worker, a branch of the tree in embedq.errors.
 
 EmbedqError
 ├─ ModelError             the model cannot be used                 (fix EMBEDQ_MODEL or its files)
-├─ DeviceError            no NPU may be used; the message has the mend  (fix the machine)
-│   ├─ NoDevice           there is none, or none that is visible here
-│   ├─ SeveralDevices     there are several, and a process cannot choose
+├─ DeviceError            no NPU can be used; the message says why (fix the machine)
+│   ├─ NoDevice           none exists, or none is visible to this process
+│   ├─ SeveralDevices     several are visible; set EMBEDQ_NPU_DEVICE_FILE
 │   ├─ DeviceForbidden    this user or container may not open it
-│   ├─ DeviceBusy         another process holds it; .holder
-│   ├─ WrongDevice        the runtime opened another one
-│   └─ NpuUnproven        it failed, and a strict worker has nothing else
-└─ EngineError            an engine cannot be trusted              (feeds health, never the caller)
-    ├─ CompileFailed      the model could not be prepared for the device
-    ├─ InferFailed        an inference raised, or gave a wrong or non-finite vector
-    ├─ NotQuantized       there is no quantized model to be trusted for class int8
-    └─ DeviceLost         the device is gone, hung or unknown: replace the process
+│   ├─ DeviceBusy         another process holds its lock; .holder
+│   ├─ WrongDevice        the runtime opened another NPU
+│   └─ NpuUnproven        the NPU of a strict worker did not pass its self-test
+└─ EngineError            an engine failed                         (changes device health)
+    ├─ CompileFailed      the model could not be compiled for the device
+    ├─ InferFailed        an inference raised an error or returned a wrong vector
+    ├─ NotQuantized       no usable quantized model for accuracy class int8
+    └─ DeviceLost         the device is lost or hung; the pool process must be replaced
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from embedq.errors import EmbedqError
 
 
 class ModelError(EmbedqError):
-    """The model is missing, damaged or of a kind we cannot build."""
+    """The model is missing, damaged or of an unsupported kind."""
 
     code = "bad_model"
 
 
 class DeviceError(EmbedqError):
-    """No NPU may be used here; trying again changes nothing."""
+    """No NPU can be used by this process; a retry does not help."""
 
     code = "no_device"
 
 
 class NoDevice(DeviceError):
-    """There is no NPU, or none that is visible to this process."""
+    """No NPU exists, or none is visible to this process."""
 
 
 class SeveralDevices(DeviceError):
-    """Several NPUs are visible, and a process cannot choose among them."""
+    """Several NPUs are visible and EMBEDQ_NPU_DEVICE_FILE does not select one."""
 
     code = "several_devices"
 
@@ -55,7 +55,7 @@ class DeviceBusy(DeviceError):
     """Another process holds the NPU.
 
     Attributes:
-        holder: what it wrote into the lock, `pid host worker`.
+        holder: content of its lock file, `pid host worker`.
     """
 
     code = "device_busy"
@@ -66,19 +66,19 @@ class DeviceBusy(DeviceError):
 
 
 class WrongDevice(DeviceError):
-    """The runtime opened another NPU than the one that this process holds."""
+    """The runtime opened another NPU than the one this process has locked."""
 
     code = "wrong_device"
 
 
 class NpuUnproven(DeviceError):
-    """The NPU of a strict worker could not be proven, and nothing else may serve."""
+    """The NPU of a strict worker could not be opened or failed its self-test."""
 
     code = "npu_unproven"
 
 
 class FailureReason(StrEnum):
-    """Why an engine cannot be trusted: one word for log, wire and metric."""
+    """Why an engine failed; the same word in log, outcome and metric."""
 
     ENGINE_FAILED = "engine_failed"
     NPU_UNPROVEN = "npu_unproven"
@@ -108,10 +108,10 @@ class FailureReason(StrEnum):
 
 
 class EngineError(EmbedqError):
-    """An engine cannot be trusted.
+    """An engine failed.
 
     Attributes:
-        reason: why, in a word.
+        reason: why, as a code.
     """
 
     code = "engine_failed"
@@ -122,31 +122,38 @@ class EngineError(EmbedqError):
 
 
 class CompileFailed(EngineError):
-    """The model could not be prepared for the device."""
+    """The model could not be compiled for the device."""
 
     code = "compile_failed"
 
 
 class InferFailed(EngineError):
-    """An inference raised, or gave a wrong or non-finite vector."""
+    """An inference raised an error or returned a wrong or non-finite vector."""
 
     code = "infer_failed"
 
 
 class NotQuantized(EngineError):
-    """There is no quantized model, or none to be trusted, for class ``int8``."""
+    """No usable quantized model exists for accuracy class ``int8``."""
 
     code = "not_quantized"
 
 
 class DeviceLost(EngineError):
-    """The device is gone, hung or in an unknown state; only a new process can use it."""
+    """The device is lost, hung or in an unknown state; only a new process can use it."""
 
     code = "device_lost"
 
 
 def describe(error: BaseException, otherwise: FailureReason) -> tuple[str, str]:
-    """Return the code and a sentence of an error; one that is not ours may quote a text."""
+    """Return the code and message of an error.
+
+    Of an error of another library only the class name: its message may quote a text.
+
+    Args:
+        error: what was raised.
+        otherwise: code for an error of another library.
+    """
     if isinstance(error, EngineError):
         return str(error.reason), str(error)
     if isinstance(error, EmbedqError):

@@ -1,46 +1,34 @@
-"""Exit codes of `embedq-worker`: one per cause. Plain numbers, for the supervisor imports them."""
+"""Exit codes of `embedq-worker`, one per cause."""
 
 from __future__ import annotations
 
 OK = 0
-
-
-#: Something nobody foresaw; a worker is started again.
+#: Unexpected error; the supervisor restarts the worker.
 FAILURE = 1
-
-
 SETTINGS = 2
-
-
 MODEL = 3
-
-
 ENGINE = 4
-
-
 CHECK = 5
-
-
-#: No NPU, no permission, or another process holds it.
+#: No NPU exists, it may not be opened, or another process holds it.
 DEVICE = 6
-
-
-#: The NPU is there and cannot be proven, and the worker is strict.
+#: The NPU of a strict worker could not be opened or failed its self-test.
 NPU_UNPROVEN = 7
-
-
-#: The worker died again and again and is kept off.
+#: The worker crashed repeatedly and is not restarted.
 CRASH_LOOP = 8
-
-
-#: Codes after which starting again would end the same way.
+#: Codes after which the supervisor does not restart a worker: the next start would fail as well.
 FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNPROVEN))
 
 
 EPILOG = """\b
 Exit codes:
-  0 done    1 Redis took no order, or no worker lives    2 wrong setting, option or file
-  3 model missing or damaged
-  4 engine failed    5 a check is red    6 no NPU, no permission, or it is taken
-  7 NPU not proven (strict)    8 died again and again    130, 131, 143 ended by a signal
+  0  success
+  1  Redis or worker unavailable, or unexpected error
+  2  wrong setting, option or file
+  3  model missing or damaged
+  4  engine failed
+  5  a check failed
+  6  NPU missing, not permitted or in use
+  7  NPU failed its self-test (strict)
+  8  crashed repeatedly
+  130, 131, 143  ended by a signal
 """

@@ -1,15 +1,6 @@
-"""Locks, private files and digests; standard library only.
+"""Private files and folders, file locks and a cache of digests.
 
-Small files that only this user may have written: read if that is so, replaced in one step.
-
-A lock between processes that ends with its holder, for work that only one should do.
-
-sha256 of large files, remembered between starts: hashing 90 MB costs a start 0.2 to 0.3 s.
-
-A memory of a digest is used only while path, size, modification time and inode are the same, and
-only from a file that this user owns and nobody else can write.
-
-Where a worker's small files are when nobody says otherwise. Standard library only: health asks.
+Standard library only: `embedq-worker health`, which runs every few seconds, imports this module.
 """
 
 from __future__ import annotations
@@ -32,9 +23,20 @@ from typing import Any, Final
 from embedq.errors import SettingsError
 from embedq_worker.errors import ModelError
 
+log = logging.getLogger(__name__)
+
+#: Interval of attempts to lock a file, seconds.
+POLL_S: Final = 0.05
+#: Errors of a file system that has no locks.
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+#: Name of the digest cache inside the cache folder.
+FILE_NAME: Final = "digests.json"
+#: Maximum size of the digest cache, bytes; the rest of a larger file is not read.
+MAX_BYTES: Final = 1024 * 1024
+
 
 def read_private(path: Path, max_bytes: int) -> bytes | None:
-    """Return the start of a file, or None if there is none or others could have written it."""
+    """Return up to max_bytes of a file; None if it is missing or other users may write to it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -47,10 +49,10 @@ def read_private(path: Path, max_bytes: int) -> bytes | None:
 
 
 def replace_private(path: Path, content: bytes) -> None:
-    """Write a file of mode 0600 beside the old one and put it in its place.
+    """Replace a file atomically by one of mode 0600.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
@@ -67,36 +69,28 @@ def replace_private(path: Path, content: bytes) -> None:
 
 
 def folder_error(path: Path) -> str:
-    """Make a folder of mode 0700; return why it is not private to this user, or an empty text."""
+    """Make a folder of mode 0700; return why it is not private to this user, empty if it is."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        return f"{path}: cannot be used as a folder ({error.strerror})."
+        return f"{path} cannot be used as a folder ({error.strerror}). Name another folder."
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        return f"{path}: is not a folder of this user. Remove it or name another."
+        return f"{path} is not a folder of this user. Remove it, or name another folder."
     if found.st_mode & 0o022:
-        return f"{path}: others may write to it. Run: chmod 700 {path}"
+        return f"{path} is writable by other users. Run: chmod 700 {path}"
     return ""
-
-
-#: Seconds between two tries.
-POLL_S: Final = 0.05
-
-
-#: What a file system without locks answers.
-_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
 def locked(path: Path, deadline_s: float) -> Iterator[None]:
-    """Hold the lock of a file for as long as the block lasts.
+    """Hold the lock of a file during the block; it ends with the process.
 
-    Where there can be none, on a full or read-only disk, the block runs all the same: to do the
-    work twice is better than not at all.
+    Where the file cannot be made or locked, as on a read-only disk, the block runs without a lock:
+    doing the work twice is better than not at all.
 
     Raises:
-        TimeoutError: another process held it for all this time.
+        TimeoutError: another process held the lock for deadline_s seconds.
     """
     try:
         flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -116,10 +110,10 @@ def locked(path: Path, deadline_s: float) -> Iterator[None]:
 
 
 def wait_for_lock(descriptor: int, deadline_s: float) -> None:
-    """Lock an open file for this process alone.
+    """Lock an open file exclusively.
 
     Raises:
-        TimeoutError: another process held it for all this time.
+        TimeoutError: another process held the lock for deadline_s seconds.
         OSError: the file system has no locks.
     """
     deadline = time.monotonic() + deadline_s
@@ -129,23 +123,15 @@ def wait_for_lock(descriptor: int, deadline_s: float) -> None:
             return
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise TimeoutError(f"locked for {deadline_s:.0f} s") from None
+                raise TimeoutError(f"locked by another process for {deadline_s:.0f} s") from None
             time.sleep(POLL_S)
 
 
-log = logging.getLogger(__name__)
-
-
-#: Name of the memory inside the cache folder.
-FILE_NAME: Final = "digests.json"
-
-
-#: Most bytes of it; a larger one is not ours.
-MAX_BYTES: Final = 1024 * 1024
-
-
 class DigestCache:
-    """The sha256 of files, computed once."""
+    """sha256 of large files, stored between starts.
+
+    An entry is valid while size, modification time and inode of its file are unchanged.
+    """
 
     def __init__(self, cache_dir: Path) -> None:
         self._path = cache_dir / FILE_NAME
@@ -160,7 +146,7 @@ class DigestCache:
         try:
             status = path.stat()
             key = [status.st_size, status.st_mtime_ns, status.st_ino]
-            known = _read(self._path)
+            known = self._read()
             entry = known.get(str(path))
             if isinstance(entry, list) and entry[:-1] == key and isinstance(entry[-1], str):
                 return entry[-1]
@@ -168,29 +154,25 @@ class DigestCache:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-        self._remember({**known, str(path): [*key, digest]})
-        return digest
-
-    def _remember(self, known: dict[str, Any]) -> None:
-        """Replace the memory; a cache that cannot be written costs time, nothing else."""
         try:
-            replace_private(self._path, json.dumps(known).encode())
+            content = json.dumps({**known, str(path): [*key, digest]})
+            replace_private(self._path, content.encode())
         except OSError as error:
             log.debug("digest_cache_write_failed path=%s reason=%s", self._path, error.strerror)
+        return digest
 
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read the memory, or nothing if it is missing, damaged or writable by others."""
-    try:
-        known = json.loads(read_private(path, MAX_BYTES) or b"{}")
-    except ValueError:
-        return {}
-    return known if isinstance(known, dict) else {}
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(read_private(self._path, MAX_BYTES) or b"{}")
+        except ValueError:
+            return {}
+        return known if isinstance(known, dict) else {}
 
 
 def default_runtime_dir() -> Path:
-    """Return the folder for files that live as long as a worker: short, private, in memory if
-    any.
+    """Return the default folder for files that last as long as a worker.
+
+    Its path is short enough for Unix sockets.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
@@ -199,10 +181,10 @@ def default_runtime_dir() -> Path:
 
 
 def private_dir(path: Path) -> Path:
-    """Make a folder of our own, 0700, and refuse one that another user could have prepared.
+    """Make a folder of mode 0700 and return it.
 
     Raises:
-        SettingsError: it is a link, belongs to someone else, is open to others, or cannot be made.
+        SettingsError: it cannot be made, is a link, or another user owns it or may write to it.
     """
     if error := folder_error(path):
         raise SettingsError(error)

@@ -1,15 +1,4 @@
-"""Logging, parent-death signal and watchdog of a process.
-
-Logging of a worker: one line per event, on stderr, never a text or a vector.
-
-No process of a worker outlives the one that started it: a model or a device would go with it.
-
-An end to engine calls that never return.
-
-A call that hangs inside a driver cannot be interrupted from Python, and may hold the interpreter's
-lock while it hangs. So the guard is a C thread of the interpreter, which ends the process; the
-parent replaces it and the batch comes back.
-"""
+"""Logging, parent-death signal and watchdog of the processes of a worker."""
 
 from __future__ import annotations
 
@@ -23,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-#: Chatty loggers whose events ours already tell in one line.
+#: Loggers limited to warnings: the worker's own log has these events.
 _QUIET = (
     "celery.app.trace",
     "celery.worker.strategy",
@@ -35,7 +24,11 @@ _QUIET = (
 
 
 def set_up(level: str) -> None:
-    """Send every record of this process and its children to stderr."""
+    """Write the log of this process to stderr, one line per event.
+
+    Args:
+        level: lowest level that is written, as in EMBEDQ_LOG_LEVEL.
+    """
     logging.basicConfig(
         stream=sys.stderr,
         level=level.upper(),
@@ -47,9 +40,10 @@ def set_up(level: str) -> None:
 
 
 def send_native_to_stderr() -> None:
-    """Keep what a runtime writes to descriptor 1, as OpenVINO logs, out of our results.
+    """Redirect descriptor 1 to stderr, but not Python's stdout.
 
-    Python's own stdout stays where it was. Where it is not descriptor 1, somebody has taken care.
+    Runtimes such as OpenVINO log to descriptor 1, where results belong.
+    Nothing happens if Python's stdout is not descriptor 1.
     """
     try:
         if sys.stdout.fileno() != 1:
@@ -57,28 +51,31 @@ def send_native_to_stderr() -> None:
     except (OSError, ValueError, AttributeError):
         return
     sys.stdout.flush()
-    ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
+    results = os.fdopen(os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors="replace")
     os.dup2(2, 1)
-    sys.stdout = ours
+    sys.stdout = results
 
 
-#: prctl(2): choose the signal that a process gets when the thread that forked it ends.
+#: Option of prctl(2) that sets the signal sent when the thread that forked this process ends.
 PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies."""
+    """Let Linux kill this process when its parent dies; otherwise it would hold the device."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
-#: Where the traceback goes: the process' own standard error, whatever Python made of sys.stderr.
+#: Descriptor for the traceback, as sys.stderr may be replaced.
 STDERR: Final = 2
 
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """End this process if the body takes longer; what hung is printed as a traceback of code."""
+    """Print a traceback and exit the process if the body takes longer.
+
+    The timer is a C thread: a call that hangs in a driver may hold the interpreter lock.
+    """
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
     try:
         yield

@@ -48,14 +48,6 @@ class PrecisionChoice(StrEnum):
     INT8 = "int8"
 
 
-class Binding(StrEnum):
-    """How tensors reach a request of the NPU."""
-
-    PINNED = "pinned"
-    HOST_TENSOR = "host_tensor"
-    SHARED = "shared"
-
-
 class CommandlistMode(StrEnum):
     """Values of EMBEDQ_NPU_COMMANDLIST_MODE, defined in OpenVINO pull request 35626."""
 
@@ -177,10 +169,6 @@ class WorkerSettings(RedisSettings):
     precision: PrecisionChoice = Field(
         PrecisionChoice.AUTO,
         description="Arithmetic of the engine: f32 or bf16 on a CPU, f16 on an NPU, or auto.",
-    )
-    npu_binding: Binding = Field(
-        Binding.PINNED,
-        description="How tensors reach the NPU: pinned, host_tensor or shared.",
     )
     npu_commandlist_mode: CommandlistMode | None = Field(
         None,

@@ -1,9 +1,9 @@
-"""What an output already holds: the manifest beside it, and the spool that a kill -9 cannot spoil.
+"""Checkpoints of `embedq embed`: the manifest and the partial files beside an output.
 
-A run writes vectors and items into two spool files and, after fsync, notes in the manifest how far
-they are good. The same command finds the manifest, cuts the spools to that length and goes on. When
-everything is there, the manifest says so before the spools become the output, so that a run which
-was killed between two renames is finished by the next.
+A run appends vectors and items to two partial files and, after fsync, records their safe length in
+the manifest. The same command later cuts the partial files to that length and continues. The
+manifest is marked `embedded` before the partial files are renamed to the output, so the next run
+completes a rename that a kill interrupted.
 """
 
 from __future__ import annotations
@@ -21,38 +21,44 @@ from embedq.errors import InputError, writing
 from embedq.protocol.contract import Dtype
 from embedq.protocol.values import DESCRIPTIONS, Vectors
 
-#: Version of the manifest; a newer one is refused.
+#: Version of the manifest; newer versions are refused.
 MANIFEST_VERSION: Final = 1
 
 
-#: Bytes of an npy header; room for any shape, and the data behind it is aligned to 64.
+#: Bytes of an npy header: fits any shape and aligns the data to 64 bytes.
 NPY_HEADER_BYTES: Final = 128
 
 
-#: What a run did to the texts so far; the keys of Manifest.counts.
+#: Keys of Manifest.counts.
 COUNTS: Final = ("ok", "failed", "truncated", "rerouted")
 
 
-#: What may change under an output: the model is known by its identity, wherever it lies, and a line
-#: that is now skipped shows in the digest if it was a document before.
+#: Settings that may change between runs. The model is compared by its identity, not its label; the
+#: digest shows whether a line that is skipped now was a document before.
 IGNORED_KEYS: Final = frozenset({"model_label", "bad_lines"})
+
+
+class InputChanged(InputError):
+    """The input or a setting differs from those that the output was made with."""
+
+    code = "input_changed"
 
 
 @dataclass(slots=True)
 class Manifest:
-    """The named file beside an output: what it was made of, and how far it is.
+    """Records the origin and the progress of an output, as JSON beside it.
 
     Attributes:
-        settings: everything that shapes vectors or the split; a change is refused by name.
-        inputs: the input files and how they were read; a change is refused by name.
+        settings: everything that shapes the vectors or the split into batches.
+        inputs: the input files and how they are read.
         engine: device, engine and precision of a local run; empty for a fleet.
-        job: id of the running job, so that the next run can cancel what is left of it.
-        embedded: every row is safe in the spools, or in the output already.
+        job: id of the running job; the next run cancels it.
+        embedded: every row is on disk, in the partial files or in the output.
         complete: the output is finished.
-        rows, batches: how much of it is safe on disk.
-        skipped: bad lines left out so far.
-        digest: chain over ids and texts of the safe batches; a changed input breaks it.
-        vectors_bytes, items_bytes: safe length of the two spools.
+        rows, batches: number of each that is on disk.
+        skipped: bad lines skipped so far.
+        digest: hash over ids and texts of all batches on disk.
+        vectors_bytes, items_bytes: length of the partial files at the last fsync.
         counts: outcomes so far.
         tokens: tokens embedded so far.
     """
@@ -75,11 +81,11 @@ class Manifest:
 
     @property
     def dtype(self) -> Dtype:
-        """What the vectors of the output are."""
+        """Type of the vectors in the output."""
         return Dtype(self.settings.get("dtype", Dtype.FLOAT32))
 
     def save(self, path: Path) -> None:
-        """Replace the file, safely on disk when this returns."""
+        """Replace the file atomically and fsync it."""
         temporary = path.with_name(path.name + ".tmp")
         with writing(path), temporary.open("w", encoding="utf-8") as out:
             json.dump(asdict(self), out, indent=1)
@@ -90,10 +96,10 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest | None:
-        """Read the file; None if there is none.
+        """Read the file; return None if it does not exist.
 
         Raises:
-            InputError: it is damaged, or of a newer version.
+            InputError: the file is damaged, or its version is newer.
         """
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
@@ -108,28 +114,28 @@ class Manifest:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path}: not a manifest that can be read. Start over with --restart."
+                f"{path}: this manifest cannot be read. Start over with --restart."
             ) from error
 
     def check_compatible(self, now: Manifest) -> None:
-        """Compare with what the command asks for now.
+        """Check that a run with the settings and inputs of `now` may continue this output.
 
         Raises:
-            InputChanged: a setting or an input differs; names it, then and now.
+            InputChanged: a setting, an input or the engine differs; names it with both values.
         """
         for part, before, after in (
             ("setting", self.settings, now.settings),
             ("input", self.inputs, now.inputs),
             ("engine", self.engine, now.engine or self.engine),
         ):
-            advice = "Use the former, or start over with --restart."
+            advice = "Use the earlier value, or start over with --restart."
             if part == "input" and self.complete:
                 advice = f"{advice[:-1]}, or bring the output up to date with --update."
             for key in sorted((before.keys() | after.keys()) - IGNORED_KEYS):
                 if before.get(key) != after.get(key):
                     raise InputChanged(
-                        f"The output was begun with {part} {key} = {_shown(before.get(key))}; now "
-                        f"it is {_shown(after.get(key))}. {advice}"
+                        f"The output was started with {part} {key} = {_to_json(before.get(key))}; "
+                        f"now it is {_to_json(after.get(key))}. {advice}"
                     )
 
 
@@ -138,18 +144,12 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".embedq.json")
 
 
-class InputChanged(InputError):
-    """The input or a setting is not the one that the output was made of."""
-
-    code = "input_changed"
-
-
 @contextmanager
 def lock_output(output: Path) -> Iterator[None]:
-    """Keep every other embedq off an output while the block lasts.
+    """Lock an output against other embedq processes while the block runs.
 
     Raises:
-        InputError: another one is writing this output, or its folder cannot be written.
+        InputError: another process holds the lock, or the folder cannot be written.
     """
     path = output.with_name(output.name + ".lock")
     while True:
@@ -160,10 +160,11 @@ def lock_output(output: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.close()
             raise InputError(
-                f"{output}: another embedq is writing this output. Wait for it, or name another."
+                f"{output}: another embedq is writing this output. Wait until it ends, or name "
+                "another output."
             ) from None
-        # Its last owner may have deleted the file after we opened it; then it keeps nobody off.
-        if _is_at(lock.fileno(), path):
+        # The previous owner may have deleted the file after we opened it; such a lock is void.
+        if _is_same_file(lock.fileno(), path):
             break
         lock.close()
     try:
@@ -174,23 +175,22 @@ def lock_output(output: Path) -> Iterator[None]:
 
 
 class PartialFiles:
-    """The two files that rows wait in.
+    """The two files beside an output that hold its rows until all are embedded.
 
     Attributes:
-        vectors_path: an npy file already, whose header is filled in at the end.
-        items_path: one JSON object a line.
+        vectors_path: an npy file; its header gets the number of rows at the end.
+        items_path: one JSON object per line.
     """
 
     def __init__(self, output: Path) -> None:
-        """Name the spools of an output."""
         self.vectors_path = output.with_name(output.name + ".vectors.partial")
         self.items_path = output.with_name(output.name + ".items.partial")
 
-    def require_whole(self, manifest: Manifest) -> None:
-        """Check that the spools that are left are as long as their manifest says.
+    def check_lengths(self, manifest: Manifest) -> None:
+        """Check that existing partial files have at least the length in their manifest.
 
         Raises:
-            InputError: one is not.
+            InputError: one is shorter.
         """
         for path, length in (
             (self.vectors_path, manifest.vectors_bytes),
@@ -200,19 +200,19 @@ class PartialFiles:
                 raise _too_short(path)
 
     def remove(self) -> None:
-        """Delete what is left of the spools; while the vectors are there, both are needed."""
+        """Delete the partial files, vectors first: while these exist, both files are needed."""
         self.vectors_path.unlink(missing_ok=True)
         self.items_path.unlink(missing_ok=True)
 
 
 class PartialWriter(PartialFiles):
-    """The spools, open for writing by the one who claimed the output."""
+    """Appends rows to the partial files of a locked output."""
 
     def __init__(self, output: Path, manifest: Manifest) -> None:
-        """Open the spools of an output and cut them to what the manifest vouches for.
+        """Open the partial files and cut them to the length in the manifest.
 
         Raises:
-            InputError: they cannot be written, or are shorter than the manifest says.
+            InputError: a file cannot be written, or is shorter than the manifest says.
         """
         super().__init__(output)
         fresh = manifest.batches == 0
@@ -227,28 +227,28 @@ class PartialWriter(PartialFiles):
             self._vectors.write(npy_header(0, 1))
 
     def write(self, vectors: Vectors, lines: Sequence[str]) -> None:
-        """Append rows, float32 [n, D], and their n items."""
+        """Append vectors, float32 [n, D], and their n items."""
         with writing(self.vectors_path):
             self._vectors.write(vectors.astype(self._description, copy=False).tobytes())
             self._items.write("".join(lines).encode())
 
     def sync(self) -> tuple[int, int]:
-        """Force everything to disk and return the length of both spools in bytes."""
-        for spool in (self._vectors, self._items):
+        """Flush both files to disk and return their lengths in bytes: vectors, items."""
+        for file in (self._vectors, self._items):
             with writing(self.vectors_path):
-                spool.flush()
-                os.fsync(spool.fileno())
+                file.flush()
+                os.fsync(file.fileno())
         return self._vectors.tell(), self._items.tell()
 
     def close(self) -> None:
-        """Close the spools; what was not synced may be lost."""
-        for spool in (self._vectors, self._items):
+        """Close both files without fsync."""
+        for file in (self._vectors, self._items):
             with writing(self.vectors_path):
-                spool.close()
+                file.close()
 
 
 def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
-    """Return the header of a [rows, dim] npy file, version 1.0, always of one length.
+    """Return the header of a [rows, dim] npy file, version 1.0, NPY_HEADER_BYTES long.
 
     Source: numpy.lib.format, "Format Version 1.0".
     """
@@ -261,27 +261,28 @@ def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
 
 def _open_at(path: Path, length: int) -> BinaryIO:
     with writing(path):
-        spool = path.open("r+b" if path.exists() else "w+b")
-        if spool.seek(0, os.SEEK_END) < length:
-            spool.close()
+        file = path.open("r+b" if path.exists() else "w+b")
+        if file.seek(0, os.SEEK_END) < length:
+            file.close()
             raise _too_short(path)
-        spool.truncate(length)
-        spool.seek(length)
-        return spool
+        file.truncate(length)
+        file.seek(length)
+        return file
 
 
 def _too_short(path: Path) -> InputError:
     return InputError(
-        f"{path}: shorter than its manifest says; something else cut it. Start over with --restart."
+        f"{path}: shorter than its manifest says; another program cut it. Start over with "
+        "--restart."
     )
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _shown(value: object) -> str:
+def _to_json(value: object) -> str:
     return "nothing" if value is None else json.dumps(value)

@@ -1,4 +1,4 @@
-"""`embedq embed --dry-run`: what a job would take, from a sample that is really embedded."""
+"""`embedq embed --dry-run`: extrapolates the cost of a job from an embedded sample."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from typing import Any, Final
 
 from embedq.bulk.request import EmbedRequest, RunProgress, format_duration
 from embedq.client import Client
-from embedq.jobs.batches import Document, TextBatch, guess_tokens
+from embedq.jobs.batches import Document, guess_tokens
 from embedq.protocol.contract import Code, refusal
 from embedq.protocol.values import ITEM_BYTES, TRUNCATED
 
-#: Documents embedded for the estimate.
+#: Maximum number of documents that are embedded for an estimate.
 SAMPLE: Final = 256
 
 
-#: Bytes of outcome that a row has in Redis beside its vector.
+#: Bytes that the outcome of one row has in Redis, beside its vector.
 OUTCOME_BYTES: Final = 10
 
 
-#: A message is compressed by zstd and then written in base64; measured on docstrings.
+#: Size of a message, in zstd and base64, relative to the UTF-8 of its texts.
 WIRE_SHARE: Final = 0.6
 
 
 @dataclass(slots=True)
 class Sample:
-    """Some documents of an input, and what is known of all of them.
+    """A random sample of the inputs, and totals over all documents.
 
     Attributes:
-        documents: at most SAMPLE.
-        texts: how many there are.
-        text_bytes: of all of them, in UTF-8.
-        guessed: their tokens as batching guesses them.
+        documents: the sample, at most SAMPLE documents.
+        texts: number of all documents.
+        text_bytes: bytes of UTF-8 of all texts.
+        guessed_tokens: tokens of all texts, guessed from their sizes.
     """
 
     documents: list[Document] = field(default_factory=list)
     texts: int = 0
     text_bytes: int = 0
-    guessed: float = 0.0
+    guessed_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a job would take.
+    """Estimated cost of a job.
 
     Attributes:
         texts: documents in the inputs.
-        text_bytes: of all of them, in UTF-8.
-        tokens: estimated, of what would be embedded.
-        truncated_share: of the sample.
-        failed_share: of the sample.
-        docs_per_second: of the sample; a long job is faster, because its batches are fuller.
-        seconds: estimated for the whole job on the fleet as it is.
-        output_bytes: of the vectors.
-        redis_bytes: estimated highest use, messages and vectors of one full window.
-        sampled: documents that were embedded for this.
+        text_bytes: bytes of UTF-8 of all texts.
+        tokens: estimated tokens of all texts that can be embedded.
+        truncated_share: share of truncated texts in the sample.
+        failed_share: share of failed texts in the sample.
+        docs_per_second: speed of the sample; a long job is faster, because its batches are fuller.
+        seconds: estimated duration of the job on the current fleet.
+        output_bytes: size of the vectors in the output.
+        redis_bytes: estimated peak memory in Redis: messages and vectors of one full window.
+        sampled: documents that were embedded for the estimate.
     """
 
     texts: int
@@ -71,11 +71,11 @@ class Estimate:
     sampled: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the estimate for JSON."""
+        """Return the estimate as a JSON object."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the estimate for a person."""
+        """Return the estimate as lines of text."""
         return [
             f"texts             {self.texts:,} ({self.text_bytes / 1e6:,.1f} MB)",
             f"tokens            about {self.tokens:,}",
@@ -94,42 +94,42 @@ def estimate(client: Client, request: EmbedRequest) -> Estimate:
 
     Raises:
         InputError: an input cannot be read.
-        QueueUnavailable, NoWorker, ResultError: as Client.encode.
+        QueueUnavailable, NoWorker, ResultError: see Client.encode.
     """
     spec = request.spec(client)
     sample = sample_of(request, spec.max_length)
     chosen = [document.text for document in sample.documents]
-    texts, text_bytes = sample.texts, sample.text_bytes
-    settings = client.settings
-    pieces = list(client.split(chosen, spec))
-    for warm_up in (True, False):  # the first inferences of a worker allocate
-        began = time.perf_counter()
-        batches = list(client.job(_first(pieces, warm_up), spec).batches())
+    texts = sample.texts
+    batches = list(client.split(chosen, spec))
+    list(client.job(batches[:1], spec).batches())  # warm-up: the first inferences are slower
+    began = time.perf_counter()
+    results = list(client.job(batches, spec).batches())
     seconds = time.perf_counter() - began
-    tokens = sum(int(batch.outcomes.n_tokens.sum()) for batch in batches)
+    tokens = sum(int(result.outcomes.n_tokens.sum()) for result in results)
     n = max(1, len(chosen))
-    # By guessed tokens, not by documents: a few long ones would make the sample a poor mean.
-    share = sample.guessed / max(1.0, sum(_guess(text, spec.max_length) for text in chosen))
-    mean_bytes = text_bytes / max(1, texts)
-    per_batch = min(settings.batch_texts, client.batch_tokens(spec) / max(1.0, tokens / n))
+    # Scaled by guessed tokens, not by documents: a few long texts would bias the mean.
+    scale = sample.guessed_tokens / max(1.0, sum(_guess(text, spec.max_length) for text in chosen))
+    mean_bytes = sample.text_bytes / max(1, texts)
+    per_batch = min(client.settings.batch_texts, client.batch_tokens(spec) / max(1.0, tokens / n))
     window_rows = min(texts, client.window() * per_batch)
-    row_bytes = ITEM_BYTES[spec.dtype] * spec.dim + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
+    vector_bytes = ITEM_BYTES[spec.dtype] * spec.dim
+    row_bytes = vector_bytes + OUTCOME_BYTES + WIRE_SHARE * mean_bytes
     return Estimate(
         texts=texts,
-        text_bytes=text_bytes,
-        tokens=int(tokens * share),
-        truncated_share=sum(b.outcomes.count_flag(TRUNCATED) for b in batches) / n,
-        failed_share=sum(b.outcomes.count_failed() for b in batches) / n,
+        text_bytes=sample.text_bytes,
+        tokens=int(tokens * scale),
+        truncated_share=sum(result.outcomes.count_flag(TRUNCATED) for result in results) / n,
+        failed_share=sum(result.outcomes.count_failed() for result in results) / n,
         docs_per_second=round(len(chosen) / seconds, 1) if chosen else 0.0,
-        seconds=round(seconds * share, 1) if chosen else 0.0,
-        output_bytes=ITEM_BYTES[spec.dtype] * spec.dim * texts,
+        seconds=round(seconds * scale, 1) if chosen else 0.0,
+        output_bytes=vector_bytes * texts,
         redis_bytes=int(window_rows * row_bytes),
         sampled=len(chosen),
     )
 
 
 def sample_of(request: EmbedRequest, max_length: int) -> Sample:
-    """Choose documents evenly from a stream of unknown length, and measure the stream.
+    """Draw a uniform sample from the documents of a request, and sum up their sizes.
 
     Source: Vitter, "Random Sampling with a Reservoir", algorithm R.
     """
@@ -138,7 +138,7 @@ def sample_of(request: EmbedRequest, max_length: int) -> Sample:
     for document in request.documents(RunProgress()):
         sample.texts += 1
         sample.text_bytes += _size(document.text)
-        sample.guessed += _guess(document.text, max_length)
+        sample.guessed_tokens += _guess(document.text, max_length)
         if sample.texts <= SAMPLE:
             sample.documents.append(document)
         elif (at := choose.randrange(sample.texts)) < SAMPLE:
@@ -152,7 +152,3 @@ def _size(text: object) -> int:
 
 def _guess(text: object, max_length: int) -> float:
     return guess_tokens(_size(text), max_length) if refusal(text) is Code.NONE else 0.0
-
-
-def _first(pieces: list[TextBatch], only: bool) -> list[TextBatch]:
-    return pieces[:1] if only else pieces

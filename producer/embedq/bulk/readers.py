@@ -1,11 +1,7 @@
-"""Read jsonl, csv and txt, also compressed, as documents.
+"""Readers of jsonl, csv and txt files, plain or gzipped, that yield one document at a time.
 
-CSV rows with their line numbers; a quote that is never closed costs its own line only.
-
-Documents out of files: jsonl, csv and txt, plain or gzipped, one at a time whatever the size.
-
-A line that cannot be read as a document is a bad line, and the caller decides whether to stop or to
-skip it. A document whose text cannot be embedded is no bad line: it goes on and fails alone.
+A line that cannot be parsed is a bad line: the caller chooses whether to stop or to skip it. A
+document whose text cannot be embedded is not a bad line: it is passed on and fails alone.
 """
 
 from __future__ import annotations
@@ -22,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, Final, cast
 
@@ -31,21 +28,22 @@ from embedq.protocol.contract import MAX_TEXT_BYTES
 
 
 def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield each row, or what is wrong with it, with the number of its first line from 1.
+    """Yield the number of each row's first line, from 1, and the row or its parse error.
 
-    Behind a broken row reading goes on at its second line: with an open quote the row has swallowed
-    many good ones, up to csv.field_size_limit characters. A longer line is broken in any case.
+    After an error, parsing continues at the second line of the broken row, because an unclosed
+    quote makes all following lines part of that row. A line of more than csv.field_size_limit
+    characters is an error.
     """
     source = iter(lines)
-    again: deque[str] = deque()
-    taken: list[str] = []
+    pushed_back: deque[str] = deque()
+    row_lines: list[str] = []
 
     def supply() -> Iterator[str]:
         while True:
-            line = again.popleft() if again else next(source, None)
+            line = pushed_back.popleft() if pushed_back else next(source, None)
             if line is None:
                 return
-            taken.append(line)
+            row_lines.append(line)
             if len(line) > csv.field_size_limit():
                 raise csv.Error(f"line longer than {csv.field_size_limit():,} characters")
             yield line
@@ -53,39 +51,39 @@ def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]
     rows = csv.reader(supply(), strict=True)
     number = 1
     while True:
-        taken.clear()
+        row_lines.clear()
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
             yield number, error
-            again.extendleft(reversed(taken[1:]))
+            pushed_back.extendleft(reversed(row_lines[1:]))
             rows = csv.reader(supply(), strict=True)
             number += 1
             continue
         yield number, row
-        number += len(taken)
+        number += len(row_lines)
 
 
-#: Reads standard input.
+#: Name that stands for standard input.
 STDIN: Final = "-"
 
 
-#: Most bytes of one line; JSON escapes may make a text of the largest size six times as long.
+#: Maximum bytes of one line. JSON escapes make a text up to six times as long.
 MAX_LINE_BYTES: Final = 8 * MAX_TEXT_BYTES
 
 
-#: Input formats by file name ending.
+#: Input formats, which are also the file name endings.
 FORMATS: Final = ("jsonl", "csv", "txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """Where a jsonl or csv file keeps what we need.
+    """Names of the fields of a jsonl file, or columns of a csv file.
 
     Attributes:
-        id: field of the id; a line without it is named by its number.
+        id: field of the id; a document without it gets its line number as id.
         text: field of the text.
     """
 
@@ -94,13 +92,13 @@ class Fields:
 
 
 class BadLine(InputError):
-    """A line that is no document."""
+    """A line that cannot be parsed as a document."""
 
     code = "bad_line"
 
     def __init__(self, source: str, line: int, reason: str) -> None:
         super().__init__(
-            f"{source}, line {line:,}: {reason}. Mend the line, or skip such lines with "
+            f"{source}, line {line:,}: {reason}. Fix the line, or skip such lines with "
             "--on-bad-line skip."
         )
 
@@ -110,13 +108,13 @@ _Items = Generator[Document | BadLine, None, None]
 
 @dataclass(slots=True)
 class Reading:
-    """Progress of reading, for display.
+    """Progress of reading the inputs.
 
     Attributes:
-        total_bytes: size of all inputs on disk, 0 if unknown.
-        bytes_done: of finished inputs.
-        position: tells the offset in the current one.
-        skipped: bad lines left out.
+        total_bytes: size of all inputs on disk; 0 if unknown.
+        bytes_done: size of the inputs that were read completely.
+        position: returns the offset in the current input, in bytes.
+        skipped: number of skipped bad lines.
     """
 
     total_bytes: int = 0
@@ -125,21 +123,21 @@ class Reading:
     skipped: int = 0
 
     def fraction(self) -> float | None:
-        """Return the share of the input read so far, or None if its size is unknown."""
+        """Return the share of all inputs read so far, or None if their size is unknown."""
         if not self.total_bytes:
             return None
         return min(1.0, (self.bytes_done + self.position()) / self.total_bytes)
 
 
-def expand(inputs: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
-    """Turn arguments into files: names, globs and ``-``, in the order given, globs sorted.
+def expand(inputs: Sequence[str], exclude: Sequence[Path] = ()) -> list[str]:
+    """Expand globs into sorted file names, in the order of the inputs.
 
     Args:
-        inputs: as given.
-        own: files of the output, which no glob means.
+        inputs: file names, globs or ``-`` for standard input.
+        exclude: files that globs leave out, such as those of the output.
 
     Raises:
-        InputError: a name matches nothing, is a folder, or cannot be read.
+        InputError: a file does not exist, is a folder, or cannot be read.
     """
     found: list[str] = []
     for name in inputs:
@@ -148,21 +146,21 @@ def expand(inputs: Sequence[str], own: Sequence[Path] = ()) -> list[str]:
             continue
         matches: list[str] = []
         if glob.has_magic(name) and not Path(name).exists():
-            ours = {path.resolve() for path in own}
-            matches = sorted(m for m in glob.glob(name) if Path(m).resolve() not in ours)  # noqa: PTH207 # Path.glob takes no absolute pattern
+            excluded = {path.resolve() for path in exclude}
+            matches = sorted(m for m in glob.glob(name) if Path(m).resolve() not in excluded)  # noqa: PTH207 # Path.glob takes no absolute pattern
         for path in map(Path, matches or [name]):
             _require_readable(path)
             found.append(str(path))
     if found.count(STDIN) > 1:
-        raise InputError("Standard input (-) is named twice; it can be read once.")
+        raise InputError("Standard input (-) is named twice, but can be read only once.")
     return found
 
 
 def format_of(name: str, given: str | None = None) -> str:
-    """Return the format of an input: as given, or by its ending; standard input is jsonl.
+    """Return the format of an input: as given, else by its ending; standard input is jsonl.
 
     Raises:
-        InputError: no such format.
+        InputError: the format or ending is unknown.
     """
     known = ", ".join(FORMATS)
     if given is not None:
@@ -175,7 +173,7 @@ def format_of(name: str, given: str | None = None) -> str:
     suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
         raise InputError(
-            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, or .gz of one. "
+            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, also with .gz. "
             f"Name the format with --format.{did_you_mean(suffix, list(FORMATS))}"
         )
     return suffix
@@ -192,14 +190,14 @@ def read(
     """Yield the documents of all inputs, in order.
 
     Args:
-        inputs: as from expand.
-        fields: where jsonl and csv keep id and text.
-        format: of every input; default: by its ending.
-        skip_bad_lines: count and leave out bad lines instead of raising.
-        reading: updated as reading goes on.
+        inputs: file names, as returned by expand.
+        fields: names of the id and text fields in jsonl and csv.
+        format: format of every input; by default chosen by the ending.
+        skip_bad_lines: skip and count bad lines instead of raising.
+        reading: progress to update.
 
     Raises:
-        BadLine: a line is no document.
+        BadLine: a line cannot be parsed, and skip_bad_lines is false.
         InputError: a file cannot be read.
     """
     reading = reading if reading is not None else Reading()
@@ -210,11 +208,11 @@ def read(
         parse = parsers[format_of(name, format)]
         source = "standard input" if name == STDIN else name
         with _open(name) as raw:
-            reading.position = _teller(raw)
+            reading.position = partial(_offset, raw)
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if name.endswith(".gz") else raw
             try:
                 if name.endswith(".gz") and not raw.peek(1):
-                    raise EOFError("it is empty, which no .gz is")
+                    raise EOFError("it is empty; a .gz file has a header")
                 with closing(parse(stream, source, fields)) as items:
                     for item in items:
                         if isinstance(item, Document):
@@ -225,8 +223,8 @@ def read(
                             raise item
             except (OSError, EOFError, zlib.error) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                raise InputError(f"{source}: cannot be read further ({reason}).") from error
-            if name != STDIN:  # of the file that was read, wherever it is by now
+                raise InputError(f"{source}: reading failed ({reason}).") from error
+            if name != STDIN:  # fstat: the file may have been renamed meanwhile
                 reading.position = int
                 reading.bytes_done += os.fstat(raw.fileno()).st_size
 
@@ -239,7 +237,8 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if not line.strip():
             continue
         try:
-            record = json.loads(line.decode("utf-8", "surrogatepass"))  # bytes would be guessed at
+            # Decoded here, because json would guess the encoding of bytes.
+            record = json.loads(line.decode("utf-8", "surrogatepass"))
         except (ValueError, RecursionError) as error:
             yield BadLine(source, number, f"not JSON ({_reason(error)})")
             continue
@@ -256,13 +255,13 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
                 yield Document(name, record[fields.text])
             else:
                 kind = type(name).__name__
-                reason = f"an id ({fields.id!r}, --id-field) that is a JSON {kind}, not str or int"
+                reason = f"the id ({fields.id!r}, --id-field) is a JSON {kind}, not str or int"
                 yield BadLine(source, number, reason)
 
 
 def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     csv.field_size_limit(MAX_LINE_BYTES)
-    # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
+    # Invalid UTF-8 becomes lone surrogates, so only the texts that contain it fail.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         rows = csv_rows(_text_lines(text))
@@ -272,11 +271,11 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if header:
             yield from _csv_documents(rows, header, source, fields)
     finally:
-        text.detach()  # the stream belongs to the caller
+        text.detach()  # the caller closes the stream
 
 
 def _text_lines(text: IO[str]) -> Iterator[str]:
-    """Yield lines; of one beyond the limit as much as tells that it is."""
+    # A line above the limit is cut one character behind it, so that csv_rows reports it.
     while line := text.readline(MAX_LINE_BYTES + 1):
         yield line
         while len(line) > MAX_LINE_BYTES and not line.endswith(("\r", "\n")):
@@ -308,15 +307,15 @@ def _csv_documents(
 def _txt(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     for number, line in _lines(stream):
         if line is None:
-            text = "x" * (MAX_TEXT_BYTES + 1)  # refused as too large
+            text = "x" * (MAX_TEXT_BYTES + 1)  # fails as too large
         else:
-            # Bytes that are not UTF-8 become lone surrogates, so their text fails alone.
+            # Invalid UTF-8 becomes lone surrogates, so only this text fails.
             text = line.rstrip(b"\r\n").decode(errors="surrogateescape")
         yield Document(number, text, named=False)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (number, line) with the number from 1; None for a line beyond the limit."""
+    # Yields the line number from 1 and the line, or None for a line above the limit.
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1
@@ -339,22 +338,20 @@ def _open(name: str) -> io.BufferedReader:
         return Path(name).open("rb")
     except OSError as error:
         raise InputError(
-            f"{name}: {error.strerror}. Put it back and run the same command again to go on."
+            f"{name}: {error.strerror}. Restore the file and run the same command again to "
+            "continue."
         ) from error
 
 
-def _teller(raw: BinaryIO) -> Callable[[], int]:
-    def tell() -> int:
-        return 0 if raw.closed or not raw.seekable() else raw.tell()
-
-    return tell
+def _offset(raw: BinaryIO) -> int:
+    return 0 if raw.closed or not raw.seekable() else raw.tell()
 
 
 def _require_readable(path: Path) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{path}: is a folder. Name a file, or a glob such as {path}/*.jsonl")
-        if not path.is_fifo():  # the writer of a pipe would take us for its reader
+        if not path.is_fifo():  # opening and closing a pipe would end its writer
             with path.open("rb"):
                 pass
     except OSError as error:
@@ -362,11 +359,11 @@ def _require_readable(path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Say what is wrong with a line of JSON without quoting it."""
+    # Never quotes the line: texts do not appear in messages.
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return "a number of too many digits"
+    return "a number with too many digits"

@@ -1,8 +1,6 @@
-"""What `embedq embed` is asked for, its progress and its summary.
+"""Request, progress and summary of one run of `embedq embed`.
 
-What a person asked `embedq embed` to do. Light: read before Celery is imported.
-
-What a run tells: progress while it lasts, a summary at its end.
+The command imports this module before Celery, so it imports the client for type checking only.
 """
 
 from __future__ import annotations
@@ -24,14 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """What the command was asked to do.
+    """Arguments of `embedq embed`.
 
     Attributes:
-        inputs, output: files; inputs may hold globs and ``-``.
-        fields, format, skip_bad_lines: how the inputs are read.
-        prompt_name, prompt, on_long, accuracy: as in Client.encode.
-        restart: throw away what an earlier run left.
-        pin_engine: refuse to go on with another engine than the one that began (a local run).
+        inputs: file names, globs or ``-`` for standard input.
+        output: file to write; its ending chooses the format.
+        fields, format, skip_bad_lines: see readers.read.
+        prompt_name, prompt, on_long, accuracy: see Client.encode.
+        restart: discard the rows of an earlier run.
+        pin_engine: resume only with the engine that started the output (a local run).
     """
 
     inputs: tuple[str, ...]
@@ -50,12 +49,12 @@ class EmbedRequest:
         """Return the inputs with their globs expanded.
 
         Raises:
-            InputError: as expand.
+            InputError: see readers.expand.
         """
         return expand(self.inputs, writers.own_files(self.output))
 
     def documents(self, progress: RunProgress) -> Iterator[Document]:
-        """Read the inputs."""
+        """Read the documents of all inputs and update the progress."""
         return read(
             self.files(),
             fields=self.fields,
@@ -65,7 +64,7 @@ class EmbedRequest:
         )
 
     def spec(self, client: Client) -> VectorSpec:
-        """Return what will shape the vectors."""
+        """Return the specification of the vectors."""
         return client.spec(
             prompt_name=self.prompt_name,
             prompt=self.prompt,
@@ -76,14 +75,14 @@ class EmbedRequest:
 
 @dataclass(slots=True)
 class RunProgress:
-    """How far a run is; shared with the display.
+    """Progress of a run, for the display.
 
     Attributes:
         reading: position in the inputs.
-        texts, tokens: embedded in this run.
-        truncated, failed: in the whole output.
+        texts, tokens: number of each that this run has processed.
+        truncated, failed: number of such texts in the whole output.
         resumed: texts that an earlier run had finished.
-        started: monotonic seconds of the first publish, None before it.
+        started: monotonic seconds of the first publish; None before it.
     """
 
     reading: Reading = field(default_factory=Reading)
@@ -97,19 +96,19 @@ class RunProgress:
 
 @dataclass(slots=True)
 class RunSummary:
-    """What `--json` prints.
+    """Result of a run, as `--json` prints it.
 
     Attributes:
         total: rows of the output.
-        ok, failed, truncated, rerouted: how many of them.
-        seconds: of the whole command.
-        startup_seconds: until the first batch was published.
-        docs_per_second: texts embedded in this run, from first publish to last row written.
+        ok, failed, truncated, rerouted: rows with this outcome.
+        seconds: duration of the command.
+        startup_seconds: time until the first batch was published.
+        docs_per_second: speed of this run, from the first publish to the last row written.
         devices: texts embedded in this run, by device.
         resumed: rows that an earlier run had finished.
-        skipped_lines: bad lines left out.
-        outputs: files written.
-        updated: with --update, how many documents were new, changed, kept and removed.
+        skipped_lines: number of skipped bad lines.
+        outputs: files of the output.
+        updated: with --update, the number of new, changed, kept and removed documents.
     """
 
     total: int
@@ -127,14 +126,14 @@ class RunSummary:
     updated: dict[str, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the summary for JSON."""
+        """Return the summary as a JSON object."""
         body = asdict(self)
         if self.updated is None:
             del body["updated"]
         return body
 
     def lines(self) -> list[str]:
-        """Return the summary for a person."""
+        """Return the summary as lines of text."""
         parts = [f"{self.total:,} texts in {self.seconds:.1f} s"]
         if self.docs_per_second:
             parts.append(f"{self.docs_per_second:,.0f} docs/s")
@@ -148,17 +147,17 @@ class RunSummary:
 
 
 class ProgressDisplay(Protocol):
-    """Shows a run to a person."""
+    """Interface of the object that shows the progress of a run."""
 
     def update(self, progress: RunProgress) -> None:
-        """Show how far the run is; called after each batch."""
+        """Show the progress; called after each batch."""
 
     def note(self, message: str) -> None:
-        """Show a sentence."""
+        """Show a message."""
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in its two largest units; a value that is not finite counts as 0."""
+    """Format a duration in its two largest units; inf and NaN count as 0."""
     known = seconds if isfinite(seconds) else 0
     minutes, rest = divmod(max(0, int(known)), 60)
     hours, minutes = divmod(minutes, 60)

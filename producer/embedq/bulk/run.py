@@ -1,11 +1,7 @@
-"""Run `embedq embed`.
+"""Run of `embedq embed`: sends documents through a job and writes rows and items to disk.
 
-Documents -> numbered pieces: a batch with the names and hashes of its documents.
-
-The digest of a piece covers everything before it too, so one comparison tells whether an input is
-still the one that an output was made of.
-
-`embedq embed` as a whole: documents in, batches through a job, rows and items onto disk.
+The digest of a batch covers all documents up to its end, so one comparison shows whether the input
+of a resumed run is the one that its output was made from.
 """
 
 from __future__ import annotations
@@ -35,13 +31,13 @@ from embedq.jobs.batches import BatchResult, Document, TextBatch
 from embedq.protocol.contract import MAX_TEXT_BYTES, Code, Status, VectorSpec, refusal
 from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable
 
-#: Hex characters of a text's hash in the items: 64 bits, so that two versions of a document never
-#: share one in practice.
+#: Hex characters of a text hash in the items. 64 bits avoid collisions between the versions of a
+#: document in practice.
 HASH_CHARACTERS = 16
 
 
-#: Takes the place of a refused text: refused for the same reason, and one for all.
-_STAND_INS: dict[Code, object] = {
+#: Replaces a refused text with a shared one that is refused for the same reason, to save memory.
+_PLACEHOLDERS: dict[Code, object] = {
     Code.NOT_A_STRING: None,
     Code.TEXT_TOO_LARGE: "x" * (MAX_TEXT_BYTES + 1),
     Code.NUL_CHARACTER: "\0",
@@ -51,13 +47,13 @@ _STAND_INS: dict[Code, object] = {
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """A batch on its way.
+    """A batch of texts with the documents that they come from.
 
     Attributes:
         slice: the texts.
-        documents: where they come from; a refused one has a small text that is refused as well.
-        hashes: of each text; empty for a refused one.
-        digest: of all documents up to the end of this piece.
+        documents: the documents; a refused text is replaced by a placeholder.
+        hashes: hash of each text; empty for a refused text.
+        digest: hash over all documents up to the end of this batch.
     """
 
     slice: TextBatch
@@ -69,39 +65,38 @@ class InputBatch:
 def iter_batches(
     documents: Iterable[Document], split: Callable[[Iterable[object]], Iterator[TextBatch]]
 ) -> Iterator[InputBatch]:
-    """Cut documents into pieces.
+    """Yield batches of documents in order.
 
     Args:
-        documents: in order.
+        documents: the documents.
         split: cuts texts into batches.
     """
     waiting: list[Document] = []
 
     def texts() -> Iterator[object]:
-        for document in map(_slim, documents):
+        for document in map(_without_refused_text, documents):
             waiting.append(document)
             yield document.text
 
     digest = ""
-    for part in split(texts()):
-        n = len(part)
-        here, waiting[:n] = waiting[:n], []
+    for batch in split(texts()):
+        n = len(batch)
+        batch_documents, waiting[:n] = waiting[:n], []
         hashes = [
-            "" if offset in part.refused else text_hash(text)
-            for offset, text in enumerate(part.texts)
+            "" if offset in batch.refused else text_hash(text)
+            for offset, text in enumerate(batch.texts)
         ]
-        digest = _chain(digest, here, hashes)
-        yield InputBatch(part, here, hashes, digest)
+        digest = _chain(digest, batch_documents, hashes)
+        yield InputBatch(batch, batch_documents, hashes, digest)
 
 
-def _slim(document: Document) -> Document:
-    """Return a document without the text that nobody will embed: a batch may hold 4,096 of them."""
+def _without_refused_text(document: Document) -> Document:
     code = refusal(document.text)
-    return document if code is Code.NONE else replace(document, text=_STAND_INS[code])
+    return document if code is Code.NONE else replace(document, text=_PLACEHOLDERS[code])
 
 
 def text_hash(text: str) -> str:
-    """Return the hash by which a text is known in the items."""
+    """Return the hash that identifies a text in the items."""
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARACTERS]
 
 
@@ -111,15 +106,19 @@ def _chain(before: str, documents: list[Document], hashes: list[str]) -> str:
     return state.hexdigest()
 
 
-#: A checkpoint is due after this many seconds, or this share of the window of batches.
-CHECKPOINT_EVERY_S, CHECKPOINT_SHARE = 5.0, 0.25
+#: Maximum time between two checkpoints, in seconds.
+CHECKPOINT_EVERY_S = 5.0
+
+
+#: Maximum number of batches between two checkpoints, as a share of the window.
+CHECKPOINT_SHARE = 0.25
 
 
 _FLAGS = (("truncated", TRUNCATED), ("rerouted", REROUTED))
 
 
 class EmbedRun:
-    """One run of the command."""
+    """One run of the command, without --update."""
 
     def __init__(
         self,
@@ -133,11 +132,11 @@ class EmbedRun:
         """Prepare a run.
 
         Args:
-            client: to publish with.
-            request: what to do.
-            display: shows progress.
-            began: monotonic seconds at which the command began.
-            documents: what to embed instead of everything in the inputs.
+            client: client that publishes the batches.
+            request: arguments of the command.
+            display: shows the progress.
+            began: monotonic seconds at which the command started.
+            documents: returns the documents to embed; by default all of the inputs.
         """
         self._client = client
         self._request = request
@@ -147,144 +146,143 @@ class EmbedRun:
         self._path = manifest_path(request.output)
         self._progress = RunProgress()
         self._devices: Counter[str] = Counter()
-        self._on_the_way: dict[int, InputBatch] = {}
-        self._refusals: set[tuple[str, str]] = set()
+        self._in_flight: dict[int, InputBatch] = {}
+        self._shown_failures: set[tuple[str, str]] = set()
 
     def run(self) -> RunSummary:
-        """Embed everything that the output does not hold yet.
+        """Embed all documents whose rows are not on disk yet, and finish the output.
 
         Raises:
-            InputError: an input or the output cannot be used.
+            InputError: an input cannot be read, or the output cannot be written.
             InputChanged: an input or a setting changed since the last run.
-            QueueUnavailable, NoWorker, ResultError: as Client.encode.
+            QueueUnavailable, NoWorker, ResultError: see Client.encode.
         """
         output = self._request.output
         writers.require_writable(output)
         spec = self._request.spec(self._client)
         with lock_output(output):
-            manifest = self._manifest(spec)
+            manifest = self._open_manifest(spec)
             if manifest.embedded:
                 self._require_unchanged(manifest, spec)
-                self._display.note(f"{output} is complete already; nothing to embed.")
+                self._display.note(f"{output} is already complete; nothing to embed.")
             else:
-                # First, as opening cuts the spools to what this manifest vouches for.
+                # First, because opening the partial files cuts them to the length in the manifest.
                 manifest.save(self._path)
-                spool = PartialWriter(output, manifest)
+                writer = PartialWriter(output, manifest)
                 try:
-                    self._embed(manifest, spec, spool)
+                    self._embed(manifest, spec, writer)
                 finally:
-                    spool.close()
+                    writer.close()
             return self._summary(manifest, finish(output, manifest, spec.dim))
 
-    def _embed(self, manifest: Manifest, spec: VectorSpec, spool: PartialWriter) -> None:
+    def _embed(self, manifest: Manifest, spec: VectorSpec, writer: PartialWriter) -> None:
         per_checkpoint = max(1, int(self._client.window() * CHECKPOINT_SHARE))
         job = self._client.job(
-            self._missing(manifest, spec),
+            self._remaining(manifest, spec),
             spec,
             label=self._request.output.name.encode(errors="replace").decode(),
-            # What is not on disk yet counts as in flight, so that a kill costs one window at most.
+            # Rows that are not on disk count as in flight, so that a kill costs at most one window.
             spare=per_checkpoint,
             refusable=False,
         )
         manifest.job = job.id
         manifest.save(self._path)
         unsaved, saved_at = 0, time.monotonic()
-        for batch in job.batches():
-            piece = self._on_the_way.pop(batch.slice.index)
-            self._write(spool, manifest, piece, batch)
+        for result in job.batches():
+            batch = self._in_flight.pop(result.slice.index)
+            self._write(writer, manifest, batch, result)
             unsaved += 1
             if unsaved >= per_checkpoint or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
-                self._checkpoint(manifest, spool)
+                self._checkpoint(manifest, writer)
                 unsaved, saved_at = 0, time.monotonic()
             self._display.update(self._progress)
-        self._checkpoint(manifest, spool)
+        self._checkpoint(manifest, writer)
 
-    def _manifest(self, spec: VectorSpec) -> Manifest:
-        """Return the manifest to go on from: the one beside the output, or a new one."""
+    def _open_manifest(self, spec: VectorSpec) -> Manifest:
         output = self._request.output
         fresh = fresh_manifest(self._client, self._request, spec)
         if self._request.restart:
-            with suppress(InputError):  # a damaged manifest is one more reason to start over
-                self._forget_old_job(Manifest.load(self._path))
+            with suppress(InputError):  # a restart replaces a damaged manifest
+                self._cancel_old_job(Manifest.load(self._path))
             return fresh
         found = Manifest.load(self._path)
         if found is not None:
             found.check_compatible(fresh)
             found.settings, found.inputs = fresh.settings, fresh.inputs
-            self._forget_old_job(found)
+            self._cancel_old_job(found)
             self._progress.resumed = found.rows
             self._progress.truncated = found.counts["truncated"]
             self._progress.failed = found.counts["failed"]
             return found
         for path in filter(Path.exists, writers.files_of(output)):
             raise InputError(
-                f"{path}: exists and has no manifest beside it, so it is not an unfinished "
-                "output of this command. Name another, or replace it with --restart."
+                f"{path}: exists without a manifest, so it is not an unfinished output of this "
+                "command. Name another output, or replace this one with --restart."
             )
         return fresh
 
-    def _forget_old_job(self, manifest: Manifest | None) -> None:
-        """Drop what a killed run left in the queue: its batches are published anew."""
+    def _cancel_old_job(self, manifest: Manifest | None) -> None:
+        # This run publishes the batches that a killed run left in the queue again.
         if manifest is not None and manifest.job:
             self._client.forget(manifest.job)
             manifest.job = ""
 
-    def _missing(self, manifest: Manifest, spec: VectorSpec) -> Iterator[TextBatch]:
-        """Yield the batches that the output lacks, after checking those that it holds."""
-        held = manifest.batches
+    def _remaining(self, manifest: Manifest, spec: VectorSpec) -> Iterator[TextBatch]:
+        n_done = manifest.batches
         last = -1
-        for piece in self._pieces(spec):
-            last = piece.slice.index
-            if last < held:
-                if last == held - 1 and piece.digest != manifest.digest:
+        for batch in self._input_batches(spec):
+            last = batch.slice.index
+            if last < n_done:
+                if last == n_done - 1 and batch.digest != manifest.digest:
                     raise _changed(manifest)
                 continue
             if self._progress.started is None:
                 self._progress.started = time.monotonic()
-            self._on_the_way[last] = piece
-            yield piece.slice
-        if last + 1 < held:
+            self._in_flight[last] = batch
+            yield batch.slice
+        if last + 1 < n_done:
             raise _changed(manifest)
 
     def _require_unchanged(self, manifest: Manifest, spec: VectorSpec) -> None:
         rows, digest = 0, ""
-        for piece in self._pieces(spec):
-            rows, digest = rows + len(piece.slice), piece.digest
+        for batch in self._input_batches(spec):
+            rows, digest = rows + len(batch.slice), batch.digest
         if (rows, digest) != (manifest.rows, manifest.digest):
             raise InputChanged(
-                f"{self._request.output} is complete, and the input has changed since: it has "
-                f"{rows:,} documents now, {manifest.rows:,} then. Bring it up to date with "
+                f"{self._request.output} is complete, but its input has changed: it has {rows:,} "
+                f"documents now and had {manifest.rows:,}. Bring the output up to date with "
                 "--update, or start over with --restart."
             )
 
-    def _pieces(self, spec: VectorSpec) -> Iterator[InputBatch]:
+    def _input_batches(self, spec: VectorSpec) -> Iterator[InputBatch]:
         documents = self._documents(self._progress)
         return iter_batches(documents, lambda texts: self._client.split(texts, spec))
 
     def _write(
-        self, spool: PartialWriter, manifest: Manifest, piece: InputBatch, batch: BatchResult
+        self, writer: PartialWriter, manifest: Manifest, batch: InputBatch, result: BatchResult
     ) -> None:
-        if batch.failure and batch.failure not in self._refusals:
-            self._refusals.add(batch.failure)
-            self._display.note(f"A batch was refused ({batch.failure[0]}): {batch.failure[1]}")
-        spool.write(batch.vectors, list(item_lines(manifest.rows, piece, batch.outcomes)))
-        outcomes, counts, progress = batch.outcomes, manifest.counts, self._progress
+        if result.failure and result.failure not in self._shown_failures:
+            self._shown_failures.add(result.failure)
+            code, detail = result.failure
+            self._display.note(f"A worker refused a batch ({code}): {detail}")
+        outcomes, counts, progress = result.outcomes, manifest.counts, self._progress
+        writer.write(result.vectors, list(item_lines(manifest.rows, batch, outcomes)))
         for (status, device, _, _), n in outcomes.count_kinds():
             counts[status] += n
             if device and status == Status.OK:
                 self._devices[device] += n
         for name, flag in _FLAGS:
             counts[name] += outcomes.count_flag(flag)
-        tokens = int(outcomes.n_tokens.sum())
-        manifest.rows += len(batch.slice)
+        rows, tokens = len(batch.slice), int(outcomes.n_tokens.sum())
+        manifest.rows += rows
         manifest.tokens += tokens
-        manifest.batches, manifest.digest = batch.slice.index + 1, piece.digest
-        progress.texts += len(batch.slice)
+        manifest.batches, manifest.digest = batch.slice.index + 1, batch.digest
+        progress.texts += rows
         progress.tokens += tokens
         progress.truncated, progress.failed = counts["truncated"], counts["failed"]
 
-    def _checkpoint(self, manifest: Manifest, spool: PartialWriter) -> None:
-        manifest.vectors_bytes, manifest.items_bytes = spool.sync()
+    def _checkpoint(self, manifest: Manifest, writer: PartialWriter) -> None:
+        manifest.vectors_bytes, manifest.items_bytes = writer.sync()
         manifest.skipped = self._progress.reading.skipped
         manifest.save(self._path)
 
@@ -308,23 +306,23 @@ class EmbedRun:
 
 
 def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
-    """Turn complete spools into the output, unless that is done; it may be killed and repeated.
+    """Turn complete partial files into the output if not done yet; safe to repeat after a kill.
 
     Returns:
         The files of the output.
 
     Raises:
-        InputError: the output cannot be written, something cut the spools, or the output is missing
-            although it was finished.
+        InputError: the output cannot be written, a partial file is too short, or a finished output
+            is missing.
     """
-    spool = PartialFiles(output)
+    partial = PartialFiles(output)
     if manifest.complete:
-        spool.remove()  # of an update that was killed before its manifest vouched for them
+        partial.remove()  # left by an update that was killed before it saved its manifest
     else:
-        spool.require_whole(manifest)
+        partial.check_lengths(manifest)
         manifest.embedded, manifest.job = True, ""
         manifest.save(manifest_path(output))
-    written = writers.finalize(output, spool, manifest.rows, dim, manifest.dtype)
+    written = writers.finalize(output, partial, manifest.rows, dim, manifest.dtype)
     if not manifest.complete:
         manifest.complete = True
         manifest.save(manifest_path(output))
@@ -332,18 +330,18 @@ def finish(output: Path, manifest: Manifest, dim: int) -> list[Path]:
 
 
 def fresh_manifest(client: Client, request: EmbedRequest, spec: VectorSpec) -> Manifest:
-    """Return the manifest of an output that nothing was done for yet."""
+    """Return the manifest of an output without rows."""
     settings = {
         key: str(value) if isinstance(value, str) else value
         for key, value in spec._asdict().items()
-        if value or key != "quantized"  # manifests of an older embedq know no such word
+        if value or key != "quantized"  # manifests of older versions lack this key
     }
     settings["model_label"] = client.model_info().label
     settings["batch_texts"] = client.settings.batch_texts
-    # A fleet that has changed must not change the split of what is half done.
+    # The split of an unfinished output must not change with the fleet.
     before = None if request.restart else Manifest.load(manifest_path(request.output))
-    if before is not None and isinstance(kept := before.settings.get("batch_tokens"), int):
-        client.keep_batch_tokens(kept)
+    if before is not None and isinstance(tokens := before.settings.get("batch_tokens"), int):
+        client.keep_batch_tokens(tokens)
     client.keep_batch_tokens(client.batch_tokens(spec))
     settings["batch_tokens"] = client.batch_tokens(spec)
     inputs = {
@@ -356,15 +354,15 @@ def fresh_manifest(client: Client, request: EmbedRequest, spec: VectorSpec) -> M
     return Manifest(settings, inputs, client.engine() if request.pin_engine else {})
 
 
-def item_lines(first_row: int, piece: InputBatch, outcomes: OutcomeTable) -> Iterator[str]:
-    """Yield one line of JSON per document: row, id, outcome and the hash of its text."""
-    parts = zip(piece.documents, outcomes.as_dicts(), piece.hashes, strict=True)
+def item_lines(first_row: int, batch: InputBatch, outcomes: OutcomeTable) -> Iterator[str]:
+    """Yield one line of JSON per document: row, id, outcome and text hash."""
+    parts = zip(batch.documents, outcomes.as_dicts(), batch.hashes, strict=True)
     for row, (document, outcome, digest) in enumerate(parts, first_row):
         yield json.dumps({"row": row, "id": document.id, **outcome, "text_hash": digest}) + "\n"
 
 
 def _changed(manifest: Manifest) -> InputChanged:
     return InputChanged(
-        f"The first {manifest.rows:,} documents of the input are not the ones that the output was "
-        "made of. Give the same input, or start over with --restart."
+        f"The first {manifest.rows:,} documents of the input differ from those that the output was "
+        "made from. Give the same input, or start over with --restart."
     )

@@ -1,4 +1,7 @@
-"""The nearest rows of an output: for looking at results, not a vector database."""
+"""`embedq search`: finds the rows of an .npy output that are nearest to a query.
+
+It scans all rows; it inspects results and does not replace a vector database.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from embedq.bulk.writers import format_of, sidecar_path
 from embedq.errors import InputError
 from embedq.protocol.values import Vectors
 
-#: Rows compared at a time.
+#: Number of rows compared at a time.
 CHUNK_ROWS: Final = 65_536
 
 
@@ -22,9 +25,9 @@ class Hit(NamedTuple):
     """One of the nearest rows.
 
     Attributes:
-        row: in the output.
-        id: of its document.
-        score: cosine to the query.
+        row: index in the output.
+        id: id of the document.
+        score: cosine similarity to the query.
     """
 
     row: int
@@ -33,34 +36,34 @@ class Hit(NamedTuple):
 
 
 def load_manifest(vectors: Path) -> Manifest:
-    """Return the manifest of a finished npy output.
+    """Read the manifest of a finished npy output.
 
     Raises:
-        InputError: there is none, it is unfinished, or the output is of another format.
+        InputError: the output has another format, is unfinished, or lacks its manifest.
     """
     if format_of(vectors) != "npy":
-        raise InputError(f"{vectors}: search reads .npy outputs.")
+        raise InputError(f"{vectors}: search reads .npy outputs only. Name one, or embed into one.")
     manifest = Manifest.load(manifest_path(vectors))
     if manifest is not None and not manifest.complete:
         raise InputError(f"{vectors}: is not finished. Run its `embedq embed` command again.")
     if manifest is None or not vectors.exists():
         raise InputError(
-            f"{vectors}: no output of `embedq embed` (it and {manifest_path(vectors).name} "
-            "belong together)."
+            f"{vectors}: not an output of `embedq embed`; the file and its manifest "
+            f"{manifest_path(vectors).name} must both exist. Run `embedq embed` first."
         )
     return manifest
 
 
 def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
-    """Return the k rows nearest to a query, best first; failed rows never match.
+    """Return the k rows nearest to a query, best first, without failed rows.
 
     Args:
-        vectors: a finished npy output, float32 [n, D].
-        query: float32 [D].
-        k: how many.
+        vectors: path of a finished npy output, float32 or float16 [n, D].
+        query: vector, float32 [D].
+        k: maximum number of rows.
 
     Raises:
-        InputError: the output or its sidecar is damaged.
+        InputError: the output or its items file is damaged.
     """
     try:
         rows: Vectors = np.load(vectors, mmap_mode="r")
@@ -82,7 +85,9 @@ def nearest_rows(vectors: Path, query: Vectors, k: int) -> list[Hit]:
 
 
 def _damaged(path: Path) -> InputError:
-    return InputError(f"{path}: is not what embedq wrote. Put it back, or embed with --restart.")
+    return InputError(
+        f"{path}: lacks the format that embedq writes. Restore it, or embed with --restart."
+    )
 
 
 def _ids(sidecar: Path, wanted: set[int]) -> dict[int, str | int]:

@@ -1,4 +1,7 @@
-"""Spools -> the output a person asked for: npy with its sidecar, jsonl or parquet. Streams."""
+"""Writers that turn partial files into an output: npy with its items file, jsonl or parquet.
+
+They stream, so their memory does not grow with the output.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from embedq.errors import InputError, did_you_mean, writing
 from embedq.protocol.contract import Dtype
 from embedq.protocol.values import DESCRIPTIONS, ITEM_BYTES, Vectors
 
-#: Rows converted at a time.
+#: Number of rows converted at a time.
 CHUNK_ROWS: Final = 4_096
 
 
-#: Bytes of what the longest name of a file beside an output has more than the output's.
+#: Bytes of the longest suffix that a file beside an output adds to its name.
 LONGEST_SUFFIX: Final = len(".update.npy.vectors.partial")
 
 
@@ -29,7 +32,7 @@ def format_of(output: Path) -> str:
     """Return the format of an output by its ending.
 
     Raises:
-        InputError: no such format.
+        InputError: the ending is unknown.
     """
     suffix = output.suffix.removeprefix(".").lower()
     if suffix not in _FINISHERS:
@@ -42,30 +45,30 @@ def format_of(output: Path) -> str:
 
 
 def sidecar_path(output: Path) -> Path:
-    """Return where the items of an npy output are: OUTPUT.npy -> OUTPUT.items.jsonl."""
+    """Return the path of the items of an npy output: OUTPUT.npy -> OUTPUT.items.jsonl."""
     return output.with_suffix(".items.jsonl")
 
 
 def files_of(output: Path) -> list[Path]:
-    """Return every file that an output consists of."""
+    """Return all files of an output."""
     return [output, sidecar_path(output)] if format_of(output) == "npy" else [output]
 
 
 def delta_path(output: Path) -> Path:
-    """Return where an update of an output keeps what it embeds anew."""
+    """Return the path of the delta output, which holds the rows that an update embeds."""
     return output.with_name(output.name + ".update.npy")
 
 
 def own_files(output: Path) -> list[Path]:
-    """Return the files of an output, and those that a killed update of it leaves."""
+    """Return the files of an output and of its delta output."""
     return [*files_of(output), *files_of(delta_path(output))]
 
 
 def check_not_an_input(output: Path, inputs: Sequence[str]) -> None:
-    """Check that no file of the output is one of the inputs.
+    """Check that no file of the output is an input.
 
     Raises:
-        InputError: one is.
+        InputError: one is an input.
     """
     for path in filter(Path.exists, files_of(output)):
         if any(name != STDIN and path.samefile(name) for name in inputs):
@@ -73,23 +76,23 @@ def check_not_an_input(output: Path, inputs: Sequence[str]) -> None:
 
 
 def require_writable(output: Path) -> None:
-    """Check before any work that the output can be written.
+    """Check that the output can be written, before any work is done.
 
     Raises:
-        InputError: it is a folder, its folder is missing or read-only, its name is too long, or its
-            format is unknown.
+        InputError: the output is a folder, its folder is missing or read-only, its name is too
+            long, its format is unknown, or pyarrow is missing.
     """
     kind = format_of(output)
     if not output.parent.is_dir():
         raise InputError(f"{output.parent}: no such folder. Create it: mkdir -p {output.parent}")
     if not os.access(output.parent, os.W_OK):
-        raise InputError(f"{output.parent}: this folder cannot be written to.")
+        raise InputError(f"{output.parent}: this folder is not writable. Choose another folder.")
     size = len(os.fsencode(output.name))
     most = os.pathconf(output.parent, "PC_NAME_MAX") - LONGEST_SUFFIX
     if size > most:
         raise InputError(
-            f"{output}: its name has {size:,} bytes; the limit is {most:,}, for files beside it "
-            "have longer ones. Choose a shorter name."
+            f"{output}: its name has {size:,} bytes; the limit is {most:,}, because files beside "
+            "it have longer names. Choose a shorter name."
         )
     if output.is_dir():
         raise InputError(f"{output}: is a folder. Name a file in it, such as {output}/vectors.npy")
@@ -98,44 +101,44 @@ def require_writable(output: Path) -> None:
 
 
 def finalize(
-    output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32
+    output: Path, partial: PartialFiles, rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32
 ) -> list[Path]:
-    """Turn complete spools into the output and remove them; goes on where a killed call stopped.
+    """Turn complete partial files into the output and remove them; safe to repeat after a kill.
 
     Returns:
         The files of the output.
 
     Raises:
-        InputError: the output cannot be written, there are neither spools nor output, or an npy has
-            another size than it should.
+        InputError: the output cannot be written, partial files and output are both missing, or an
+            npy output has the wrong size.
     """
     kind = format_of(output)
-    if spool.vectors_path.exists():
-        _FINISHERS[kind](output, spool, rows, dim, dtype)
-    spool.remove()
+    if partial.vectors_path.exists():
+        _FINISHERS[kind](output, partial, rows, dim, dtype)
+    partial.remove()
     written = files_of(output)
     for path in written:
         if not path.exists():
             raise InputError(
-                f"{path}: is gone, and its manifest says that it was finished. Put it back, or "
-                "start over with --restart."
+                f"{path}: is missing, although its manifest says that it is finished. Restore it, "
+                "or start over with --restart."
             )
     size, expected = output.stat().st_size, NPY_HEADER_BYTES + ITEM_BYTES[dtype] * dim * rows
     if kind == "npy" and size != expected:
         raise InputError(
-            f"{output}: has {size:,} bytes where its manifest says {expected:,}; something else "
-            "changed it. Put it back, or start over with --restart."
+            f"{output}: has {size:,} bytes where its manifest says {expected:,}; another program "
+            "changed it. Restore it, or start over with --restart."
         )
     return written
 
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """A finished output as an npy file and its items.
+    """A finished output as an npy file and an items file.
 
     Attributes:
-        vectors_path: float32 or float16 [n, D] as npy.
-        items_path: one JSON object a line, in row order, without vectors.
+        vectors_path: npy file, float32 or float16 [n, D].
+        items_path: one JSON object per line, in row order, without vectors.
     """
 
     vectors_path: Path
@@ -143,25 +146,24 @@ class Unpacked:
 
 
 def open_rows(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Unpacked:
-    """Give random access to the rows of a finished output, of whatever format.
+    """Convert a finished output of any format to an npy file and an items file.
 
     Args:
-        output: the output; an npy is used in place.
-        folder: for copies of the others, thrown away by the caller.
+        output: the output; an npy output is used in place.
+        folder: folder for converted files; the caller deletes it.
         dim: components of a vector.
-        dtype: of the output.
+        dtype: type of the vectors in the output.
 
     Raises:
-        InputError: the output is damaged or was changed by something else.
+        InputError: the output is damaged.
     """
-    kind = format_of(output)
-    if kind == "npy":
+    if format_of(output) == "npy":
         return Unpacked(output, sidecar_path(output))
-    read = {"jsonl": _read_jsonl, "parquet": _read_parquet}[kind]
+    read = {"jsonl": _read_jsonl, "parquet": _read_parquet}[format_of(output)]
     unpacked = Unpacked(folder / "old.npy", folder / "old.items.jsonl")
     rows = 0
-    kind_of_row = DESCRIPTIONS[dtype]
-    missing = np.full(dim, np.nan, kind_of_row)
+    row_type = DESCRIPTIONS[dtype]
+    failed = np.full(dim, np.nan, row_type)
     with (
         writing(output),
         unpacked.vectors_path.open("wb") as vectors,
@@ -171,14 +173,14 @@ def open_rows(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32
         try:
             for rows, item in enumerate(read(output), 1):
                 vector = item.pop("vector")
-                row = missing if vector is None else np.array(vector, kind_of_row)
+                row = failed if vector is None else np.array(vector, row_type)
                 if row.shape != (dim,):
-                    raise ValueError(f"Row {rows - 1} has not {dim} components.")
+                    raise ValueError(f"Row {rows - 1} has shape {row.shape}, expected ({dim},).")
                 vectors.write(row.tobytes())
                 items.write(json.dumps(item) + "\n")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{output}: is not what embedq wrote. Start over with --restart."
+                f"{output}: lacks the format that embedq writes. Start over with --restart."
             ) from error
         vectors.seek(0)
         vectors.write(npy_header(rows, dim, dtype))
@@ -198,21 +200,21 @@ def _read_parquet(output: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _finish_npy(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
-    with writing(output), spool.vectors_path.open("r+b") as vectors:
+def _finish_npy(output: Path, partial: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
+    with writing(output), partial.vectors_path.open("r+b") as vectors:
         vectors.write(npy_header(rows, dim, dtype))
         vectors.flush()
         os.fsync(vectors.fileno())
-        # The sidecar first: an npy without its sidecar must not be seen.
-        if spool.items_path.exists():
-            spool.items_path.replace(sidecar_path(output))
-        spool.vectors_path.replace(output)
+        # Items first: readers must never see an npy without its items.
+        if partial.items_path.exists():
+            partial.items_path.replace(sidecar_path(output))
+        partial.vectors_path.replace(output)
 
 
-def _finish_jsonl(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
+def _finish_jsonl(output: Path, partial: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
     temporary = output.with_name(output.name + ".tmp")
     with writing(output), temporary.open("w", encoding="utf-8") as out:
-        for items, vectors in _chunks(spool, dim, dtype):
+        for items, vectors in _chunks(partial, dim, dtype):
             for item, vector in zip(items, vectors, strict=True):
                 item["vector"] = vector.tolist() if item["status"] == "ok" else None
                 out.write(json.dumps(item) + "\n")
@@ -221,19 +223,19 @@ def _finish_jsonl(output: Path, spool: PartialFiles, rows: int, dim: int, dtype:
         temporary.replace(output)
 
 
-def _finish_parquet(output: Path, spool: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
+def _finish_parquet(output: Path, partial: PartialFiles, rows: int, dim: int, dtype: Dtype) -> None:
     pa, pq = _pyarrow()
     temporary = output.with_name(output.name + ".tmp")
-    # Few readers of Parquet know float16, so its values are spelled as float32.
+    # Few readers of Parquet support float16, so its values are written as float32.
     kind = pa.list_(pa.float32(), dim)
     writer = None
     with writing(output):
-        for items, vectors in _chunks(spool, dim, dtype):
+        for items, vectors in _chunks(partial, dim, dtype):
             columns = {key: [item[key] for item in items] for key in items[0]}
             columns["id"] = [_as_utf8(str(name)) for name in columns["id"]]
             values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1), pa.float32())
-            missing = pa.array([item["status"] != "ok" for item in items])
-            columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=missing)
+            failed = pa.array([item["status"] != "ok" for item in items])
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=failed)
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(temporary, table.schema)
             writer.write_table(table)
@@ -254,12 +256,11 @@ _FINISHERS: dict[str, Callable[[Path, PartialFiles, int, int, Dtype], None]] = {
 
 
 def _chunks(
-    spool: PartialFiles, dim: int, dtype: Dtype
+    partial: PartialFiles, dim: int, dtype: Dtype
 ) -> Iterator[tuple[list[dict[str, Any]], Vectors]]:
-    """Yield items and their vectors, a bounded number of rows at a time."""
     with (
-        spool.items_path.open(encoding="utf-8") as items,
-        spool.vectors_path.open("rb") as vectors,
+        partial.items_path.open(encoding="utf-8") as items,
+        partial.vectors_path.open("rb") as vectors,
     ):
         vectors.seek(NPY_HEADER_BYTES)
         while lines := [line for _, line in zip(range(CHUNK_ROWS), items, strict=False)]:
@@ -271,13 +272,13 @@ def _chunks(
 
 
 def _as_utf8(name: str) -> str:
-    """Spell out what Parquet cannot hold: half of a surrogate pair, or a byte that was no UTF-8."""
+    # Parquet strings hold no lone surrogates, which stand for invalid UTF-8 in an id.
     return name.encode(errors="backslashreplace").decode()
 
 
 def _pyarrow() -> tuple[Any, Any]:
     try:
-        import pyarrow  # an optional extra, heavy
+        import pyarrow  # optional and slow to import
         import pyarrow.parquet
     except ImportError:
         raise InputError("Parquet needs pyarrow. Run: pip install 'embedq[parquet]'") from None

@@ -26,8 +26,8 @@ from embedq.testing import stub_vectors
         (["broken.jsonl", "-o", "new.npy"], "broken.jsonl, line 2: not JSON"),
         (["fields.jsonl", "-o", "new.npy"], "Did you mean txt?"),
         (["out.items.jsonl", "-o", "out.npy"], "is an input and would be overwritten"),
-        (["in.txt", "-o", "same.jsonl"], "exists and has no manifest beside it"),
-        (["in.txt", "-o", "out.npy"], "out.items.jsonl: exists and has no manifest beside it"),
+        (["in.txt", "-o", "same.jsonl"], "exists without a manifest"),
+        (["in.txt", "-o", "out.npy"], "out.items.jsonl: exists without a manifest"),
         (["same.jsonl", "-o", "same.jsonl", "--restart"], "is an input and would be overwritten"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -59,7 +59,7 @@ def test_unwritable_folder_is_one_line(command: Command) -> None:
     done = command("embed", source, "-o", "sealed/out.npy")
 
     assert done.returncode == 3
-    assert "this folder cannot be written to" in one_line(done)
+    assert "this folder is not writable" in one_line(done)
 
 
 @pytest.mark.parametrize(

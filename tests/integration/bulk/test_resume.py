@@ -175,7 +175,7 @@ def test_changed_setting_is_refused_by_name(
 
     with (
         Client(settings=shared_redis.settings(**{**SMALL, **settings})) as other,
-        pytest.raises(InputChanged, match=rf"begun with (setting|input) {name} = .*--restart"),
+        pytest.raises(InputChanged, match=rf"started with (setting|input) {name} = .*--restart"),
     ):
         embed(other, source, output, **options)
 
@@ -246,7 +246,7 @@ def test_appending_to_a_complete_input_names_update(
     embed(small, source, output)
     write_jsonl(source, documents(201))
 
-    with pytest.raises(InputChanged, match=r"201 documents now, 200 then.*--update"):
+    with pytest.raises(InputChanged, match=r"201 documents now and had 200.*--update"):
         embed(small, source, output)
 
 
@@ -263,7 +263,7 @@ def test_complete_output_is_left_alone(
     assert (summary.total, summary.resumed, summary.docs_per_second) == (200, 200, 0.0)
     assert output.stat() == before
     assert work.texts() == 0
-    assert display.notes == [f"{output} is complete already; nothing to embed."]
+    assert display.notes == [f"{output} is already complete; nothing to embed."]
 
 
 def test_lost_output_is_not_called_complete(small: Client, source: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_lost_output_is_not_called_complete(small: Client, source: Path, tmp_pat
     embed(small, source, output)
     output.unlink()
 
-    with pytest.raises(InputError, match=r"out\.npy: is gone.*--restart"):
+    with pytest.raises(InputError, match=r"out\.npy: is missing.*--restart"):
         embed(small, source, output)
 
 
@@ -403,7 +403,7 @@ def test_foreign_file_is_not_overwritten(small: Client, source: Path, tmp_path: 
     output = tmp_path / "out.npy"
     output.write_bytes(b"precious")
 
-    with pytest.raises(InputError, match="has no manifest"):
+    with pytest.raises(InputError, match="exists without a manifest"):
         embed(small, source, output)
 
     assert output.read_bytes() == b"precious"

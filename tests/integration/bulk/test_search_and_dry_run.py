@@ -127,9 +127,9 @@ def test_search_refuses_what_is_no_finished_npy(
         load_manifest(part)
     with pytest.raises(InputError, match=r"search reads \.npy"):
         load_manifest(lines)
-    with pytest.raises(InputError, match="no output of `embedq embed`"):
+    with pytest.raises(InputError, match="not an output of `embedq embed`"):
         load_manifest(stray)
-    with pytest.raises(InputError, match="no output of `embedq embed`"):
+    with pytest.raises(InputError, match="not an output of `embedq embed`"):
         load_manifest(tmp_path / "none.npy")
 
 
@@ -144,7 +144,7 @@ def test_search_refuses_what_was_cut(
     n_rows = len(np.load(output))
     path.write_bytes(path.read_bytes()[:left])
 
-    with pytest.raises(InputError, match=rf"{name}: is not what embedq wrote.*--restart"):
+    with pytest.raises(InputError, match=rf"{name}: lacks the format.*--restart"):
         nearest_rows(output, small.encode("a query"), n_rows)
 
 

@@ -284,7 +284,7 @@ def test_update_with_other_settings_is_refused(
 
     with (
         Client(settings=shared_redis.settings(**{**SMALL, **settings})) as other,
-        pytest.raises(InputChanged, match=f"begun with setting {name} = "),
+        pytest.raises(InputChanged, match=f"started with setting {name} = "),
     ):
         embed(other, source, output, update=True, **options)
 
@@ -337,7 +337,7 @@ def test_damaged_sidecar_is_refused(name: str, small: Client, tmp_path: Path) ->
     path = sidecar_path(output)
     path.write_text(DAMAGE[name](path.read_text()))
 
-    with pytest.raises(InputError, match=r"items\.jsonl: is not what embedq wrote.*--restart"):
+    with pytest.raises(InputError, match=r"items\.jsonl: lacks the format.*--restart"):
         embed(small, source, output, update=True)
 
 

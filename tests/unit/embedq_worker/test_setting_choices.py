@@ -18,7 +18,6 @@ from embedq_worker.settings import WorkerSettings
         ("DEVICE", "nup", "npu"),
         ("ENGINE", "openvio", "openvino"),
         ("PRECISION", "bf61", "bf16"),
-        ("NPU_BINDING", "pined", "pinned"),
         ("NPU_COMMANDLIST_MODE", "DEFALT", "DEFAULT"),
         ("LOG_LEVEL", "warn", "warning"),
     ],

@@ -1,6 +1,6 @@
 """embedq-worker start, warm, quantize, settings.
 
-`embedq-worker warm | quantize | trace-binding`: prepare a model for this machine.
+`embedq-worker warm | quantize`: prepare a model for this machine.
 
 What computes is imported by the command that needs it, so that `--help` stays quick.
 
@@ -117,29 +117,6 @@ def quantize(
     sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
 
 
-@click.command("trace-binding", epilog=EPILOG)
-@model_options
-@click.option("--inferences", type=click.IntRange(1, 1_000_000), default=100, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
-def trace_binding(inferences: int, as_json: bool, **options: str | None) -> None:
-    """Count how often the NPU's tensors moved and its command lists changed; best is never."""
-    settings = load(options)
-    from embedq_worker.cli import trace_binding as trace_binding_module
-    from embedq_worker.device.placement import choose_placement
-    from embedq_worker.inference import opener
-
-    try:
-        placement = choose_placement(settings)
-        claim = opener.claim_device(settings, placement)
-        found = trace_binding_module.trace(settings, placement.device, inferences)
-    except EmbedqError as error:
-        fail(error)
-    if claim is not None:
-        claim.release()
-    click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
-    sys.exit(exit_codes.OK if found.is_pinned else exit_codes.CHECK)
-
-
 #: What the extra `cpu` brings and every worker imports.
 _OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
 
@@ -155,7 +132,7 @@ def cli() -> None:
 
 for _command in (
     *(check, devices, health),
-    *(quantize, trace_binding, warm),
+    *(quantize, warm),
     *(degrade, pause, recover, resume),
 ):
     cli.add_command(_command)

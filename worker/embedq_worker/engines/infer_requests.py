@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -26,7 +26,6 @@ import numpy.typing as npt
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
-from embedq_worker.settings import Binding
 
 Vectors = npt.NDArray[np.float32]
 
@@ -45,8 +44,7 @@ class InferRequest(Protocol):
     """What we use of OpenVINO's request."""
 
     def get_tensor(self, name: str) -> Any: ...
-    def set_tensor(self, name: str, tensor: Any) -> None: ...
-    def start_async(self, inputs: Any = None, *, share_inputs: bool = False) -> None: ...
+    def start_async(self) -> None: ...
     def wait_for(self, timeout: int) -> bool: ...
 
 
@@ -56,12 +54,10 @@ class Counters:
 
     Attributes:
         inferences: since the request was warmed.
-        binds: tensors given to a request.
         pointer_changes, shape_changes, stride_changes: tensors found changed before a start.
     """
 
     inferences: int = 0
-    binds: int = 0
     pointer_changes: int = 0
     shape_changes: int = 0
     stride_changes: int = 0
@@ -75,29 +71,15 @@ class Counters:
 class PinnedRequest:
     """One request with its tensors; one caller at a time, which the pool sees to."""
 
-    def __init__(
-        self,
-        request: InferRequest,
-        binding: Binding,
-        make_tensor: Callable[[npt.DTypeLike, tuple[int, ...]], Any],
-        inputs: Collection[str] = INPUTS,
-    ) -> None:
-        """Take the request's tensors, or give it others.
+    def __init__(self, request: InferRequest, inputs: Collection[str] = INPUTS) -> None:
+        """Take the request's tensors.
 
         Args:
             request: of a compiled model with static shapes.
-            binding: where its tensors lie.
-            make_tensor: makes one in memory of the device, for ``host_tensor``.
             inputs: those that the model has; a foreign one may not look at positions.
         """
         self.counters = Counters()
         self._request = request
-        self._binding = binding
-        if binding is Binding.HOST_TENSOR:
-            for name in inputs:
-                own = request.get_tensor(name).data
-                request.set_tensor(name, make_tensor(own.dtype, own.shape))
-                self.counters.binds += 1
         self._views: dict[str, npt.NDArray[Any]] = {
             name: request.get_tensor(name).data for name in (*inputs, OUTPUT)
         }
@@ -130,16 +112,9 @@ class PinnedRequest:
         return vectors
 
     def _start(self, batch: TokenBatch) -> None:
-        fresh = {name: getattr(batch, name) for name in self._changing}
-        if self._binding is Binding.SHARED:
-            arrays = {**self._views, **fresh}
-            del arrays[OUTPUT]
-            self.counters.binds += len(arrays)
-            self._request.start_async(arrays, share_inputs=True)
-            return
         self._notice_changes()
-        for name, array in fresh.items():
-            np.copyto(self._views[name], array)
+        for name in self._changing:
+            np.copyto(self._views[name], getattr(batch, name))
         self._request.start_async()
 
     def _notice_changes(self) -> None:

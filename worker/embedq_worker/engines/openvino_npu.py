@@ -26,7 +26,6 @@ from embedq_worker.engines.infer_requests import Counters, PinnedRequest, Reques
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import DeviceLost
 from embedq_worker.model.resolve import Model
-from embedq_worker.settings import Binding
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,6 @@ class NpuOptions:
     Attributes:
         target: the device.
         requests: inference requests; 0 for as many as the device likes.
-        binding: where tensors lie.
         commandlist_mode: for plugins that know it; empty for none.
         properties: further ones for the plugin.
         compile_timeout_s: seconds until a compiler counts as hung.
@@ -113,7 +111,6 @@ class NpuOptions:
 
     target: DeviceTarget
     requests: int = 0
-    binding: Binding = Binding.PINNED
     commandlist_mode: str = ""
     properties: Mapping[str, str] = field(default_factory=dict)
     compile_timeout_s: float = 600.0
@@ -157,13 +154,12 @@ class OpenVinoNpuEngine:
         self._pools: dict[int, RequestPool] = {}
         self._deadlines: dict[int, float] = {}
         for width in compiled:
-            slowest = self._open_pool(width, options.binding)
+            slowest = self._open_pool(width)
             measured = max(MIN_DEADLINE_S, DEADLINE_FACTOR * slowest)
             self._deadlines[width] = options.infer_timeout_s or measured
         self.details = {
             **details,
             "requests": str(self.concurrency),
-            "binding": str(options.binding),
             "deadline_s": f"{max(self._deadlines.values()):.1f}",
         }
 
@@ -191,12 +187,11 @@ class OpenVinoNpuEngine:
             pool.close()
         self._compiled = {}
 
-    def _open_pool(self, width: int, binding: Binding) -> float:
+    def _open_pool(self, width: int) -> float:
         """Make and warm the requests of one width; return the seconds of the slowest."""
         model = self._compiled[width]
-        make = model.runtime.host_tensor
         requests = [model.create_request() for _ in range(self.concurrency)]
-        slots = [PinnedRequest(request, binding, make, model.inputs) for request in requests]
+        slots = [PinnedRequest(request, model.inputs) for request in requests]
         pool = self._pools[width] = RequestPool(slots)
         try:
             return pool.warm(TokenBatch.one_text(width, self.form), WARM_DEADLINE_S)

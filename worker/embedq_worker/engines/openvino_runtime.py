@@ -200,15 +200,6 @@ class Runtime:
             raise compile_failed(str(error), "Importing a compiled model") from error
         return Compiled(found, self, blob)
 
-    def host_tensor(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Any:
-        """Return a tensor in memory that the device reads in place; plain where it has no such."""
-        kind = ov.Type(np.dtype(dtype))
-        try:
-            context = self._core.get_default_context(self.target.device)
-            return context.create_host_tensor(kind, ov.Shape(shape))
-        except RuntimeError:
-            return ov.Tensor(kind, ov.Shape(shape))
-
 
 class Compiled:
     """A model on a device."""

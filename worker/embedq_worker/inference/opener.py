@@ -94,7 +94,6 @@ class EngineOpener:
         options = NpuOptions(
             target=TARGETS[settings.npu_emulation],
             requests=settings.npu_requests,
-            binding=settings.npu_binding,
             commandlist_mode=str(settings.npu_commandlist_mode or ""),
             properties=settings.npu_properties,
             compile_timeout_s=settings.compile_timeout_s,

@@ -59,7 +59,7 @@ def test_counts_cover_the_whole_input(tmp_path: Path) -> None:
 
     assert sample.texts == 1_000
     assert sample.text_bytes == sum(map(len, lines))
-    assert sample.guessed == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
+    assert sample.guessed_tokens == pytest.approx(sum(guess_tokens(len(line), 8) for line in lines))
 
 
 def test_estimate_is_printed_with_units_and_separators() -> None:

@@ -59,10 +59,10 @@ def test_text_that_is_not_a_string_is_read_unchanged(tmp_path: Path) -> None:
         ("[1]", "a JSON list, not an object"),
         ('"text"', "a JSON str, not an object"),
         ('{"txt": "a"}', r"no field 'text' \(--text-field\). Did you mean txt\?"),
-        ('{"id": 7.0, "text": "a"}', r"an id .* that is a JSON float, not str or int"),
-        ('{"id": NaN, "text": "a"}', r"an id .* that is a JSON float, not str or int"),
-        ('{"id": true, "text": "a"}', r"an id .* that is a JSON bool, not str or int"),
-        ('{"id": [1], "text": "a"}', r"an id .* that is a JSON list, not str or int"),
+        ('{"id": 7.0, "text": "a"}', r"the id .* is a JSON float, not str or int"),
+        ('{"id": NaN, "text": "a"}', r"the id .* is a JSON float, not str or int"),
+        ('{"id": true, "text": "a"}', r"the id .* is a JSON bool, not str or int"),
+        ('{"id": [1], "text": "a"}', r"the id .* is a JSON list, not str or int"),
         ('{"text": "a", "n": ' + "1" * 5000 + "}", "not JSON .*digits"),
         ("[" * 100_000, "not JSON .nested too deeply"),
     ],
@@ -172,9 +172,9 @@ def test_gzip_is_decompressed_and_damage_is_reported(tmp_path: Path) -> None:
     empty = write_file(tmp_path, "c.jsonl.gz", b"")
 
     assert documents(good) == [(1, "a" * 5000)]
-    with pytest.raises(InputError, match=r"b\.jsonl\.gz: cannot be read further"):
+    with pytest.raises(InputError, match=r"b\.jsonl\.gz: reading failed"):
         documents(cut)
-    with pytest.raises(InputError, match=r"c\.jsonl\.gz: cannot be read further \(it is empty"):
+    with pytest.raises(InputError, match=r"c\.jsonl\.gz: reading failed \(it is empty"):
         documents(empty)
 
 

@@ -75,13 +75,13 @@ def test_superseded_row_can_still_be_reused(tmp_path: Path) -> None:
         assert not rows.supersede("a")
 
 
-def test_forget_use_resets_all_rows(tmp_path: Path) -> None:
+def test_reset_marks_all_rows_unused(tmp_path: Path) -> None:
     with index(tmp_path, [("a", "x"), ("b", "y")]) as rows:
         find(rows, "a", "x")
         rows.supersede("b")
         assert rows.count_unused() == 0
 
-        rows.forget_use()
+        rows.reset()
 
         assert rows.count_unused() == 2
 

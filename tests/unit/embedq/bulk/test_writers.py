@@ -102,7 +102,7 @@ def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Patched, because root may write to every folder.
     monkeypatch.setattr("os.access", lambda *_: False)
 
-    with pytest.raises(InputError, match="this folder cannot be written to"):
+    with pytest.raises(InputError, match="this folder is not writable"):
         require_writable(tmp_path / "out.npy")
 
 

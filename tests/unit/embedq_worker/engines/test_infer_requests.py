@@ -21,7 +21,6 @@ from embedq_worker.engines.infer_requests import (
 )
 from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
 from embedq_worker.inference.packing import build_rows
-from embedq_worker.settings import Binding
 
 FORM = RowSpec.packed(8)
 DIM = 4
@@ -41,7 +40,7 @@ class FakeRequest:
         self.tensors = {name: Tensor(np.zeros((1, 8), np.int64)) for name in INPUTS}
         self.tensors["segments"] = Tensor(np.zeros(4, np.int64))
         self.tensors["vectors"] = Tensor(np.zeros((1, 4, DIM), np.float32))
-        self.started_with: list[Any] = []
+        self.starts = 0
         self.answers = True
         self.error = ""
         self.users = 0
@@ -49,16 +48,10 @@ class FakeRequest:
     def get_tensor(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def set_tensor(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor
-
-    def start_async(self, inputs: Any = None, *, share_inputs: bool = False) -> None:
+    def start_async(self) -> None:
         self.users += 1
         assert self.users == 1, "used by two at once"
-        self.started_with.append(inputs)
-        if share_inputs:
-            for name, array in inputs.items():
-                self.tensors[name] = Tensor(array)
+        self.starts += 1
 
     def wait_for(self, timeout: int) -> bool:
         time.sleep(0.001)
@@ -70,16 +63,6 @@ class FakeRequest:
         return self.answers
 
 
-def make_tensor(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Tensor:
-    """Make a tensor of our own."""
-    return Tensor(np.zeros(shape, dtype))
-
-
-def slot_of(request: FakeRequest, binding: Binding = Binding.PINNED) -> PinnedRequest:
-    """Make a slot."""
-    return PinnedRequest(request, binding, make_tensor)
-
-
 def row(first: int) -> TokenBatch:
     """Build a row whose tokens count up from here."""
     ids = np.arange(first, first + 8, dtype=np.int32)
@@ -88,15 +71,15 @@ def row(first: int) -> TokenBatch:
 
 
 def test_pinned_tensors_are_filled_in_place() -> None:
-    """The request is started with no arguments, and its own memory holds the row."""
+    """The request's own memory holds the row."""
     request = FakeRequest()
     before = {name: request.tensors[name].data.ctypes.data for name in INPUTS}
-    slot = slot_of(request)
+    slot = PinnedRequest(request)
 
     answers = [slot.run(row(first), 1.0)[0, 0, 0] for first in (1, 20, 300)]
 
     assert answers == [1, 20, 300]
-    assert request.started_with == [None] * 3
+    assert request.starts == 3
     assert {name: request.tensors[name].data.ctypes.data for name in INPUTS} == before
     assert list(request.tensors["segments"].data) == [1, 2, 3, 4]
     assert slot.counters == Counters(inferences=3)
@@ -104,7 +87,7 @@ def test_pinned_tensors_are_filled_in_place() -> None:
 
 def test_vectors_are_a_copy() -> None:
     """The next inference of a request does not change what the last one gave."""
-    slot = slot_of(FakeRequest())
+    slot = PinnedRequest(FakeRequest())
     first = slot.run(row(1), 1.0)
 
     slot.run(row(50), 1.0)
@@ -115,7 +98,7 @@ def test_vectors_are_a_copy() -> None:
 def test_moved_tensor_is_counted_and_used() -> None:
     """A pointer that changed is one change, and the row goes where the tensor is now."""
     request = FakeRequest()
-    slot = slot_of(request)
+    slot = PinnedRequest(request)
     slot.run(row(1), 1.0)
     request.tensors["input_ids"] = Tensor(np.zeros((1, 8), np.int64))
 
@@ -129,7 +112,7 @@ def test_moved_tensor_is_counted_and_used() -> None:
 def test_changed_strides_and_shape_are_counted() -> None:
     """A tensor that is laid out in another way is told from one that has only moved."""
     request = FakeRequest()
-    slot = slot_of(request)
+    slot = PinnedRequest(request)
     request.tensors["input_ids"] = Tensor(np.zeros((1, 16), np.int64)[:, ::2])
     request.tensors["vectors"] = Tensor(np.zeros((1, 5, DIM), np.float32)[:, :4])
     slot.run(row(1), 1.0)
@@ -141,32 +124,12 @@ def test_changed_strides_and_shape_are_counted() -> None:
     assert slot.counters.shape_changes == 1
 
 
-def test_host_tensors_are_bound_once() -> None:
-    """Four binds when the slot is made, and none after."""
-    slot = slot_of(FakeRequest(), Binding.HOST_TENSOR)
-
-    for first in range(5):
-        slot.run(row(first), 1.0)
-
-    assert slot.counters == Counters(inferences=5, binds=4)
-
-
-def test_shared_arrays_are_bound_each_time() -> None:
-    """The binding for experiments costs four binds an inference, and says so."""
-    slot = slot_of(FakeRequest(), Binding.SHARED)
-
-    answers = [slot.run(row(first), 1.0)[0, 0, 0] for first in (3, 4)]
-
-    assert answers == [3, 4]
-    assert slot.counters.binds == 8
-
-
 def test_row_of_another_shape_is_a_bug() -> None:
     """A static request never sees another width."""
     tokens = RaggedTokens(np.ones(9, np.int32), np.array([0, 9]), np.zeros(1, np.uint32))
 
     with pytest.raises(RuntimeError, match="This is a bug"):
-        slot_of(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowSpec.packed(16))[0], 1.0)
+        PinnedRequest(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowSpec.packed(16))[0], 1.0)
 
 
 def test_missed_deadline_is_a_lost_device() -> None:
@@ -175,14 +138,14 @@ def test_missed_deadline_is_a_lost_device() -> None:
     request.answers = False
 
     with pytest.raises(DeviceLost, match=r"within 0\.5 s") as caught:
-        slot_of(request).run(row(1), 0.5)
+        PinnedRequest(request).run(row(1), 0.5)
 
     assert caught.value.reason is FailureReason.DEADLINE
 
 
 def test_more_callers_than_requests_wait() -> None:
     """Sixteen callers share two requests; none fails and none shares one."""
-    pool = RequestPool([slot_of(FakeRequest()) for _ in range(2)])
+    pool = RequestPool([PinnedRequest(FakeRequest()) for _ in range(2)])
 
     def ask(first: int) -> float:
         with pool.checkout() as slot:
@@ -198,7 +161,7 @@ def test_more_callers_than_requests_wait() -> None:
 def test_failed_inference_gives_the_request_back() -> None:
     """After an error that is not a lost device, the same request serves again."""
     request = FakeRequest()
-    pool = RequestPool([slot_of(request)])
+    pool = RequestPool([PinnedRequest(request)])
     request.error = "odd"
     with pytest.raises(InferFailed), pool.checkout() as slot:
         slot.run(row(1), 1.0)
@@ -211,7 +174,7 @@ def test_failed_inference_gives_the_request_back() -> None:
 
 def test_lost_device_ends_the_wait_of_all() -> None:
     """Callers that wait for a request of a lost device hear of it, and so do later ones."""
-    pool = RequestPool([slot_of(FakeRequest())])
+    pool = RequestPool([PinnedRequest(FakeRequest())])
     waiting = threading.Event()
     heard: list[FailureReason] = []
 
@@ -238,7 +201,7 @@ def test_lost_device_ends_the_wait_of_all() -> None:
 
 def test_closed_pool_says_so() -> None:
     """After close nobody gets a request."""
-    pool = RequestPool([slot_of(FakeRequest())])
+    pool = RequestPool([PinnedRequest(FakeRequest())])
     pool.close()
 
     with pytest.raises(InferFailed, match="closed"), pool.checkout():
@@ -248,12 +211,12 @@ def test_closed_pool_says_so() -> None:
 def test_every_request_is_warmed_and_none_of_it_counted() -> None:
     """The first inference of each request records its commands; counting starts after it."""
     requests = [FakeRequest() for _ in range(3)]
-    pool = RequestPool([slot_of(request) for request in requests])
+    pool = RequestPool([PinnedRequest(request) for request in requests])
 
     seconds = pool.warm(row(1), 1.0)
 
     assert seconds > 0
-    assert [len(request.started_with) for request in requests] == [1, 1, 1]
+    assert [request.starts for request in requests] == [1, 1, 1]
     assert pool.counters() == Counters()
 
 

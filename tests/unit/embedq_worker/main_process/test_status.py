@@ -100,7 +100,7 @@ def test_link_and_open_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "file").touch()
 
-    with pytest.raises(SettingsError, match="Remove it or name another"):
+    with pytest.raises(SettingsError, match="Remove it, or name another"):
         private_dir(tmp_path / "link")
     with pytest.raises(SettingsError, match="chmod 700"):
         private_dir(tmp_path / "open")
