@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["alias", "npuw", "shim"])
 def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[EngineProcess]:
-    """Each emulated NPU, open and proven in a engine_process of its own."""
+    """Each emulated NPU, opened and verified in a process of its own."""
     target = target_of(str(request.param))
     with engine_process() as process:
         process.call(open_npu, target, model.folder, cache, {})
