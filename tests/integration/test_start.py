@@ -348,7 +348,7 @@ def test_every_red_line_of_check_has_a_next_step(
 
     found = json.loads(run.stdout)
     assert (run.returncode, found["ok"]) == (exit_codes.CHECK, False)
-    [line] = [line for line in found["checks"] if line["level"] == "red"]
+    [line] = [line for line in found["checks"] if line["level"] == "fail"]
     assert line["name"] == red
     assert line["detail"] and line["fix"]
 

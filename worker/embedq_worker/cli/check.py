@@ -1,11 +1,4 @@
-"""embedq-worker check.
-
-What a check of `embedq-worker check` found, and how it is shown.
-
-What `embedq-worker check` says of a Redis: whether it keeps what is queued.
-
-What `embedq-worker check` looks at, one line each, with the next step for what is not well.
-"""
+"""Checks of `embedq-worker check`: Redis, folders, NPU, model and engine, each with a next step."""
 
 from __future__ import annotations
 
@@ -32,25 +25,38 @@ from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
 
+#: Packages whose versions are shown.
+PACKAGES: Final = ("embedq", "celery", "kombu", "redis", "onnxruntime", "openvino", "tokenizers")
+#: Free bytes of the cache folder below which a check warns, and below which it fails.
+LITTLE_SPACE, NO_SPACE = 1_000_000_000, 200_000_000
+#: Next steps for errors whose message has none, by the name of the check.
+_NEXT_STEPS: Final = {
+    "broker": "Start that Redis, or set EMBEDQ_BROKER_URL.",
+    "results": "Start that Redis, or set EMBEDQ_RESULTS_URL.",
+    "engine": "Read the lines above. --device cpu works without an NPU, and "
+    "EMBEDQ_ENGINE=onnxruntime without OpenVINO.",
+}
+_ANY_STEP: Final = "Compare the settings: embedq-worker settings"
+
 
 class Level(StrEnum):
-    """How a check ended."""
+    """Result of a check."""
 
     OK = "ok"
     WARN = "warn"
-    FAIL = "red"
+    FAIL = "fail"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The result of one check.
+    """One line of the output.
 
     Attributes:
-        name: what was looked at.
-        level: ok; warn, what a production fleet should not have; red, what cannot work.
+        name: what was checked.
+        level: ok; warn: unfit for production; fail: cannot work.
         detail: what was found.
-        seconds: how long the look took.
-        mend: the next step, where one is due.
+        seconds: duration of the check.
+        fix: next step; empty if none is needed.
     """
 
     name: str
@@ -64,28 +70,53 @@ class Check:
         return asdict(self)
 
 
-#: What a look finds: a detail, and what is not well about it with its mend.
+#: Detail, level and fix of a check.
 Finding = tuple[str, Level, str]
 
 
-def look(url: str) -> Finding:
-    """Ask a Redis what it keeps, and where.
+def run(settings: WorkerSettings) -> Iterator[Check]:
+    """Run all checks and yield each as soon as it is done, in the order of dependence."""
+    yield _check("versions", lambda: (_versions(), Level.OK, ""))
+    yield _check("broker", lambda: _redis(settings.broker_url))
+    yield _check("results", lambda: _redis(settings.results_url))
+    yield _check("folders", lambda: _folders(settings))
+    yield _check("disk", lambda: _disk(settings.cache_dir))
+    yield from _npu(settings)
+    found: list[Model | None] = []
 
-    Raises:
-        QueueUnavailable: it does not answer.
-    """
+    def model() -> Finding:
+        found.append(find_model(settings))
+        return _describe(found[0]), Level.OK, ""
+
+    checked = _check("model", model)
+    yield checked
+    if checked.level is not Level.FAIL:
+        yield from _engine(settings, found[0])
+
+
+def _check(name: str, function: Callable[[], Finding]) -> Check:
+    began = time.monotonic()
+    try:
+        detail, level, fix = function()
+    except EmbedqError as error:
+        detail, fix = check_npu.split_fix(error)
+        level, fix = Level.FAIL, fix or _NEXT_STEPS.get(name, _ANY_STEP)
+    return Check(name, level, detail, time.monotonic() - began, fix)
+
+
+def _redis(url: str) -> Finding:
     redis = RedisConnection.open(url, connect_timeout_s=2, timeout_s=2)
     client = redis.client
 
-    def ask() -> tuple[dict[str, Any], dict[str, str]]:
+    def fetch() -> tuple[dict[str, Any], dict[str, str]]:
         info = client.info()
         try:
             config = cast(dict[str, str], client.config_get("maxmemory-policy", "appendonly"))
-        except ResponseError:  # a managed Redis may not let us ask
+        except ResponseError:  # a managed Redis may refuse CONFIG
             config = {}
         return info, config
 
-    info, config = redis.call(ask)
+    info, config = redis.call(fetch)
     client.close()
     limit = int(info.get("maxmemory", 0))
     policy = info.get("maxmemory_policy") or config.get("maxmemory-policy", "unknown")
@@ -96,57 +127,18 @@ def look(url: str) -> Finding:
         f"{f'{limit / 1e6:,.0f}' if limit else 'unlimited'} MB used"
     )
     if policy not in ("noeviction", "unknown"):
-        mend = "It may evict batches: CONFIG SET maxmemory-policy noeviction."
-        return detail, Level.FAIL, mend
+        fix = "Redis may evict batches. Run: CONFIG SET maxmemory-policy noeviction"
+        return detail, Level.FAIL, fix
     if not info.get("aof_enabled"):
-        return detail, Level.WARN, "A restart loses what is queued: CONFIG SET appendonly yes."
+        fix = "A restart of Redis loses queued batches. Run: CONFIG SET appendonly yes"
+        return detail, Level.WARN, fix
     if not limit:
-        return detail, Level.WARN, "It may take all memory of its host: CONFIG SET maxmemory 2gb."
+        fix = "Redis may use all memory of its host. Run: CONFIG SET maxmemory 2gb"
+        return detail, Level.WARN, fix
     return detail, Level.OK, ""
 
 
-#: Packages whose version decides how a worker behaves.
-PACKAGES: Final = ("embedq", "celery", "kombu", "redis", "onnxruntime", "openvino", "tokenizers")
-
-
-#: Free bytes below which a folder is worth a warning, and an error.
-LITTLE_SPACE, NO_SPACE = 1_000_000_000, 200_000_000
-
-
-#: What to do about a red line whose error does not say it, by the name of the line.
-_NEXT_STEPS: Final = {
-    "broker": "Start that Redis, or set EMBEDQ_BROKER_URL.",
-    "results": "Start that Redis, or set EMBEDQ_RESULTS_URL.",
-    "engine": "Look at the lines above; --device cpu does without an NPU, and "
-    "EMBEDQ_ENGINE=onnxruntime without OpenVINO.",
-}
-
-
-_ANY_STEP: Final = "Look at what is in force: embedq-worker settings"
-
-
-def run(settings: WorkerSettings) -> Iterator[Check]:
-    """Yield every check as soon as it is done, each before those that depend on it."""
-    yield _check("versions", lambda: (_versions(), Level.OK, ""))
-    yield _check("broker", lambda: look(settings.broker_url))
-    yield _check("results", lambda: look(settings.results_url))
-    yield _check("folders", lambda: _folders(settings))
-    yield _check("disk", lambda: _disk(settings.cache_dir))
-    yield from _device(settings)
-    found: list[Model | None] = []
-
-    def model() -> Finding:
-        found.append(find_model(settings))
-        return _describe(found[0]), Level.OK, ""
-
-    looked = _check("model", model)
-    yield looked
-    if looked.level is not Level.FAIL:
-        yield from _engine(settings, found[0])
-
-
-def _device(settings: WorkerSettings) -> Iterator[Check]:
-    """Yield the lines about the NPU; what auto can do without is a warning."""
+def _npu(settings: WorkerSettings) -> Iterator[Check]:
     bad = Level.FAIL if check_npu.wants_npu(settings) else Level.WARN
     began = time.monotonic()
     for line in check_npu.lines(settings):
@@ -166,64 +158,52 @@ def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
     def engine() -> Finding:
         placement = choose_placement(settings)
         claim = claim_device(settings, placement)
-        serving = open_placed(settings, placement, model)
-        opened.append(serving)
-        serving.close()
+        engines = open_placed(settings, placement, model)
+        opened.append(engines)
+        engines.close()
         if claim is not None:
             claim.release()
-        used = serving.standard.engine
+        used = engines.standard.engine
         shown = f"{used.name} on {used.device}, {used.precision}"
         return f"{shown}. {placement.reason}", Level.OK, ""
 
     yield _check("engine", engine)
-    for serving in opened:
-        yield from _runtime(settings, serving)
-        report = serving.standard.report
+    for engines in opened:
+        yield from _runtime(settings, engines)
+        report = engines.standard.report
         figures = (
             f"{report.reason} Largest deviation {report.max_deviation:.1e}, "
             f"smallest cosine {report.min_cosine:.6f}, {report.inversions} inversions"
         )
         yield Check("self-test", Level.OK, figures, report.seconds)
-        if model is not None and serving.model_info.quantized:
+        if model is not None and engines.model_info.quantized:
             yield _check("int8", lambda: _int8(settings, model))
 
 
 def _int8(settings: WorkerSettings, model: Model) -> Finding:
-    """Prove the quantized copy, and show the report that was made with it."""
-    kept = QuantizedModelStore(settings.cache_dir, model).describe()
-    proven = EngineOpener(settings, model).open_int8()
-    proven.close()
-    return f"{kept}; self-test smallest cosine {proven.report.min_cosine:.4f}", Level.OK, ""
+    stored = QuantizedModelStore(settings.cache_dir, model).describe()
+    opened = EngineOpener(settings, model).open_int8()
+    opened.close()
+    return f"{stored}; self-test smallest cosine {opened.report.min_cosine:.4f}", Level.OK, ""
 
 
-def _runtime(settings: WorkerSettings, serving: EngineSet) -> Iterator[Check]:
-    """Yield what the engine says of itself, and what of our wishes its plugin does not know."""
-    standard = serving.standard
+def _runtime(settings: WorkerSettings, engines: EngineSet) -> Iterator[Check]:
+    standard = engines.standard
     details = {**standard.engine.details, "chosen": standard.why}
     if standard.layout is not None:
         details["layout"] = standard.layout.describe()
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)
-    # A warning and not red: this driver has just passed the self-test.
+    # A warning only: this driver has just passed the self-test.
     for line in check_npu.driver_age(details.get("npu_driver_version", "")):
         yield Check(line.name, Level.OK if line.ok else Level.WARN, line.detail, 0.0, line.fix)
-    wishes = [*settings.npu_properties]
-    wishes += ["NPU_COMMANDLIST_MODE"] if settings.npu_commandlist_mode else []
-    unknown = [word for word in ignored.split() if word.partition("=")[0] in wishes]
+    requested = [*settings.npu_properties]
+    requested += ["NPU_COMMANDLIST_MODE"] if settings.npu_commandlist_mode else []
+    unknown = [word for word in ignored.split() if word.partition("=")[0] in requested]
     if unknown:
-        mend = "This plugin does not know them; unset them, or use an OpenVINO that does."
-        yield Check("properties", Level.WARN, f"ignored: {' '.join(unknown)}", 0.0, mend)
-
-
-def _check(name: str, look: Callable[[], Finding]) -> Check:
-    began = time.monotonic()
-    try:
-        detail, level, mend = look()
-    except EmbedqError as error:
-        detail, mend = check_npu.split_fix(error)
-        level, mend = Level.FAIL, mend or _NEXT_STEPS.get(name, _ANY_STEP)
-    return Check(name, level, detail, time.monotonic() - began, mend)
+        fix = "The NPU plugin does not know these properties. Unset them, or upgrade OpenVINO."
+        yield Check("properties", Level.WARN, f"ignored: {' '.join(unknown)}", 0.0, fix)
 
 
 def _versions() -> str:
@@ -249,8 +229,8 @@ def _disk(folder: Path) -> Finding:
 
 def _describe(model: Model | None) -> str:
     if model is None:
-        return "none needed by the stub"
+        return "none (stub engine)"
     return (
-        f"{model.label}, {model.dim} components, {model.max_length} tokens, checksums good, "
+        f"{model.label}, {model.dim} components, {model.max_length} tokens, checksums match, "
         f"identity {model.identity[:12]}"
     )

@@ -1,7 +1,4 @@
-"""embedq-worker devices.
-
-The lines of `check` and `devices` about the NPU: everything between plugin and lock.
-"""
+"""Checks of the NPU for `embedq-worker check` and `devices`: plugin, driver, device file, lock."""
 
 from __future__ import annotations
 
@@ -27,33 +24,24 @@ from embedq_worker.device.discovery import (
 from embedq_worker.device.placement import choose_placement, current_holder
 from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
-#: Opens what the NPU plugin opens; the name of the second changed with the driver's releases.
+#: Library through which the NPU plugin finds the driver.
 LOADER: Final = "libze_loader.so.1"
-
-
-DRIVER: Final = "libze_intel_npu.so.1"
-
-
-OLD_DRIVER: Final = "libze_intel_vpu.so.1"
-
-
+#: User-mode driver, and its name in older releases.
+DRIVER, OLD_DRIVER = "libze_intel_npu.so.1", "libze_intel_vpu.so.1"
+#: NPU plugin of OpenVINO.
 PLUGIN: Final = "libopenvino_intel_npu_plugin.so"
-
-
 _PACKAGES: Final = "https://github.com/intel/linux-npu-driver/releases"
-
-
 _NO_NPU: Final = "or start with --device cpu."
 
 
 class Line(NamedTuple):
-    """One finding.
+    """One check of the NPU.
 
     Attributes:
-        name: what was looked at.
-        ok: whether an NPU can work as far as this goes.
+        name: what was checked.
+        ok: whether the check passed.
         detail: what was found.
-        mend: the next step, where one is due.
+        fix: next step; empty if none is needed.
     """
 
     name: str
@@ -63,7 +51,7 @@ class Line(NamedTuple):
 
 
 def wants_npu(settings: WorkerSettings) -> bool:
-    """Tell whether a missing NPU is an error of this machine."""
+    """Return whether the settings require an NPU."""
     return settings.device is DeviceChoice.NPU or settings.strict
 
 
@@ -74,18 +62,20 @@ def lines(
     load: Callable[[str], object] = ctypes.CDLL,
     system_lacks: str | None = None,
 ) -> Iterator[Line]:
-    """Yield what stands between this worker and an NPU, each line before those that depend on it.
+    """Yield the checks of the NPU in the order of dependence.
+
+    A worker that neither requires an NPU nor finds one gets no line.
 
     Args:
-        settings: of the worker; one on the CPU that no NPU surrounds gets no line.
-        roots: where the kernel shows devices.
+        settings: of the worker.
+        roots: folders in which the kernel lists devices.
         load: opens a library, or raises OSError.
-        system_lacks: why no NPU can work here; None finds out.
+        system_lacks: why no NPU can work on this platform; None = detect.
     """
     if settings.device in (DeviceChoice.CPU, DeviceChoice.STUB):
         return
     if settings.npu_emulation is not Emulation.NONE:
-        shown = f"EMBEDQ_NPU_EMULATION={settings.npu_emulation}: no NPU, a rehearsal on the CPU"
+        shown = f"EMBEDQ_NPU_EMULATION={settings.npu_emulation}: emulated on the CPU"
         yield Line("npu", True, shown)
         return
     machine = discover(roots)
@@ -97,7 +87,7 @@ def lines(
         return
     yield _library("loader", load, LOADER, "Install libze1 (Debian, Ubuntu) or level-zero,")
     yield _driver(load)
-    yield from _worker(settings, roots)
+    yield from _device(settings, roots)
 
 
 def _plugin(lacking: str) -> Line:
@@ -121,67 +111,67 @@ def _library(name: str, load: Callable[[str], object], library: str, fix: str) -
 
 
 def _driver(load: Callable[[str], object]) -> Line:
-    """Look for the user-mode driver; an old one lying around shadows a new one."""
     new = _library("driver", load, DRIVER, f"Install intel-level-zero-npu from {_PACKAGES},")
     old = _library("driver", load, OLD_DRIVER, "").ok
     if new.ok and old:
-        mend = f"Remove it, for it shadows the new one: find / -name '{OLD_DRIVER}*'"
-        return Line("driver", False, f"{DRIVER} and the older {OLD_DRIVER}", mend)
+        fix = f"Remove {OLD_DRIVER}, which shadows the new one: find / -name '{OLD_DRIVER}*'"
+        return Line("driver", False, f"{DRIVER} and the older {OLD_DRIVER}", fix)
     if old:
-        mend = f"It is too old for this OpenVINO: install intel-level-zero-npu from {_PACKAGES}"
-        return Line("driver", False, OLD_DRIVER, mend)
+        fix = f"It is too old for this OpenVINO. Install intel-level-zero-npu from {_PACKAGES}"
+        return Line("driver", False, OLD_DRIVER, fix)
     return new
 
 
 def driver_age(version: str) -> Iterator[Line]:
-    """Yield a line about the age of the driver that has opened the NPU, if it tells its own.
+    """Yield a check of the driver's build date, unless the version contains none.
 
     Args:
-        version: what the plugin says, `NPU_DRIVER_VERSION`; empty on an emulated NPU.
+        version: property `NPU_DRIVER_VERSION` of the plugin; empty for an emulated NPU.
     """
     day = build_day(version)
     if day is None:
         return
     shown = f"built on {day}"
     if is_too_old(version):
-        mend = f"Install intel-level-zero-npu and its companions from {_PACKAGES}"
-        yield Line("driver age", False, f"{shown}; the oldest known to work is of {OLDEST}", mend)
+        fix = f"Install intel-level-zero-npu and its companion packages from {_PACKAGES}"
+        yield Line("driver age", False, f"{shown}; the oldest known to work is of {OLDEST}", fix)
     else:
         yield Line("driver age", True, shown)
 
 
-def _worker(settings: WorkerSettings, roots: SysfsRoots) -> Iterator[Line]:
+def _device(settings: WorkerSettings, roots: SysfsRoots) -> Iterator[Line]:
     try:
         npu = choose(discover(roots), settings.npu_device_file)
         check_access(npu)
     except EmbedqError as error:
-        yield Line("npu node", False, *split_fix(error))
+        yield Line("npu device", False, *split_fix(error))
         return
-    found = f"{npu.describe()}, driver {npu.driver or 'unknown'}, may be opened"
-    yield Line("npu node", True, found)
+    found = f"{npu.describe()}, driver {npu.driver or 'unknown'}, can be opened"
+    yield Line("npu device", True, found)
     try:
         held = current_holder(npu.pci, settings.lock_dir)
     except EmbedqError as error:
         yield Line("npu lock", False, *split_fix(error))
         return
-    mend = "That worker computes on it; stop it first, or start this one with --device cpu."
-    yield Line("npu lock", not held, f"held by {held}" if held else "free", mend if held else "")
+    fix = "Another process uses the NPU. Stop it, or start this worker with --device cpu."
+    yield Line("npu lock", not held, f"held by {held}" if held else "free", fix if held else "")
 
 
 def split_fix(error: EmbedqError) -> tuple[str, str]:
-    """Split a message into what happened and what to do, which is all after the first sentence."""
+    """Split a message into its first sentence and the rest, which is the next step."""
     head, _, tail = str(error).partition(". ")
     return (f"{head}.", tail) if tail else (head, "")
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The NPUs of a machine and what a worker would do with them.
+    """The NPUs of a machine, and the device that `start` would choose.
 
     Attributes:
-        npus: one map for each, with worker, pci, architecture, driver, and why it cannot be used.
-        device: what `start` would compute on; empty if it would refuse.
-        reason: why.
+        npus: for each NPU its device_file, pci, architecture, driver and problem; problem is empty
+            if the NPU is usable.
+        device: device that `start` would compute on; empty if it would exit with an error.
+        reason: reason of the choice or the error.
     """
 
     npus: tuple[dict[str, str], ...]
@@ -201,7 +191,7 @@ class Survey:
 
 
 def survey(settings: WorkerSettings, *, roots: SysfsRoots = SysfsRoots()) -> Survey:  # noqa: B008 # frozen
-    """Look at every NPU, and choose as `start` would."""
+    """Check every NPU, and choose a device as `start` would."""
     machine = discover(roots)
     npus = [_describe(npu, settings) for npu in machine.visible]
     npus += [{**_facts(npu), "problem": "not visible here"} for npu in machine.hidden]

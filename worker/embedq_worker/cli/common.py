@@ -1,4 +1,4 @@
-"""What the commands of `embedq-worker` share: their epilog, their options and how they fail."""
+"""Options, epilog and error handling of the `embedq-worker` commands."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ Examples:
 
 
 def model_options(command: click.decorators.FC) -> click.decorators.FC:
-    """Add what says which model is served, and on what."""
+    """Add the options --model and --device to a command."""
     for option in (
         click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]"),
         click.option(
             "--device",
             metavar="|".join(DeviceChoice),
-            help="What to compute on.  [EMBEDQ_DEVICE]",
+            help="Device to compute on.  [EMBEDQ_DEVICE]",
         ),
     ):
         command = option(command)
@@ -52,14 +52,14 @@ def model_options(command: click.decorators.FC) -> click.decorators.FC:
 
 
 def export(options: Mapping[str, str | int | bool | None]) -> None:
-    """Put options into the environment, where the app and the child read them."""
+    """Set options as environment variables, from which the main and pool process read them."""
     for name, value in options.items():
         if value is not None:
             os.environ[f"EMBEDQ_{name.upper()}"] = str(value)
 
 
 def load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
-    """Return the settings with these options in force; end the command where they contradict."""
+    """Return the settings with these options; exit with an error if one is wrong."""
     export(options)
     try:
         return WorkerSettings.load()
@@ -73,5 +73,5 @@ def exit_code(error: BaseException) -> int:
 
 
 def fail(error: EmbedqError) -> NoReturn:
-    """End the command with the sentence of an error and the exit code of its kind."""
+    """Print an error and exit with the code of its class."""
     exit_with_error("embedq-worker", error, _CODES)

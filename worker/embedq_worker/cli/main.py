@@ -1,10 +1,6 @@
-"""embedq-worker start, warm, quantize, settings.
+"""Group of all `embedq-worker` commands, with start, warm, quantize and settings.
 
-`embedq-worker warm | quantize`: prepare a model for this machine.
-
-What computes is imported by the command that needs it, so that `--help` stays quick.
-
-`embedq-worker`: start a worker, show its settings; the group of all commands.
+Commands import runtimes inside their functions, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -31,15 +27,15 @@ from embedq_worker.settings import LogLevel, WorkerSettings
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 @click.option("--probe", type=int, default=0, hidden=True, metavar="PID")
 def warm(as_json: bool, probe: int, **options: str | None) -> None:
-    """Compile the model for the device and verify it, so that the next start is fast."""
+    """Compile and self-test the model, so that the next start is fast."""
     settings = load(options)
     process.send_native_to_stderr()
     from embedq_worker.inference import opener
 
-    if probe:  # started by a worker's main process, to find out whether its NPU works again
+    if probe:  # started by the main process of a degraded worker
         process.set_up(str(settings.log_level))
         process.die_with_parent()
-        if os.getppid() != probe:  # it died before the line above
+        if os.getppid() != probe:  # the main process died before the line above
             sys.exit(exit_codes.FAILURE)
     began = time.monotonic()
     code = exit_codes.OK
@@ -72,21 +68,21 @@ def warm(as_json: bool, probe: int, **options: str | None) -> None:
 @click.command(epilog=EPILOG)
 @click.argument("inputs", nargs=-1, required=True, metavar="FILE...")
 @click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
-@click.option("--text-field", default="text", show_default=True, help="Field of the text.")
-@click.option("--format", "format_", help="Format of the files: txt, jsonl or csv.")
+@click.option("--text-field", default="text", show_default=True, help="Field that holds the text.")
+@click.option("--format", "format_", help="txt, jsonl or csv; default: by file extension.")
 @click.option(
     "--texts",
     type=click.IntRange(10, 10_000),
     default=300,
     show_default=True,
-    help="Most texts for calibration; a thousand more are held out for the report.",
+    help="Maximum number of calibration texts; up to 1,000 others are held out for the report.",
 )
 @click.option(
     "--min-overlap",
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Keep the result only if this share of top-10 neighbors stays.",
+    help="Smallest share of unchanged top-10 neighbors with which the model is stored.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def quantize(
@@ -98,9 +94,10 @@ def quantize(
     min_overlap: float,
     as_json: bool,
 ) -> None:
-    """Make the int8 copy of the model that jobs of class int8 ask for, and judge it.
+    """Quantize the model to int8 and compare it with fp32.
 
     FILE holds texts like those that will be embedded: txt, jsonl, csv, or .gz of one.
+    Jobs of accuracy class int8 use the stored model after the next start of the worker.
     """
     settings = load({"model": model})
     process.send_native_to_stderr()
@@ -117,14 +114,14 @@ def quantize(
     sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
 
 
-#: What the extra `cpu` brings and every worker imports.
+#: Packages of the extra `cpu`, which every worker imports.
 _OF_CPU_EXTRA = ("onnx", "onnxruntime", "tokenizers", "huggingface_hub")
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
-    help="Serve a sentence-embedding model from a queue, one worker per device.",
+    help="Compute embeddings for batches of a queue, one worker per device.",
 )
 def cli() -> None:
     """Group of all commands."""
@@ -141,21 +138,24 @@ for _command in (
 @cli.command(epilog=EPILOG)
 @model_options
 @click.option("--name", help="Name of the worker, unique in the fleet.  [EMBEDQ_NAME]")
-@click.option("--threads", type=int, help="Cores for the engine, 0 for all.  [EMBEDQ_THREADS]")
+@click.option("--threads", type=int, help="Cores of the engine; 0 = all.  [EMBEDQ_THREADS]")
 @click.option(
     "--log-level",
     metavar="|".join(LogLevel),
-    help="How much to say.  [EMBEDQ_LOG_LEVEL]",
+    help="Lowest level of log lines.  [EMBEDQ_LOG_LEVEL]",
 )
-@click.option("--strict", is_flag=True, default=None, help="NPU or nothing.  [EMBEDQ_STRICT]")
-@click.option("--all", "_all", is_flag=True, help="One worker on the NPU and one on the CPU.")
+@click.option("--strict", is_flag=True, default=None, help="Use the NPU only.  [EMBEDQ_STRICT]")
+@click.option("--all", "_all", is_flag=True, help="Start one worker on the NPU and one on the CPU.")
 @click.option("--part", hidden=True)
 @click.option("--attempt", type=int, default=0, hidden=True)
 @click.option("--npu-off", is_flag=True, hidden=True)
 def start(
     _all: bool, part: str | None, attempt: int, npu_off: bool, **options: str | int | bool | None
 ) -> None:
-    """Start a worker and keep it running: load the model, prove it, then take batches."""
+    """Start a worker and restart it after a crash.
+
+    The worker loads the model, runs the self-test and consumes batches until it is stopped.
+    """
     from embedq_worker.main_process import start as start_module
 
     export(options)
@@ -171,7 +171,7 @@ def start(
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def settings(as_json: bool) -> None:
-    """Show every setting, its value and where it comes from."""
+    """Print every setting with its value and source."""
     print_settings(load({}).describe(), as_json=as_json)
 
 
@@ -184,8 +184,8 @@ def run(arguments: list[str]) -> NoReturn:
         if error.name not in _OF_CPU_EXTRA:
             raise
         click.echo(
-            f"embedq-worker: This needs {error.name}, which this Python does not have. "
-            "Install it: pip install 'embedq[cpu]'.",
+            f"embedq-worker: The package {error.name} is not installed. "
+            "Run: pip install 'embedq[cpu]'",
             err=True,
         )
         sys.exit(exit_codes.SETTINGS)

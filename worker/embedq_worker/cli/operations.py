@@ -1,9 +1,4 @@
-"""Commands for operators: degrade, recover, pause, resume, check, health.
-
-`embedq-worker devices | check | health`: how this machine and its workers are.
-
-`embedq-worker degrade | recover | pause | resume`: what an operator may want of a fleet.
-"""
+"""Commands for operators: devices, check, health, degrade, recover, pause, resume."""
 
 from __future__ import annotations
 
@@ -22,13 +17,15 @@ from embedq_worker.cli.common import EPILOG, fail, load, model_options
 if TYPE_CHECKING:
     from redis import Redis
 
-_COLORS = {"ok": "green", "warn": "yellow", "red": "red"}
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
+#: Maximum length of an operator's reason, characters.
+MAX_REASON = 200
 
 
 @click.command(epilog=EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def devices(as_json: bool) -> None:
-    """Show the NPUs of this machine, who holds them, and what `start` would compute on."""
+    """List NPUs, their holders and the device of `start`."""
     settings = load({})
     from embedq_worker.cli import check_npu
 
@@ -44,12 +41,10 @@ def devices(as_json: bool) -> None:
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
 def check(as_json: bool, **options: str | None) -> None:
-    """Check Redis, model, engine and self-test, one line each."""
+    """Check Redis, folders, NPU, model and engine."""
     settings = load(options)
     process.send_native_to_stderr()
-    from embedq_worker.cli import (
-        check as check_module,  # Celery and the engine, not needed for --help
-    )
+    from embedq_worker.cli import check as check_module
 
     done = []
     for result in check_module.run(settings):
@@ -59,7 +54,7 @@ def check(as_json: bool, **options: str | None) -> None:
             click.echo(f"{result.name:<10} {mark}  {result.detail}  ({result.seconds:.2f} s)")
             if result.fix:
                 click.echo(f"{'':<10}       {result.fix}")
-    ok = all(result.level != "red" for result in done)
+    ok = all(result.level != "fail" for result in done)
     if as_json:
         click.echo(json.dumps({"ok": ok, "checks": [result.as_dict() for result in done]}))
     sys.exit(exit_codes.OK if ok else exit_codes.CHECK)
@@ -68,20 +63,16 @@ def check(as_json: bool, **options: str | None) -> None:
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1)
 def health(arguments: tuple[str, ...]) -> None:
-    """Say whether the workers of this machine live; containers ask this."""
+    """Check that the workers of this machine are alive."""
     from embedq_worker.main_process.liveness import main
 
     sys.exit(main(list(arguments)))
 
 
-#: Longest reason that an operator may give, in characters.
-MAX_REASON = 200
-
-
 _REASON = click.option(
     "--reason",
     default="",
-    help="Why, in your words; shown wherever the worker is.",
+    help="Reason, shown by `embedq status`.",
 )
 
 
@@ -89,32 +80,38 @@ _REASON = click.option(
 @click.argument("worker")
 @_REASON
 def degrade(worker: str, reason: str) -> None:
-    """Keep WORKER off its NPU until `recover`; one without an NPU takes nothing more."""
+    """Move WORKER from its NPU to its CPU until `recover`.
+
+    A worker without an NPU stops consuming.
+    """
     from embedq.store.fleet import DesiredState, set_desired_state
 
-    reason = _bounded(reason or "An operator took it out of service.")
+    reason = _bounded(reason or "An operator degraded the worker.")
     with _results() as redis:
         _require(redis, worker)
         set_desired_state(redis, worker, DesiredState.DEGRADED, reason)
-    click.echo(f"{worker} is kept off its NPU until: embedq-worker recover {worker}")
+    click.echo(f"{worker} is degraded until: embedq-worker recover {worker}")
 
 
 @click.command(epilog=exit_codes.EPILOG)
 @click.argument("worker")
 def recover(worker: str) -> None:
-    """Undo `degrade`, or have a degraded WORKER try its NPU now instead of at its next probe."""
+    """Undo `degrade`, or probe a degraded NPU now.
+
+    WORKER does not wait for its next probe, and uses its NPU again if the probe passes.
+    """
     from embedq.store.fleet import DesiredState, set_desired_state
 
     with _results() as redis:
         _require(redis, worker)
         set_desired_state(redis, worker, DesiredState.HEALTHY, "")
-    click.echo(f"{worker} tries its NPU now, and serves with it if it proves itself.")
+    click.echo(f"{worker} probes its NPU now, and uses it if the probe passes.")
 
 
 @click.command(epilog=exit_codes.EPILOG)
 @_REASON
 def pause(reason: str) -> None:
-    """Let every worker finish the batch it holds and take nothing more, until `resume`."""
+    """Pause the fleet: workers finish their batch and stop consuming."""
     from embedq.store.fleet import pause as pause_fleet
 
     with _results() as redis:
@@ -124,54 +121,51 @@ def pause(reason: str) -> None:
 
 @click.command(epilog=exit_codes.EPILOG)
 def resume() -> None:
-    """End the pause of the fleet."""
+    """Resume the fleet after `pause`."""
     from embedq.store.fleet import resume as resume_fleet
 
     with _results() as redis:
         was_paused = resume_fleet(redis)
-    click.echo("The fleet works again." if was_paused else "The fleet was not paused.")
+    click.echo("The fleet is resumed." if was_paused else "The fleet was not paused.")
 
 
 @contextmanager
 def _results() -> Iterator[Redis]:
-    """Open the results Redis of the settings; end the command with a sentence if it fails."""
     from redis.exceptions import NoPermissionError, RedisError
 
     from embedq.settings import mask_password
     from embedq.store.connection import open_redis
-    from embedq_worker.settings import WorkerSettings
 
+    url = load({}).results_url
+    where = mask_password(url)
     try:
-        settings = WorkerSettings.load()
-        with open_redis(settings.results_url) as redis:
+        with open_redis(url) as redis:
             try:
                 yield redis
             except NoPermissionError as error:
-                where = mask_password(settings.results_url)
                 raise QueueUnavailable(
-                    f"Redis at {where} does not take orders from its user. Set EMBEDQ_RESULTS_URL "
-                    "to the one of the user ops (docs/operations.md)."
+                    f"The Redis user of {where} may not write operator commands. Set "
+                    "EMBEDQ_RESULTS_URL to the URL of the user ops (docs/operations.md)."
                 ) from error
             except RedisError as error:
-                where = mask_password(settings.results_url)
                 raise QueueUnavailable(
-                    f"Redis at {where} did not take the order ({type(error).__name__}). Set "
-                    "EMBEDQ_RESULTS_URL to the fleet's, or try again when it is there."
+                    f"Redis at {where} did not store the command ({type(error).__name__}). Start "
+                    "that Redis, or set EMBEDQ_RESULTS_URL to the results Redis of the fleet."
                 ) from error
     except EmbedqError as error:
         fail(error)
 
 
 def _require(redis: Redis, worker: str) -> None:
-    """Refuse a worker that nobody has heard of; one that is down now may have orders."""
+    # A worker that is down now is known for a day, and reads the command when it starts.
     from embedq.store.fleet import list_workers
 
     known = list_workers(redis)
     if worker not in known:
         shown = ", ".join(known) or "none"
         raise SettingsError(
-            f"No worker {worker} was seen in the last day.{did_you_mean(worker, known)} Seen: "
-            f"{shown}."
+            f"No worker {worker} was seen in the last day.{did_you_mean(worker, known)} Seen "
+            f"were: {shown}."
         )
 
 

@@ -56,9 +56,9 @@ def test_whole_chain_is_shown(tree: DeviceTree, tmp_path: Path) -> None:
 
     found = look(tree, tmp_path, (LOADER, DRIVER))
 
-    assert list(found) == ["npu plugin", "loader", "driver", "npu node", "npu lock"]
+    assert list(found) == ["npu plugin", "loader", "driver", "npu device", "npu lock"]
     assert all(line.ok and not line.fix for line in found.values()), found
-    assert "NPU 4000" in found["npu node"].detail
+    assert "NPU 4000" in found["npu device"].detail
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_every_red_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> Non
     """An operator is never left with a finding alone."""
     found = look(tree, tmp_path, (), device="npu")
 
-    assert not found["npu node"].ok
+    assert not found["npu device"].ok
     assert all(line.fix for line in found.values() if not line.ok)
 
 
