@@ -37,7 +37,7 @@ def npu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
         yield process
 
 
-def test_a_thousand_inferences_change_no_binding(npu: EngineProcess) -> None:
+def test_a_thousand_inferences_change_no_pointer(npu: EngineProcess) -> None:
     # Otherwise the plugin could not reuse its command lists.
     counters: dict[str, int] = {}
     while counters.get("inferences", 0) < 1_000:

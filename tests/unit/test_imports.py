@@ -50,7 +50,7 @@ WALLS: dict[str, str] = {
     "embedq_worker.device embedq_worker.settings embedq_worker.files embedq_worker.errors",
     # Never engines or inference: an NPU context does not survive a fork. Celery's `include` makes
     # the main process import pool_process.tasks all the same; what keeps the runtimes out of it is
-    # that factory.py and opener.py import them inside functions. test_engine_nodes.py reads
+    # that factory.py and opener.py import them inside functions. test_engine_workers.py reads
     # /proc/PID/maps.
     "embedq_worker.main_process": "embedq.store embedq_worker.device embedq_worker.model "
     "embedq_worker.settings embedq_worker.files embedq_worker.process embedq_worker.errors "

@@ -1,4 +1,4 @@
-"""A worker on the CPU whose engine fails every batch."""
+"""A CPU worker whose engine fails delays the retry."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from embedq import Client
 from embedq.testing import stub_vectors
 
 
-def test_batch_that_an_engine_fails_rests_before_it_is_tried_again(
+def test_batch_of_a_failing_engine_is_requeued_after_a_delay(
     redis: RedisProcess, short_dir: Path
 ) -> None:
-    """The batch is not lost, and a sound worker has the time to take it first."""
+    # The delay lets a healthy worker consume the batch first.
     script = short_dir / "faults"
     with stub_worker(redis, short_dir, "broken", EMBEDQ_STUB_FAULTS=os.fspath(script)) as worker:
         script.write_text("infer=raise first=2\n")

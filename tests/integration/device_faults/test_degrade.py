@@ -1,4 +1,4 @@
-"""A worker whose NPU cannot be trusted says so, hands its work on, and comes back once proven."""
+"""A worker with a faulty NPU degrades, reroutes its batch, and returns after a passed self-test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embedq.testing import stub_vectors
 from embedq_worker import exit_codes
 from embedq_worker.engines.stub import FaultScript
 
-#: Shorter than in production, by public settings, so that a test need not wait for half a minute.
+#: Shorter times than the defaults.
 QUICK = {
     "EMBEDQ_PROBE_INITIAL_DELAY_S": "0.3",
     "EMBEDQ_PROBE_MAX_DELAY_S": "0.3",
@@ -33,7 +33,7 @@ TEXTS = [f"text {number}" for number in range(64)]
 
 
 class Npu(WorkerProcess):
-    """A worker with a stub that plays an NPU, whose faults can be switched."""
+    """A worker with a stub NPU and a fault script."""
 
     def __init__(self, redis: RedisProcess, folder: Path, name: str, **settings: str) -> None:
         self.faults = FaultScript(folder / f"{name}.faults")
@@ -42,20 +42,19 @@ class Npu(WorkerProcess):
         super().__init__(redis, folder, name, **{**QUICK, **script, **settings})
 
     def wait_state(self, *states: str, device: str | None = None) -> WorkerStatus:
-        """Wait until the worker says that it is in one of these states, and computes there."""
+        """Wait for a heartbeat with one of these states and, if given, this device."""
 
-        def look() -> WorkerStatus | None:
+        def matching() -> WorkerStatus | None:
             found = self.heartbeat()
             if found is None or found.state not in states:
                 return None
             return found if device in (None, found.device) else None
 
-        return wait_for(look, f"worker {self.name} to be {' or '.join(states)}")
+        return wait_for(matching, f"worker {self.name} to be {' or '.join(states)}")
 
 
 @pytest.fixture
 def npu(redis: RedisProcess, short_dir: Path) -> Iterator[Npu]:
-    """A healthy worker that plays an NPU, alone in its fleet."""
     worker = Npu(redis, short_dir, "npu0")
     try:
         worker.wait_healthy()
@@ -65,11 +64,11 @@ def npu(redis: RedisProcess, short_dir: Path) -> Iterator[Npu]:
 
 
 def embed(redis: RedisProcess, texts: list[str] = TEXTS) -> list[bool]:
-    """Embed texts, check every vector, and return for each text whether it was re-routed."""
+    """Embed texts, check every vector, and return for each text whether it was rerouted."""
     with Client(settings=redis.settings()) as client:
         found = list(client.submit(texts).results(timeout_s=DEADLINE_S))
-    np.testing.assert_array_equal([one.vector for one in found], stub_vectors(texts))
-    return [one.outcome.rerouted for one in found]
+    np.testing.assert_array_equal([item.vector for item in found], stub_vectors(texts))
+    return [item.outcome.rerouted for item in found]
 
 
 @pytest.mark.redis
@@ -85,10 +84,9 @@ def embed(redis: RedisProcess, texts: list[str] = TEXTS) -> list[bool]:
         ("hang", "deadline"),
     ],
 )
-def test_faulty_npu_hands_its_batch_on_and_comes_back(
+def test_worker_reroutes_after_a_fault_and_recovers(
     fault: str, code: str, npu: Npu, redis: RedisProcess
 ) -> None:
-    """Each text has its vector; the worker serves on its CPU, then on its NPU again."""
     npu.faults.replace(f"infer={fault}")
 
     rerouted = embed(redis)
@@ -108,10 +106,9 @@ def test_faulty_npu_hands_its_batch_on_and_comes_back(
     ("fault", "code"),
     [("raise", "compile_refused"), ("slow seconds=30", "init_timeout"), ("exit", "crash_loop")],
 )
-def test_npu_that_does_not_open_is_left_alone(
+def test_worker_serves_on_the_cpu_if_its_npu_does_not_open(
     fault: str, code: str, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """The worker serves on its CPU and says why; only what may pass is tried again."""
     worker = Npu(redis, short_dir, "npu0", EMBEDQ_CRASH_LOOP_LIMIT="2", EMBEDQ_INIT_TIMEOUT_S="4")
     worker.faults.replace(f"init={fault}")
     try:
@@ -125,10 +122,9 @@ def test_npu_that_does_not_open_is_left_alone(
 
 
 @pytest.mark.redis
-def test_strict_worker_ends_when_its_npu_hangs_at_the_start(
+def test_strict_worker_exits_if_its_npu_hangs_at_the_start(
     redis: RedisProcess, short_dir: Path
 ) -> None:
-    """It is not proven, whatever keeps it from that: the code says so."""
     worker = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_TIMEOUT_S="2")
     worker.faults.replace("init=hang")
     try:
@@ -138,7 +134,6 @@ def test_strict_worker_ends_when_its_npu_hangs_at_the_start(
 
 
 def operate(redis: RedisProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of `embedq-worker` as an operator would."""
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     return subprocess.run(
         [sys.executable, "-m", "embedq_worker", *arguments],
@@ -150,52 +145,55 @@ def operate(redis: RedisProcess, *arguments: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.redis
-def test_operator_takes_an_npu_out_and_back(npu: Npu, redis: RedisProcess, short_dir: Path) -> None:
-    """The order lasts over a restart of the worker until it is undone; a typo is told."""
-    typo = operate(redis, "degrade", "npu1")
+def test_operator_degrades_and_recovers_a_worker(
+    npu: Npu, redis: RedisProcess, short_dir: Path
+) -> None:
+    """The command survives a restart of the worker; a misspelled worker name is refused."""
+    misspelled = operate(redis, "degrade", "npu1")
     done = operate(redis, "degrade", "npu0", "--reason", "a new driver")
 
     degraded = npu.wait_state("degraded")
     assert (degraded.code, degraded.reason) == ("operator", "a new driver")
     assert done.returncode == 0
-    assert typo.returncode == 2
-    assert "Did you mean npu0?" in typo.stderr
+    assert misspelled.returncode == 2
+    assert "Did you mean npu0?" in misspelled.stderr
 
     npu.stop()
-    again = Npu(redis, short_dir, "npu0")
+    restarted = Npu(redis, short_dir, "npu0")
     try:
-        assert again.wait_state("degraded").reason == "a new driver"
+        assert restarted.wait_state("degraded").reason == "a new driver"
         embed(redis)
         operate(redis, "recover", "npu0")
-        assert again.wait_state("healthy").device == "stub"
+        assert restarted.wait_state("healthy").device == "stub"
     finally:
-        again.stop()
+        restarted.stop()
 
 
 @pytest.mark.redis
-def test_held_worker_leaves_its_npu_alone_at_a_start(
+def test_degraded_worker_does_not_open_its_npu_after_a_restart(
     npu: Npu, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """An NPU that hangs when it is opened is why it was taken out: the worker serves on its CPU."""
     operate(redis, "degrade", "npu0", "--reason", "a new driver")
     npu.wait_state("degraded", device="cpu")
     npu.stop()
 
-    again = Npu(redis, short_dir, "npu0")
-    again.faults.replace("init=hang")
+    restarted = Npu(redis, short_dir, "npu0")
+    restarted.faults.replace("init=hang")
     try:
-        assert again.wait_state("degraded", device="cpu").code == "operator"
+        assert restarted.wait_state("degraded", device="cpu").code == "operator"
         assert not (short_dir / "npu0.faults.struck").exists()
     finally:
-        again.stop()
+        restarted.stop()
 
 
 @pytest.mark.redis
-def test_paused_fleet_takes_nothing_until_it_is_resumed(npu: Npu, redis: RedisProcess) -> None:
-    """Batches wait in their queue; `embedq status` says who paused and why."""
+def test_paused_workers_consume_nothing_until_resumed(npu: Npu, redis: RedisProcess) -> None:
+    """`embedq status` shows the reason of the pause."""
     before = len(npu.lines("Canceling queue embed.npu"))
     operate(redis, "pause", "--reason", "stocktaking")
-    wait_for(lambda: npu.lines("Canceling queue embed.npu")[before + 1 :], "both queues to be left")
+    wait_for(
+        lambda: npu.lines("Canceling queue embed.npu")[before + 1 :], "both queues to be cancelled"
+    )
 
     with Client(settings=redis.settings()) as client:
         job = client.submit(TEXTS)
@@ -211,5 +209,5 @@ def test_paused_fleet_takes_nothing_until_it_is_resumed(npu: Npu, redis: RedisPr
         assert not npu.lines("batch_done")
 
         operate(redis, "resume")
-        found = [one.vector for one in job.results(timeout_s=DEADLINE_S)]
+        found = [item.vector for item in job.results(timeout_s=DEADLINE_S)]
         np.testing.assert_array_equal(found, stub_vectors(TEXTS))

@@ -1,4 +1,4 @@
-"""A batch that cannot be served is answered: its producer hears why, and the worker goes on."""
+"""A batch that cannot be served fails with a code at its producer, and the worker goes on."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "no schema": ("malformed_message", {"v": MARKER}),
     "too many texts": ("batch_too_large", {"n": MAX_BATCH_TEXTS + 1}),
     "too many bytes": ("batch_too_large", {"raw": 2**31}),
-    "texts are no frame": ("malformed_message", {"texts": MARKER.encode()}),
-    "texts are no bytes": ("malformed_message", {"texts": MARKER}),
+    "texts are not a frame": ("malformed_message", {"texts": MARKER.encode()}),
+    "texts are not bytes": ("malformed_message", {"texts": MARKER}),
     "counts do not add up": ("malformed_message", {"n": 2}),
     "another model": ("wrong_model", {"spec": ["ab" * 32, *SPECIFICATION[1:]]}),
     "another dimension": ("wrong_model", {"spec": [SPEC.model, 768, *SPECIFICATION[2:]]}),
@@ -37,10 +37,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_producer_hears_why(
+def test_refused_batch_fails_with_a_code(
     name: str, worker: WorkerProcess, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The producer gets BatchFailed with code and sentence; the log has one line with the code."""
+    """BatchFailed carries code and detail; the log has one line with the code."""
     code, change = CASES[name]
     pids, before = worker.pids(), len(worker.lines("batch_failed"))
     good = EmbedBatch.to_message
@@ -59,27 +59,25 @@ def test_producer_hears_why(
     assert worker.pids() == pids
 
 
-def test_batch_of_no_job_is_dropped(
+def test_batch_without_a_job_is_skipped(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """A batch whose job is not in the ledger is skipped and leaves nothing behind."""
-    message = queued(shared_redis, batch_of([MARKER], job="nobodys"))
+    message = queued(shared_redis, batch_of([MARKER], job="missing"))
 
     push(shared_redis, message)
     client.encode(["after"], accuracy="exact")
 
-    assert wait_for(lambda: worker.lines("batch_skipped", "nobodys", "gone"), "the skipped batch")
+    assert wait_for(lambda: worker.lines("batch_skipped", "missing", "gone"), "the skipped batch")
     with shared_redis.open() as redis:
-        assert not list(redis.scan_iter("*nobodys*"))
+        assert not list(redis.scan_iter("*missing*"))
 
 
-def test_index_beyond_the_job_is_ignored_by_its_producer(
+def test_producer_ignores_an_unknown_batch_index(
     worker: WorkerProcess,
     client: Client,
     shared_redis: RedisProcess,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A forged batch with an index that the job never sent does not disturb the job."""
     open_at_first = Ledger.open
 
     def open_and_forge(self: Ledger, **options: Any) -> None:
@@ -96,20 +94,20 @@ def test_index_beyond_the_job_is_ignored_by_its_producer(
         assert [key for key in redis.scan_iter("embedq:{*")] == []
 
 
-def test_batch_that_redis_refuses_is_asked_for_now_and_then(
+def test_batch_that_redis_refuses_is_requeued_after_a_delay(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """A ledger that is no hash, or a right that was taken away, costs neither a core nor a disk."""
+    """A ledger key of the wrong type causes neither a busy loop nor a flood of log lines."""
     with shared_redis.open() as redis:
         redis.set("embedq:{broken}:meta", "not a hash")
         before = len(worker.lines("batch_requeued"))
         push(shared_redis, queued(shared_redis, batch_of(["x"], job="broken")))
 
         wait_for(lambda: len(worker.lines("batch_requeued")) > before, "the first refusal")
-        began = time.monotonic()
+        started = time.monotonic()
         wait_for(lambda: len(worker.lines("batch_requeued")) > before + 2, "the third")
-        took_s = time.monotonic() - began
+        elapsed_s = time.monotonic() - started
         redis.delete("embedq:{broken}:meta")
 
-    assert took_s > REQUEUE_DELAY_S
+    assert elapsed_s > REQUEUE_DELAY_S
     wait_until_acknowledged(shared_redis)

@@ -1,4 +1,4 @@
-"""Whole workers with the engines of OpenVINO: Celery, a forked child, Redis, vectors that agree."""
+"""Whole workers with real engines return the right vectors through Celery and Redis."""
 
 from __future__ import annotations
 
@@ -21,44 +21,42 @@ TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
 
 
 def settings_of(model: Model, folder: Path, **settings: str) -> dict[str, str]:
-    """Return the environment of a worker that serves the tiny model."""
-    own = {"MODEL": os.fspath(model.folder), "CACHE_DIR": os.fspath(folder / "cache")}
-    return {f"EMBEDQ_{name}": value for name, value in {**own, **settings}.items()}
+    defaults = {"MODEL": os.fspath(model.folder), "CACHE_DIR": os.fspath(folder / "cache")}
+    return {f"EMBEDQ_{name}": value for name, value in {**defaults, **settings}.items()}
 
 
 def embed(
     redis: RedisProcess, model: Model, accuracy: str = "standard"
 ) -> tuple[Vectors, list[Outcome]]:
-    """Embed the texts through the queue."""
     with Client(settings=redis.settings(model=os.fspath(model.folder))) as client:
         found = list(client.submit(TEXTS, accuracy=accuracy).results(timeout_s=30))
-    return np.array([each.vector for each in found]), [each.outcome for each in found]
+    return np.array([item.vector for item in found]), [item.outcome for item in found]
 
 
-def precision_of_the_standin() -> Precision:
-    """Return what OpenVINO's CPU plugin computes in where nobody asks it for anything."""
+def default_cpu_precision() -> Precision:
+    """Return the precision that OpenVINO's CPU plugin uses by default."""
     capable = Runtime(CPU).get("OPTIMIZATION_CAPABILITIES").split(", ")
     order = {"FP16": Precision.F16, "BF16": Precision.BF16, "FP32": Precision.F32}
     return next(precision for name, precision in order.items() if name in capable)
 
 
-def test_worker_on_a_standin_serves_the_queue_of_npus(
+def test_worker_on_an_emulated_npu_serves_the_npu_queues(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """Outcomes say npu and its precision, the log how full rows were; a strict worker serves."""
+    """Only the pool process maps OpenVINO; outcomes, log and heartbeat name the precision."""
     settings = settings_of(model, short_dir, DEVICE="npu", NPU_EMULATION="alias", STRICT="1")
     with stub_worker(redis, short_dir, "alias", **settings) as worker:
         vectors, outcomes = embed(redis, model)
 
-        (done,) = wait_for(lambda: worker.lines("batch_done"), "the line about the batch")
+        (done,) = wait_for(lambda: worker.lines("batch_done"), "the log line of the batch")
         heartbeat = worker.heartbeat()
         # The supervisor, the main process and the pool process.
         mapped = [
             Path(f"/proc/{pid}/maps").read_text() for pid in (worker.process.pid, *worker.pids())
         ]
 
-    precision = precision_of_the_standin()
-    assert {(each.device, each.precision) for each in outcomes} == {(Device.NPU, precision)}
+    precision = default_cpu_precision()
+    assert {(item.device, item.precision) for item in outcomes} == {(Device.NPU, precision)}
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
     assert f"engine=openvino device=npu precision={precision}" in done
     assert 0.5 < float(done.partition("pack_fill_ratio=")[2].split()[0]) <= 1
@@ -67,7 +65,7 @@ def test_worker_on_a_standin_serves_the_queue_of_npus(
     assert ["onnxruntime" in libraries for libraries in mapped[:2]] == [False, False]
 
 
-#: Makes every Python below it one on whose machine openvino was never installed.
+#: A sitecustomize.py that hides openvino from Python.
 WITHOUT_OPENVINO = """
 import importlib.machinery
 import sys
@@ -92,7 +90,6 @@ sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Without
 def test_worker_without_openvino_serves_on_the_cpu(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """With the extra [cpu] alone a worker starts, chooses onnxruntime and serves both classes."""
     (short_dir / "sitecustomize.py").write_text(WITHOUT_OPENVINO)
     paths = [os.fspath(short_dir), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = settings_of(model, short_dir, DEVICE="auto")
@@ -104,17 +101,16 @@ def test_worker_without_openvino_serves_on_the_cpu(
         loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in (one.process.pid, *one.pids())]
         heartbeat = one.heartbeat()
 
-    assert {(each.device, each.precision) for each in outcomes} == {(Device.CPU, Precision.F32)}
+    assert {(item.device, item.precision) for item in outcomes} == {(Device.CPU, Precision.F32)}
     assert standard.tobytes() == exact.tobytes()
     assert heartbeat and heartbeat.engine == "onnxruntime"
     assert ["onnxruntime" in libraries for libraries in loaded] == [False, False, True]
     assert not any("openvino" in libraries for libraries in loaded)
 
 
-def test_worker_on_the_cpu_serves_each_class_with_its_engine(
+def test_cpu_worker_opens_an_engine_per_accuracy_class(
     model: Model, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """With bf16 for `standard`, an exact job makes the same worker open an engine in f32."""
     if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this CPU has no bf16")
     settings = settings_of(model, short_dir, DEVICE="cpu", PRECISION="bf16", ENGINE="openvino")
@@ -123,7 +119,7 @@ def test_worker_on_the_cpu_serves_each_class_with_its_engine(
         exact, precise = embed(redis, model, "exact")
         heartbeat = worker.heartbeat()
 
-    assert {(each.device, each.precision) for each in rounded} == {(Device.CPU, Precision.BF16)}
-    assert {(each.device, each.precision) for each in precise} == {(Device.CPU, Precision.F32)}
+    assert {(item.device, item.precision) for item in rounded} == {(Device.CPU, Precision.BF16)}
+    assert {(item.device, item.precision) for item in precise} == {(Device.CPU, Precision.F32)}
     assert 0.999 <= (standard * exact).sum(axis=1).min() < 0.9999999
     assert heartbeat and heartbeat.precision == "bf16"

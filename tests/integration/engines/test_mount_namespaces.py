@@ -1,6 +1,6 @@
-"""Several NPUs in one machine: the recipe of the refusal, followed with real mount namespaces.
+"""Several NPUs in one machine need private mount namespaces, as the error message says.
 
-Each process sees a machine of two NPUs in place of /dev/accel and /sys; none of them computes.
+The processes see a tree with two NPUs in place of /dev/accel and /sys; no NPU is opened.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FIRST, SECOND = "0000:00:0b.0", "0000:00:0c.0"
-#: Puts a tree of devices in place of the machine's own, some device files hidden, and runs a
-#: command.
+#: Shell script: mounts a tree over /dev and /sys, hides device files, and runs a command.
 IN_TREE = """
 set -e
 for each in null zero random urandom; do
@@ -39,7 +38,7 @@ mount --bind "$1/sys" /sys
 shift 2
 exec "$@"
 """
-#: Claims the NPU as a worker does, says so, and holds it until its stdin ends.
+#: Python script: locks the NPU as a worker does, until stdin is closed.
 HOLD = """
 import sys
 from embedq_worker.device.placement import acquire
@@ -54,7 +53,7 @@ sys.stdin.read()
 
 @functools.cache
 def unshare() -> tuple[str, ...]:
-    """Return the command that gives a process mounts of its own, or skip."""
+    """Return the command that runs a process in a private mount namespace, or skip."""
     for options in ("--mount", "--map-root-user --mount"):
         command = ("unshare", *options.split())
         if shutil.which("unshare"):
@@ -66,7 +65,6 @@ def unshare() -> tuple[str, ...]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> DeviceTree:
-    """A machine with two NPUs."""
     found = DeviceTree(tmp_path / "tree")
     found.add(0, FIRST)
     found.add(1, SECOND)
@@ -83,7 +81,6 @@ class Namespace:
         )
 
     def worker(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        """Run embedq-worker in it."""
         return subprocess.run(
             [*self._command, sys.executable, "-m", "embedq_worker", *arguments],
             env={**self._environment, **settings},
@@ -94,7 +91,7 @@ class Namespace:
         )
 
     def hold(self) -> subprocess.Popen[str]:
-        """Start a process that claims the NPU and ends with its stdin."""
+        """Start a process that locks the NPU until its stdin is closed."""
         process = subprocess.Popen(
             [*self._command, sys.executable, "-c", HOLD],
             env={**self._environment, "EMBEDQ_DEVICE": "npu", "EMBEDQ_NAME": "holder"},
@@ -107,8 +104,8 @@ class Namespace:
         return process
 
 
-def test_two_npus_outside_of_containers_are_refused(tree: DeviceTree, tmp_path: Path) -> None:
-    """`start` on a machine of two ends with its code and the recipe; `devices` shows both."""
+def test_two_npus_without_namespaces_are_refused(tree: DeviceTree, tmp_path: Path) -> None:
+    """`start` fails and names the remedy; `devices` lists both NPUs."""
     outside = Namespace(tree, tmp_path / "locks")
 
     shown = json.loads(outside.worker("devices", "--json").stdout)
@@ -122,8 +119,7 @@ def test_two_npus_outside_of_containers_are_refused(tree: DeviceTree, tmp_path: 
     assert "/dev/accel/accel1 is not the first" in second.stderr
 
 
-def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path: Path) -> None:
-    """With the other device file hidden each has its own NPU, and a third process finds it held."""
+def test_each_namespace_has_its_npu_and_locks_are_shared(tree: DeviceTree, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     locks = tmp_path / "locks"
     of_first = Namespace(tree, locks, hidden="accel1")
@@ -131,10 +127,10 @@ def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path
 
     with of_first.hold() as holder:
         free = json.loads(of_second.worker("devices", "--json").stdout)
-        late = of_first.worker("start", "--device", "npu")
-        with of_second.hold() as beside:
-            taken = json.loads(of_second.worker("devices", "--json").stdout)
-            beside.communicate()
+        refused = of_first.worker("start", "--device", "npu")
+        with of_second.hold() as second:
+            locked = json.loads(of_second.worker("devices", "--json").stdout)
+            second.communicate()
         holder.communicate()
 
     assert [(npu["pci"], npu["problem"]) for npu in free["npus"]] == [
@@ -142,9 +138,9 @@ def test_namespaces_part_the_npus_and_share_the_locks(tree: DeviceTree, tmp_path
         (FIRST, "not visible here"),
     ]
     assert (free["device"], free["reason"]) == ("npu", f"Found accel1 NPU 4000 at {SECOND}.")
-    assert late.returncode == exit_codes.DEVICE
-    assert f"process {holder.pid} on " in late.stderr and "(worker holder)" in late.stderr
-    assert taken["npus"][0]["problem"].startswith(f"held by {beside.pid} ")
+    assert refused.returncode == exit_codes.DEVICE
+    assert f"process {holder.pid} on " in refused.stderr and "(worker holder)" in refused.stderr
+    assert locked["npus"][0]["problem"].startswith(f"held by {second.pid} ")
     assert sorted(path.name for path in locks.iterdir()) == [
         f"embedq-npu-{pci.replace(':', '-')}.lock" for pci in (FIRST, SECOND)
     ]

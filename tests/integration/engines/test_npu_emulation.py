@@ -1,8 +1,7 @@
-"""The path of an NPU from settings to vectors, on what plays an NPU here.
+"""The NPU path from settings to vectors, on emulated NPUs.
 
-alias: real numbers, real cache, real child. npuw: Intel's own NPU plugin and its device string.
-shim: the device string with properties. Fault operator: what a device does when it fails.
-None of them says anything about the speed of an NPU.
+alias: OpenVINO's CPU plugin under another name. npuw: Intel's NPU plugin, computing on the CPU.
+shim: the CPU plugin under the device name NPU. A fault operator injects faults of the device.
 """
 
 from __future__ import annotations
@@ -44,42 +43,38 @@ ALIAS = TARGETS["alias"]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that the tests share, so that each shape is compiled once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module", params=["alias", "npuw", "shim"])
-def standin(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[EngineProcess]:
-    """Each emulated NPU, opened and verified in a process of its own."""
+def npu(request: pytest.FixtureRequest, model: Model, cache: Path) -> Iterator[EngineProcess]:
     target = target_of(str(request.param))
     with engine_process() as process:
         process.call(open_npu, target, model.folder, cache, {})
         yield process
 
 
-def test_nothing_moves_in_a_thousand_inferences(standin: EngineProcess) -> None:
-    """After the warm-up no tensor is found elsewhere."""
+def test_a_thousand_inferences_change_no_pointer(npu: EngineProcess) -> None:
     texts = TEXTS * 70
-    _, before, first = standin.call(embed_texts, texts)
+    _, before, first = npu.call(embed_texts, texts)
 
-    _, after, last = standin.call(embed_texts, texts)
+    _, after, last = npu.call(embed_texts, texts)
 
     assert before.inferences == after.inferences
     assert last["inferences"] - first["inferences"] == after.inferences > 1_000
     assert last["pointer_changes"] == last["shape_changes"] == last["stride_changes"] == 0
 
 
-def test_more_callers_than_requests_are_all_served(standin: EngineProcess) -> None:
-    """Eight callers share one or two requests; each gets its own vectors."""
-    expected, _, _ = standin.call(embed_texts, TEXTS)
+def test_concurrent_callers_share_the_infer_requests(npu: EngineProcess) -> None:
+    expected, _, _ = npu.call(embed_texts, TEXTS)
 
-    found = standin.call(embed_from_threads, TEXTS, 8)
+    found = npu.call(embed_from_threads, TEXTS, 8)
 
     assert all(vectors.tobytes() == expected.tobytes() for vectors in found)
 
 
 def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
-    """A second start imports the blob; it needs neither onnx nor onnxruntime, nor a child."""
+    """The second start imports the blob and loads neither onnx nor onnxruntime."""
     with engine_process() as process:
         process.call(open_npu, ALIAS, model.folder, cache, {})
     with engine_process() as process:
@@ -89,8 +84,7 @@ def test_cached_start_compiles_nothing(model: Model, cache: Path) -> None:
     assert again["modules"] == []
 
 
-def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) -> None:
-    """Two processes with an empty cache: one compiles, the other waits and imports."""
+def test_concurrent_starts_compile_once(model: Model, tmp_path: Path) -> None:
     with engine_process() as one, engine_process() as other, ThreadPoolExecutor(2) as starts:
         opened = list(
             starts.map(
@@ -98,11 +92,11 @@ def test_workers_that_start_together_compile_once(model: Model, tmp_path: Path) 
             )
         )
 
-    assert sorted(shown["details"]["blob"] for shown in opened) == ["cached", "compiled"]
+    assert sorted(engine["details"]["blob"] for engine in opened) == ["cached", "compiled"]
 
 
 def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
-    """An ONNX that cannot be packed has one text a row, in the smallest of a few shapes."""
+    """A model that cannot be packed has one text per row, in the smallest bucket that fits."""
     write_foreign(tmp_path)
     write_json(tmp_path / "config.json", {"max_position_embeddings": 32})
     foreign = load_model(tmp_path, "foreign", DigestCache(tmp_path))
@@ -116,24 +110,21 @@ def test_foreign_model_is_served_in_buckets(tmp_path: Path) -> None:
     assert counters["pointer_changes"] == 0
 
 
-def test_unknown_properties_are_ignored_visibly(model: Model, cache: Path) -> None:
-    """The mode of pull request 35626 is not sent to a plugin without it, and that is told."""
-    wishes = {"npu_commandlist_mode": "DEFAULT", "npu_properties": {"NPU_TURBO": "YES"}}
+def test_ignored_properties_are_reported(model: Model, cache: Path) -> None:
+    properties = {"npu_commandlist_mode": "DEFAULT", "npu_properties": {"NPU_TURBO": "YES"}}
     with engine_process() as process:
-        opened = process.call(open_npu, ALIAS, model.folder, cache, wishes)
+        opened = process.call(open_npu, ALIAS, model.folder, cache, properties)
 
     assert opened["details"]["ignored"] == "NPU_COMMANDLIST_MODE=DEFAULT NPU_TURBO=YES"
 
 
 def open_faulty(process: EngineProcess, model: Model, cache: Path) -> EngineProcess:
-    """Open an emulated NPU with a fault operator in its graph, honest until it is armed."""
     process.call(open_faulty_npu, ALIAS, model.folder, cache, {"infer_timeout_s": 1.0})
     return process
 
 
 @pytest.fixture(scope="module")
 def faulty(model: Model, cache: Path) -> Iterator[EngineProcess]:
-    """One for the faults that a engine_process survives."""
     with engine_process() as process:
         yield open_faulty(process, model, cache)
 
@@ -146,10 +137,9 @@ def faulty(model: Model, cache: Path) -> Iterator[EngineProcess]:
         ("error", FailureReason.DEVICE_ERROR),
     ],
 )
-def test_device_that_fails_in_mid_task_gives_no_vector(
+def test_fault_raises_and_later_inferences_succeed(
     faulty: EngineProcess, fault: str, reason: FailureReason
 ) -> None:
-    """The batch raises with a named reason, and the requests serve again once the fault is gone."""
     expected, _, _ = faulty.call(embed_texts, TEXTS)
     assert np.isfinite(expected).all()
 
@@ -165,10 +155,10 @@ def test_device_that_fails_in_mid_task_gives_no_vector(
 @pytest.mark.parametrize(
     ("fault", "reason"), [("lost", FailureReason.DEVICE_LOST), ("hang", FailureReason.DEADLINE)]
 )
-def test_lost_device_is_not_asked_again(
+def test_lost_device_runs_no_further_inference(
     model: Model, cache: Path, fault: str, reason: FailureReason
 ) -> None:
-    """Lost or hung in mid-task: a named reason, now and later, and closing does not hang."""
+    # Closing must not hang either.
     with engine_process() as process:
         open_faulty(process, model, cache).call(arm_fault, fault, 5)
         with pytest.raises(DeviceLost) as caught:
@@ -182,8 +172,8 @@ def test_lost_device_is_not_asked_again(
 
 
 def run_cli(model: Model, cache: Path, *arguments: str, **settings: str) -> dict[str, Any]:
-    """Run embedq-worker on an emulated NPU and return the one JSON object on its stdout."""
-    own = {
+    """Run embedq-worker on an emulated NPU and return the JSON object of its stdout."""
+    defaults = {
         "EMBEDQ_MODEL": os.fspath(model.folder),
         "EMBEDQ_CACHE_DIR": os.fspath(cache),
         "EMBEDQ_DEVICE": "npu",
@@ -192,7 +182,7 @@ def run_cli(model: Model, cache: Path, *arguments: str, **settings: str) -> dict
     }
     done = subprocess.run(
         [sys.executable, "-m", "embedq_worker", *arguments, "--json"],
-        env=environment(**{**own, **settings}),
+        env=environment(**{**defaults, **settings}),
         capture_output=True,
         check=False,
     )
@@ -201,8 +191,7 @@ def run_cli(model: Model, cache: Path, *arguments: str, **settings: str) -> dict
     return found
 
 
-def test_native_logs_and_telemetry_stay_out_of_the_way(model: Model, cache: Path) -> None:
-    """With the plugin's log at its loudest stdout is one JSON object, and nobody is phoned."""
+def test_plugin_log_and_telemetry_do_not_reach_stdout(model: Model, cache: Path) -> None:
     shown = run_cli(model, cache, "warm", OV_NPU_LOG_LEVEL="LOG_DEBUG")
 
     assert (shown["device"], shown["precision"]) != ("cpu", "f32")

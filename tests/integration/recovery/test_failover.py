@@ -1,4 +1,4 @@
-"""A broker that takes no writes for a while, as one does that fails over."""
+"""A broker that refuses writes for a while, as in a failover."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from embedq.store import fleet
 from embedq.testing import stub_vectors
 
 
-def test_worker_waits_for_a_broker_that_fails_over(short_dir: Path) -> None:
-    """A replica refuses whoever asks it for a batch; the worker lives on until it is a master."""
+def test_worker_survives_a_failover_of_the_broker(short_dir: Path) -> None:
+    # A replica refuses the commands that consume a batch.
     redis = RedisProcess(short_dir)
     try:
         with stub_worker(redis, short_dir, "patient") as worker, redis.open(0) as broker:
             before = worker.pids()
             broker.execute_command("REPLICAOF", "127.0.0.1", "1")
-            # Celery pauses when it has connected five times within a second.
+            # Celery pauses after five connects within a second.
             wait_for(
                 lambda: worker.lines("Frequent restarts") or worker.lines("worker_process_exited"),
-                "tries",
+                "reconnects",
             )
             broker.execute_command("REPLICAOF", "NO", "ONE")
 
@@ -38,8 +38,8 @@ def test_worker_waits_for_a_broker_that_fails_over(short_dir: Path) -> None:
         redis.stop()
 
 
-def test_paused_worker_waits_for_a_redis_that_cannot_write(short_dir: Path) -> None:
-    """Such a Redis answers not even a ping, which is all that a worker asks that takes no batch."""
+def test_paused_worker_survives_a_broker_that_cannot_write(short_dir: Path) -> None:
+    # Such a Redis refuses even PING, the only command of a paused consumer.
     disk = short_dir / "disk"
     disk.mkdir()
     redis = RedisProcess(short_dir, "--dir", os.fspath(disk))

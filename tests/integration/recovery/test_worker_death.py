@@ -1,4 +1,4 @@
-"""Workers and children die in the middle of a batch; the batch is finished, once, by another."""
+"""A batch whose worker or pool process dies is finished once by another one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from embedq.jobs.batches import TextBatch
 from embedq.protocol.values import Vectors
 from embedq.testing import stub_vectors
 
-#: The shortest visibility timeout there is, so that a dead worker is missed soon.
+#: The shortest visibility timeout that is allowed.
 LEASE = {"EMBEDQ_VISIBILITY_TIMEOUT_S": "4"}
 TEXTS = [f"text {i}" for i in range(200)]
 
 
 def embed_as_one_batch(redis: RedisProcess, texts: list[str], timeout_s: float = 60) -> Vectors:
-    """Send all texts as a single batch and return its vectors."""
+    """Publish all texts as a single batch and return its vectors."""
     with Client(settings=redis.settings()) as client:
         job = client.job([TextBatch(0, 0, texts, {})], client.spec())
         [batch] = job.batches(timeout_s=timeout_s)
@@ -36,7 +36,7 @@ def embed_as_one_batch(redis: RedisProcess, texts: list[str], timeout_s: float =
 
 @contextmanager
 def in_background(action: Callable[[], Vectors]) -> Iterator[list[Vectors]]:
-    """Run an action beside the block; its result is in the list when the block is left."""
+    """Run an action in a thread during the block; its result is appended to the list."""
     results: list[Vectors] = []
     thread = threading.Thread(target=lambda: results.append(action()))
     thread.start()
@@ -46,29 +46,29 @@ def in_background(action: Callable[[], Vectors]) -> Iterator[list[Vectors]]:
         thread.join()
 
 
-def wait_until_begun(redis: RedisProcess) -> None:
-    """Wait until a child has begun a batch."""
+def wait_for_an_attempt(redis: RedisProcess) -> None:
+    """Wait until a pool process has counted its attempt at a batch."""
     with redis.open() as client:
         wait_for(lambda: list(client.scan_iter("embedq:{*}:tries")), "a batch to begin")
 
 
 def assert_nothing_left(redis: RedisProcess) -> None:
-    """Require that queues, unacknowledged messages and the job are gone."""
     wait_until_acknowledged(redis)
     with redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
 
 
-def test_other_node_finishes_a_dead_workers_batch(redis: RedisProcess, short_dir: Path) -> None:
-    """A worker killed with SIGKILL loses its lease; another computes its batch."""
+def test_second_worker_finishes_the_batch_of_a_killed_worker(
+    redis: RedisProcess, short_dir: Path
+) -> None:
     slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "40"}
     with stub_worker(redis, short_dir, "first", **slow) as first:
         with in_background(lambda: embed_as_one_batch(redis, TEXTS)) as results:
-            wait_until_begun(redis)
+            wait_for_an_attempt(redis)
             first.kill()
             with stub_worker(redis, short_dir, "second", **LEASE) as second:
                 wait_for(lambda: results, "the vectors")
-                assert_nothing_left(redis)  # acknowledged, so the log has the line about it
+                assert_nothing_left(redis)  # so the log line has been written
 
         assert np.array_equal(results[0], stub_vectors(TEXTS))
         assert not first.lines("batch_done")
@@ -76,8 +76,7 @@ def test_other_node_finishes_a_dead_workers_batch(redis: RedisProcess, short_dir
 
 
 def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: Path) -> None:
-    """Leases are renewed: a batch of more than two leases is not given to an idle worker."""
-    slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "22"}  # 200 texts take 9 s
+    slow = {**LEASE, "EMBEDQ_STUB_TEXTS_PER_S": "22"}  # 200 texts take more than two leases
     with (
         stopped_worker(redis, short_dir, "one", **slow) as one,
         stopped_worker(redis, short_dir, "two", **slow) as two,
@@ -90,31 +89,30 @@ def test_batch_longer_than_its_lease_runs_once(redis: RedisProcess, short_dir: P
     assert len(executions) == 1, executions
 
 
-def test_replacement_child_finishes_the_batch(redis: RedisProcess, short_dir: Path) -> None:
-    """A child killed with SIGKILL is replaced, and its batch comes back at once."""
+def test_replacement_pool_process_finishes_the_batch(redis: RedisProcess, short_dir: Path) -> None:
     with stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as worker:
-        dead = worker.pool_pid()
+        killed = worker.pool_pid()
         with in_background(lambda: embed_as_one_batch(redis, TEXTS, timeout_s=20)) as results:
-            wait_until_begun(redis)
-            os.kill(dead, signal.SIGKILL)
+            wait_for_an_attempt(redis)
+            os.kill(killed, signal.SIGKILL)
 
         assert np.array_equal(results[0], stub_vectors(TEXTS))
         assert worker.process.poll() is None
-        assert worker.pool_pid() != dead
-        assert_nothing_left(redis)  # acknowledged, so the log has the line about it
+        assert worker.pool_pid() != killed
+        assert_nothing_left(redis)  # so the log line has been written
         assert len(worker.lines("batch_done")) == 1
 
 
-def test_lost_batch_does_not_queue_up_again(redis: RedisProcess, short_dir: Path) -> None:
-    """What lost its child is the next to be taken, with its age, however long the queue is."""
-
+def test_batch_of_a_killed_pool_process_is_requeued_at_the_head(
+    redis: RedisProcess, short_dir: Path
+) -> None:
     def embed() -> Vectors:
         with Client(settings=redis.settings(batch_texts=20)) as client:
             return client.encode(TEXTS, timeout_s=30)
 
     with stub_worker(redis, short_dir, EMBEDQ_STUB_DELAY_S="0.3") as worker:
         with in_background(embed) as results:
-            wait_until_begun(redis)
+            wait_for_an_attempt(redis)
             os.kill(worker.pool_pid(), signal.SIGKILL)
 
         done = [line.partition("index=")[2].split()[0] for line in worker.lines("batch_done")]
@@ -123,10 +121,9 @@ def test_lost_batch_does_not_queue_up_again(redis: RedisProcess, short_dir: Path
 
 
 @pytest.mark.parametrize("fault", ["segfault", "raise"])
-def test_poison_is_set_aside_and_the_worker_goes_on(
+def test_poisoned_text_is_dead_lettered_and_the_worker_goes_on(
     fault: str, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A text that fails every process is set aside; its neighbors and the next are served."""
     with (
         stub_worker(redis, short_dir) as worker,
         Client(settings=redis.settings()) as client,
@@ -141,15 +138,12 @@ def test_poison_is_set_aside_and_the_worker_goes_on(
         assert_nothing_left(redis)
 
 
-def test_worker_that_ends_in_good_order_gives_its_batch_back(
-    redis: RedisProcess, short_dir: Path
-) -> None:
-    """SIGTERM lets a worker finish what it has in hand; nothing is lost or computed twice."""
+def test_worker_finishes_its_batch_after_sigterm(redis: RedisProcess, short_dir: Path) -> None:
     with (
         in_background(lambda: embed_as_one_batch(redis, TEXTS)) as results,
-        stub_worker(redis, short_dir, "leaving", EMBEDQ_STUB_TEXTS_PER_S="100") as worker,
+        stub_worker(redis, short_dir, "stopping", EMBEDQ_STUB_TEXTS_PER_S="100") as worker,
     ):
-        wait_until_begun(redis)
+        wait_for_an_attempt(redis)
         worker.process.terminate()
         worker.process.wait(20)
 
@@ -159,13 +153,12 @@ def test_worker_that_ends_in_good_order_gives_its_batch_back(
     assert worker.heartbeat() is None
 
 
-def test_duplicate_messages_deliver_once(
+def test_duplicate_messages_are_committed_once(
     worker: WorkerProcess,
     client: Client,
     shared_redis: RedisProcess,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A batch that lies in the queue three times is delivered once and committed once."""
     publish = client._publisher.publish
     wait_until_acknowledged(shared_redis)
     before = len(worker.lines("committed=yes"))
