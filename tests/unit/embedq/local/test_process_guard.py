@@ -1,4 +1,4 @@
-"""The process guard: exit codes, an orderly end, a hard end, and nothing left of the group."""
+"""Tests of the guard process: exit codes, shutdown and the end of its process group."""
 
 from __future__ import annotations
 
@@ -35,14 +35,12 @@ def guard(grace_s: float, *command: str) -> subprocess.Popen[str]:
     ("script", "code"),
     [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143)],
 )
-def test_exit_code_is_the_commands(script: str, code: int) -> None:
-    """A command's exit code comes through, and a signal n as 128 + n."""
+def test_guard_returns_the_exit_code_of_its_command(script: str, code: int) -> None:
     with guard(1, "sh", "-c", script) as process:
         assert process.wait(DEADLINE_S) == code
 
 
-def test_command_that_cannot_run_is_named() -> None:
-    """A command that does not exist gives 127 and a line in its log."""
+def test_command_that_cannot_run_exits_with_127() -> None:
     with guard(1, "/nowhere/redis-server") as process:
         assert process.stdout is not None
         log = process.stdout.read()
@@ -51,8 +49,7 @@ def test_command_that_cannot_run_is_named() -> None:
     assert log == "/nowhere/redis-server cannot be run: No such file or directory.\n"
 
 
-def test_end_of_stdin_ends_the_command_politely() -> None:
-    """When the owner's end closes, the command gets SIGTERM and may finish."""
+def test_end_of_stdin_sends_sigterm_to_the_command() -> None:
     with guard(
         DEADLINE_S, "sh", "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.01; done"
     ) as process:
@@ -66,7 +63,6 @@ def test_end_of_stdin_ends_the_command_politely() -> None:
 
 
 def test_sigterm_at_the_guard_ends_the_command() -> None:
-    """A guard that gets SIGTERM ends its command first."""
     with guard(DEADLINE_S, "sh", "-c", "echo up; exec sleep 600") as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -76,8 +72,7 @@ def test_sigterm_at_the_guard_ends_the_command() -> None:
         assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM
 
 
-def test_interrupt_reaches_the_owner_only() -> None:
-    """Ctrl-C at the guard changes nothing: the owner decides."""
+def test_guard_ignores_sigint() -> None:
     with guard(DEADLINE_S, "sh", "-c", "echo up; read line; exec sleep 600") as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -89,8 +84,7 @@ def test_interrupt_reaches_the_owner_only() -> None:
         assert process.wait(DEADLINE_S) != 128 + signal.SIGINT
 
 
-def test_stubborn_command_is_killed_after_the_grace() -> None:
-    """A command that ignores SIGTERM is killed once its time is up."""
+def test_command_that_ignores_sigterm_is_killed_after_the_grace_period() -> None:
     started = time.monotonic()
     with guard(0.2, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 600; done") as process:
         assert process.stdin is not None
@@ -103,8 +97,7 @@ def test_stubborn_command_is_killed_after_the_grace() -> None:
     assert time.monotonic() - started < DEADLINE_S
 
 
-def test_grandchild_does_not_outlive_the_command() -> None:
-    """What a command forked is killed when the command ends, even if it ignores SIGTERM."""
+def test_descendants_are_killed_when_the_command_ends() -> None:
     reader, writer = os.pipe()  # at its end when no process of the group holds it any more
     script = "(trap '' TERM; sleep 600) & exit 3"
     process = subprocess.Popen(
@@ -119,8 +112,8 @@ def test_grandchild_does_not_outlive_the_command() -> None:
         assert process.wait(DEADLINE_S) == 3
 
 
-def test_it_imports_little() -> None:
-    """A guard starts quickly, because it imports next to nothing."""
+def test_guard_imports_few_modules() -> None:
+    # Each import delays the start of a local run.
     run = subprocess.run(
         [sys.executable, "-I", "-S", "-X", "importtime", str(GUARD), "1", "--", "true"],
         capture_output=True,
@@ -133,8 +126,7 @@ def test_it_imports_little() -> None:
     assert not imported & {"re", "typing", "subprocess", "threading", "pathlib", "logging"}
 
 
-def test_end_waits_for_no_fork_of_its_owner(tmp_path: Path) -> None:
-    """A fork of the owner keeps the other end of stdin open; the command ends all the same."""
+def test_end_does_not_wait_for_a_fork_that_holds_stdin_open(tmp_path: Path) -> None:
     process = ManagedProcess(["sleep", "1000"], tmp_path / "log", grace_s=0)
     reader, writer = os.pipe()
     fork = os.fork()

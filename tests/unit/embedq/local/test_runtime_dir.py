@@ -1,4 +1,4 @@
-"""The private folder of a local run: its place, its lock and the end of forgotten ones."""
+"""Tests of the private folder of a local run."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that TMPDIR names, short whatever the machine's own is."""
+    """Set TMPDIR to a short folder."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="eq") as short:
         monkeypatch.setenv("TMPDIR", short)
         yield Path(short)
 
 
-def test_folder_is_private_and_removed(base: Path) -> None:
-    """The folder is below TMPDIR, for its owner only, and goes with remove(), twice if need be."""
+def test_folder_is_private_and_removal_may_be_repeated(base: Path) -> None:
     folder = RuntimeDir.create()
 
     assert folder.path.parent == base
@@ -44,10 +43,9 @@ def test_folder_is_private_and_removed(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
-@pytest.mark.parametrize("unfit", ["/tmp/" + "long" * 20, "/nowhere", "relative", "/tmp/a b"])
-def test_unfit_tmpdir_falls_back(unfit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TMPDIR that is too long for a socket, absent or odd is passed over for /tmp."""
-    monkeypatch.setenv("TMPDIR", unfit)
+@pytest.mark.parametrize("unusable", ["/tmp/" + "long" * 20, "/nowhere", "relative", "/tmp/a b"])
+def test_unusable_tmpdir_falls_back_to_tmp(unusable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", unusable)
 
     folder = RuntimeDir.create()
     socket_path = folder.path / "redis.sock"
@@ -57,8 +55,9 @@ def test_unfit_tmpdir_falls_back(unfit: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(os.fsencode(socket_path)) <= MAX_SOCKET_PATH_BYTES
 
 
-def test_longest_base_leaves_room_for_a_socket(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even below the longest base that is taken, with the longest process id, a socket fits."""
+def test_socket_path_fits_below_the_longest_tmpdir(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 4_194_304)
     longest = base / ("x" * (MAX_SOCKET_PATH_BYTES - RESERVED_BYTES - len(str(base)) - 1))
     longest.mkdir()
@@ -72,16 +71,16 @@ def test_longest_base_leaves_room_for_a_socket(base: Path, monkeypatch: pytest.M
     assert len(os.fsencode(socket_path)) <= MAX_SOCKET_PATH_BYTES
 
 
-def test_nowhere_to_write_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any place, the error says which variable to set."""
+def test_missing_writable_folder_is_refused_with_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
 
     with pytest.raises(LocalStartFailed, match="Set TMPDIR"):
         RuntimeDir.create()
 
 
-def test_folder_of_a_killed_run_is_swept(base: Path) -> None:
-    """A run killed with SIGKILL leaves its folder; the next run removes it."""
+def test_folder_of_a_killed_run_is_removed_by_the_next_run(base: Path) -> None:
     killed = subprocess.run(
         [sys.executable, "-c", KILLED_OWNER], capture_output=True, text=True, check=False
     )
@@ -94,11 +93,10 @@ def test_folder_of_a_killed_run_is_swept(base: Path) -> None:
     assert not left.exists()
 
 
-def test_living_and_strange_folders_are_left_alone(base: Path) -> None:
-    """A sweep touches neither the folder of a living run nor one that it cannot tell for dead."""
+def test_folders_of_live_runs_and_unknown_folders_are_not_removed(base: Path) -> None:
     living = RuntimeDir.create()
-    strange = base / "embedq-notes"
-    strange.mkdir()
+    unknown = base / "embedq-notes"
+    unknown.mkdir()
     target = base / "target"
     target.mkdir()
     (target / "lock").touch()
@@ -108,6 +106,6 @@ def test_living_and_strange_folders_are_left_alone(base: Path) -> None:
     RuntimeDir.create().remove()
 
     assert living.path.is_dir()
-    assert strange.is_dir()
+    assert unknown.is_dir()
     assert target.is_dir()
     living.remove()

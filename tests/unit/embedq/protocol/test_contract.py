@@ -1,4 +1,4 @@
-"""The wire: what goes round, what is refused, and what a forgery may cost."""
+"""Tests of the wire format of batches, specifications and model descriptions."""
 
 from __future__ import annotations
 
@@ -31,24 +31,17 @@ texts = st.lists(
 )
 
 
-def message(of: list[str] = TEXTS, /, **changes: Any) -> dict[str, Any]:
-    """Return the message of a batch with some fields replaced, as it comes out of msgpack."""
-    body = EmbedBatch("job", 7, of, SPEC).to_message()
-    unpacked: dict[str, Any] = msgpack.unpackb(msgpack.packb({**body, **changes}))
-    return unpacked
-
-
 @given(texts)
-def test_texts_come_back_as_they_were(texts: list[str]) -> None:
-    """Any list of texts survives the wire, in order."""
-    batch = EmbedBatch.from_message(message(texts))
+def test_texts_survive_the_wire_in_order(texts: list[str]) -> None:
+    sent = EmbedBatch("job", 7, texts, SPEC).to_message()
+
+    batch = EmbedBatch.from_message(msgpack.unpackb(msgpack.packb(sent)))
 
     assert list(batch.texts) == texts
     assert not batch.refused
 
 
-def test_everything_beside_the_texts_comes_back() -> None:
-    """Job, index, specification, refused texts and the mark of a re-route survive the wire."""
+def test_all_fields_of_a_batch_survive_the_wire() -> None:
     spec = SPEC._replace(prompt="query: ", on_long=OnLong.ERROR, accuracy=Accuracy.EXACT)
     sent = EmbedBatch("a-Job_1", 2**25 - 1, ["a", ""], spec, {1: "nul_character"}, rerouted=True)
 
@@ -68,21 +61,19 @@ def test_everything_beside_the_texts_comes_back() -> None:
         {"on_long": OnLong.ERROR},
         {"accuracy": Accuracy.EXACT},
         {"dtype": "float16"},
-        {"quantized": "copy"},
+        {"quantized": "ab" * 8},
     ],
     ids=lambda change: str(*change),
 )
-def test_digest_follows_each_field_of_the_specification(change: dict[str, Any]) -> None:
-    """Whatever shapes a vector shapes the fingerprint and the digest, and so the task id."""
+def test_fingerprint_and_digest_depend_on_each_specification_field(change: dict[str, Any]) -> None:
     other = SPEC._replace(**change)
 
     assert other.fingerprint() != SPEC.fingerprint()
     assert EmbedBatch("job", 0, TEXTS, other).digest() != EmbedBatch("job", 0, TEXTS, SPEC).digest()
 
 
-def test_every_field_of_the_specification_is_tried_above() -> None:
-    """A new field must be added to the test of the digest."""
-    [mark] = test_digest_follows_each_field_of_the_specification.pytestmark
+def test_every_specification_field_is_covered() -> None:
+    [mark] = test_fingerprint_and_digest_depend_on_each_specification_field.pytestmark
 
     assert {key for change in mark.args[1] for key in change} == set(VectorSpec._fields)
 
@@ -90,13 +81,13 @@ def test_every_field_of_the_specification_is_tried_above() -> None:
 @pytest.mark.parametrize(
     ("one", "other"), [(["ab", "c"], ["a", "bc"]), (["a", ""], ["a"]), (["a", "b"], ["b", "a"])]
 )
-def test_digest_tells_texts_apart(one: list[str], other: list[str]) -> None:
-    """Borders, number and order of the texts are part of the digest."""
+def test_digest_depends_on_boundaries_number_and_order_of_texts(
+    one: list[str], other: list[str]
+) -> None:
     assert EmbedBatch("j", 0, one, SPEC).digest() != EmbedBatch("j", 0, other, SPEC).digest()
 
 
-def test_no_text_in_any_representation() -> None:
-    """Neither repr nor description of a batch, nor of its header, shows a text."""
+def test_representations_of_a_batch_show_no_text() -> None:
     batch = EmbedBatch("job", 0, ["Kundengeheimnis"], SPEC)
     header = Header.from_message(batch.to_message())
 
@@ -122,28 +113,24 @@ def test_no_text_in_any_representation() -> None:
         (7, "not_a_string"),
     ],
 )
-def test_refusal_names_the_reason(text: object, code: str) -> None:
-    """Each text that cannot be embedded has its code; empty and long ones can be."""
+def test_refused_text_has_its_code(text: object, code: str) -> None:
     assert refusal(text) == code
 
 
-def test_batch_beyond_the_limits_is_not_sent() -> None:
-    """The producer refuses what the worker would, with the number and the limit."""
+def test_oversized_batch_is_refused_before_it_is_sent() -> None:
     with pytest.raises(BatchTooLarge, match=r"5,000 texts; the limit is 4,096"):
         EmbedBatch("job", 0, [""] * 5_000, SPEC).to_message()
     with pytest.raises(BatchTooLarge, match="bytes of text"):
         EmbedBatch("job", 0, ["x" * MAX_TEXT_BYTES] * 5, SPEC).to_message()
 
 
-def test_largest_batch_is_sent() -> None:
-    """The limits themselves are allowed: 4,096 texts and 4 MiB."""
+def test_batch_of_4096_texts_and_4_mib_is_accepted() -> None:
     batch = EmbedBatch("job", 0, ["x" * 1024] * MAX_BATCH_TEXTS, SPEC)
 
     assert EmbedBatch.from_message(batch.to_message()) == batch
 
 
-def test_model_card_survives_the_wire_and_newer_fields() -> None:
-    """A card comes back, also from a version that knows more fields."""
+def test_model_info_survives_the_wire_and_ignores_unknown_fields() -> None:
     model_info = ModelInfo("label", "ab" * 32, 384, 256, prompts={"query": "query: "})
     newer = msgpack.packb({**msgpack.unpackb(model_info.to_message()), "color": "blue"})
 
@@ -153,8 +140,7 @@ def test_model_card_survives_the_wire_and_newer_fields() -> None:
         ModelInfo.from_message(b"\xc1")
 
 
-def test_flipped_bit_never_gives_other_texts() -> None:
-    """The texts field carries a checksum: what is damaged on its way is refused."""
+def test_flipped_bit_never_changes_a_text() -> None:
     texts = [f"A queue keeps its promise to worker {i}." for i in range(8)]
     body = EmbedBatch("job", 0, texts, SPEC).to_message()
     packed = body["texts"]

@@ -1,4 +1,4 @@
-"""float16: half the bytes in Redis and on disk, rounded once, and never mixed with float32."""
+"""Tests of float16 vectors in values, calls and outputs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from embedq.testing import stub_vectors
 TEXTS = [f"text {i}" for i in range(300)]
 
 
-def test_value_holds_half_the_bytes() -> None:
-    """A component of a unit vector is off by at most 2**-12: half a unit of eleven bits."""
+def test_float16_value_has_half_the_bytes_and_half_a_unit_of_error() -> None:
+    # 2**-12 is half a unit in the last of eleven bits for components up to 1.
     vectors = stub_vectors(TEXTS)
     outcomes = OutcomeTable.from_outcomes([Outcome()] * len(TEXTS))
 
@@ -32,41 +32,39 @@ def test_value_holds_half_the_bytes() -> None:
     assert np.abs(found.astype(np.float32) - vectors).max() <= 2**-12
 
 
-def test_pieces_of_a_batch_hold_twice_the_rows() -> None:
-    """Values are filled by bytes, so there are half as many."""
+def test_float16_values_hold_about_twice_the_rows() -> None:
     halves = list(split_rows(4_096, 384, Dtype.FLOAT16))
 
     assert halves[-1][1] == 4_096
     assert len(halves) <= 0.6 * len(list(split_rows(4_096, 384)))
 
 
-def test_type_is_part_of_the_fingerprint() -> None:
-    """A float16 run never takes float32 vectors for its own."""
+def test_dtype_is_part_of_the_fingerprint() -> None:
     spec = VectorSpec("ab" * 32, 8, 16)
 
     assert spec.fingerprint() != spec._replace(dtype=Dtype.FLOAT16).fingerprint()
 
 
-def test_caller_gets_float16(client: Client, shared_redis: RedisProcess) -> None:
-    """The worker rounds its float32 once; failed texts and empty calls have the type too."""
+def test_client_with_float16_returns_rounded_float32_vectors(
+    client: Client, shared_redis: RedisProcess
+) -> None:
     with Client(settings=shared_redis.settings(dtype="float16")) as half:
-        vectors, none = half.encode(TEXTS), half.encode([])
+        vectors, empty = half.encode(TEXTS), half.encode([])
 
-    assert {str(each.dtype) for each in (vectors, none)} == {"float16"}
+    assert {str(each.dtype) for each in (vectors, empty)} == {"float16"}
     assert np.array_equal(vectors, stub_vectors(TEXTS).astype(np.float16))
 
 
-@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_outputs_hold_the_rounded_values(
-    tmp_path: Path, client: Client, shared_redis: RedisProcess, ending: str
+@pytest.mark.parametrize("suffix", ["npy", "jsonl", "parquet"])
+def test_float16_outputs_hold_rounded_values_after_an_update(
+    tmp_path: Path, client: Client, shared_redis: RedisProcess, suffix: str
 ) -> None:
-    """npy as float16; the others as the same numbers. An update keeps and adds such rows."""
     from embedq.bulk.request import EmbedRequest
     from embedq.bulk.run import EmbedRun
     from embedq.bulk.update import UpdateRun
     from embedq.cli.console import RunDisplay
 
-    source, output = tmp_path / "in.txt", tmp_path / f"out.{ending}"
+    source, output = tmp_path / "in.txt", tmp_path / f"out.{suffix}"
     request = EmbedRequest(inputs=(str(source),), output=output)
     with Client(settings=shared_redis.settings(dtype="float16")) as half:
         for kind, texts in ((EmbedRun, TEXTS[:50]), (UpdateRun, TEXTS[10:80])):
@@ -74,10 +72,10 @@ def test_outputs_hold_the_rounded_values(
             with RunDisplay(quiet=True) as display:
                 kind(half, request, display, 0.0).run()
 
-    if ending == "npy":
+    if suffix == "npy":
         found = np.load(output)
         assert found.dtype == np.float16
-    elif ending == "jsonl":
+    elif suffix == "jsonl":
         lines = output.read_text().splitlines()
         found = np.array([json.loads(line)["vector"] for line in lines])
     else:
@@ -87,7 +85,6 @@ def test_outputs_hold_the_rounded_values(
     assert np.array_equal(found, stub_vectors(TEXTS[10:80]).astype(np.float16))
 
 
-def test_unknown_type_is_refused() -> None:
-    """The message names what there is."""
+def test_unknown_dtype_is_refused() -> None:
     with pytest.raises(SettingsError, match="EMBEDQ_DTYPE"):
         Client(dtype="float8")

@@ -1,4 +1,4 @@
-"""What a forgery may cost: a sentence, and no more memory than the contract allows."""
+"""Tests that forged messages are refused within the memory limits of the contract."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embedq.protocol.message import EmbedBatch
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "a" * 50_000]
 
-#: Whatever msgpack can carry.
+#: Values of every type that msgpack can carry.
 leaves = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
 garbage = st.recursive(
     leaves | st.binary(max_size=50),
@@ -33,15 +33,14 @@ garbage = st.recursive(
 )
 
 
-def message(of: list[str] = TEXTS, /, **changes: Any) -> dict[str, Any]:
-    """Return the message of a batch with some fields replaced, as it comes out of msgpack."""
-    body = EmbedBatch("job", 7, of, SPEC).to_message()
+def message(texts: list[str] = TEXTS, /, **changes: Any) -> dict[str, Any]:
+    """Return the unpacked message of a batch with some fields replaced."""
+    body = EmbedBatch("job", 7, texts, SPEC).to_message()
     unpacked: dict[str, Any] = msgpack.unpackb(msgpack.packb({**body, **changes}))
     return unpacked
 
 
-def test_newer_schema_is_refused_with_a_sentence() -> None:
-    """A message of a newer version names both versions and the next step."""
+def test_newer_schema_is_refused_with_the_next_step() -> None:
     with pytest.raises(UnknownSchema, match=rf"schema {SCHEMA + 1}; this worker .* {SCHEMA}\. Upg"):
         EmbedBatch.from_message(message(v=SCHEMA + 1, texts=b"of the future"))
 
@@ -55,15 +54,13 @@ def test_newer_schema_is_refused_with_a_sentence() -> None:
     ],
     ids=["texts", "declared bytes", "packed bytes"],
 )
-def test_declared_excess_is_refused(change: dict[str, Any]) -> None:
-    """What is declared too large is refused before anything is inflated."""
+def test_declared_sizes_over_the_limit_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BatchTooLarge):
         EmbedBatch.from_message(message(**change))
 
 
 @pytest.mark.parametrize("declared", [1024 * 1024, MAX_RAW_BYTES])
-def test_bomb_costs_no_more_than_it_declares(declared: int) -> None:
-    """A gigabyte of zeros, declared as little, is refused within a few times the declared size."""
+def test_decompression_bomb_is_refused_within_three_times_its_declared_size(declared: int) -> None:
     packer = zstd.ZstdCompressor(3)
     bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(1024)) + packer.flush()
     forged = message(raw=declared, texts=bomb)
@@ -77,8 +74,7 @@ def test_bomb_costs_no_more_than_it_declares(declared: int) -> None:
     assert peak < 3 * declared + 2**20
 
 
-def test_window_beyond_the_contract_is_refused() -> None:
-    """A frame that asks its reader for a window of 128 MiB is refused, not served."""
+def test_zstd_frame_with_a_128_mib_window_is_refused() -> None:
     options: dict[int, int] = {zstd.CompressionParameter.window_log: 27}
     packer = zstd.ZstdCompressor(options=options)
     frame = packer.compress(bytes(100)) + packer.flush()
@@ -101,14 +97,12 @@ def test_window_beyond_the_contract_is_refused() -> None:
     ],
     ids=repr,
 )
-def test_lengths_that_do_not_add_up_are_refused(change: dict[str, Any]) -> None:
-    """Count, lengths and declared size must agree with what is there."""
+def test_inconsistent_lengths_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ContractError):
         EmbedBatch.from_message(message(**change))
 
 
-def test_frame_cut_short_or_followed_by_more_is_refused() -> None:
-    """A frame ends where the field ends."""
+def test_truncated_or_extended_zstd_frame_is_refused() -> None:
     packed = message()["texts"]
 
     for forged in (packed[:-1], packed[: len(packed) // 2], packed + b"more", packed * 2):
@@ -117,15 +111,13 @@ def test_frame_cut_short_or_followed_by_more_is_refused() -> None:
 
 
 @given(garbage)
-def test_garbage_raises_nothing_but_contract_errors(body: object) -> None:
-    """No message at all, however wrong, ends in an exception that is not ours."""
+def test_garbage_raises_only_contract_errors(body: object) -> None:
     with pytest.raises(ContractError):  # TypeError or KeyError would be a bug
         EmbedBatch.from_message(msgpack.unpackb(msgpack.packb(body), strict_map_key=False))
 
 
 @given(st.sampled_from([*message()]), garbage | st.integers(-2, 20))
-def test_garbage_in_one_field_is_read_or_refused(field: str, value: object) -> None:
-    """A good message with one wrong field is refused as an error of ours, or makes sense."""
+def test_garbage_in_one_field_is_parsed_or_refused(field: str, value: object) -> None:
     forged = message(["a", "b"], **{field: value})
 
     try:
@@ -137,8 +129,7 @@ def test_garbage_in_one_field_is_read_or_refused(field: str, value: object) -> N
 
 
 @given(st.sampled_from(range(7)), garbage)
-def test_garbage_in_the_specification_is_read_or_refused(place: int, value: object) -> None:
-    """The same for each field of the specification."""
+def test_garbage_in_the_specification_is_parsed_or_refused(place: int, value: object) -> None:
     spec = list(message()["spec"])
     spec[place] = value
 
@@ -149,8 +140,7 @@ def test_garbage_in_the_specification_is_read_or_refused(place: int, value: obje
     assert list(map(type, batch.spec)) == list(map(type, SPEC))
 
 
-def test_text_that_is_not_utf8_fails_alone() -> None:
-    """Broken bytes, NUL or too long a text in a message are refused texts, not a refused batch."""
+def test_invalid_text_is_refused_without_its_batch() -> None:
     parts = [b"good", b"\xff\xfe", b"N\0L", b"x" * (MAX_TEXT_BYTES + 1)]
     raw = b"".join(len(part).to_bytes(4, "little") for part in parts) + b"".join(parts)
 

@@ -1,4 +1,4 @@
-"""Outcomes by column: the same texts, a few bytes each."""
+"""Tests of the table that stores outcomes by column."""
 
 from __future__ import annotations
 
@@ -21,34 +21,32 @@ outcomes = st.builds(
     precision=st.sampled_from([str(precision) for precision in Precision]),
     code=st.sampled_from([str(code) for code in Code]),
 )
-lists = st.lists(outcomes, max_size=30)
+outcome_lists = st.lists(outcomes, max_size=30)
 
 
-@given(lists)
-def test_outcomes_come_back(some: list[Outcome]) -> None:
-    """Every field of every outcome survives the bytes."""
-    table = OutcomeTable.from_bytes(OutcomeTable.from_outcomes(some).to_bytes(), len(some))
+@given(outcome_lists)
+def test_outcomes_survive_encoding(expected: list[Outcome]) -> None:
+    table = OutcomeTable.from_bytes(OutcomeTable.from_outcomes(expected).to_bytes(), len(expected))
 
-    assert list(table) == some
+    assert list(table) == expected
 
 
-@given(st.lists(lists, min_size=1, max_size=5))
-def test_joined_tables_hold_all_rows_in_order(parts: list[list[Outcome]]) -> None:
-    """Joining renumbers what each table calls its kinds."""
+@given(st.lists(outcome_lists, min_size=1, max_size=5))
+def test_concatenated_tables_hold_all_rows_in_order(parts: list[list[Outcome]]) -> None:
     joined = OutcomeTable.concatenate([OutcomeTable.from_outcomes(part) for part in parts])
 
     assert list(joined) == [outcome for part in parts for outcome in part]
 
 
-@given(lists, st.integers(0, 30), st.integers(0, 30))
-def test_rows_are_a_part(some: list[Outcome], start: int, stop: int) -> None:
-    """A run of rows has their outcomes."""
-    assert list(OutcomeTable.from_outcomes(some).rows(start, stop)) == some[start:stop]
+@given(outcome_lists, st.integers(0, 30), st.integers(0, 30))
+def test_slice_of_a_table_has_the_same_outcomes(
+    expected: list[Outcome], start: int, stop: int
+) -> None:
+    assert list(OutcomeTable.from_outcomes(expected).rows(start, stop)) == expected[start:stop]
 
 
 @given(st.binary(max_size=100), st.integers(0, 20))
-def test_garbage_is_read_or_corrupt(raw: bytes, n: int) -> None:
-    """Bytes that hold no n outcomes raise nothing but CorruptValue."""
+def test_garbage_is_parsed_or_corrupt(raw: bytes, n: int) -> None:
     try:
         table = OutcomeTable.from_bytes(raw, n)
     except CorruptValue:
@@ -56,16 +54,14 @@ def test_garbage_is_read_or_corrupt(raw: bytes, n: int) -> None:
     assert len(table) == n
 
 
-def test_cut_table_is_corrupt() -> None:
-    """A table of fewer rows than asked for is refused."""
+def test_truncated_table_is_corrupt() -> None:
     raw = OutcomeTable.from_outcomes([Outcome()] * 5).to_bytes()
 
     with pytest.raises(CorruptValue):
         OutcomeTable.from_bytes(raw[:-1], 5)
 
 
-def test_a_thousand_texts_cost_ten_bytes_each() -> None:
-    """The price of an outcome is ten bytes, whatever it says."""
+def test_outcome_takes_ten_bytes() -> None:
     raw = OutcomeTable.from_outcomes([Outcome(device="cpu", precision="f32")] * 1000).to_bytes()
 
     assert len(raw) < 10 * 1000 + 64

@@ -1,4 +1,4 @@
-"""The value in Redis: what goes in comes out, and any tampering is seen."""
+"""Tests of the Redis value that holds the vectors and outcomes of a batch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def sample(rows: int = 3, dim: int = 8) -> tuple[Vectors, OutcomeTable]:
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(0, 384), (1, 1), (3, 8), (170, 384), (2, 4096)])
-def test_rows_and_outcomes_come_back(rows: int, dim: int) -> None:
-    """Every bit of every vector survives, failed rows as NaN, with their outcomes."""
+def test_rows_and_outcomes_survive_encoding(rows: int, dim: int) -> None:
     vectors, outcomes = sample(rows, dim)
 
     value = decode(encode(vectors, outcomes, FINGERPRINT), FINGERPRINT)
@@ -46,8 +45,7 @@ def test_rows_and_outcomes_come_back(rows: int, dim: int) -> None:
     assert value.failure is None
 
 
-def test_view_of_a_larger_array_is_encoded_as_its_own_rows() -> None:
-    """A slice with strides is stored as what it shows."""
+def test_strided_view_is_encoded_as_its_own_rows() -> None:
     vectors, outcomes = sample(6)
 
     value = decode(encode(vectors[::2], outcomes.rows(0, 3), FINGERPRINT), FINGERPRINT)
@@ -55,16 +53,14 @@ def test_view_of_a_larger_array_is_encoded_as_its_own_rows() -> None:
     assert np.array_equal(value.vectors, vectors[::2], equal_nan=True)
 
 
-def test_refusal_comes_back_whatever_was_asked_for() -> None:
-    """A refused batch says why, even if the worker could not read the specification."""
+def test_failure_is_decoded_with_any_fingerprint() -> None:
     value = decode(encode_failure("wrong_model", "Not this one.\nReally."), FINGERPRINT)
 
     assert value.failure == ("wrong_model", "Not this one.\nReally.")
     assert len(value.outcomes) == 0
 
 
-def test_refusal_of_any_length_is_bounded() -> None:
-    """A long reason is cut, never refused."""
+def test_long_failure_reason_is_truncated() -> None:
     stored = encode_failure("code", "é" * 100_000)
 
     assert len(stored) < 5_000
@@ -73,8 +69,7 @@ def test_refusal_of_any_length_is_bounded() -> None:
     assert failure[0] == "code"
 
 
-def test_any_changed_byte_is_seen() -> None:
-    """One flipped bit anywhere, header included, is a corrupt value."""
+def test_any_changed_byte_is_detected() -> None:
     stored = encode(*sample(), FINGERPRINT)
 
     for place in range(len(stored)):
@@ -85,14 +80,12 @@ def test_any_changed_byte_is_seen() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_garbage_is_a_corrupt_value(garbage: bytes) -> None:
-    """Bytes that are no value raise nothing else."""
+def test_garbage_raises_only_corrupt_value(garbage: bytes) -> None:
     with pytest.raises(CorruptValue):
         decode(garbage, FINGERPRINT)
 
 
-def test_cut_or_longer_value_is_seen() -> None:
-    """A value ends where its header says."""
+def test_truncated_or_extended_value_is_corrupt() -> None:
     stored = encode(*sample(), FINGERPRINT)
 
     for tampered in (stored[:-1], stored[:31], stored + b"\0", b""):
@@ -100,8 +93,7 @@ def test_cut_or_longer_value_is_seen() -> None:
             decode(tampered, FINGERPRINT)
 
 
-def test_vectors_of_another_specification_are_refused() -> None:
-    """A value made under another specification is never handed out."""
+def test_value_of_another_specification_is_refused() -> None:
     stored = encode(*sample(), FINGERPRINT)
 
     with pytest.raises(CorruptValue, match=r"3132333435363738, expected 3837363534333231"):
@@ -109,8 +101,7 @@ def test_vectors_of_another_specification_are_refused() -> None:
 
 
 @given(st.integers(0, 5_000), st.integers(1, 4_096))
-def test_pieces_cover_all_rows_and_are_bounded(rows: int, dim: int) -> None:
-    """Rows are cut into consecutive pieces of at least one row, none above 256 KiB."""
+def test_pieces_cover_all_rows_within_256_kib(rows: int, dim: int) -> None:
     pieces = list(split_rows(rows, dim))
 
     assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces)][: len(pieces)]
@@ -122,8 +113,7 @@ def test_pieces_cover_all_rows_and_are_bounded(rows: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 17, 128, 341, 1024, 4096])
-def test_largest_outcomes_fit_as_well(rows: int) -> None:
-    """With the outcomes of a batch that failed in many ways, every value is within 256 KiB."""
+def test_value_with_many_kinds_of_outcomes_fits_into_256_kib(rows: int) -> None:
     vectors = np.zeros((rows, 384), np.float32)
     kinds = [FAILED, OK, *(Outcome(status=Status.FAILED, code=str(code)) for code in Code)]
     outcomes = OutcomeTable.from_outcomes([kinds[row % len(kinds)] for row in range(rows)])

@@ -1,4 +1,4 @@
-"""Heartbeats: who is alive, and who serves the model that was asked for."""
+"""Tests of heartbeats and of finding the workers that serve a model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ WORKER = WorkerStatus(
 )
 
 
-def test_heartbeat_survives_the_wire_and_newer_fields() -> None:
-    """A heartbeat comes back, also from a version that knows more."""
+def test_heartbeat_survives_the_wire_and_ignores_unknown_fields() -> None:
     newer = msgpack.packb({**msgpack.unpackb(WORKER.to_message()), "mood": "good"})
 
     assert WorkerStatus.from_message(WORKER.to_message()) == WORKER
@@ -42,8 +41,7 @@ def test_heartbeat_survives_the_wire_and_newer_fields() -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"\xc1", b"\x01", msgpack.packb({"worker": "x"})])
-def test_garbage_is_no_heartbeat(raw: bytes) -> None:
-    """What cannot be read is refused by its size."""
+def test_garbage_heartbeat_is_refused(raw: bytes) -> None:
     with pytest.raises(MalformedMessage):
         WorkerStatus.from_message(raw)
 
@@ -66,39 +64,34 @@ def test_garbage_is_no_heartbeat(raw: bytes) -> None:
     ],
     ids=repr,
 )
-def test_heartbeat_with_a_field_of_another_type_is_none(change: dict[str, object]) -> None:
-    """Whoever shows, sorts or counts heartbeats need not ask what is in them."""
+def test_heartbeat_with_a_field_of_another_type_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(MalformedMessage):
         WorkerStatus.from_message(msgpack.packb({**asdict(WORKER), **change}))
 
 
-def test_words_of_a_worker_move_no_cursor_and_end_no_line() -> None:
-    """What a worker says of itself is shown on terminals and in logs, whoever wrote it."""
-    words = "\x1b]0;owned\x07 one\r\nfake=line" + "x" * 9_999
+def test_control_characters_in_a_reason_become_spaces() -> None:
+    escape_sequences = "\x1b]0;owned\x07 one\r\nfake=line" + "x" * 9_999
 
-    reason = WorkerStatus.from_message(replace(WORKER, reason=words).to_message()).reason
+    reason = WorkerStatus.from_message(replace(WORKER, reason=escape_sequences).to_message()).reason
 
     assert reason.startswith(" ]0;owned  one fake=line")
     assert len(reason) <= 2_000
 
 
-def test_card_of_a_newer_worker_is_read() -> None:
-    """A newer worker whose card knows more is alive for an older producer."""
+def test_unknown_field_of_the_model_info_is_ignored() -> None:
     newer = msgpack.packb({**asdict(WORKER), "model_info": {**asdict(MODEL_INFO), "mood": "good"}})
 
     assert WorkerStatus.from_message(newer) == WORKER
 
 
-def test_name_that_is_no_text_hides_no_worker(results: Redis) -> None:
-    """Anything may stand in the set of names."""
+def test_worker_name_that_is_not_utf8_is_skipped(results: Redis) -> None:
     results.zadd(WORKERS_KEY, {b"\xff\xfe": time.time()})
     publish_heartbeat(results, WORKER)
 
     assert [heartbeat.worker for heartbeat in list_live_workers(results)] == ["worker"]
 
 
-def test_alive_is_who_beat_lately(results: Redis) -> None:
-    """Workers are listed by name while their heartbeat lasts; it fades by itself."""
+def test_workers_with_a_heartbeat_are_listed_by_name(results: Redis) -> None:
     for name in ("b", "a", "c"):
         publish_heartbeat(results, replace(WORKER, worker=name))
     deregister(results, "c")
@@ -109,18 +102,16 @@ def test_alive_is_who_beat_lately(results: Redis) -> None:
     assert 0 < results.ttl("embedq:worker:a") <= 15
 
 
-def test_faded_and_unreadable_workers_are_left_out(results: Redis) -> None:
-    """A worker whose heartbeat ran out, or is of another version, hides no other."""
-    for name in ("faded", "strange", "good"):
+def test_expired_and_unreadable_heartbeats_are_skipped(results: Redis) -> None:
+    for name in ("expired", "unreadable", "good"):
         publish_heartbeat(results, replace(WORKER, worker=name))
-    results.delete("embedq:worker:faded")
-    results.set("embedq:worker:strange", b"\xc1")
+    results.delete("embedq:worker:expired")
+    results.set("embedq:worker:unreadable", b"\xc1")
 
     assert [heartbeat.worker for heartbeat in list_live_workers(results)] == ["good"]
 
 
-def test_silent_workers_are_forgotten(results: Redis) -> None:
-    """A name that was silent for a day leaves the list with the next heartbeat of any worker."""
+def test_worker_silent_for_a_day_is_removed(results: Redis) -> None:
     results.zadd(WORKERS_KEY, {"old": time.time() - 100_000})
 
     publish_heartbeat(results, WORKER)
@@ -130,18 +121,15 @@ def test_silent_workers_are_forgotten(results: Redis) -> None:
 
 @pytest.mark.parametrize("asked", ["org/model", "org/model@abc123", "ab" * 6, "ab" * 32])
 def test_model_is_found_by_label_or_identity(asked: str) -> None:
-    """A label with or without revision, or twelve characters of the identity, name a model."""
     assert find_model([replace(WORKER, model_info=None), WORKER], asked) == MODEL_INFO
 
 
 @pytest.mark.parametrize("asked", ["org", "model", "abab", "org/model@other", ""])
-def test_other_names_find_nothing(asked: str) -> None:
-    """Half a name is no name."""
+def test_partial_or_other_model_name_finds_nothing(asked: str) -> None:
     assert find_model([WORKER], asked) is None
 
 
-def test_two_versions_of_a_model_are_not_chosen_between() -> None:
-    """Workers that serve one label under two identities are an error that names both."""
+def test_label_with_two_identities_is_refused_with_both() -> None:
     other = replace(WORKER, worker="other", model_info=replace(MODEL_INFO, identity="cd" * 32))
 
     with pytest.raises(NoWorker, match=r"abababababab, cdcdcdcdcdcd.*EMBEDQ_MODEL=<identity>"):

@@ -1,4 +1,4 @@
-"""RedisConnection.call: which errors it retries, for how long, and what it reports."""
+"""Tests of waiting for Redis and retrying operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedq.store.connection import RedisConnection, retryable_reason
 
 
 class Flaky:
-    """Raises each error once, then returns."""
+    """Raises the given errors in turn, then returns a value."""
 
     def __init__(self, *errors: Exception) -> None:
         self.errors = list(errors)
@@ -46,7 +46,7 @@ def test_only_temporary_errors_are_retried(error: Exception, reason: str | None)
     assert retryable_reason(error) == reason
 
 
-def test_action_is_repeated_until_it_answers() -> None:
+def test_failed_operation_is_retried_and_reported_once() -> None:
     reported: list[str] = []
     redis = RedisConnection.open("redis://host", retry_timeout_s=10, on_wait=reported.append)
 
@@ -81,7 +81,7 @@ def test_timeout_and_deadline_end_with_the_next_step(
 
 
 @pytest.mark.parametrize(("retry_timeout_s", "deadline"), [(0.0, math.inf), (60.0, -math.inf)])
-def test_without_time_an_action_is_tried_once(retry_timeout_s: float, deadline: float) -> None:
+def test_without_time_an_operation_is_tried_once(retry_timeout_s: float, deadline: float) -> None:
     flaky = Flaky(*[exceptions.ConnectionError("refused")] * 3)
     redis = RedisConnection.open(
         "redis://host", retry_timeout_s=retry_timeout_s, on_wait=pytest.fail
@@ -108,6 +108,6 @@ def test_permanent_error_is_not_retried(error: Exception, message: str) -> None:
         redis.call(Flaky(error))
 
 
-def test_other_errors_pass_through() -> None:
+def test_other_exceptions_propagate() -> None:
     with pytest.raises(KeyError):
         RedisConnection.open("redis://host", retry_timeout_s=60).call(Flaky(KeyError("bug")))
