@@ -99,7 +99,9 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
     tokens = tokenizer.tokenize(texts)
     everything = np.arange(len(tokens))
     budget, streams = DEFAULT_TOKEN_BUDGET, engine.concurrency
-    batches = list(build_groups(tokens, everything, tokenizer.pad_id, engine.form, budget, streams))
+    batches = list(
+        build_groups(tokens, everything, tokenizer.pad_id, engine.row_spec, budget, streams)
+    )
     flops = flops_of(tokens.lengths, model.config)
     products = [product(shape, precision, cores) for shape in SHAPES]
     engine_alone(engine, batches, flops)  # the first inferences allocate

@@ -101,7 +101,7 @@ def subject(
     if model:
         tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
         engine = open_subject(name, model, folder)
-    form = RowSpec.packed(model.max_length) if model and "packed" in name else engine.form
+    form = RowSpec.packed(model.max_length) if model and "packed" in name else engine.row_spec
     yield Subject(engine, tokenizer, model, TOLERANCES[name], form)
     engine.close()
 
@@ -199,7 +199,7 @@ def test_vectors_agree_with_the_reference(subject: Subject) -> None:
         pytest.skip("the stub has no reference; its own tests compare it with the producer's")
     trusted = open_engine("onnxruntime", subject.model, 2)
     tolerance = 2e-5 if subject.engine.precision is Precision.F32 else 5e-2
-    reference = Subject(trusted, subject.tokenizer, subject.model, tolerance, trusted.form)
+    reference = Subject(trusted, subject.tokenizer, subject.model, tolerance, trusted.row_spec)
 
     found, expected = embed(subject, TEXTS), embed(reference, TEXTS)
     trusted.close()
@@ -225,7 +225,7 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     engine = open_subject(name, model, tmp_path)
-    form = RowSpec.packed(model.max_length) if "packed" in name else engine.form
+    form = RowSpec.packed(model.max_length) if "packed" in name else engine.row_spec
     subject = Subject(engine, tokenizer, model, 1e-5, form)
 
     vectors = embed(subject, ["hello world", *sums])
@@ -237,7 +237,7 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("form", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.form)
+@pytest.mark.parametrize("form", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.format)
 def test_packed_rows_agree_with_padded_ones_on_prose(form: RowSpec) -> None:
     """24 docstrings that share rows: 2e-5 in f32 by either runtime, cosine 0.999 in bf16."""
     texts = [doc for each in vars(builtins).values() if (doc := each.__doc__)][:24]

@@ -109,7 +109,8 @@ class RemoteEngine:
     ) -> None:
         self._process = process
         engine = process.call(open_npu, target, model.folder, cache, {})
-        self.dim, self.precision, self.form = engine["dim"], engine["precision"], engine["form"]
+        self.dim, self.precision = engine["dim"], engine["precision"]
+        self.row_spec = engine["row_spec"]
         self.details: Mapping[str, str] = MappingProxyType(engine["details"])
 
     def infer(self, batch: TokenBatch) -> Vectors:
@@ -145,7 +146,7 @@ def open_npu(
     return {
         "dim": engine.dim,
         "precision": engine.precision,
-        "form": engine.form,
+        "row_spec": engine.row_spec,
         "details": dict(engine.details),
         "report": verified.report,
         "seconds": time.monotonic() - started,

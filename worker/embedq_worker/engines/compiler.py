@@ -222,10 +222,10 @@ NOT_THE_BLOB: Final = frozenset({FailureReason.DEVICE_LOST, FailureReason.OUT_OF
 Compile = Callable[[CompileRequest, float], Bytes]
 
 
-def shapes_of(form: RowSpec, width: int) -> dict[str, list[int]]:
+def shapes_of(row_spec: RowSpec, width: int) -> dict[str, list[int]]:
     """Return the static shapes of the graph's inputs."""
     row = [1, width]
-    segments = [form.segments(width)]
+    segments = [row_spec.segments(width)]
     return {"input_ids": row, "position_ids": row, "segment_ids": row, "segments": segments}
 
 

@@ -23,7 +23,7 @@ class OnnxRuntimeEngine:
     name = "onnxruntime"
     device = Device.CPU
     precision = Precision.F32
-    form = RowSpec()
+    row_spec = RowSpec()
 
     def __init__(self, model: Model, threads: int = 0, streams: int = 0) -> None:
         """Build the graph and load it.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch, unit_lengths
+from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
 from embedq_worker.engines.infer_requests import OUTPUT
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.engines.openvino_runtime import CPU, Compiled, Runtime
@@ -51,7 +51,7 @@ class OpenVinoCpuEngine:
         """
         self.dim = model.dim
         self.precision = precision
-        self.form = RowSpec.shared(model.max_length) if model.packable else RowSpec()
+        self.row_spec = RowSpec.shared(model.max_length) if model.packable else RowSpec()
         streams = min(streams or threads, threads)
         self.concurrency = streams
         self.details = {"openvino": openvino_runtime.VERSION, "streams": str(streams)}
@@ -81,7 +81,7 @@ class OpenVinoCpuEngine:
             self._free.put(request)
         if vectors.shape != (*batch.members.shape, self.dim):
             raise InferFailed(f"openvino gave shape {vectors.shape} for {batch.members.shape}.")
-        return unit_lengths(vectors) if self._normalize else vectors
+        return correct_rounding(vectors) if self._normalize else vectors
 
     def close(self) -> None:
         """Free the model."""

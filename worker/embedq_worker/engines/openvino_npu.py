@@ -20,7 +20,7 @@ import numpy.typing as npt
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch, unit_lengths
+from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
 from embedq_worker.engines.compiler import Compile, CompiledModelLoader, compile_in_child, shapes_of
 from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
@@ -128,7 +128,7 @@ class OpenVinoNpuEngine:
         self,
         compiled: Mapping[int, Compiled],
         model: Model,
-        form: RowSpec,
+        row_spec: RowSpec,
         options: NpuOptions,
         details: Mapping[str, str],
     ) -> None:
@@ -137,14 +137,14 @@ class OpenVinoNpuEngine:
         Args:
             compiled: by width.
             model: what was compiled.
-            form: of the rows.
+            row_spec: shape of the rows.
             options: how to use the device.
             details: what is known of the device so far.
 
         Raises:
             EngineError: a request cannot be made, or does not end.
         """
-        self.dim, self.form = model.dim, form
+        self.dim, self.row_spec = model.dim, row_spec
         self._normalize = model.normalize
         self._compiled = dict(compiled)
         first = next(iter(compiled.values()))
@@ -173,7 +173,7 @@ class OpenVinoNpuEngine:
         width = batch.input_ids.shape[1]
         with self._pools[width].checkout() as slot:
             vectors = slot.run(batch, self._deadlines[width])
-        return unit_lengths(vectors) if self._normalize else vectors
+        return correct_rounding(vectors) if self._normalize else vectors
 
     def counters(self) -> Counters:
         """Return what the device was asked since it was warmed."""
@@ -194,7 +194,7 @@ class OpenVinoNpuEngine:
         slots = [PinnedRequest(request, model.inputs) for request in requests]
         pool = self._pools[width] = RequestPool(slots)
         try:
-            return pool.warm(TokenBatch.one_text(width, self.form), WARM_DEADLINE_S)
+            return pool.warm(TokenBatch.one_text(width, self.row_spec), WARM_DEADLINE_S)
         except DeviceLost:
             _ABANDONED.append((self._compiled, self._pools))
             raise
@@ -214,29 +214,31 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     if is_too_old(driver):
         log.warning("driver_outdated built=%s oldest=%s", build_day(driver), OLDEST)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
-    form = _form(model)
+    row_spec = _row_spec(model)
     loader = CompiledModelLoader(
         runtime, model, properties.applied, cache_dir, options.compile_in_child
     )
     deadline_s = options.compile_timeout_s
-    compiled = {width: loader.load(shapes_of(form, width), deadline_s) for width in form.widths}
+    compiled = {
+        width: loader.load(shapes_of(row_spec, width), deadline_s) for width in row_spec.widths
+    }
     details = {
         **{name.lower(): value for name, value in runtime.traits().items() if value},
         **properties.details(),
         "openvino": openvino_runtime.VERSION,
-        "rows": f"{form.form} {'x'.join(map(str, form.widths))}",
+        "rows": f"{row_spec.format} {'x'.join(map(str, row_spec.widths))}",
         "blob": "compiled" if loader.compiled else "cached",
         "cache": loader.store.error or str(loader.store.folder),
     }
     if options.target.emulation:
         details["standin"] = options.target.emulation
-    engine = OpenVinoNpuEngine(compiled, model, form, options, details)
+    engine = OpenVinoNpuEngine(compiled, model, row_spec, options, details)
     shown = " ".join(f"{key}={value!r}" for key, value in engine.details.items())
     log.info("npu_opened seconds=%.2f %s", time.monotonic() - began, shown)
     return engine
 
 
-def _form(model: Model) -> RowSpec:
+def _row_spec(model: Model) -> RowSpec:
     if not model.packable:
         return RowSpec.buckets(model.max_length)
     return RowSpec.packed(model.max_length)

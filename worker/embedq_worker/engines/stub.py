@@ -298,7 +298,7 @@ class StubEngine:
     name = "stub"
     precision = Precision.F32
     concurrency = 1
-    form = RowSpec()
+    row_spec = RowSpec()
     details: Mapping[str, str] = MappingProxyType({})
 
     def __init__(

@@ -225,7 +225,7 @@ class Embedder:
         """
         self.tokenizer = tokenizer
         self.engine = engine
-        self.form = form or engine.form
+        self.form = form or engine.row_spec
         #: Rides in every batch once it is set.
         self.canary: Canary | None = None
         #: How busy the engine is.
@@ -377,7 +377,7 @@ def build_groups(
         streams: that are to finish together; 1 if more comes.
     """
     lengths = tokens.lengths[texts]
-    if form.form is RowFormat.SHARED:
+    if form.format is RowFormat.SHARED:
         for width, rows in plan_shared(lengths, form, token_budget, streams):
             yield build_shared(tokens, [texts[row] for row in rows], pad_id, width)
     else:

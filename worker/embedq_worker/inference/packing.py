@@ -54,7 +54,7 @@ def build_rows(
         pad_id: token that fills the rest of a row; never attended to.
         form: packed rows or buckets.
     """
-    if form.form is RowFormat.BUCKETS:
+    if form.format is RowFormat.BUCKETS:
         lengths = tokens.lengths
         widths = [form.width_for(int(lengths[list(row)].sum())) for row in rows]
         return [

@@ -282,7 +282,7 @@ def plan_window(lengths: npt.ArrayLike, form: RowSpec, n_waiting: int, *, last: 
         last: nothing more will come.
     """
     rows = plan_rows(lengths, form)
-    if last or form.form is not RowFormat.PACKED:
+    if last or form.format is not RowFormat.PACKED:
         return Window(rows, np.empty(0, np.intp))
     sizes = np.asarray(lengths, np.int64)
     enough = FULL * form.widths[0]
@@ -294,7 +294,7 @@ def plan_window(lengths: npt.ArrayLike, form: RowSpec, n_waiting: int, *, last: 
 
 def plan_rows(lengths: npt.ArrayLike, form: RowSpec) -> list[Indices]:
     """Assign texts to static rows; buckets take one each, longest first."""
-    if form.form is RowFormat.PACKED:
+    if form.format is RowFormat.PACKED:
         return plan_packed(lengths, form)
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     return [order[at : at + 1] for at in range(len(order))]
@@ -315,7 +315,7 @@ def place_canary(
         rider: index of the text to seat.
     """
     sizes = np.asarray(lengths, np.int64)
-    if rows and form.form is RowFormat.PACKED:
+    if rows and form.format is RowFormat.PACKED:
         (width,) = form.widths
         loads = [int(sizes[row].sum()) for row in rows]
         emptiest = loads.index(min(loads))
