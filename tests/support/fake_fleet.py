@@ -7,7 +7,6 @@ import time
 
 from redis import Redis
 
-from embedq.observability import status
 from embedq.protocol.contract import Queue
 from embedq.protocol.worker import ModelInfo, WorkerStatus
 from embedq.store.fleet import publish_heartbeat
@@ -39,7 +38,7 @@ def add_jobs(results: Redis, count: int, *, batches: int = 3, planned: int | Non
         ledger.open(fingerprint=b"x", ttl_s=600, label="secret/name.npy")
         for index in range(batches):
             ledger.commit(index, [b"vectors"], n_texts=10)
-        status.report_progress(results, f"job{number:04}", published=batches + 1, planned=planned)
+        ledger.report_progress(published=batches + 1, planned=planned)
 
 
 def message(published: float, size: int = 100) -> str:

@@ -128,7 +128,7 @@ def render(found: FleetStatus) -> Group:
         jobs.add_row(
             Text(job.id), texts, batches, f"{job.waiting:,}", format_duration(job.age_s), label
         )
-    memory = "  ".join(f"{name} {ratio:.0%}" for name, ratio in found.redis.items())
+    memory = "  ".join(f"{name} {load.ratio:.0%}" for name, load in found.memory.items())
     head = ""
     if found.paused:
         head = f"paused {format_duration(found.at - found.paused.at)} ago: {found.paused.reason}\n"

@@ -22,7 +22,6 @@ from redis import Redis
 from embedq.errors import BatchTooLarge, QueueFull
 from embedq.jobs.batches import TextBatch
 from embedq.jobs.state import InFlightBatch, JobContext, PublishedBatch
-from embedq.observability import status
 from embedq.protocol.contract import MAX_BATCHES
 from embedq.protocol.message import EmbedBatch
 from embedq.store.connection import REPORT_EVERY_S, OnWait
@@ -216,9 +215,7 @@ class BatchSender:
         state.last_reported = now
         planned = state.sent_texts if state.exhausted else self._planned
         context.redis.call(
-            lambda: status.report_progress(
-                context.redis.client, context.id, published=state.published, planned=planned
-            )
+            lambda: context.ledger.report_progress(published=state.published, planned=planned)
         )
 
     def _pull(self) -> EmbedBatch | None:

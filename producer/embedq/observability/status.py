@@ -35,86 +35,6 @@ from embedq.store.fleet import (
 from embedq.store.ledger import JOBS_KEY
 from embedq.store.queues import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, RedisMemory
 
-# KEYS meta; ARGV name value... A job that is gone stays gone: a key written now would have no end.
-_TELL: Final = """
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
-"""
-
-
-_FIELDS: Final = ("label", "created", "published", "texts", "planned")
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """One living job, as Redis knows it.
-
-    Attributes:
-        label: the output it is written to, if it has one.
-        created: Unix time of its start, in seconds.
-        published: batches sent so far, told about every second.
-        committed: batches that have their vectors.
-        untaken: of those, how many the producer has not taken yet.
-        texts: texts that have their outcome; a batch computed again counts again.
-        planned: texts of the whole job; None while its producer does not know.
-    """
-
-    label: str
-    created: float
-    published: int
-    committed: int
-    untaken: int
-    texts: int
-    planned: int | None
-
-
-def report_progress(redis: Redis, job: str, *, published: int, planned: int | None) -> None:
-    """Write down what only the producer knows."""
-    told: list[str | int] = ["published", published]
-    if planned is not None:
-        told += ["planned", planned]
-    redis.eval(_TELL, 1, _key(job, "meta"), *told)
-
-
-def queue_reads(pipe: Pipeline, job: str) -> None:
-    """Add the questions about a job to a pipeline."""
-    pipe.hmget(_key(job, "meta"), list(_FIELDS))
-    pipe.bitcount(_key(job, "bits"))
-    pipe.xlen(_key(job, "commits"))
-
-
-def decode(answers: Iterator[Any]) -> Progress | None:
-    """Take the answers about a job from those of a pipeline; None if the job is gone."""
-    told, committed, untaken = next(answers), next(answers), next(answers)
-    if any(isinstance(answer, Exception) for answer in (told, committed, untaken)):
-        return None  # its keys hold something else
-    label, created, published, texts, planned = told
-    if label is None:
-        return None
-    return Progress(
-        label=strip_control_chars(label.decode(errors="replace")),
-        created=_number(created),
-        # Of a producer of another version we know only what its workers have committed.
-        published=max(int(_number(published)), int(committed)),
-        committed=int(committed),
-        untaken=int(untaken),
-        texts=int(_number(texts)),
-        planned=None if planned is None else int(_number(planned)),
-    )
-
-
-def _number(told: bytes | None) -> float:
-    """Return a number of the hash; 0 for none, and for what is none."""
-    try:
-        number = float(told or 0)
-    except ValueError:
-        return 0.0
-    return number if abs(number) <= LARGEST else 0.0
-
-
-def _key(job: str, name: str) -> str:
-    return f"embedq:{{{job}}}:{name}"
-
-
 #: Most jobs that are looked at, newest first; abandoned ones linger here until the next one opens.
 MOST_JOBS: Final = 1_000
 
@@ -154,12 +74,11 @@ class FleetStatus:
         in_hand: messages that workers hold.
         oldest_lease_s: age of the oldest lease among them.
         jobs: the living ones, oldest first.
-        redis: used share of the memory of broker and results; 0 where there is no limit.
+        memory: of broker and results.
         paused: why and since when an operator has paused the fleet; None while it works.
         silent: name -> Unix time of the last heartbeat of workers that went without taking leave.
         oldest_ready_s: time since the oldest message of each queue was published; 0 when empty.
         oldest_in_hand_s: the same for what workers hold.
-        memory: of broker and results.
         dead: texts set aside.
     """
 
@@ -169,18 +88,18 @@ class FleetStatus:
     in_hand: int
     oldest_lease_s: float
     jobs: list[JobStatus]
-    redis: dict[str, float]
+    memory: dict[str, RedisMemory]
     paused: Pause | None
     silent: dict[str, float] = field(default_factory=dict)
     oldest_ready_s: dict[str, float] = field(default_factory=dict)
     oldest_in_hand_s: float = 0.0
-    memory: dict[str, RedisMemory] = field(default_factory=dict)
     dead: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the status for JSON."""
         shown = asdict(self)
         shown["paused"] = self.paused._asdict() if self.paused else None
+        shown["redis"] = {name: round(load.ratio, 4) for name, load in self.memory.items()}
         return shown
 
 
@@ -207,7 +126,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
         in_hand=int(in_hand),
         oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
         jobs=jobs,
-        redis={name: round(load.ratio, 4) for name, load in memory.items()},
+        memory=memory,
         paused=read_pause(paused),
         silent={
             strip_control_chars(name): at
@@ -216,7 +135,6 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
         },
         oldest_ready_s=dict(zip(names, ages, strict=False)),
         oldest_in_hand_s=ages[-1],
-        memory=memory,
         dead=int(dead),
     )
 
@@ -252,14 +170,13 @@ def _ask_details(
     for name in names:
         pipe.get(worker_key(name))
     for job, _ in known:
-        queue_reads(pipe, job.decode(errors="replace"))
+        _queue_job_reads(pipe, job.decode(errors="replace"))
     answers = iter(_but_types(pipe.execute(raise_on_error=False)))
     alive = decode_heartbeats([next(answers) for _ in names])
     jobs, faded = [], []
     for job, began in known:
-        if (found := decode(answers)) is not None:
-            name = strip_control_chars(job.decode(errors="replace"))
-            jobs.append(_job(name, found, round(now - began, 1)))
+        if (found := _decode_job(job, round(now - began, 1), answers)) is not None:
+            jobs.append(found)
         else:
             faded.append(job)
     if faded:  # abandoned jobs
@@ -268,16 +185,30 @@ def _ask_details(
     return alive, jobs[::-1]
 
 
-def _job(name: str, found: Progress, age_s: float) -> JobStatus:
+def _queue_job_reads(pipe: Pipeline, job: str) -> None:
+    pipe.hmget(_key(job, "meta"), ["label", "published", "texts", "planned"])
+    pipe.bitcount(_key(job, "bits"))
+    pipe.xlen(_key(job, "commits"))
+
+
+def _decode_job(name: bytes, age_s: float, answers: Iterator[Any]) -> JobStatus | None:
+    """Decode the next three answers; None if the job is gone."""
+    meta, committed, waiting = next(answers), next(answers), next(answers)
+    if any(isinstance(answer, Exception) for answer in (meta, committed, waiting)):
+        return None  # another program wrote these keys
+    label, published, texts, planned = meta
+    if label is None:
+        return None
     return JobStatus(
-        id=name,
-        label=found.label,
-        committed=found.committed,
-        waiting=found.untaken,
+        id=strip_control_chars(name.decode(errors="replace")),
+        label=strip_control_chars(label.decode(errors="replace")),
+        committed=int(committed),
+        waiting=int(waiting),
         age_s=age_s,
-        published=found.published,
-        texts=found.texts,
-        planned_texts=found.planned,
+        # The producer reports about once per second, so commits may be ahead of it.
+        published=max(int(_number(published)), int(committed)),
+        texts=int(_number(texts)),
+        planned_texts=None if planned is None else int(_number(planned)),
     )
 
 
@@ -299,3 +230,16 @@ def _but_types(answers: list[Any]) -> list[Any]:
 
 def _age(now: float, published: bytes) -> float:
     return round(max(0.0, now - float(published)), 1) if published else 0.0
+
+
+def _number(raw: bytes | None) -> float:
+    """Return a number of the job's hash; 0 if it is missing or not a number in range."""
+    try:
+        number = float(raw or 0)
+    except ValueError:
+        return 0.0
+    return number if abs(number) <= LARGEST else 0.0
+
+
+def _key(job: str, name: str) -> str:
+    return f"embedq:{{{job}}}:{name}"

@@ -99,6 +99,12 @@ if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1]
 """
 
 
+# KEYS meta; ARGV field value... Only an existing job is updated: a new key would never expire.
+REPORT_PROGRESS: Final = """
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+"""
+
+
 #: Time to live of a value before its commit, seconds; a later commit uploads it again.
 STAGED_TTL_S: Final = 300
 
@@ -202,6 +208,7 @@ class Ledger:
         self._commit = client.register_script(COMMIT)
         self._invalidate = client.register_script(INVALIDATE)
         self._repair_commit = client.register_script(REPAIR_COMMIT)
+        self._report_progress = client.register_script(REPORT_PROGRESS)
 
     def open(self, *, fingerprint: bytes, ttl_s: int, label: str = "") -> None:
         """Create the job; repeating it is harmless."""
@@ -306,6 +313,18 @@ class Ledger:
         """
         keys = [self._bits, self._commits, *self._value_keys(commit)]
         self._invalidate(keys=keys, args=[commit.index, commit.entry])
+
+    def report_progress(self, *, published: int, planned: int | None) -> None:
+        """Store how far the producer is, for `embedq status` and metrics.
+
+        Args:
+            published: batches published so far.
+            planned: texts of the whole job; None while the producer does not know.
+        """
+        fields: list[str | int] = ["published", published]
+        if planned is not None:
+            fields += ["planned", planned]
+        self._report_progress(keys=[self._meta], args=fields)
 
     def keep_alive(self, ttl_s: int) -> None:
         """Extend the time to live of the job."""
