@@ -1,9 +1,4 @@
-"""Exit codes, error printing and the progress bar.
-
-Exit codes of the `embedq` command, and errors as one sentence with its code.
-
-How a run looks: a live line on a terminal, a plain line now and then elsewhere; on stderr.
-"""
+"""Exit codes of `embedq`, and its messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -21,9 +16,8 @@ from embedq import errors
 from embedq.bulk.request import RunProgress, format_duration
 from embedq.cli.common import EXIT_SETTINGS, exit_with_error
 
+#: Exit codes of `embedq`, beside EXIT_SETTINGS; docs/cli.md lists their causes.
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 3
-
-
 EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
 
 
@@ -39,26 +33,26 @@ _EXIT_CODES: dict[type[errors.EmbedqError], int] = {
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Print an error of ours as one message and leave with its exit code."""
+    """Print an EmbedqError as one message and exit with its code."""
     try:
         yield
     except errors.EmbedqError as error:
         exit_with_error("embedq", error, _EXIT_CODES)
 
 
-#: Seconds between two plain lines where there is no terminal.
+#: Interval of progress lines without a terminal, in seconds.
 PLAIN_EVERY_S = 10.0
 
 
 class RunDisplay:
-    """Shows a run on stderr; says nothing when quiet."""
+    """Shows the progress of a run on stderr: a live line on a terminal, else a line now and then.
+
+    Attributes:
+        workers: returns the number of workers per device, as text; to be set by the caller.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """Prepare a display; when quiet it shows notes only.
-
-        Attributes:
-            workers: set it to a function that tells how many workers work on which device.
-        """
+        """Create a display; if quiet, it shows messages but no progress."""
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal and not quiet
         self._quiet = quiet
@@ -88,19 +82,19 @@ class RunDisplay:
             self._bar.stop()
 
     def note(self, message: str) -> None:
-        """Show a sentence."""
+        """Show a message."""
         self._console.print(f"embedq: {message}", markup=False, soft_wrap=True)
 
-    def starting(self, what: str) -> None:
-        """Say what the start waits for."""
-        self._bar.update(self._task, description=what)
+    def starting(self, step: str) -> None:
+        """Show the current step of the start."""
+        self._bar.update(self._task, description=step)
 
     def update(self, progress: RunProgress) -> None:
-        """Show how far the run is."""
+        """Show the progress of the run."""
         fraction = progress.reading.fraction()
         line = self._line(progress, fraction)
         if self._live:
-            # Shares of a thousand, as the number of documents is not known before the end.
+            # In thousandths, because the number of documents is unknown until the end.
             total = None if fraction is None else 1000
             done = 0 if fraction is None else 1000 * fraction
             self._bar.update(self._task, total=total, completed=done, description=line)

@@ -1,10 +1,10 @@
-"""`embedq`: embed files, from the command line of anyone with texts."""
+"""The command `embedq`: embeds files and searches their vectors."""
 
 from __future__ import annotations
 
 import time
 
-BEGAN = time.monotonic()  # before the imports: they are part of what a person waits for
+BEGAN = time.monotonic()  # before the imports, which are part of the duration of the command
 
 import json
 import signal
@@ -38,7 +38,7 @@ _EPILOG = """\b
 Exit codes:
   0 done    1 done, but some texts failed    2 wrong setting or option
   3 input or output    4 no Redis or no worker    5 the local worker did not start
-  6 a result was lost    130 interrupted; the same command goes on
+  6 a result was lost    130 interrupted; the same command continues
 \b
 Examples:
   embedq embed documents.jsonl -o vectors.npy --local
@@ -50,7 +50,7 @@ Examples:
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=_EPILOG,
-    help="Turn files of texts into vectors, through a queue of workers or a private one.",
+    help="Turn files of texts into vectors, with a fleet of workers or a local one.",
 )
 @click.version_option(package_name="embedq")
 def cli() -> None:
@@ -73,27 +73,27 @@ def cli() -> None:
 @click.option(
     "--accuracy",
     type=click.Choice([str(choice) for choice in Accuracy]),
-    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a model that was quantized.  "
+    help="standard: cosine >= 0.999 to fp32; exact: fp32; int8: from a quantized model.  "
     "[EMBEDQ_ACCURACY]",
 )
 @click.option(
     "--dtype",
     type=click.Choice([str(choice) for choice in Dtype]),
-    help="float16 halves the vectors; components are off by 2**-12 at most.  [EMBEDQ_DTYPE]",
+    help="float16 halves the size of vectors, with errors of at most 2**-12.  [EMBEDQ_DTYPE]",
 )
 @click.option(
     "--strict",
     is_flag=True,
     default=None,
-    help="Vectors from an NPU or none.  [EMBEDQ_STRICT]",
+    help="Compute vectors on NPUs only.  [EMBEDQ_STRICT]",
 )
 @click.option(
     "--on-long",
     type=click.Choice([str(choice) for choice in OnLong]),
-    help="Texts of more tokens than the model takes.  [EMBEDQ_ON_LONG]",
+    help="What to do with texts of more tokens than the model accepts.  [EMBEDQ_ON_LONG]",
 )
 @click.option("--prompt-name", help="Name of a prompt of the model to put before each text.")
-@click.option("--prompt", help="Prompt to put before each text; wins over --prompt-name.")
+@click.option("--prompt", help="Prompt to put before each text; overrides --prompt-name.")
 @click.option(
     "--text-field", default="text", show_default=True, help="Field or column of the text."
 )
@@ -104,9 +104,9 @@ def cli() -> None:
     type=click.Choice(["fail", "skip"]),
     default="fail",
     show_default=True,
-    help="A line that is no document: stop and name it, or leave it out and count it.",
+    help="On a line that cannot be parsed: stop and name it, or skip and count it.",
 )
-@click.option("--restart", is_flag=True, help="Start over, whatever an earlier run left.")
+@click.option("--restart", is_flag=True, help="Discard the rows of an earlier run and start over.")
 @click.option(
     "--update",
     is_flag=True,
@@ -116,7 +116,7 @@ def cli() -> None:
     "--dry-run", is_flag=True, help="Estimate tokens, time and memory from a sample; write nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON summary on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 def embed(
     inputs: tuple[str, ...],
     output: Path,
@@ -140,7 +140,7 @@ def embed(
 ) -> None:
     """Embed the documents of INPUT files (.jsonl, .csv, .txt, .gz of one, or - for stdin).
 
-    The same command goes on where a killed or interrupted one stopped.
+    The same command continues where a killed or interrupted one stopped.
     """
     with exit_on_error(), _interruptible(output, restart=restart):
         from embedq.bulk.request import EmbedRequest, RunSummary
@@ -163,15 +163,15 @@ def embed(
         )
         if restart and update:
             raise errors.SettingsError(
-                "--restart and --update exclude each other: --restart throws the old rows away, "
-                "--update keeps those that have not changed."
+                "--restart and --update exclude each other: --restart discards the old rows, "
+                "--update keeps unchanged ones. Drop one of the two."
             )
         _check_files(request)
         with (
             RunDisplay(quiet=quiet or as_json) as display,
             _connected(settings, display, local=local) as client,
         ):
-            # Imported while the worker of a local run starts: they bring Celery with them.
+            # These import Celery, while the worker of a local run starts.
             from embedq.bulk.estimate import Estimate, estimate
             from embedq.bulk.run import EmbedRun
             from embedq.bulk.update import UpdateRun
@@ -197,7 +197,7 @@ def embed(
     type=click.IntRange(min=1),
     default=10,
     show_default=True,
-    help="How many rows to show.",
+    help="Number of rows to show.",
 )
 @click.option(
     "--local", is_flag=True, help="Start a private Redis and one worker for this command."
@@ -232,7 +232,8 @@ def search(
                     f"{vectors} was made with {manifest.settings['model_label']} "
                     f"({manifest.settings['model'][:12]}); the worker serves "
                     f"{client.model_info().label} "
-                    f"({identity[:12]}). Vectors of two models cannot be compared: use the former."
+                    f"({identity[:12]}). Vectors of two models cannot be compared. Use a worker of "
+                    "the first model."
                 )
             hits = nearest_rows(vectors, client.encode(query, prompt_name=prompt_name), top)
     if as_json:
@@ -243,7 +244,6 @@ def search(
 
 
 def _check_files(request: EmbedRequest) -> None:
-    """Refuse what cannot work before anything is started."""
     from embedq.bulk import writers
     from embedq.bulk.readers import format_of
 
@@ -256,7 +256,6 @@ def _check_files(request: EmbedRequest) -> None:
 
 @contextmanager
 def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) -> Iterator[Client]:
-    """Open a client, to a private fleet if asked for one."""
     if not local:
         from embedq.client import Client
 
@@ -268,9 +267,9 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
     display.starting("starting a private Redis and a worker")
     environment = {"EMBEDQ_MODEL": settings.model, "EMBEDQ_STRICT": str(settings.strict)}
     if settings.accuracy is not Accuracy.STANDARD:
-        environment["EMBEDQ_DEVICE"] = "cpu"  # nothing else computes in fp32 or int8
+        environment["EMBEDQ_DEVICE"] = "cpu"  # fp32 and int8 run on the CPU only
     with LocalFleet(environment=environment, warn=display.note) as fleet:
-        from embedq.client import Client  # brings Celery, while the worker brings up its own
+        from embedq.client import Client  # imports Celery, while the worker starts
 
         at = {"broker_url": fleet.broker_url, "results_url": fleet.results_url}
         private = settings.model_copy(update=at)
@@ -279,7 +278,6 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
 
 
 def _was_saved_since(output: Path, began: float) -> bool:
-    """Say whether a run has written the manifest of an output since a Unix time."""
     from embedq.bulk.checkpoint import manifest_path
 
     path = manifest_path(output)
@@ -288,8 +286,6 @@ def _was_saved_since(output: Path, began: float) -> bool:
 
 @contextmanager
 def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
-    """End cleanly on Ctrl-C and SIGTERM, and say how to go on."""
-
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
@@ -298,11 +294,11 @@ def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Before a restart has thrown the old rows away, going on would keep them.
-        begun = restart and _was_saved_since(output, began)
-        command = "the same command without --restart" if begun else "the same command"
+        # Until the restart has saved its manifest, a run without --restart would resume old rows.
+        restarted = restart and _was_saved_since(output, began)
+        command = "the same command without --restart" if restarted else "the same command"
         click.echo(
-            f"embedq: interrupted. What is in {output} so far is kept; {command} goes on.",
+            f"embedq: interrupted. The rows of {output} so far are saved; {command} continues.",
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)
@@ -311,22 +307,17 @@ def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def settings(as_json: bool) -> None:
-    """Show every setting, its value and where it comes from."""
+    """Show every setting with its value and source."""
     with exit_on_error():
         from embedq.settings import ProducerSettings
 
         print_settings(ProducerSettings.load().describe(), as_json=as_json)
 
 
-cli.add_command(dead)
-
-
-cli.add_command(exporter)
-
-
-cli.add_command(status)
+for command in (dead, exporter, status):
+    cli.add_command(command)
 
 
 def main() -> None:

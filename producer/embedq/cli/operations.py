@@ -1,11 +1,4 @@
-"""Commands for operators: status, dead, exporter.
-
-`embedq status`: the fleet in a terminal, once or live.
-
-`embedq dead`: look at texts that were set aside, try them again, or let them go.
-
-`embedq exporter`: the fleet for Prometheus.
-"""
+"""Commands for operators: `embedq status`, `embedq dead` and `embedq exporter`."""
 
 from __future__ import annotations
 
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
 
     from embedq.observability.status import FleetStatus
 
-#: Seconds between two looks with --watch.
+#: Refresh interval of --watch, in seconds.
 WATCH_EVERY_S = 1.0
 
 
@@ -38,8 +31,8 @@ _COLORS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "faile
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Keep looking until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 def status(watch: bool, as_json: bool) -> None:
     """Show workers, queues and jobs."""
     with exit_on_error():
@@ -51,26 +44,26 @@ def status(watch: bool, as_json: bool) -> None:
 
         if watch and as_json:
             raise SettingsError("--watch and --json exclude each other. Drop one of the two.")
-        look = _looker()
+        fetch = _status_fetcher()
         if as_json:
-            click.echo(json.dumps(look().as_dict()))
+            click.echo(json.dumps(fetch().as_dict()))
         elif not watch:
-            Console().print(render(look()))
+            Console().print(render(fetch()))
         else:
-            with Live(render(look()), console=Console(), screen=False) as live:
+            with Live(render(fetch()), console=Console(), screen=False) as live:
                 try:
                     while True:
                         time.sleep(WATCH_EVERY_S)
                         try:
-                            live.update(render(look()))
-                        except QueueUnavailable as error:  # Redis starts again: so does this
+                            live.update(render(fetch()))
+                        except QueueUnavailable as error:  # Redis may come back
                             live.update(Text(str(error), style="red"))
                 except KeyboardInterrupt:
                     return
 
 
-def _looker() -> Callable[[], FleetStatus]:
-    """Return a function that looks at the fleet of the settings, on connections that it keeps."""
+def _status_fetcher() -> Callable[[], FleetStatus]:
+    # Its result reuses the same connections on every call.
     from embedq.observability.status import fetch_status
     from embedq.settings import ProducerSettings
     from embedq.store.connection import RedisConnection
@@ -80,17 +73,17 @@ def _looker() -> Callable[[], FleetStatus]:
     results = RedisConnection.open(settings.results_url)
     both = replace(results, address=settings.addresses)
 
-    def look() -> FleetStatus:
-        # First each alone, so that an error names the one that is away.
+    def fetch() -> FleetStatus:
+        # Each is pinged first, so that an error names the Redis that cannot be reached.
         broker.call(broker.client.ping)
         results.call(results.client.ping)
         return both.call(lambda: fetch_status(broker.client, results.client))
 
-    return look
+    return fetch
 
 
 def render(found: FleetStatus) -> Group:
-    """Draw a status as tables."""
+    """Return a status as tables."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -112,19 +105,19 @@ def render(found: FleetStatus) -> Group:
             "",
             "",
             f"{format_duration(found.at - at)} ago",
-            "It took no leave.",
+            "Stopped without deregistering.",
         )
     queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
         queues.add_row(queue, f"{waiting:,}", format_duration(found.oldest_ready_s.get(queue, 0)))
-    queues.add_row("in hand", f"{found.in_hand:,}", format_duration(found.oldest_in_hand_s))
-    jobs = Table("job", "texts done", "batches done", "to be taken", "age", "output", box=None)
+    queues.add_row("in flight", f"{found.in_hand:,}", format_duration(found.oldest_in_hand_s))
+    jobs = Table("job", "texts done", "batches done", "to collect", "age", "output", box=None)
     for job in found.jobs:
         texts = f"{job.texts:,}"
         if job.planned_texts:
             texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
         batches = f"{job.committed:,} of {job.published:,} sent"
-        label = Text(job.label)  # brackets in it are no markup
+        label = Text(job.label)  # as Text, so that brackets in it are not markup
         jobs.add_row(
             Text(job.id), texts, batches, f"{job.waiting:,}", format_duration(job.age_s), label
         )
@@ -132,26 +125,26 @@ def render(found: FleetStatus) -> Group:
     head = ""
     if found.paused:
         head = f"paused {format_duration(found.at - found.paused.at)} ago: {found.paused.reason}\n"
-    missing = "no worker is alive\n" if not found.workers else ""
+    missing = "no live worker\n" if not found.workers else ""
     return Group(
         Text(head + missing, style="red", end=""),
         workers,
         queues,
         jobs,
         f"memory of Redis: {memory}",
-        *([f"texts set aside: {found.dead:,} (embedq dead ls)"] if found.dead else []),
+        *([f"dead letters: {found.dead:,} (embedq dead ls)"] if found.dead else []),
     )
 
 
 @click.group()
 def dead() -> None:
-    """Texts that were set aside because they stop whatever embeds them."""
+    """Manage dead letters: texts that no worker process survived."""
 
 
 @dead.command("ls")
-@click.option("--json", "as_json", is_flag=True, help="One JSON list instead of lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_(as_json: bool) -> None:
-    """List the texts that were set aside, newest first, without their text."""
+    """List the dead letters, newest first, without their texts."""
     with exit_on_error():
         from embedq.protocol.worker import strip_control_chars
         from embedq.store import dead_letters as letters
@@ -175,7 +168,7 @@ def list_(as_json: bool) -> None:
 @dead.command()
 @click.argument("name", metavar="ID")
 def show(name: str) -> None:
-    """Print one text that was set aside."""
+    """Print the text of one dead letter."""
     with exit_on_error():
         from embedq.store import dead_letters as letters
 
@@ -192,10 +185,10 @@ def show(name: str) -> None:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Append a line of JSON with id and vector for each that works now.",
+    help="File to append to: one JSON line with id and vector per embedded text.",
 )
 def requeue(names: tuple[str, ...], output: Path | None) -> None:
-    """Embed texts once more, after their cause was mended; those that work leave the list."""
+    """Embed dead letters again, once their cause is fixed, and delete those that succeed."""
     with exit_on_error():
         from embedq.client import Client
         from embedq.errors import TextsFailed, writing
@@ -226,16 +219,16 @@ def requeue(names: tuple[str, ...], output: Path | None) -> None:
 
 @dead.command()
 @click.argument("names", metavar="ID...", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="Drop all of them.")
+@click.option("--all", "everything", is_flag=True, help="Delete all dead letters.")
 def drop(names: tuple[str, ...], everything: bool) -> None:
-    """Delete texts that were set aside."""
+    """Delete dead letters."""
     with exit_on_error():
         from embedq.store import dead_letters as letters
 
         results = _results()
         if not names and not everything:
-            raise click.UsageError("Name the ids to drop, or --all.")
-        # By name alone: a thousand texts of a megabyte each need not be read for one of them.
+            raise click.UsageError("Name the ids to delete, or --all.")
+        # By id, without reading the texts, which may have a megabyte each.
         chosen = sorted(set(names))
         if everything:
             chosen = [letter.id for letter in letters.fetch_all(results)]
@@ -256,15 +249,15 @@ def _results() -> Redis:
 
 
 def _unknown(names: list[str]) -> None:
-    click.echo(f"embedq: no text set aside under {', '.join(names)}. See: embedq dead ls", err=True)
+    click.echo(f"embedq: no dead letter {', '.join(names)}. See: embedq dead ls", err=True)
 
 
-#: Port that Prometheus finds an exporter on if nobody says otherwise.
+#: Default port of the exporter.
 PORT = 9469
 
 
-#: Seconds that a Redis may take to connect, and to answer. Each may be spent six times in one
-#: scrape (a look and a ping, with their second tries), which Prometheus gives up after 5 s.
+#: Timeouts of a connection to Redis and of an answer, in seconds. A scrape may wait six times for
+#: them (snapshot and ping, with retries); Prometheus ends a scrape after 5 s.
 CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
 
 
@@ -278,7 +271,7 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
     help="Port to listen on; 0 for any.",
 )
 def exporter(host: str, port: int) -> None:
-    """Answer Prometheus on /metrics, and health checks on /healthz."""
+    """Serve metrics for Prometheus on /metrics and health checks on /healthz."""
     with exit_on_error():
         from embedq.settings import ProducerSettings
         from embedq.store.connection import open_redis
@@ -302,7 +295,7 @@ def exporter(host: str, port: int) -> None:
             click.echo(f"embedq: cannot listen on {host}:{port} ({error.strerror}).", err=True)
             sys.exit(EXIT_SETTINGS)
         click.echo(f"embedq exporter: http://{host}:{server.server_port}/metrics", err=True)
-        # The first process of a container has no default action for SIGTERM.
+        # The first process of a container ignores SIGTERM without a handler.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             server.serve_forever()

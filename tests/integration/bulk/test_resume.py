@@ -444,7 +444,9 @@ def test_interrupted_command_says_how_to_go_on(
     code, stdout, stderr = finish(child)
 
     assert (code, stdout) == (130, "")
-    sentence = f"embedq: interrupted. What is in {output} so far is kept; the same command goes on."
+    sentence = (
+        f"embedq: interrupted. The rows of {output} so far are saved; the same command continues."
+    )
     assert stderr.splitlines() == [sentence]
     wait_until_redis_is_empty(slow_redis)
     saved = safe_rows(output)
@@ -470,7 +472,7 @@ def test_restart_that_is_interrupted_before_it_begins_says_how_to_go_on(
     code, _, stderr = finish(child)
 
     assert code == 130, told
-    assert "is kept; the same command goes on." in stderr
+    assert "are saved; the same command continues." in stderr
 
 
 def test_interrupted_restart_says_how_to_go_on(
@@ -488,7 +490,7 @@ def test_interrupted_restart_says_how_to_go_on(
     done = command(slow_redis, "embed", source, "-o", output)
 
     assert code == 130
-    assert "is kept; the same command without --restart goes on." in stderr
+    assert "are saved; the same command without --restart continues." in stderr
     assert f"{saved:,} resumed" in done[1]
 
 

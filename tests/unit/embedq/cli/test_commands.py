@@ -38,7 +38,7 @@ def test_drop_of_an_unknown_id_still_drops_the_others(letters: FakeRedis) -> Non
 
     assert run.exit_code == EXIT_INPUT
     assert "1 dropped" in run.output
-    assert "no text set aside under nope" in run.output
+    assert "no dead letter nope" in run.output
     assert not dead_letters.fetch_all(letters)
 
 
@@ -47,7 +47,7 @@ def test_unknown_dead_letter_id_is_an_error(command: str, letters: FakeRedis) ->
     run = CliRunner().invoke(operations.dead, [command, "nope"])
 
     assert run.exit_code == EXIT_INPUT
-    assert "no text set aside under nope" in run.output
+    assert "no dead letter nope" in run.output
     assert len(dead_letters.fetch_all(letters)) == 1
 
 
