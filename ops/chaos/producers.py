@@ -168,7 +168,7 @@ class Producer:
             self.task = None
         elif not self._killed:
             last = self._last_log_line()
-            refused = not self._begun or "takes no new job" in last
+            refused = not self._begun or "accepts no new job" in last
             (self.refused if refused else self.gave_up)[f"exit {code}: {last}"] += 1
 
     def _note_job(self, task: Task) -> None:

@@ -218,7 +218,7 @@ def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
         with pytest.raises(QueueUnavailable):
             read()
 
-    with pytest.raises(ResultExpired, match=r"with 0 texts handed out: Redis stayed away\."):
+    with pytest.raises(ResultExpired, match=r"with 0 texts returned: Redis stayed away\."):
         read()
 
 

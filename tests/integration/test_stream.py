@@ -299,8 +299,8 @@ def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir
 @pytest.mark.parametrize(
     ("changed", "options", "reason"),
     [
-        (["other", *texts(99)[1:]], {}, "the first 50 documents are not those"),
-        (texts(20), {}, "the first 50 documents are not those"),
+        (["other", *texts(99)[1:]], {}, "the first 50 documents differ"),
+        (texts(20), {}, "the first 50 documents differ"),
         ([(f"n{i}", text) for i, text in enumerate(texts(99))], {}, "are not those"),
         (texts(99), {"prompt": "query: "}, "other settings"),
         (texts(99), {"accuracy": "exact"}, "other settings"),
@@ -326,7 +326,7 @@ def test_damaged_checkpoint_is_refused(small: Client, tmp_path: Path) -> None:
     checkpoint = tmp_path / "sink.json"
     checkpoint.write_text('{"documents": 3}')
 
-    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+    with pytest.raises(InputError, match="is not a readable checkpoint"):
         small.stream(texts(5), checkpoint=checkpoint)
 
     assert checkpoint.read_text() == '{"documents": 3}'

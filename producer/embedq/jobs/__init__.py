@@ -1,1 +1,1 @@
-"""One job: batches out within a window, commits in, lost batches recovered."""
+"""Runs one job: batches are published, results collected, lost batches recovered."""

@@ -1,8 +1,6 @@
-"""Texts cut into batches, and the result of a batch.
+"""Splits texts into batches and decodes the results of batches.
 
-Texts -> bounded batches. Pure: the same texts always give the same split.
-
-Finished batches, put together from what Redis kept of them. Pure: the stored values come in.
+Does no I/O. The same texts and limits always give the same batches, so a job can be resumed.
 """
 
 from __future__ import annotations
@@ -24,36 +22,33 @@ from embedq.protocol.contract import (
 )
 from embedq.protocol.values import DESCRIPTIONS, OutcomeTable, Value, Vectors, decode
 
-#: Bytes of UTF-8 that make a token of ordinary prose, special tokens aside.
-#: Measured on 10,607 docstrings with the MiniLM tokenizer: 316 bytes and 61 tokens on average.
+#: Bytes of UTF-8 per token of English prose, without special tokens.
 BYTES_PER_TOKEN = 5.2
 
 
-#: Special tokens of a text.
+#: Special tokens per text.
 SPECIAL_TOKENS = 2
 
 
-#: Estimated tokens of a full batch where the setting leaves it to the fleet: about two seconds of a
-#: CPU with two cores, and one to two of a device of 2,000 to 4,000 texts a second.
+#: Estimated tokens of a full batch for a CPU: about two seconds of work.
 CPU_BATCH_TOKENS = 30_000
 
-
+#: Estimated tokens of a full batch for an NPU: one to two seconds of work.
 DEVICE_BATCH_TOKENS = 262_144
 
 
-#: The first batches of a job are this share of a full one, so that a worker has work at once and
-#: the first results come soon.
+#: Sizes of the first batches, as shares of a full one, so that the first results arrive early.
 RAMP = (0.125, 0.25, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """A run of consecutive texts that travels as one batch.
+    """Consecutive texts of a job that are published as one batch.
 
     Attributes:
         index: number of the batch in its job.
         start: position of its first text in the job.
-        texts: the texts; a refused one is an empty string.
+        texts: its texts; a refused text is an empty string.
         refused: offset -> code of each text that cannot be embedded.
     """
 
@@ -67,7 +62,7 @@ class TextBatch:
 
 
 def guess_tokens(n_bytes: int, max_length: int) -> float:
-    """Guess from its size how many tokens of a text the model takes, special tokens included."""
+    """Estimate the tokens of a text from its size, special tokens included."""
     return min(n_bytes / BYTES_PER_TOKEN + SPECIAL_TOKENS, max_length)
 
 
@@ -75,8 +70,8 @@ def batch_tokens(setting: int, devices: Iterable[str]) -> int:
     """Return the estimated tokens at which a batch is full.
 
     Args:
-        setting: fixed by the user; 0 leaves it to the fleet.
-        devices: what the living workers that may serve the job compute on.
+        setting: `batch_tokens`; 0 chooses by device.
+        devices: devices of the living workers that may serve the job.
     """
     slow = all(device == Device.CPU for device in devices)
     return setting or (CPU_BATCH_TOKENS if slow else DEVICE_BATCH_TOKENS)
@@ -85,16 +80,16 @@ def batch_tokens(setting: int, devices: Iterable[str]) -> int:
 def split(
     texts: Iterable[object], *, max_texts: int, max_tokens: int, max_length: int
 ) -> Iterator[TextBatch]:
-    """Cut a stream of texts into batches of about equal work.
+    """Split texts into batches of about equal work.
 
     Args:
-        texts: anything; what is not an embeddable string is refused in place.
-        max_texts: most texts in a batch.
+        texts: any objects; one that is not a valid text is marked as refused.
+        max_texts: maximum texts in a batch.
         max_tokens: estimated tokens at which a batch is full.
-        max_length: tokens that the model takes of one text; more cost nothing.
+        max_length: tokens after which the model truncates a text.
 
     Yields:
-        Slices in order, covering every text.
+        Batches in order, covering every text.
     """
     index = start = 0
     current: list[str] = []
@@ -122,13 +117,13 @@ def split(
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """A batch that has its answer.
+    """A batch with its vectors.
 
     Attributes:
-        slice: the texts.
-        vectors: float32 [n, D]; failed texts are NaN.
+        slice: its texts.
+        vectors: float32 or float16 [n, D]; NaN for a failed text.
         outcomes: one per text.
-        failure: (code, detail) if the worker refused the batch as a whole.
+        failure: (code, detail) if the worker refused the whole batch.
     """
 
     slice: TextBatch
@@ -139,38 +134,39 @@ class BatchResult:
     def failures(self) -> dict[int, str]:
         """Return position in the job -> code, for each text without a vector."""
         outcomes = self.outcomes
-        bad = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
-        if not bad:
+        failed = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
+        if not failed:
             return {}
-        rows = np.flatnonzero(np.isin(outcomes.kind, list(bad)))
+        rows = np.flatnonzero(np.isin(outcomes.kind, list(failed)))
         return {self.slice.start + int(row): outcomes[int(row)].code for row in rows}
 
 
 class VectorBuffer:
-    """The vectors of a job one after the other, copied as they come: at its end nothing is left."""
+    """Collects the vectors of a job in one array, which needs no copy at the end."""
 
     def __init__(self, spec: VectorSpec, planned: int | None) -> None:
-        """Take room for what is planned; more of it is taken when that is not enough.
+        """Allocate the planned size.
 
         Args:
-            spec: what shapes the vectors.
-            planned: how many will come; None if nobody knows.
+            spec: dimension and dtype of the vectors.
+            planned: number of vectors; None if unknown.
         """
-        self._room: Vectors = np.empty((planned or 0, spec.dim), DESCRIPTIONS[spec.dtype])
+        self._buffer: Vectors = np.empty((planned or 0, spec.dim), DESCRIPTIONS[spec.dtype])
         self._n = 0
 
     def append(self, vectors: Vectors) -> None:
-        """Add the vectors [n, D] of a batch."""
+        """Append the vectors [n, D] of a batch."""
         start, self._n = self._n, self._n + len(vectors)
-        if self._n > len(self._room):
-            before = self._room[:start]
-            self._room = np.empty((2 * self._n, *before.shape[1:]), before.dtype)
-            self._room[:start] = before
-        self._room[start : self._n] = vectors
+        if self._n > len(self._buffer):
+            before = self._buffer[:start]
+            # Twice the size: pages that are never written use no memory.
+            self._buffer = np.empty((2 * self._n, *before.shape[1:]), before.dtype)
+            self._buffer[:start] = before
+        self._buffer[start : self._n] = vectors
 
     def vectors(self) -> Vectors:
-        """Return what came, [n, D]; memory that was never written to costs nothing."""
-        return self._room[: self._n]
+        """Return all vectors, [n, D], without a copy."""
+        return self._buffer[: self._n]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +174,9 @@ class Embedding:
     """One text with its vector.
 
     Attributes:
-        id: what the caller named it; its position where there is no name.
-        vector: float32 [D]; NaN if it failed.
-        outcome: what became of it.
+        id: id given by the caller, else its position.
+        vector: float32 or float16 [D]; NaN if it failed.
+        outcome: status, code and token count.
     """
 
     id: str | int
@@ -191,35 +187,36 @@ class Embedding:
 def decode_result(
     piece: TextBatch, values: Sequence[bytes | None], spec: VectorSpec, fingerprint: bytes
 ) -> BatchResult:
-    """Put a batch together from the values of its commit.
+    """Decode and join the values of a committed batch.
 
     Args:
-        piece: its texts.
-        values: as Redis kept them; None for one that is gone.
-        spec: what was to shape the vectors.
-        fingerprint: of the spec.
+        piece: texts of the batch.
+        values: values from Redis; None for a missing one.
+        spec: spec of the job.
+        fingerprint: fingerprint of the spec.
 
     Raises:
-        CorruptValue: a value is gone, damaged, or not of this batch.
+        CorruptValue: a value is missing, damaged or belongs to another job.
     """
     if not values or any(value is None for value in values):
-        raise CorruptValue("The vectors of a committed batch have left Redis.")
+        raise CorruptValue("The vectors of a committed batch are missing in Redis.")
     parts = [decode(value, fingerprint) for value in values if value is not None]
     if parts[0].failure:
         return _failed(piece, parts[0].failure, spec)
     row = (spec.dim, np.dtype(DESCRIPTIONS[spec.dtype]))
     if any((part.vectors.shape[1], part.vectors.dtype) != row for part in parts):
-        raise CorruptValue("A batch came back with rows of another length or type.")
+        raise CorruptValue(
+            f"A batch has rows of the wrong shape, expected {spec.dim} x {spec.dtype}."
+        )
     vectors, outcomes = _join(parts)
     if len(vectors) != len(piece):
-        raise CorruptValue(f"A batch came back with {len(vectors)} rows, expected {len(piece)}.")
+        raise CorruptValue(f"A batch has {len(vectors)} rows, expected {len(piece)}.")
     if _has_bad_vectors(vectors, outcomes):
-        raise CorruptValue("A batch came back with vectors that are not finite.")
+        raise CorruptValue("A batch has vectors that are not finite.")
     return BatchResult(piece, vectors, outcomes)
 
 
 def _has_bad_vectors(vectors: Vectors, outcomes: OutcomeTable) -> bool:
-    """Tell whether a text that is said to be embedded has no finite vector."""
     ok = np.array([kind[0] == Status.OK for kind in outcomes.kinds], bool)[outcomes.kind]
     return bool((ok & ~np.isfinite(vectors).all(axis=1)).any())
 
@@ -245,9 +242,9 @@ class Document:
     """One document of an input.
 
     Attributes:
-        id: its name; the line number where the file gives none.
-        text: what to embed; not always a string, and then it fails alone.
-        named: the file gave the id; else it is the number of the line.
+        id: id from the input, else its line number.
+        text: text to embed; one that is not a string fails alone.
+        named: whether the input has the id.
     """
 
     id: str | int

@@ -1,4 +1,4 @@
-"""Batches onto the queues of Redis, as Celery messages that carry no text outside their payload."""
+"""Publishes batches as Celery messages, whose headers contain no text of the caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from embedq.observability.tracing import JobTrace
 from embedq.protocol.contract import TASK_NAME, Queue
 from embedq.protocol.message import EmbedBatch, message_headers
 
-#: Most connections of a publisher: one, but for a caller with threads.
+#: Maximum number of connections; a caller with one thread needs one.
 MAX_CONNECTIONS: Final = 10
 
 
@@ -29,11 +29,11 @@ class Publisher:
             accept_content=["msgpack"],
             task_queues=[KombuQueue(str(name)) for name in Queue],
             task_default_queue=str(Queue.NPU),
-            # A typo in a queue name must raise, not create a queue that nobody reads.
+            # A misspelled queue name must raise, not create a queue without consumers.
             task_create_missing_queues=False,
-            # Results are read from the ledger; subscribing per task is what breaks at scale.
+            # Results are read from the ledger.
             task_ignore_result=True,
-            # Lets Flower show how long a batch waited before a worker took it.
+            # Flower shows the time that a batch waited in its queue.
             task_send_sent_event=True,
             broker_transport_options={
                 "socket_timeout": 30,
@@ -42,27 +42,27 @@ class Publisher:
                 "client_name": "embedq",
             },
         )
-        # Connections of our own: kombu's live in the process, whoever is closed.
+        # Its own pools: those of kombu are shared by the process and outlive close().
         self._connections = self._app.connection_for_write().Pool(MAX_CONNECTIONS)
         self._producers = ProducerPool(self._connections, limit=MAX_CONNECTIONS)
 
     def publish(self, batch: EmbedBatch, queue: Queue, trace: JobTrace | None = None) -> None:
-        """Publish one batch; publishing it twice is harmless, the ledger takes the first.
+        """Publish one batch; publishing it twice is safe, the ledger accepts the first commit.
 
         Args:
-            batch: what to publish.
-            queue: where.
-            trace: of its job; None for a batch of its own.
+            batch: the batch.
+            queue: its queue.
+            trace: trace of its job; None starts one.
 
         Raises:
-            redis.exceptions.RedisError: Redis did not take it.
+            redis.exceptions.RedisError: the publish failed.
         """
         body = batch.to_message()
         options: dict[str, Any] = {
             "task_id": batch.task_id,
             "queue": str(queue),
             "ignore_result": True,
-            "retry": False,  # embedq.store.connection waits, and says what for
+            "retry": False,  # RedisConnection.call retries
             **message_headers(body, time.time()),
         }
         try:
@@ -79,7 +79,7 @@ class Publisher:
             raise exceptions.ConnectionError(type(error).__name__) from error
 
     def close(self) -> None:
-        """Close the connections to the broker; publishing again opens others."""
+        """Close the connections to the broker; `publish` opens new ones."""
         pools: tuple[Any, ...] = (self._producers, self._connections)
         for pool in pools:
             pool.force_close_all(close_pool=False)

@@ -1,13 +1,7 @@
-"""Publish within the window, with backpressure.
+"""Publishes the batches of a job within its window and while Redis has memory.
 
-How much a producer may have in flight. Pure: numbers in, a decision out.
-
-Redis refuses everything once it is full, acknowledgements and deletions included, so a producer
-stops long before that, and resumes only when there is room to run for a while.
-
-A producer's look at both Redis before it publishes more.
-
-The pump of a job: publishes its batches up to the window, and those again that were lost.
+A full Redis refuses every command, acknowledgements and deletions included, so a producer pauses
+long before that and resumes with a margin.
 """
 
 from __future__ import annotations
@@ -27,24 +21,20 @@ from embedq.protocol.message import EmbedBatch
 from embedq.store.connection import REPORT_EVERY_S, OnWait
 from embedq.store.queues import QueueInspector
 
-#: Share of Redis' memory at which publishing pauses, at which a new job is refused, and below which
-#: a paused one resumes.
+#: Used share of Redis memory at which publishing pauses.
 PAUSE_RATIO: Final = 0.60
 
-
+#: Used share of Redis memory at which a new job is refused.
 REFUSE_RATIO: Final = 0.80
 
-
+#: Used share of Redis memory below which paused publishing resumes.
 RESUME_RATIO: Final = 0.50
 
-
-#: Batches per living worker that a job may have in flight, and the bounds of that.
+#: Batches of a job in flight per living worker.
 BATCHES_PER_WORKER: Final = 4
 
-
+#: Minimum and maximum of the computed window, batches.
 MIN_WINDOW: Final = 16
-
-
 MAX_WINDOW: Final = 256
 
 
@@ -57,11 +47,11 @@ class PublishMode(StrEnum):
 
 
 def next_mode(ratio: float, before: PublishMode) -> PublishMode:
-    """Decide from the fullest Redis; paused stays paused until there is real room.
+    """Return whether to publish; after a pause only below RESUME_RATIO.
 
     Args:
-        ratio: used share of its memory.
-        before: the last decision.
+        ratio: used share of memory of the fuller Redis.
+        before: the last mode.
     """
     if ratio >= REFUSE_RATIO:
         return PublishMode.REFUSE
@@ -75,41 +65,40 @@ def next_mode(ratio: float, before: PublishMode) -> PublishMode:
 def window(live_workers: int, setting: int) -> int:
     """Return how many batches a job may have in flight.
 
-    Small windows are what makes producers share fairly: a big job never has more than this in
-    front of a small one.
+    Small windows share the fleet fairly: a small job waits for at most one window of a large one.
 
     Args:
-        live_nodes: workers alive.
-        setting: fixed by the user; 0 leaves it to the fleet.
+        live_workers: living workers.
+        setting: `max_in_flight`; 0 computes the window from the number of workers.
     """
     return setting or min(MAX_WINDOW, max(MIN_WINDOW, BATCHES_PER_WORKER * live_workers))
 
 
-#: Seconds for which a look counts.
+#: Time for which a reading of the memory use is reused, seconds.
 FRESH_S: Final = 1.0
 
 
-#: Seconds after which a refused caller may ask again.
+#: Time after which a refused caller should try again, seconds.
 RETRY_AFTER_S: Final = 30.0
 
 
 class MemoryBackpressure:
-    """Open while both Redis have room."""
+    """Allows publishing while both Redis have memory."""
 
     def __init__(self, results: Redis, broker: QueueInspector, on_wait: OnWait) -> None:
         self._servers = (broker, QueueInspector(results))
         self._on_wait = on_wait
-        self._flow = PublishMode.RUN
+        self._mode = PublishMode.RUN
         self._ratio = 0.0
-        self._looked = self._told = -REPORT_EVERY_S
+        self._read_at = self._reported_at = -REPORT_EVERY_S
 
     def may_publish(self) -> bool:
-        """Tell whether there is room for another batch; says so when there is none."""
+        """Return whether there is memory for another batch; reports a pause to `on_wait`."""
         self._refresh()
-        if self._flow is PublishMode.RUN:
+        if self._mode is PublishMode.RUN:
             return True
-        if time.monotonic() - self._told >= REPORT_EVERY_S:
-            self._told = time.monotonic()
+        if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
+            self._reported_at = time.monotonic()
             self._on_wait(
                 f"Redis is {self._ratio:.0%} full; publishing pauses until there is room."
             )
@@ -119,31 +108,31 @@ class MemoryBackpressure:
         """Refuse a new job while Redis is nearly full.
 
         Raises:
-            QueueFull: ask again later.
+            QueueFull: try again later.
         """
         self._refresh()
-        if self._flow is PublishMode.REFUSE:
+        if self._mode is PublishMode.REFUSE:
             raise QueueFull(
-                f"Redis is {self._ratio:.0%} full, so it takes no new job. Try again in "
+                f"Redis is {self._ratio:.0%} full, so it accepts no new job. Try again in "
                 f"{RETRY_AFTER_S:.0f} s, when running jobs have fetched their vectors, or raise "
                 "maxmemory.",
                 RETRY_AFTER_S,
             )
 
     def _refresh(self) -> None:
-        if time.monotonic() - self._looked < FRESH_S:
+        if time.monotonic() - self._read_at < FRESH_S:
             return
-        self._looked = time.monotonic()
+        self._read_at = time.monotonic()
         self._ratio = max(server.memory().ratio for server in self._servers)
-        self._flow = next_mode(self._ratio, self._flow)
+        self._mode = next_mode(self._ratio, self._mode)
 
 
-#: Seconds between two notes of how far the job is, for whoever watches it from outside.
+#: Interval between two progress reports for operators, seconds.
 PROGRESS_EVERY_S = 1.0
 
 
 class BatchSender:
-    """Pulls batches from the caller, only as fast as the window and both Redis allow."""
+    """Pulls batches from the caller as fast as the window and both Redis allow."""
 
     def __init__(
         self,
@@ -153,33 +142,29 @@ class BatchSender:
         window: Callable[[], int],
         planned: int | None,
     ) -> None:
-        """Prepare; nothing is pulled yet.
-
-        Args:
-            context: the job.
-            slices, window, planned: as in Job.
-        """
         self._context = context
         self._slices = slices
         self._window = window
         self._planned = planned
-        self._gate = MemoryBackpressure(context.redis.client, context.broker, context.redis.on_wait)
+        self._backpressure = MemoryBackpressure(
+            context.redis.client, context.broker, context.redis.on_wait
+        )
 
     def check_capacity(self) -> None:
         """Refuse a new job while Redis is nearly full.
 
         Raises:
-            QueueFull: ask again later.
-            QueueUnavailable: Redis stayed away.
+            QueueFull: try again later.
+            QueueUnavailable: Redis is unavailable.
         """
-        self._context.redis.call(self._gate.check_capacity)
+        self._context.redis.call(self._backpressure.check_capacity)
 
     def fill_window(self) -> None:
-        """Publish as many batches as may be out, and note how far the job is.
+        """Publish batches until the window is full, and report the progress.
 
         Raises:
             BatchTooLarge: the job has too many batches.
-            QueueUnavailable: Redis stayed away.
+            QueueUnavailable: Redis is unavailable.
         """
         state = self._context.state
         exhausted = state.exhausted
@@ -190,12 +175,12 @@ class BatchSender:
         """Publish one batch, or publish it again.
 
         Raises:
-            QueueUnavailable: Redis stayed away.
+            QueueUnavailable: Redis is unavailable.
         """
         self._send(self._note(piece, recomputes))
 
     def _note(self, piece: TextBatch, recomputes: int = 0) -> EmbedBatch:
-        """Note that a batch is out before it is: whoever waits again finds it to be missing."""
+        # Noted before it is published: after a failed publish, recovery finds it to be missing.
         context = self._context
         batch = EmbedBatch(context.id, piece.index, piece.texts, context.spec, piece.refused)
         waiting = InFlightBatch(piece, PublishedBatch(batch.task_id, time.time()), recomputes)
@@ -208,7 +193,6 @@ class BatchSender:
         context.state.outstanding[batch.index].sent = PublishedBatch(batch.task_id, time.time())
 
     def _report_progress(self, *, at_once: bool) -> None:
-        """Note how far the job is where operators look."""
         context, state, now = self._context, self._context.state, time.monotonic()
         if not at_once and now - state.last_reported < PROGRESS_EVERY_S:
             return
@@ -219,7 +203,6 @@ class BatchSender:
         )
 
     def _pull(self) -> EmbedBatch | None:
-        """Take the next batch of the caller and count it, or None after the last."""
         state = self._context.state
         try:
             piece = next(self._slices, None)
@@ -227,15 +210,16 @@ class BatchSender:
                 return None
             if piece.index >= MAX_BATCHES:
                 raise BatchTooLarge(
-                    f"The job has more than {MAX_BATCHES:,} batches. Split the input into jobs."
+                    f"The job has more than {MAX_BATCHES:,} batches. "
+                    "Split the input into several jobs."
                 )
             if not state.published:
                 state.first = piece.index
             state.published += 1
             state.sent_texts += len(piece)
             return self._note(piece)
-        except BaseException as error:  # Ctrl-C, too
-            # A generator that has raised seems to be at its end to whoever asks again.
+        except BaseException as error:  # includes Ctrl-C
+            # The next call of next() would report the end of the generator, not its error.
             state.error = error
             raise
 
@@ -243,7 +227,7 @@ class BatchSender:
         state, call = self._context.state, self._context.redis.call
         while not state.exhausted:
             ahead = state.in_flight()
-            if ahead >= self._window() or not call(self._gate.may_publish):
+            if ahead >= self._window() or not call(self._backpressure.may_publish):
                 return
             batch = self._pull()
             if batch is None:

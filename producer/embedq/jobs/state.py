@@ -1,11 +1,4 @@
-"""JobContext and JobState.
-
-The link of a job to both Redis, patient while one of them is away.
-
-The errand of a job: what its parts share, from its opening in Redis to its end there.
-
-The state of a running job: what is out, what is back, what was handed on. Asks Redis nothing.
-"""
+"""Holds what the parts of one job share: connections, options and progress."""
 
 from __future__ import annotations
 
@@ -31,9 +24,10 @@ class PublishedBatch:
     """A batch that was published and has no commit yet.
 
     Attributes:
-        task_id: of its message.
-        published: Unix time of the last publish, in seconds.
-        missed: Unix time at which it was first not to be found, None if it was found last time.
+        task_id: id of its message.
+        published: Unix time of the last publish, seconds.
+        missing_since: Unix time of the first check that did not find it, seconds; None if the
+            last check found it.
     """
 
     task_id: str
@@ -131,19 +125,19 @@ class JobContext:
         try:
             self.redis.call(self.ledger.drop)
         except QueueUnavailable as error:
-            # The caller has its vectors, or a better reason to leave than this one.
-            self.redis.on_wait(f"What is left of job {self.id} will expire: {error}")
+            # Not raised: the caller has its vectors or a more important error.
+            self.redis.on_wait(f"Job {self.id} was not deleted from Redis and will expire: {error}")
 
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """How far a job is.
+    """Progress of a job.
 
     Attributes:
-        published: batches sent so far.
-        texts: texts handed out, with their failed and truncated ones.
-        failed, truncated: how many of these.
-        finished: nothing more will come.
+        published: batches published.
+        texts: texts returned to the caller, including failed ones.
+        failed, truncated: failed and truncated texts among them.
+        finished: the job has ended.
     """
 
     published: int
@@ -155,12 +149,12 @@ class JobProgress:
 
 @dataclass(slots=True)
 class InFlightBatch:
-    """A batch that was published and has not come back.
+    """A batch without vectors yet.
 
     Attributes:
-        slice: the texts.
-        sent: its message.
-        recomputes: times its vectors were lost or damaged.
+        slice: its texts.
+        sent: its last message.
+        recomputes: how often its vectors were lost or damaged.
     """
 
     slice: TextBatch
@@ -170,21 +164,21 @@ class InFlightBatch:
 
 @dataclass(slots=True)
 class JobState:
-    """What a running job remembers; bounded by its window.
+    """State of a running job in memory; its size is bounded by the window.
 
     Attributes:
-        ordered: batches are handed out in their order, not as they complete.
-        outstanding: index -> batch that has no vectors yet.
-        ready: index -> batch that was not handed out yet.
-        published, sent_texts: batches and texts sent so far.
-        told: time.monotonic() of the last note for operators.
-        yielded: batches handed out.
+        ordered: batches are returned in their order, not as they complete.
+        outstanding: index -> batch without vectors yet.
+        ready: index -> batch with vectors that was not returned yet.
+        published, sent_texts: batches and texts published.
+        last_reported: time.monotonic() of the last progress report.
+        yielded: batches returned.
         first: index of the first batch.
-        texts, failed, truncated: texts handed out, and how many of them are these.
-        open, closed: the job has begun, has ended.
-        kept_alive: time.monotonic() of the last sign of life.
-        exhausted: there are no more batches to publish.
-        broken_by: what ended the job before its time.
+        texts, failed, truncated: all, failed and truncated texts returned.
+        open, closed: the job has started, has ended.
+        last_keepalive: time.monotonic() of the last extension of its life in Redis.
+        exhausted: the caller has no more batches.
+        error: error that ended the job early.
     """
 
     ordered: bool
@@ -205,15 +199,15 @@ class JobState:
     error: BaseException | None = None
 
     def in_flight(self) -> int:
-        """Return how many batches the window holds."""
+        """Return the number of batches that count toward the window."""
         return self.published - self.yielded if self.ordered else len(self.outstanding)
 
     def is_done(self) -> bool:
-        """Tell whether every batch was published and came back."""
+        """Return whether every batch was published and has its vectors."""
         return self.exhausted and not self.outstanding
 
     def pop_ready(self) -> BatchResult | None:
-        """Take the next batch that is ready, or None."""
+        """Return the next batch and count it as returned; None if none is ready."""
         if not self.ready:
             return None
         index = self.first + self.yielded if self.ordered else next(iter(self.ready))
@@ -225,12 +219,12 @@ class JobState:
         return finished
 
     def push_back(self, finished: BatchResult) -> None:
-        """Undo the last hand-out: it did not reach the caller."""
+        """Undo pop_ready for a batch that did not reach the caller."""
         self.ready[finished.slice.index] = finished
         self._count(finished, -1)
 
     def progress(self) -> JobProgress:
-        """Return how far the job is."""
+        """Return the progress of the job."""
         return JobProgress(
             published=self.published,
             texts=self.texts,
@@ -242,7 +236,7 @@ class JobState:
     def _count(self, finished: BatchResult, sign: int) -> None:
         failed = finished.outcomes.count_failed()
         truncated = finished.outcomes.count_flag(TRUNCATED)
-        # All of it after what takes time: Ctrl-C comes before it, or as good as never.
+        # Counted last, so that Ctrl-C rarely comes between two of these lines.
         self.texts += sign * len(finished.slice)
         self.failed += sign * failed
         self.truncated += sign * truncated

@@ -1,11 +1,11 @@
-"""Any iterable of documents in, vectors out one by one, with points to go on from.
+"""Embeds any iterable of documents, one result at a time, with checkpoints.
 
 stream = client.stream(documents, checkpoint="index.embedq.json")
 for embedded in stream:
     sink.add(embedded.id, embedded.vector)
     if full(sink):
         sink.flush()
-        stream.commit()      # everything handed out so far is safe in the sink
+        stream.commit()      # all results up to here are safe in the sink
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from embedq.protocol.contract import VectorSpec
 CHECKPOINT_VERSION: Final = 1
 
 
-#: What a stream takes: a text, an (id, text) pair, or a Document.
+#: One document: a text, an (id, text) pair or a Document.
 AnyDocument = str | tuple[str | int, str] | Document
 
 
-class Opener(Protocol):
-    """What a stream needs of its client."""
+class JobFactory(Protocol):
+    """The methods of a client that a stream calls."""
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
-        """Cut texts into batches."""
+        """Split texts into batches."""
 
     def job(
         self, slices: Iterable[TextBatch], spec: VectorSpec, *, ordered: bool, strict: bool | None
@@ -45,20 +45,18 @@ class Opener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Point:
-    """A point to go on from: how many documents are safe, and a digest of exactly those."""
-
+class _Checkpoint:
     documents: int
     digest: str
     fingerprint: str
 
 
 class Stream:
-    """An iterator of `Embedded`; read it in one thread, once."""
+    """An iterator of `Embedding`; read it once, in one thread."""
 
     def __init__(
         self,
-        opener: Opener,
+        client: JobFactory,
         spec: VectorSpec,
         documents: Iterable[AnyDocument],
         *,
@@ -66,20 +64,20 @@ class Stream:
         checkpoint: str | os.PathLike[str] | None,
         strict: bool | None = None,
     ) -> None:
-        """Prepare a stream; documents are pulled only as fast as the window allows.
+        """Prepare a stream; documents are pulled as fast as the window allows.
 
         Args:
-            opener: the client.
-            spec: what shapes the vectors.
+            client: the client.
+            spec: spec of the job.
             documents: texts, (id, text) pairs or Documents.
-            ordered: in the order of the documents, or as they complete.
-            strict: take vectors from an NPU or not at all; None as the client's settings say.
-            checkpoint: file that `commit` writes; if it exists, the documents that it vouches for
-                are read and checked, and not embedded again.
+            ordered: return results in the order of the documents, not as they complete.
+            strict: vectors from an NPU only; None uses the client's setting.
+            checkpoint: file that `commit` writes; if it exists, its documents are read and
+                compared, and not embedded again.
 
         Raises:
-            InputError: the checkpoint is damaged, was made with other settings, or asks for an
-                order that is not kept.
+            InputError: the checkpoint is damaged, belongs to other settings or documents, or is
+                combined with ordered=False.
         """
         if checkpoint is not None and not ordered:
             raise InputError(
@@ -89,13 +87,13 @@ class Stream:
         self._spec = spec
         self._done = hashlib.sha256()
         self._n_done = 0
-        self._names: deque[tuple[str | int, bytes]] = deque()
+        self._in_flight: deque[tuple[str | int, bytes]] = deque()
         self._by_position: dict[int, tuple[str | int, bytes]] = {}
         self._ordered = ordered
         self._documents = (_document(at, document) for at, document in enumerate(documents))
         self.resumed = self._skip(self._load())
-        texts = self._remember()
-        self._job = opener.job(opener.split(texts, spec), spec, ordered=ordered, strict=strict)
+        texts = self._iter_texts()
+        self._job = client.job(client.split(texts, spec), spec, ordered=ordered, strict=strict)
         self._results = self._job.results()
 
     def __iter__(self) -> Iterator[Embedding]:
@@ -106,11 +104,11 @@ class Stream:
             result = next(self._results)
         except StopIteration:
             raise
-        except BaseException:  # Ctrl-C, too
-            self._results = self._job.results()  # who asks again is told that it has ended
+        except BaseException:  # includes Ctrl-C
+            self._results = self._job.results()  # the next call raises ResultExpired
             raise
         if self._ordered:
-            name, digest = self._names.popleft()
+            name, digest = self._in_flight.popleft()
             self._done.update(digest)
             self._n_done += 1
         else:
@@ -118,16 +116,16 @@ class Stream:
         return Embedding(name, result.vector, result.outcome)
 
     def commit(self) -> None:
-        """Note that everything handed out so far is safe in the caller's sink.
+        """Write to the checkpoint that all results so far are safe in the caller's sink.
 
-        A program that is started again with the same checkpoint goes on behind this point.
+        A program that is started again with this checkpoint continues after them.
 
         Raises:
-            InputError: there is no checkpoint, or it cannot be written.
+            InputError: the stream has no checkpoint, or the file cannot be written.
         """
         if self._path is None:
             raise InputError("commit() needs a file: client.stream(..., checkpoint='PATH').")
-        point = {
+        checkpoint = {
             "version": CHECKPOINT_VERSION,
             "documents": self._n_done,
             "digest": self._done.hexdigest(),
@@ -135,57 +133,59 @@ class Stream:
         }
         temporary = self._path.with_name(self._path.name + ".tmp")
         with writing(self._path), temporary.open("w", encoding="utf-8") as out:
-            json.dump(point, out)
+            json.dump(checkpoint, out)
             out.flush()
             os.fsync(out.fileno())
             temporary.replace(self._path)
 
     def close(self) -> None:
-        """Cancel what is still on its way."""
+        """Cancel the job."""
         self._job.cancel()
 
-    def _remember(self) -> Iterator[object]:
-        """Hand on the texts and keep the names of those on their way; bounded by the window."""
+    def _iter_texts(self) -> Iterator[object]:
+        # Stores the ids of the documents in flight, so it is bounded by the window.
         for position, document in enumerate(self._documents):
-            known = (document.id, _digest(document))
+            entry = (document.id, _digest(document))
             if self._ordered:
-                self._names.append(known)
+                self._in_flight.append(entry)
             else:
-                self._by_position[position] = known
+                self._by_position[position] = entry
             yield document.text
 
-    def _load(self) -> _Point | None:
+    def _load(self) -> _Checkpoint | None:
         if self._path is None or not self._path.exists():
             return None
         try:
             body = json.loads(self._path.read_text(encoding="utf-8"))
-            point = _Point(body["documents"], body["digest"], body["fingerprint"])
+            checkpoint = _Checkpoint(body["documents"], body["digest"], body["fingerprint"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self._path}: not a checkpoint that can be read. Delete it to start over."
+                f"{self._path}: is not a readable checkpoint. Delete it to start over."
             ) from error
-        if point.fingerprint != self._spec.fingerprint().hex():
+        if checkpoint.fingerprint != self._spec.fingerprint().hex():
             raise InputError(
-                f"{self._path}: was made with another model or other settings. Use those, or "
-                "delete it to start over."
+                f"{self._path}: was written with another model or other settings. Use them again, "
+                "or delete the file to "
+                "start over."
             )
-        return point
+        return checkpoint
 
-    def _skip(self, point: _Point | None) -> int:
-        if point is None:
+    def _skip(self, checkpoint: _Checkpoint | None) -> int:
+        if checkpoint is None:
             return 0
-        for _ in range(point.documents):
+        for _ in range(checkpoint.documents):
             document = next(self._documents, None)
             if document is None:
                 break
             self._done.update(_digest(document))
             self._n_done += 1
-        if self._done.hexdigest() != point.digest:
+        if self._done.hexdigest() != checkpoint.digest:
             raise InputError(
-                f"{self._path}: the first {point.documents:,} documents are not those that were "
-                "committed. Give the same documents in the same order, or delete it to start over."
+                f"{self._path}: the first {checkpoint.documents:,} documents differ from the "
+                "committed ones. Pass the same documents in the same order, or delete the file to "
+                "start over."
             )
-        return point.documents
+        return checkpoint.documents
 
 
 def _document(position: int, document: AnyDocument) -> Document:
