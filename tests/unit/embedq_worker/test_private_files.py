@@ -1,4 +1,4 @@
-"""A private file is replaced in one step, and read only if nobody else could have written it."""
+"""Tests of writing and reading files that only this user may change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 from embedq_worker.files import read_private, replace_private
 
 
-def test_replaced_file_is_private_and_alone(tmp_path: Path) -> None:
-    """What a killed process of the same id left does not stop a write, and nothing else stays."""
+def test_replaced_file_is_private_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     replace_private(path, b"one")
-    path.with_name(f"file.{os.getpid()}.{threading.get_ident()}").write_bytes(b"left")
+    path.with_name(f"file.{os.getpid()}.{threading.get_ident()}").write_bytes(b"stale")
 
     replace_private(path, b"two")
 
@@ -24,8 +23,7 @@ def test_replaced_file_is_private_and_alone(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    """A target that cannot be replaced raises, and the new file is removed."""
+def test_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     (path / "content").mkdir(parents=True)
 
@@ -35,8 +33,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_link_is_not_read(tmp_path: Path) -> None:
-    """A link may point at what somebody else prepared."""
+def test_symbolic_link_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"one")
     (tmp_path / "link").symlink_to(tmp_path / "file")
 

@@ -1,4 +1,4 @@
-"""A wrong word or two settings that exclude each other never start a worker."""
+"""Tests of invalid and contradictory settings of a worker."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from embedq_worker.settings import WorkerSettings
         ("LOG_LEVEL", "warn", "warning"),
     ],
 )
-def test_unknown_value_is_refused_with_the_valid_ones(
+def test_unknown_value_is_refused_with_the_valid_values(
     variable: str, typo: str, meant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A typo once meant "use the NPU": a finding of the review of the daemon embedq comes from."""
     monkeypatch.setenv(f"EMBEDQ_{variable}", typo)
 
     with pytest.raises(SettingsError) as caught:
@@ -48,8 +47,9 @@ def test_unknown_value_is_refused_with_the_valid_ones(
         ({"engine": "onnxruntime", "precision": "bf16"}, "onnxruntime computes in f32"),
     ],
 )
-def test_contradiction_is_refused_with_both_names(given: dict[str, object], words: str) -> None:
-    """Neither of two settings wins in silence."""
+def test_contradictory_settings_are_refused_with_both_names(
+    given: dict[str, object], words: str
+) -> None:
     with pytest.raises(SettingsError, match="exclude each other") as caught:
         WorkerSettings.load(**given)
 
@@ -65,13 +65,11 @@ def test_contradiction_is_refused_with_both_names(given: dict[str, object], word
         {"visibility_timeout_s": 4},
     ],
 )
-def test_what_can_be_meant_is_taken(given: dict[str, object]) -> None:
-    """More threads than cores, and a default that gives way, are no contradictions."""
+def test_consistent_settings_are_accepted(given: dict[str, object]) -> None:
     WorkerSettings.load(**given)
 
 
-def test_name_says_what_the_worker_is_for() -> None:
-    """Two workers of a machine must not share a name."""
+def test_default_name_ends_with_the_device() -> None:
     names = {device: WorkerSettings.load(device=device).name for device in ("cpu", "npu", "stub")}
 
     assert all(name.endswith(f"-{device}") for device, name in names.items())
@@ -79,7 +77,6 @@ def test_name_says_what_the_worker_is_for() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_runtime_folder_of_another_user_is_refused(tmp_path: Path) -> None:
-    """What another user may replace, nobody may trust."""
     os.chown(tmp_path, 12345, 12345)
 
     with pytest.raises(SettingsError, match="not a folder of this user"):

@@ -1,4 +1,4 @@
-"""Settings of a worker: defaults that work, and mistakes told by name."""
+"""Tests of a worker's settings and of their error messages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from embedq_worker.settings import WorkerSettings, default_lock_dir
 
 
 def test_defaults_need_no_environment() -> None:
-    """A worker starts without any setting, under a name that a restart keeps."""
     settings = WorkerSettings.load()
 
     assert settings.name == WorkerSettings.load().name
     assert settings.cores() >= 1
 
 
-def test_settings_of_the_sdk_are_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One environment can serve producer and worker."""
+def test_settings_of_the_sdk_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDQ_MAX_IN_FLIGHT", "8")
 
     WorkerSettings.load()
@@ -48,23 +46,20 @@ def test_settings_of_the_sdk_are_tolerated(monkeypatch: pytest.MonkeyPatch) -> N
         ("DEVISE", "cpu", "EMBEDQ_DEVISE: no such setting. Did you mean EMBEDQ_DEVICE?"),
     ],
 )
-def test_mistake_names_variable_and_remedy(
+def test_invalid_setting_is_refused_with_the_variable_and_valid_values(
     name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A wrong name or value is one sentence with what is allowed."""
     monkeypatch.setenv(f"EMBEDQ_{name}", value)
 
     with pytest.raises(SettingsError, match=message):
         WorkerSettings.load()
 
 
-def test_cores_can_be_limited() -> None:
-    """A setting wins over what the machine has."""
+def test_threads_setting_limits_the_cores() -> None:
     assert WorkerSettings.load(threads=3).cores() == 3
 
 
-def test_all_processes_of_a_machine_lock_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A local run has a TMPDIR of its own; two of them must not take one NPU."""
+def test_default_lock_folder_does_not_depend_on_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/embedq-1-private")
     monkeypatch.setattr(Path, "is_dir", lambda _: False)
 
@@ -75,7 +70,6 @@ def test_all_processes_of_a_machine_lock_in_one_folder(monkeypatch: pytest.Monke
 def test_default_name_is_host_and_device_setting(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The name depends on no device that is found, so it stays when a driver is missing."""
     monkeypatch.setattr("socket.gethostname", lambda: "rack7.example.org")
     monkeypatch.setenv("EMBEDQ_DEVICE", device)
     monkeypatch.delenv("EMBEDQ_NAME", raising=False)

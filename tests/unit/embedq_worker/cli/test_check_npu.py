@@ -1,4 +1,4 @@
-"""`check` and `devices` look at all between plugin and lock, with a next step for each red."""
+"""Tests of the NPU lines of `embedq-worker check` and of `embedq-worker devices`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PCI = "0000:00:0b.0"
 
 
 def settings(folder: Path, **given: object) -> WorkerSettings:
-    """Return settings of a worker whose locks are in a folder."""
+    """Return settings with the lock folder below `folder`."""
     return WorkerSettings.load(lock_dir=folder / "locks", **given)
 
 
-def having(*libraries: str) -> Callable[[str], object]:
-    """Return what opens these libraries alone."""
+def loader_of(*libraries: str) -> Callable[[str], object]:
+    """Return a loader that opens these libraries only."""
 
     def load(name: str) -> object:
         if name not in libraries:
@@ -33,28 +33,26 @@ def having(*libraries: str) -> Callable[[str], object]:
     return load
 
 
-def look(
+def check_lines(
     tree: DeviceTree, folder: Path, libraries: tuple[str, ...], **given: object
 ) -> dict[str, Line]:
-    """Return the lines about a machine by name."""
-    asked = settings(folder, **given)
-    found = lines(asked, roots=tree.roots, load=having(*libraries), system_lacks="")
+    """Return the lines that `check` prints about the NPU, by name."""
+    worker_settings = settings(folder, **given)
+    found = lines(worker_settings, roots=tree.roots, load=loader_of(*libraries), system_lacks="")
     return {line.name: line for line in found}
 
 
-def test_machine_for_the_cpu_has_no_lines(tree: DeviceTree, tmp_path: Path) -> None:
-    """Who has no NPU, or does not want it, reads nothing about one."""
-    assert look(tree, tmp_path, ()) == {}
+def test_cpu_only_machine_has_no_npu_lines(tree: DeviceTree, tmp_path: Path) -> None:
+    assert check_lines(tree, tmp_path, ()) == {}
     tree.add(0)
-    assert look(tree, tmp_path, (), device="cpu") == {}
+    assert check_lines(tree, tmp_path, (), device="cpu") == {}
 
 
-def test_whole_chain_is_shown(tree: DeviceTree, tmp_path: Path) -> None:
-    """Plugin, loader, driver, worker and lock each have a line."""
+def test_usable_npu_has_a_line_for_each_part(tree: DeviceTree, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     tree.add(0)
 
-    found = look(tree, tmp_path, (LOADER, DRIVER))
+    found = check_lines(tree, tmp_path, (LOADER, DRIVER))
 
     assert list(found) == ["npu plugin", "loader", "driver", "npu device", "npu lock"]
     assert all(line.ok and not line.fix for line in found.values()), found
@@ -62,7 +60,7 @@ def test_whole_chain_is_shown(tree: DeviceTree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("libraries", "name", "mend"),
+    ("libraries", "name", "fix"),
     [
         ((DRIVER,), "loader", "Install libze1"),
         ((LOADER,), "driver", "Install intel-level-zero-npu"),
@@ -70,16 +68,15 @@ def test_whole_chain_is_shown(tree: DeviceTree, tmp_path: Path) -> None:
         ((LOADER, DRIVER, OLD_DRIVER), "driver", "shadows the new one"),
     ],
 )
-def test_missing_or_old_library_has_its_package(
-    tree: DeviceTree, tmp_path: Path, libraries: tuple[str, ...], name: str, mend: str
+def test_missing_or_old_library_names_the_package(
+    tree: DeviceTree, tmp_path: Path, libraries: tuple[str, ...], name: str, fix: str
 ) -> None:
-    """A driver too old, a stale one beside it and a missing loader are told apart."""
     tree.add(0)
 
-    line = look(tree, tmp_path, libraries)[name]
+    line = check_lines(tree, tmp_path, libraries)[name]
 
     assert not line.ok
-    assert mend in line.fix
+    assert fix in line.fix
 
 
 @pytest.mark.parametrize(
@@ -91,56 +88,51 @@ def test_missing_or_old_library_has_its_package(
         ("2565", [], True),
     ],
 )
-def test_driver_tells_its_age(version: str, shown: list[str], ok: bool) -> None:
-    """The plugin's version of a driver is the time of its build; emulated NPUs tell none."""
+def test_driver_version_shows_its_build_date(version: str, shown: list[str], ok: bool) -> None:
+    # The plugin reports a driver's build time as its version; emulated NPUs report none.
     found = list(driver_age(version))
 
     assert [line.detail.partition(";")[0] for line in found] == shown
     assert all(line.ok is ok and bool(line.fix) is not ok for line in found)
 
 
-def test_every_red_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> None:
-    """An operator is never left with a finding alone."""
-    found = look(tree, tmp_path, (), device="npu")
+def test_every_failed_line_has_a_next_step(tree: DeviceTree, tmp_path: Path) -> None:
+    found = check_lines(tree, tmp_path, (), device="npu")
 
     assert not found["npu device"].ok
     assert all(line.fix for line in found.values() if not line.ok)
 
 
-def test_platform_without_a_plugin_ends_the_look(tree: DeviceTree, tmp_path: Path) -> None:
-    """On ARM nothing is searched for: there is no plugin to be found."""
+def test_platform_without_a_plugin_has_one_line(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
     lacks = "OpenVINO has no NPU plugin for this platform (linux, aarch64)."
 
-    found = list(lines(settings(tmp_path), roots=tree.roots, load=having(), system_lacks=lacks))
+    found = list(lines(settings(tmp_path), roots=tree.roots, load=loader_of(), system_lacks=lacks))
 
     assert found == [Line("npu plugin", False, lacks, "Start with --device cpu.")]
 
 
-def test_missing_plugin_is_named(
+def test_missing_plugin_is_reported_with_the_extra(
     tree: DeviceTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An openvino from elsewhere may come without the plugin."""
     tree.add(0)
     monkeypatch.setattr(check_npu, "PLUGIN", "libnothing.so")
-    assert "missing" in look(tree, tmp_path, ())["npu plugin"].detail
+    assert "missing" in check_lines(tree, tmp_path, ())["npu plugin"].detail
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert look(tree, tmp_path, ())["npu plugin"].fix == "pip install 'embedq[npu]'"
+    assert check_lines(tree, tmp_path, ())["npu plugin"].fix == "pip install 'embedq[npu]'"
 
 
-def test_held_lock_names_the_holder(tree: DeviceTree, tmp_path: Path) -> None:
-    """`check` beside a running worker says which one has the device."""
+def test_lock_line_names_the_holder(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
     with acquire(PCI, tmp_path / "locks", worker="busy"):
-        line = look(tree, tmp_path, (LOADER, DRIVER))["npu lock"]
+        line = check_lines(tree, tmp_path, (LOADER, DRIVER))["npu lock"]
 
     assert not line.ok
     assert line.detail.startswith("held by ") and line.detail.endswith(" busy")
 
 
-def test_survey_shows_every_npu_and_the_choice(tree: DeviceTree, tmp_path: Path) -> None:
-    """`devices` lists what is there, usable or not, and what start would do with it."""
+def test_survey_lists_all_npus_and_the_chosen_device(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
     tree.add(1, "0000:00:0c.0", device_file=False)
 
@@ -152,8 +144,7 @@ def test_survey_shows_every_npu_and_the_choice(tree: DeviceTree, tmp_path: Path)
     assert found.as_dict()["reason"] == "EMBEDQ_DEVICE=cpu"
 
 
-def test_survey_says_why_start_would_refuse(tree: DeviceTree, tmp_path: Path) -> None:
-    """A refusal is an answer too."""
+def test_survey_shows_why_start_would_fail(tree: DeviceTree, tmp_path: Path) -> None:
     found = survey(settings(tmp_path, device="npu"), roots=tree.roots)
 
     assert found.device == ""

@@ -1,4 +1,4 @@
-"""The command as a whole: what it says where something is not installed."""
+"""Tests of how `embedq-worker` reports missing modules."""
 
 from __future__ import annotations
 
@@ -10,30 +10,26 @@ from embedq_worker import exit_codes
 from embedq_worker.cli import main
 
 
-def test_missing_extra_is_named(
+def test_missing_library_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A machine that has the exporter's packages only is told what else to install."""
-
-    def check(*_: object, **__: object) -> NoReturn:
+    def raise_module_not_found(*_: object, **__: object) -> NoReturn:
         raise ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers")
 
-    monkeypatch.setattr(main, "cli", check)
+    monkeypatch.setattr(main, "cli", raise_module_not_found)
 
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         main.run(["check"])
 
-    assert ended.value.code == exit_codes.SETTINGS
+    assert caught.value.code == exit_codes.SETTINGS
     assert "pip install 'embedq[cpu]'" in capsys.readouterr().err
 
 
-def test_a_module_that_is_ours_to_have_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No advice hides it."""
-
-    def check(*_: object, **__: object) -> NoReturn:
+def test_missing_module_of_embedq_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_module_not_found(*_: object, **__: object) -> NoReturn:
         raise ModuleNotFoundError("No module named 'embedq_worker.gone'", name="embedq_worker.gone")
 
-    monkeypatch.setattr(main, "cli", check)
+    monkeypatch.setattr(main, "cli", raise_module_not_found)
 
     with pytest.raises(ModuleNotFoundError):
         main.run(["check"])

@@ -1,4 +1,4 @@
-"""NPUs are found by their address, one is chosen or refused, and each refusal has its mend."""
+"""Tests of finding NPUs in sysfs, choosing one and reporting why none can be used."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FIRST, SECOND = "0000:00:0b.0", "0001:03:1f.7"
 
 
 def npu(pci: str = FIRST, node: str = "/dev/accel/accel0") -> Npu:
-    """Make an NPU that is nowhere."""
     return Npu(Path(node), pci, IDS["4000"])
 
 
 @pytest.mark.parametrize("architecture", IDS)
-def test_npu_is_found_with_address_and_architecture(tree: DeviceTree, architecture: str) -> None:
-    """An NPU is its node, its PCI address and the architecture that its device id means."""
+def test_npu_is_found_with_device_file_address_and_architecture(
+    tree: DeviceTree, architecture: str
+) -> None:
     node = tree.add(0, FIRST, device_id=IDS[architecture])
 
     [found] = discover(tree.roots).visible
@@ -42,8 +42,7 @@ def test_npu_is_found_with_address_and_architecture(tree: DeviceTree, architectu
     assert found.describe() == f"accel0 NPU {architecture} at {FIRST}"
 
 
-def test_unknown_id_is_still_an_npu(tree: DeviceTree) -> None:
-    """An NPU newer than this version has no architecture, and is used all the same."""
+def test_npu_with_an_unknown_id_is_usable(tree: DeviceTree) -> None:
     tree.add(0, device_id=0x1234)
 
     found = choose(discover(tree.roots))
@@ -51,23 +50,20 @@ def test_unknown_id_is_still_an_npu(tree: DeviceTree) -> None:
     assert (found.architecture, found.describe()) == ("", f"accel0 NPU id 0x1234 at {FIRST}")
 
 
-def test_accelerators_of_others_are_left_out(tree: DeviceTree) -> None:
-    """Gaudi and friends use /dev/accel too."""
+def test_accelerators_of_other_vendors_are_ignored(tree: DeviceTree) -> None:
     tree.add(0, vendor=0x1DA3)
 
     assert discover(tree.roots) == NpuInventory()
 
 
 def test_machine_without_sysfs_has_no_npu(tmp_path: Path) -> None:
-    """A missing tree is an empty one."""
     roots = SysfsRoots(dev=tmp_path / "no", sys=tmp_path / "no")
 
     with pytest.raises(NoDevice, match="enable it in the BIOS"):
         choose(discover(roots))
 
 
-def test_node_that_a_container_lacks_is_named(tree: DeviceTree) -> None:
-    """The kernel shows every NPU in /sys; one without its node was not passed on."""
+def test_npu_without_device_file_in_the_container_is_named(tree: DeviceTree) -> None:
     node = tree.add(0, device_file=False)
 
     with pytest.raises(NoDevice, match=f"not visible here.*{node}") as caught:
@@ -76,16 +72,14 @@ def test_node_that_a_container_lacks_is_named(tree: DeviceTree) -> None:
     assert "`devices:" in str(caught.value)
 
 
-def test_npu_without_a_driver_is_named(tree: DeviceTree) -> None:
-    """An NPU on the bus that no driver took asks for the kernel module."""
+def test_npu_without_a_driver_is_refused_with_the_command(tree: DeviceTree) -> None:
     tree.add(0, driver=False)
 
     with pytest.raises(NoDevice, match=f"{FIRST} has no driver. Run: modprobe intel_vpu"):
         choose(discover(tree.roots))
 
 
-def test_several_npus_are_refused_with_the_recipe(tree: DeviceTree) -> None:
-    """A process cannot choose among NPUs, so the message says how to give it one."""
+def test_several_npus_are_refused_with_the_next_step(tree: DeviceTree) -> None:
     tree.add(0, FIRST)
     tree.add(1, SECOND)
 
@@ -95,8 +89,8 @@ def test_several_npus_are_refused_with_the_recipe(tree: DeviceTree) -> None:
     assert FIRST in str(caught.value) and SECOND in str(caught.value)
 
 
-def test_named_npu_is_the_one_that_the_driver_opens(tree: DeviceTree) -> None:
-    """EMBEDQ_NPU_DEVICE_FILE settles it only for the first, which is what the driver would open."""
+def test_named_device_file_must_be_the_first_npu(tree: DeviceTree) -> None:
+    # The driver always opens the first NPU.
     first = tree.add(2, FIRST)
     second = tree.add(10, SECOND)
     machine = discover(tree.roots)
@@ -108,8 +102,7 @@ def test_named_npu_is_the_one_that_the_driver_opens(tree: DeviceTree) -> None:
         choose(machine, Path("/dev/accel/accel7"))
 
 
-def test_masked_node_is_not_there(tree: DeviceTree, tmp_path: Path) -> None:
-    """A mount namespace that hides a node behind /dev/null leaves the other one as the only."""
+def test_masked_device_file_hides_its_npu(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0, FIRST).unlink()
     (tree.roots.dev / "accel/accel0").symlink_to("/dev/null")
     tree.add(1, SECOND)
@@ -121,21 +114,20 @@ def test_masked_node_is_not_there(tree: DeviceTree, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "error", "mend"),
+    ("number", "error", "fix"),
     [
         (errno.EACCES, DeviceForbidden, r"usermod -aG .*--group-add \d+.*render"),
         (errno.EPERM, DeviceForbidden, "Pass it with `devices:`"),
         (errno.ENODEV, NoDevice, "modprobe -r intel_vpu"),
     ],
 )
-def test_device_that_does_not_open_says_the_mend(
+def test_device_that_cannot_be_opened_has_the_matching_fix(
     tree: DeviceTree,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     error: type[Exception],
-    mend: str,
+    fix: str,
 ) -> None:
-    """A missing group, a volume in place of a device and a dead device are not the same."""
     tree.add(0)
     found = choose(discover(tree.roots))
 
@@ -144,12 +136,11 @@ def test_device_that_does_not_open_says_the_mend(
 
     monkeypatch.setattr(os, "open", refuse)  # root may open everything
 
-    with pytest.raises(error, match=mend):
+    with pytest.raises(error, match=fix):
         discovery.check_access(found)
 
 
-def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
-    """A node that goes between look and use is an answer, not a traceback."""
+def test_device_file_that_vanishes_raises_no_device(tree: DeviceTree) -> None:
     node = tree.add(0)
     found = choose(discover(tree.roots))
     node.unlink()
@@ -161,8 +152,7 @@ def test_device_that_vanishes_is_no_device(tree: DeviceTree) -> None:
 @pytest.mark.parametrize(
     ("system", "machine"), [("linux", "aarch64"), ("darwin", "arm64"), ("darwin", "x86_64")]
 )
-def test_platform_without_a_plugin_is_said_so(system: str, machine: str) -> None:
-    """ARM and macOS have no NPU plugin: a finding of the review of the daemon embedq comes from."""
+def test_arm_and_macos_have_no_npu_plugin(system: str, machine: str) -> None:
     assert unsupported_platform(system, machine) == (
         f"OpenVINO has no NPU plugin for this platform ({system}, {machine})."
     )
@@ -180,13 +170,12 @@ def test_platform_without_a_plugin_is_said_so(system: str, machine: str) -> None
         ("NPU.0", ""),
     ],
 )
-def test_addresses_are_read_in_both_forms(text: str, address: str) -> None:
-    """OpenVINO prints domain and bus in decimal and the device in hex; the kernel all in hex."""
+def test_pci_address_is_parsed_from_openvino_and_kernel_formats(text: str, address: str) -> None:
+    # OpenVINO prints domain and bus in decimal and the device in hex; the kernel prints all in hex.
     assert pci_address(text) == address
 
 
-def test_opened_device_must_be_the_claimed_one() -> None:
-    """The lock of one device is no right to compute on another."""
+def test_opened_device_must_be_the_locked_one() -> None:
     verify_opened(npu(), "{domain: 0 bus: 0 device: 0xb function: 0}")
 
     with pytest.raises(WrongDevice, match="this worker holds accel0 NPU 4000"):

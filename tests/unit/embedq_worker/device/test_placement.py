@@ -1,4 +1,4 @@
-"""A worker computes on the NPU if there is one and it may; otherwise it says why not."""
+"""Tests of where a worker computes: on an NPU, on its CPU or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PCI = "0000:00:0b.0"
 
 @pytest.fixture(autouse=True)
 def with_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let openvino be installed, whether it is or not; it is never imported here."""
+    """Make openvino look installed; it is never imported here."""
     found = importlib.util.find_spec("json")
     monkeypatch.setattr(
         "embedq_worker.device.placement.importlib.util.find_spec", lambda name: found
@@ -27,12 +27,11 @@ def with_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(folder: Path, **given: object) -> WorkerSettings:
-    """Return settings of a worker whose locks are in a folder."""
+    """Return settings with the lock folder below `folder`."""
     return WorkerSettings.load(lock_dir=folder / "locks", **given)
 
 
-def test_auto_takes_the_npu_that_is_there(tree: DeviceTree, tmp_path: Path) -> None:
-    """With an NPU, auto is npu; the reason names it and the device can be claimed."""
+def test_auto_places_the_worker_on_an_available_npu(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
 
     placed = choose_placement(settings(tmp_path), roots=tree.roots, system_lacks="")
@@ -46,16 +45,14 @@ def test_auto_takes_the_npu_that_is_there(tree: DeviceTree, tmp_path: Path) -> N
     assert placed.npu is not None and placed.npu.pci == PCI
 
 
-def test_auto_without_an_npu_is_cpu_and_says_why(tree: DeviceTree, tmp_path: Path) -> None:
-    """A machine without an NPU is a machine for the CPU, not an error."""
+def test_auto_without_an_npu_places_the_worker_on_the_cpu(tree: DeviceTree, tmp_path: Path) -> None:
     placed = choose_placement(settings(tmp_path), roots=tree.roots, system_lacks="")
 
     assert (placed.device, placed.assigned_device) == (Device.CPU, Device.CPU)
     assert placed.reason.startswith("This machine shows no NPU.")
 
 
-def test_npu_is_refused_where_there_is_none(tree: DeviceTree, tmp_path: Path) -> None:
-    """Who asked for an NPU by name is not given a CPU."""
+def test_npu_or_strict_without_an_npu_is_refused(tree: DeviceTree, tmp_path: Path) -> None:
     with pytest.raises(NoDevice, match="shows no NPU"):
         choose_placement(settings(tmp_path, device="npu"), roots=tree.roots, system_lacks="")
     with pytest.raises(NoDevice, match="shows no NPU"):
@@ -63,14 +60,15 @@ def test_npu_is_refused_where_there_is_none(tree: DeviceTree, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("device", ["npu", "auto"])
-def test_platform_without_a_plugin(device: str, tree: DeviceTree, tmp_path: Path) -> None:
-    """On ARM auto is cpu and npu is refused, both with the same sentence."""
+def test_platform_without_a_plugin_is_cpu_for_auto_and_refused_for_npu(
+    device: str, tree: DeviceTree, tmp_path: Path
+) -> None:
     tree.add(0)
     lacks = "OpenVINO has no NPU plugin for this platform (linux, aarch64)."
-    asked = settings(tmp_path, device=device)
+    worker_settings = settings(tmp_path, device=device)
 
     try:
-        reason = choose_placement(asked, roots=tree.roots, system_lacks=lacks).reason
+        reason = choose_placement(worker_settings, roots=tree.roots, system_lacks=lacks).reason
     except DeviceError as error:
         assert device == "npu"
         reason = str(error)
@@ -78,10 +76,9 @@ def test_platform_without_a_plugin(device: str, tree: DeviceTree, tmp_path: Path
     assert lacks in reason
 
 
-def test_missing_openvino_is_said_with_the_extra(
+def test_missing_openvino_places_the_worker_on_the_cpu_and_names_the_extra(
     tree: DeviceTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An NPU is opt-in: without its extra a machine that has one computes on its CPU."""
     tree.add(0)
     monkeypatch.setattr(
         "embedq_worker.device.placement.importlib.util.find_spec", lambda name: None
@@ -94,13 +91,14 @@ def test_missing_openvino_is_said_with_the_extra(
 
 
 @pytest.mark.parametrize("device", ["npu", "auto"])
-def test_npu_of_another_process(device: str, tree: DeviceTree, tmp_path: Path) -> None:
-    """A second worker refuses, or takes the CPU if it may, and both name the holder."""
+def test_npu_locked_by_another_process_is_refused_or_replaced_by_the_cpu(
+    device: str, tree: DeviceTree, tmp_path: Path
+) -> None:
     tree.add(0)
-    asked = settings(tmp_path, device=device)
-    with acquire(PCI, asked.lock_dir, worker="first"):
+    worker_settings = settings(tmp_path, device=device)
+    with acquire(PCI, worker_settings.lock_dir, worker="first"):
         try:
-            reason = choose_placement(asked, roots=tree.roots, system_lacks="").reason
+            reason = choose_placement(worker_settings, roots=tree.roots, system_lacks="").reason
         except DeviceBusy as busy:
             assert device == "npu"
             reason = str(busy)
@@ -109,44 +107,40 @@ def test_npu_of_another_process(device: str, tree: DeviceTree, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("device", ["npu", "auto"])
-def test_npu_that_failed_leaves_a_degraded_worker(
+def test_disabled_npu_places_a_degraded_worker_on_the_cpu(
     device: str, tree: DeviceTree, tmp_path: Path
 ) -> None:
-    """A worker whose NPU cannot be proven stays the NPU's worker, and computes on its CPU."""
     tree.add(0)
-    asked = settings(tmp_path, device=device)
+    worker_settings = settings(tmp_path, device=device)
 
     placed = choose_placement(
-        asked, npu_disabled_reason="It lied.", roots=tree.roots, system_lacks=""
+        worker_settings, npu_disabled_reason="Wrong vectors.", roots=tree.roots, system_lacks=""
     )
 
     assert (placed.device, placed.assigned_device) == (Device.CPU, Device.NPU)
-    assert placed.degraded and placed.reason == "It lied."
+    assert placed.degraded and placed.reason == "Wrong vectors."
 
 
-def test_strict_worker_never_computes_on_its_cpu(tree: DeviceTree, tmp_path: Path) -> None:
-    """EMBEDQ_STRICT=1 means the NPU or nothing."""
+def test_disabled_npu_is_refused_for_a_strict_worker(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
 
-    with pytest.raises(NpuUnproven, match=r"It lied\. EMBEDQ_STRICT keeps"):
+    with pytest.raises(NpuUnproven, match=r"Wrong vectors\. EMBEDQ_STRICT keeps"):
         choose_placement(
-            settings(tmp_path, strict=True), npu_disabled_reason="It lied.", roots=tree.roots
+            settings(tmp_path, strict=True), npu_disabled_reason="Wrong vectors.", roots=tree.roots
         )
 
 
-def test_crashing_worker_without_an_npu_is_no_degraded_one(
+def test_disabled_npu_on_a_machine_without_one_is_not_degraded(
     tree: DeviceTree, tmp_path: Path
 ) -> None:
-    """What has no NPU has nothing to fall back from."""
     placed = choose_placement(
-        settings(tmp_path), npu_disabled_reason="It died.", roots=tree.roots, system_lacks=""
+        settings(tmp_path), npu_disabled_reason="Crash loop.", roots=tree.roots, system_lacks=""
     )
 
     assert not placed.degraded
 
 
-def test_cpu_asked_for_is_cpu(tree: DeviceTree, tmp_path: Path) -> None:
-    """An NPU that nobody asked for is left alone."""
+def test_device_cpu_ignores_an_available_npu(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
 
     placed = choose_placement(settings(tmp_path, device="cpu"), roots=tree.roots, system_lacks="")
@@ -158,10 +152,9 @@ def test_cpu_asked_for_is_cpu(tree: DeviceTree, tmp_path: Path) -> None:
     ("cores", "npu_visible", "shares"),
     [(1, True, (1, 1)), (2, True, (1, 1)), (8, True, (2, 6)), (8, False, (2, 8))],
 )
-def test_two_workers_share_the_cores(
+def test_npu_worker_gets_a_quarter_of_the_cores(
     cores: int, npu_visible: bool, shares: tuple[int, int]
 ) -> None:
-    """A quarter feeds the NPU, the others compute; without an NPU all of them do."""
     assert shares == tuple(
         share_cores(cores, part, npu_visible=npu_visible) for part in ("npu", "cpu")
     )

@@ -1,4 +1,4 @@
-"""The graph computes BERT, the same for padded and packed rows, in every runtime that reads it."""
+"""Tests of the graphs built from BERT weights and foreign ONNX models, in both runtimes."""
 
 from __future__ import annotations
 
@@ -38,24 +38,23 @@ from embedq_worker.model.resolve import Kind, Model, load_model
 TOLERANCE = 2e-5
 
 Texts = Sequence[Sequence[int]]
-Infer = Callable[[Model, TokenBatch], npt.NDArray[np.float32]]
+RunGraph = Callable[[Model, TokenBatch], npt.NDArray[np.float32]]
 
 
-def some_texts(vocab: int, lengths: Sequence[int] = (2, 9, 24, 3, 17)) -> Texts:
-    """Draw token sequences of these lengths."""
+def random_texts(vocab: int, lengths: Sequence[int] = (2, 9, 24, 3, 17)) -> Texts:
+    """Return random token sequences of these lengths."""
     rng = np.random.default_rng(7)
     return [[int(i) for i in rng.integers(4, vocab, n)] for n in lengths]
 
 
 def ragged(texts: Texts) -> RaggedTokens:
-    """Put token sequences one after the other."""
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in texts])]).astype(np.int64)
     ids = np.array([i for text in texts for i in text], np.int32)
     return RaggedTokens(ids, offsets, np.zeros(len(texts), np.uint32))
 
 
-def packed(texts: Texts, width: int, segments: int) -> TokenBatch:
-    """Put all texts into one row of this width, with unused segments and padding at the end."""
+def packed_batch(texts: Texts, width: int, segments: int) -> TokenBatch:
+    """Put all texts into one row of this width, followed by padding and unused segments."""
     ids, places, numbers = (np.zeros((1, width), np.int64) for _ in range(3))
     at = 0
     for number, text in enumerate(texts, start=1):
@@ -69,8 +68,8 @@ def packed(texts: Texts, width: int, segments: int) -> TokenBatch:
     return TokenBatch(ids, places, numbers, np.arange(1, segments + 1), members)
 
 
-def infer(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
-    """Run the graph of a model in onnxruntime, [B, S, D]."""
+def onnxruntime_vectors(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
+    """Run the graph of a model in onnxruntime, float32 [B, S, D]."""
     engine = OnnxRuntimeEngine(model, threads=1)
     try:
         return engine.infer(batch)
@@ -78,13 +77,13 @@ def infer(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
         engine.close()
 
 
-def padded(texts: Texts) -> TokenBatch:
-    """Give each text a row of its own."""
+def padded_batch(texts: Texts) -> TokenBatch:
+    """Put each text into a row of its own."""
     return build_padded(ragged(texts), range(len(texts)), pad_id=0)
 
 
 def openvino_vectors(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]:
-    """Run the graph of a model on OpenVINO's CPU in f32, [B, S, D]."""
+    """Run the graph of a model on OpenVINO's CPU in f32, float32 [B, S, D]."""
     pytest.importorskip("openvino")
     from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
@@ -98,15 +97,14 @@ def openvino_vectors(model: Model, batch: TokenBatch) -> npt.NDArray[np.float32]
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
-@pytest.mark.parametrize("run", [infer, openvino_vectors])
-def test_graph_is_bert(
-    tmp_path: Path, pooling: str, normalize: bool, hidden_act: str, run: Infer
+@pytest.mark.parametrize("run", [onnxruntime_vectors, openvino_vectors])
+def test_vectors_equal_a_forward_pass_written_from_the_definition(
+    tmp_path: Path, pooling: str, normalize: bool, hidden_act: str, run: RunGraph
 ) -> None:
-    """Vectors are those of a forward pass written from the definition, one text at a time."""
     model = tiny_model(tmp_path, pooling=pooling, normalize=normalize, hidden_act=hidden_act)
-    texts = some_texts(TINY["vocab_size"])
+    texts = random_texts(TINY["vocab_size"])
 
-    vectors = run(model, padded(texts))[:, 0]
+    vectors = run(model, padded_batch(texts))[:, 0]
 
     tensors, config = load_tensors(model.weights), {**TINY, "hidden_act": hidden_act}
     for vector, text in zip(vectors, texts, strict=True):
@@ -115,67 +113,63 @@ def test_graph_is_bert(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_packed_row_gives_the_vectors_of_padded_rows(tmp_path: Path, pooling: str) -> None:
-    """Five texts in one row do not see each other: same vectors, and unused segments are zero."""
+def test_packed_row_has_the_vectors_of_padded_rows(tmp_path: Path, pooling: str) -> None:
     model = tiny_model(tmp_path, pooling=pooling)
-    texts = some_texts(TINY["vocab_size"])
+    texts = random_texts(TINY["vocab_size"])
 
-    apart = infer(model, padded(texts))[:, 0]
-    together = infer(model, packed(texts, width=64, segments=8))[0]
+    apart = onnxruntime_vectors(model, padded_batch(texts))[:, 0]
+    together = onnxruntime_vectors(model, packed_batch(texts, width=64, segments=8))[0]
 
     assert np.abs(together[: len(texts)] - apart).max() < TOLERANCE
     assert not together[len(texts) :].any()
 
 
-def test_row_of_padding_is_finite(tmp_path: Path) -> None:
-    """A row without any text gives zeros, not NaN."""
+def test_row_of_padding_gives_zeros(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
 
-    vectors = infer(model, packed([], width=16, segments=4))
+    vectors = onnxruntime_vectors(model, packed_batch([], width=16, segments=4))
 
     assert not vectors.any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("F16", 5e-3), ("BF16", 5e-2)])
-def test_half_precision_weights_are_read(tmp_path: Path, dtype: str, tolerance: float) -> None:
-    """Weights stored in 16 bits give nearly the vectors of those stored in 32."""
-    texts = some_texts(TINY["vocab_size"])
-    full = infer(tiny_model(tmp_path / "full"), padded(texts))
+def test_16_bit_weights_give_nearly_the_same_vectors(
+    tmp_path: Path, dtype: str, tolerance: float
+) -> None:
+    texts = random_texts(TINY["vocab_size"])
+    full = onnxruntime_vectors(tiny_model(tmp_path / "full"), padded_batch(texts))
 
-    half = infer(tiny_model(tmp_path / "half", dtype=dtype), padded(texts))
+    half = onnxruntime_vectors(tiny_model(tmp_path / "half", dtype=dtype), padded_batch(texts))
 
     assert np.abs(full - half).max() < tolerance
 
 
-def test_prefix_of_a_larger_model_is_known(tmp_path: Path) -> None:
-    """Tensors saved from a model with a head, named `bert.…`, are found."""
+def test_tensor_names_with_bert_prefix_are_found(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
-    texts = some_texts(TINY["vocab_size"])
-    plain = infer(model, padded(texts))
+    texts = random_texts(TINY["vocab_size"])
+    plain = onnxruntime_vectors(model, padded_batch(texts))
 
     tensors = {f"bert.{name}": tensor for name, tensor in load_tensors(model.weights).items()}
     write_safetensors(tmp_path / "prefixed.safetensors", tensors)
     (tmp_path / "prefixed.safetensors").replace(model.weights)
 
-    assert infer(model, padded(texts)).tobytes() == plain.tobytes()
+    assert onnxruntime_vectors(model, padded_batch(texts)).tobytes() == plain.tobytes()
 
 
-def test_tensors_may_begin_at_any_byte(tmp_path: Path) -> None:
-    """A file that another writer than the format's own library has not aligned gives the same."""
+def test_unaligned_tensors_give_the_same_vectors(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
-    texts = some_texts(TINY["vocab_size"])
-    aligned = infer(model, padded(texts))
+    texts = random_texts(TINY["vocab_size"])
+    aligned = onnxruntime_vectors(model, padded_batch(texts))
 
     raw = model.weights.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     parts = [(size + 1).to_bytes(8, "little"), raw[8 : 8 + size], b" ", raw[8 + size :]]
     model.weights.write_bytes(b"".join(parts))
 
-    assert infer(model, padded(texts)).tobytes() == aligned.tobytes()
+    assert onnxruntime_vectors(model, padded_batch(texts)).tobytes() == aligned.tobytes()
 
 
-def test_message_is_valid_onnx(tmp_path: Path) -> None:
-    """The checker of ONNX accepts the message; with what is left outside it has all weights."""
+def test_graph_with_weights_as_inputs_is_valid_onnx(tmp_path: Path) -> None:
     graph = build_graph(tiny_model(tmp_path))
 
     proto = onnx.load_from_string(graph.with_weights_as_inputs())
@@ -186,28 +180,31 @@ def test_message_is_valid_onnx(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_openvino_reads_the_same_graph(tmp_path: Path, pooling: str) -> None:
-    """OpenVINO on the CPU in f32 agrees with onnxruntime, padded and packed."""
+def test_openvino_agrees_with_onnxruntime(tmp_path: Path, pooling: str) -> None:
     model = tiny_model(tmp_path, pooling=pooling)
-    texts = some_texts(TINY["vocab_size"])
+    texts = random_texts(TINY["vocab_size"])
 
-    for batch in (padded(texts), packed(texts, width=64, segments=8)):
-        assert np.abs(openvino_vectors(model, batch) - infer(model, batch)).max() < TOLERANCE
+    for batch in (padded_batch(texts), packed_batch(texts, width=64, segments=8)):
+        assert (
+            np.abs(openvino_vectors(model, batch) - onnxruntime_vectors(model, batch)).max()
+            < TOLERANCE
+        )
 
 
 @pytest.mark.model
-def test_openvino_agrees_on_the_real_weights() -> None:
-    """With the real model, packed in OpenVINO equals padded in onnxruntime."""
+def test_openvino_packed_agrees_with_onnxruntime_padded_on_the_real_model() -> None:
     model = real_model()
-    texts = some_texts(20_000, (5, 60, 31))
+    texts = random_texts(20_000, (5, 60, 31))
 
-    theirs = openvino_vectors(model, packed(texts, width=128, segments=4))
+    packed_vectors = openvino_vectors(model, packed_batch(texts, width=128, segments=4))
 
-    assert np.abs(theirs[0, :3] - infer(model, padded(texts))[:, 0]).max() < TOLERANCE
+    assert (
+        np.abs(packed_vectors[0, :3] - onnxruntime_vectors(model, padded_batch(texts))[:, 0]).max()
+        < TOLERANCE
+    )
 
 
-def test_missing_tensor_names_the_file(tmp_path: Path) -> None:
-    """Weights without a tensor that config.json calls for are a ModelError."""
+def test_missing_tensor_is_refused_with_the_file_name(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     tensors = write_tiny(tmp_path)
     del tensors["encoder.layer.1.output.dense.bias"]
@@ -218,8 +215,7 @@ def test_missing_tensor_names_the_file(tmp_path: Path) -> None:
         build_graph(model)
 
 
-def test_wrong_shape_names_the_tensor(tmp_path: Path) -> None:
-    """Weights of another size than config.json says are a ModelError."""
+def test_tensor_of_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     write_tiny(tmp_path / "wide", intermediate_size=96)
     (tmp_path / "wide" / "model.safetensors").replace(model.weights)
@@ -241,8 +237,7 @@ def test_wrong_shape_names_the_tensor(tmp_path: Path) -> None:
         lambda raw: struct.pack("<Q", 5000) + b"[" * 5000 + raw,
     ],
 )
-def test_damaged_weights_name_the_file(tmp_path: Path, damage: Any) -> None:
-    """A truncated or scribbled safetensors file is a ModelError, never a crash."""
+def test_damaged_weights_are_refused_with_the_file_name(tmp_path: Path, damage: Any) -> None:
     model = tiny_model(tmp_path)
     model.weights.write_bytes(damage(model.weights.read_bytes()))
 
@@ -252,16 +247,15 @@ def test_damaged_weights_name_the_file(tmp_path: Path, damage: Any) -> None:
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 20])
 @pytest.mark.parametrize("int_type", [TensorProto.INT64, TensorProto.INT32])
-@pytest.mark.parametrize("run", [infer, openvino_vectors])
-def test_foreign_model_is_masked_and_pooled(
-    tmp_path: Path, opset: int, int_type: int, run: Infer
+@pytest.mark.parametrize("run", [onnxruntime_vectors, openvino_vectors])
+def test_foreign_model_is_pooled_without_padding_and_normalized(
+    tmp_path: Path, opset: int, int_type: int, run: RunGraph
 ) -> None:
-    """Vectors per token are averaged without padding and normalized, in any operator set."""
     table = write_foreign(tmp_path, opset=opset, int_type=int_type)
     model = load_model(tmp_path, "foreign", DigestCache(tmp_path))
-    texts = some_texts(64, (2, 9, 5))
+    texts = random_texts(64, (2, 9, 5))
 
-    vectors = run(model, padded(texts))[:, 0]
+    vectors = run(model, padded_batch(texts))[:, 0]
 
     assert (model.kind, model.dim, model.packable) == (Kind.ONNX, 8, False)
     for vector, text in zip(vectors, texts, strict=True):
@@ -269,13 +263,12 @@ def test_foreign_model_is_masked_and_pooled(
         assert np.abs(vector - mean / np.linalg.norm(mean)).max() < TOLERANCE
 
 
-def test_pooled_output_is_taken_as_it_is(tmp_path: Path) -> None:
-    """An output `sentence_embedding` [B, D] is neither pooled nor normalized again."""
+def test_sentence_embedding_output_is_returned_unchanged(tmp_path: Path) -> None:
     table = write_foreign(tmp_path, output="sentence_embedding")
     model = load_model(tmp_path, "foreign", DigestCache(tmp_path))
-    texts = some_texts(64, (2, 9, 5))
+    texts = random_texts(64, (2, 9, 5))
 
-    vectors = infer(model, padded(texts))
+    vectors = onnxruntime_vectors(model, padded_batch(texts))
 
     assert vectors.shape == (3, 1, 8)
     for vector, text in zip(vectors[:, 0], texts, strict=True):
@@ -289,10 +282,9 @@ def test_pooled_output_is_taken_as_it_is(tmp_path: Path) -> None:
         ({"axes": (1, 128)}, "fixed axes"),
     ],
 )
-def test_foreign_model_we_cannot_serve_is_refused(
+def test_foreign_model_with_unknown_inputs_or_fixed_axes_is_refused(
     tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
-    """Unknown inputs and fixed shapes are ModelErrors that name the file."""
     write_foreign(tmp_path, **options)
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
@@ -300,8 +292,7 @@ def test_foreign_model_we_cannot_serve_is_refused(
 
 
 @pytest.mark.parametrize("damaged", [b"", b"not a packed model"])
-def test_damaged_copy_is_refused_and_not_replaced(tmp_path: Path, damaged: bytes) -> None:
-    """Class int8 is never served with the plain graph because the quantized one is empty."""
+def test_damaged_quantized_model_is_refused(tmp_path: Path, damaged: bytes) -> None:
     pytest.importorskip("openvino")
     from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
@@ -309,10 +300,9 @@ def test_damaged_copy_is_refused_and_not_replaced(tmp_path: Path, damaged: bytes
         OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantized=damaged)
 
 
-def test_first_layer_is_looked_up_where_the_table_is_small(
+def test_first_layer_becomes_a_lookup_only_within_the_table_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two layers one has its product of 96 columns; with a table over the bound both have."""
     model = tiny_model(tmp_path)
 
     def products() -> int:
@@ -325,8 +315,7 @@ def test_first_layer_is_looked_up_where_the_table_is_small(
     assert products() == 2
 
 
-def test_gelu_is_the_exact_one(tmp_path: Path) -> None:
-    """The activation uses erf; the tanh form would differ by more than the tolerance."""
+def test_gelu_is_the_erf_form(tmp_path: Path) -> None:
     x = 2.0
     exact = x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
     tanh = 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -339,8 +328,7 @@ def test_gelu_is_the_exact_one(tmp_path: Path) -> None:
     assert not any(node.attribute for node in gelus)
 
 
-def test_open_size_of_a_foreign_model_comes_from_its_config(tmp_path: Path) -> None:
-    """hidden_size in config.json fills in where the output does not say its size."""
+def test_unknown_dimension_of_a_foreign_model_is_read_from_config_json(tmp_path: Path) -> None:
     write_foreign(tmp_path, axes=("batch", "sequence"))
     path = tmp_path / "onnx" / "model.onnx"
     proto = onnx.load(path)

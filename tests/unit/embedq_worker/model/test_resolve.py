@@ -1,4 +1,4 @@
-"""A model is found where it may be, checked, and described by what shapes its vectors."""
+"""Tests of finding, checking and describing a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
     return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
 
 
-def test_folder_is_described(tmp_path: Path) -> None:
-    """A folder of sentence-transformers gives all that a worker announces."""
+def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m", pooling="cls")
     usage = {"prompts": {"query": "query: ", "empty": ""}, "default_prompt_name": "query"}
     write_json(tmp_path / "m" / "config_sentence_transformers.json", usage)
@@ -59,8 +58,7 @@ def test_folder_is_described(tmp_path: Path) -> None:
     assert ModelInfo.from_message(model.model_info().to_message()) == model.model_info()
 
 
-def test_texts_in_lower_case_are_the_tokenizers_business(tmp_path: Path) -> None:
-    """A model that wants them is served where its tokenizer makes them, and refused elsewhere."""
+def test_lower_casing_model_requires_a_lower_casing_tokenizer(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     limits = {"max_seq_length": TINY_MAX_LENGTH, "do_lower_case": True}
     write_json(tmp_path / "sentence_bert_config.json", limits)
@@ -75,8 +73,7 @@ def test_texts_in_lower_case_are_the_tokenizers_business(tmp_path: Path) -> None
         read_model_config(tmp_path)
 
 
-def test_length_of_the_sentence_file_wins(tmp_path: Path) -> None:
-    """Where files disagree, sentence_bert_config.json is right, capped by the positions."""
+def test_sentence_bert_config_sets_max_length_up_to_the_positions(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 40})
 
@@ -87,8 +84,7 @@ def test_length_of_the_sentence_file_wins(tmp_path: Path) -> None:
     assert read_model_config(tmp_path).max_length == 40
 
 
-def test_bare_encoder_has_documented_defaults(tmp_path: Path) -> None:
-    """Without the files of sentence-transformers: mean, unit length, at most 512 tokens."""
+def test_encoder_without_sentence_transformers_files_has_defaults(tmp_path: Path) -> None:
     write_tiny(tmp_path, max_position_embeddings=2048)
     for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
         (tmp_path / name).unlink()
@@ -99,13 +95,11 @@ def test_bare_encoder_has_documented_defaults(tmp_path: Path) -> None:
     assert (traits.pooling, traits.normalize, traits.max_length) == ("mean", True, 512)
 
 
-def test_model_without_normalize_module_is_not_normalised(tmp_path: Path) -> None:
-    """modules.json decides whether vectors have unit length."""
+def test_model_without_normalize_module_is_not_normalized(tmp_path: Path) -> None:
     assert not tiny_model(tmp_path, normalize=False).normalize
 
 
-def test_pooling_in_one_word_is_read(tmp_path: Path) -> None:
-    """Newer files name the pooling instead of switching it."""
+def test_pooling_mode_as_a_word_is_read(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
 
@@ -138,10 +132,9 @@ def test_pooling_in_one_word_is_read(tmp_path: Path) -> None:
         ("config.json", {**TINY, "num_attention_heads": 5}, "not a multiple"),
     ],
 )
-def test_model_we_cannot_build_is_refused_by_name(
+def test_unsupported_model_is_refused_with_the_reason(
     tmp_path: Path, file: str, content: Any, reason: str
 ) -> None:
-    """What is outside the BERT family, or pools otherwise, is a ModelError that names it."""
     write_tiny(tmp_path / "m")
     write_json(tmp_path / "m" / file, content)
 
@@ -158,7 +151,6 @@ def test_model_we_cannot_build_is_refused_by_name(
     ],
 )
 def test_incomplete_folder_is_refused(tmp_path: Path, file: str, reason: str) -> None:
-    """A folder without a file that shapes vectors is a ModelError, never a guess."""
     write_tiny(tmp_path / "m")
     (tmp_path / "m" / file).unlink()
 
@@ -166,8 +158,7 @@ def test_incomplete_folder_is_refused(tmp_path: Path, file: str, reason: str) ->
         resolve(str(tmp_path / "m"), tmp_path)
 
 
-def test_damaged_json_names_the_file(tmp_path: Path) -> None:
-    """A file that is not JSON is a ModelError with its path."""
+def test_damaged_json_is_refused_with_the_file_name(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
     (tmp_path / "m" / "modules.json").write_text("[{")
 
@@ -185,8 +176,9 @@ def test_damaged_json_names_the_file(tmp_path: Path) -> None:
         ("config.json", {**TINY, "layer_norm_eps": None}),
     ],
 )
-def test_json_of_another_shape_names_the_folder(tmp_path: Path, file: str, value: object) -> None:
-    """It is an error of the model, with a sentence, whatever the files hold."""
+def test_json_of_unexpected_shape_is_refused_with_the_folder(
+    tmp_path: Path, file: str, value: object
+) -> None:
     write_tiny(tmp_path / "odd")
     write_json(tmp_path / "odd" / file, value)
 
@@ -194,14 +186,12 @@ def test_json_of_another_shape_names_the_folder(tmp_path: Path, file: str, value
         resolve(str(tmp_path / "odd"), tmp_path)
 
 
-def test_name_of_nothing_is_refused(tmp_path: Path) -> None:
-    """A path that is no folder, and no hub id either, says so."""
+def test_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no folder"):
         resolve(str(tmp_path / "missing"), tmp_path)
 
 
-def test_identity_ignores_label_and_path(tmp_path: Path) -> None:
-    """The same files elsewhere, under another name, are the same model."""
+def test_identity_is_independent_of_label_and_path(tmp_path: Path) -> None:
     one = tiny_model(tmp_path / "one")
 
     assert tiny_model(tmp_path / "two").identity == one.identity
@@ -224,10 +214,9 @@ def test_identity_ignores_label_and_path(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_identity_follows_what_shapes_vectors(
+def test_identity_changes_with_everything_that_shapes_vectors(
     tmp_path: Path, change: Callable[[Path], object]
 ) -> None:
-    """Weights, tokenizer, pooling, normalization, length and prompts all change the identity."""
     before = tiny_model(tmp_path).identity
 
     change(tmp_path)
@@ -238,17 +227,17 @@ def test_identity_follows_what_shapes_vectors(
     )
 
 
-def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have 2 GB, and every start describes it twice: in the worker and in its child."""
+def test_foreign_model_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A model may have 2 GB, and main and pool process both describe it at each start.
     write_foreign(tmp_path)
     loads: list[Path] = []
     load = onnx.load
 
-    def counted(path: Path, **options: Any) -> onnx.ModelProto:
+    def counting_load(path: Path, **options: Any) -> onnx.ModelProto:
         loads.append(path)
         return load(path, **options)
 
-    monkeypatch.setattr(onnx, "load", counted)
+    monkeypatch.setattr(onnx, "load", counting_load)
 
     load_model(tmp_path, "m", DigestCache(tmp_path / "cache"))
 
@@ -256,8 +245,7 @@ def test_foreign_model_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("place", ["model.onnx_data", "weights.bin"])
-def test_identity_follows_weights_beside_a_foreign_model(tmp_path: Path, place: str) -> None:
-    """Whatever the file is called in which the model keeps them."""
+def test_identity_changes_with_external_weights(tmp_path: Path, place: str) -> None:
     write_foreign(tmp_path)
     path = tmp_path / "onnx" / "model.onnx"
     proto = onnx.load(path)
@@ -270,8 +258,7 @@ def test_identity_follows_weights_beside_a_foreign_model(tmp_path: Path, place: 
 
 
 @pytest.mark.parametrize("place", ["../weights.bin", "/dev/zero"])
-def test_weights_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
-    """A model is what lies in its folder; nothing else is opened."""
+def test_external_weights_outside_the_folder_are_refused(tmp_path: Path, place: str) -> None:
     write_foreign(tmp_path)
     path = tmp_path / "onnx" / "model.onnx"
     proto = onnx.load(path)
@@ -286,8 +273,7 @@ def test_weights_elsewhere_are_refused(tmp_path: Path, place: str) -> None:
         load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache"))
 
 
-def test_identity_ignores_what_does_not(tmp_path: Path) -> None:
-    """A comment in config.json, like a version or a dropout, is no other model."""
+def test_identity_is_independent_of_version_and_dropout(tmp_path: Path) -> None:
     before = tiny_model(tmp_path).identity
 
     after = tiny_model(tmp_path, transformers_version="9", hidden_dropout_prob=0.5).identity
@@ -296,8 +282,7 @@ def test_identity_ignores_what_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_real_model_is_as_published() -> None:
-    """all-MiniLM-L6-v2: 384 components, 256 tokens, mean, unit length, pinned digests."""
+def test_real_model_is_pinned_and_has_the_published_properties() -> None:
     model = real_model()
 
     assert model.pinned

@@ -43,7 +43,7 @@ def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
 
 @pytest.fixture
 def pinned_tiny(tmp_path: Path, empty_hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a tiny model, whose checksums are the pinned ones, into the hub cache as the default."""
+    """Put a tiny model into the hub cache as the default model and pin its digests."""
     name = DEFAULT_MODEL.replace("/", "--")
     folder = empty_hub_cache / f"models--{name}" / "snapshots" / DEFAULT_REVISION
     write_tiny(folder)
@@ -65,7 +65,6 @@ def test_default_model_is_pinned(tmp_path: Path, pinned_tiny: Path) -> None:
 def test_folder_with_the_files_of_the_default_model_is_recognized(
     tmp_path: Path, pinned_tiny: Path
 ) -> None:
-    """The wheel's folder, named by EMBEDQ_MODEL, is the same model as the hub's."""
     by_hub_id = resolve(DEFAULT_MODEL, tmp_path)
 
     model = resolve(str(pinned_tiny), tmp_path)
@@ -75,8 +74,9 @@ def test_folder_with_the_files_of_the_default_model_is_recognized(
 
 
 @pytest.mark.parametrize("name", list(PINNED))
-def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -> None:
-    """A file of the default model that is not the tested one names both digests."""
+def test_changed_file_of_the_default_model_is_refused_with_both_digests(
+    tmp_path: Path, pinned_tiny: Path, name: str
+) -> None:
     path = pinned_tiny / name
     with path.open("ab") as file:
         file.write(b" ")
@@ -88,8 +88,7 @@ def test_wrong_digest_is_refused(tmp_path: Path, pinned_tiny: Path, name: str) -
     assert DigestCache(tmp_path / "again").of(path) in str(caught.value)
 
 
-def test_model_that_is_nowhere_lists_the_choices(tmp_path: Path) -> None:
-    """Without folder, hub and wheel, the message says how to get each."""
+def test_missing_default_model_error_lists_all_sources(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve(DEFAULT_MODEL, tmp_path)
 
@@ -97,8 +96,7 @@ def test_model_that_is_nowhere_lists_the_choices(tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-def test_wheel_is_no_choice_for_other_models(tmp_path: Path) -> None:
-    """The wheel holds the default model only."""
+def test_missing_other_model_error_does_not_offer_the_wheel(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve("owner/other", tmp_path)
 
@@ -111,15 +109,14 @@ class FakeHub:
 
     folder: Path
     error: str = ""
-    asked: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
 
     def files(self) -> list[str]:
-        """List the files of the one repository."""
         return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
 
 
 def point_hub_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    """Make huggingface_hub talk to a port of this machine, as HF_ENDPOINT would at its import."""
+    """Make huggingface_hub use a port of this machine, as HF_ENDPOINT does."""
     endpoint = f"http://127.0.0.1:{port}"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -159,7 +156,7 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
             else:
                 name = self.path.split(f"/resolve/{COMMIT}/")[-1]
                 if with_body:
-                    state.asked.append(name)
+                    state.requested.append(name)
                 self.reply(200, (state.folder / name).read_bytes(), with_body)
 
         def reply(self, status: int, body: bytes, with_body: bool) -> None:
@@ -187,24 +184,24 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
     server.server_close()
 
 
-def test_model_is_fetched_once(tmp_path: Path, fake_hub: FakeHub) -> None:
-    """The needed files come from the hub, weights last; the second time none does."""
+def test_needed_files_are_downloaded_once_and_weights_last(
+    tmp_path: Path, fake_hub: FakeHub
+) -> None:
     model = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
-    asked = list(fake_hub.asked)
+    requested = list(fake_hub.requested)
 
     again = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=True)
 
     assert model.label == f"owner/tiny@{COMMIT}"
-    assert asked[-1] == "model.safetensors"
-    assert "README.md" not in asked
-    assert fake_hub.asked == asked
+    assert requested[-1] == "model.safetensors"
+    assert "README.md" not in requested
+    assert fake_hub.requested == requested
     assert again == model
 
 
-def test_branch_is_resolved_to_its_commit(
+def test_branch_in_the_cache_is_labeled_by_its_commit(
     tmp_path: Path, fake_hub: FakeHub, empty_hub_cache: Path
 ) -> None:
-    """A branch in the cache is labelled by the commit that it stands for."""
     resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
     reference = empty_hub_cache / "models--owner--tiny" / "refs" / "main"
     reference.parent.mkdir(exist_ok=True)
@@ -222,10 +219,9 @@ def test_branch_is_resolved_to_its_commit(
         ("EntryNotFound", r"has no config\.json"),
     ],
 )
-def test_refusal_of_the_hub_is_translated(
+def test_error_of_the_hub_becomes_a_model_error(
     tmp_path: Path, fake_hub: FakeHub, error: str, reason: str
 ) -> None:
-    """What the hub refuses is a ModelError with the reason and the other choices."""
     fake_hub.error = error
 
     with pytest.raises(ModelError, match=rf"(?s){reason}.*a folder") as caught:
@@ -234,8 +230,7 @@ def test_refusal_of_the_hub_is_translated(
     assert caught.value.__cause__ is not None
 
 
-def test_silent_hub_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that accepts and never answers costs the timeout, not minutes."""
+def test_unresponsive_hub_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CONNECT_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         point_hub_at(monkeypatch, server.getsockname()[1])
@@ -245,14 +240,12 @@ def test_silent_hub_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("revision", ["../../etc", "-x", "a b"])
-def test_revision_cannot_leave_the_cache(tmp_path: Path, revision: str) -> None:
-    """A revision is a commit, a branch or a tag, never a path."""
+def test_revision_that_is_a_path_is_refused(tmp_path: Path, revision: str) -> None:
     with pytest.raises(ModelError, match="is not a revision"):
         resolve("owner/tiny", tmp_path, revision=revision)
 
 
 def test_cached_snapshot_without_weights_is_not_used(tmp_path: Path, pinned_tiny: Path) -> None:
-    """An interrupted download is not taken for the model."""
     (pinned_tiny / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match="is not on this machine"):
