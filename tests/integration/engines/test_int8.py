@@ -15,7 +15,7 @@ from tests.support.workers import stub_worker
 
 from embedq import Client
 from embedq.protocol.contract import Precision
-from embedq_worker.cli.quantize import Wanted, run
+from embedq_worker.cli.quantize import QuantizeOptions, run
 from embedq_worker.settings import WorkerSettings
 
 
@@ -36,9 +36,9 @@ def test_quantised_model_serves_class_int8(
     own = {"device": "cpu", "engine": "onnxruntime", "cache_dir": cache}
     settings = WorkerSettings.load(**named, **own)
 
-    result = run(settings, Wanted((str(source),), texts=30, min_overlap=0.5), print)
+    result = run(settings, QuantizeOptions((str(source),), texts=30, min_overlap=0.5), print)
 
-    assert result.kept, result.problem
+    assert result.stored, result.problem
     assert result.report.cosine_mean > 0.99
     assert all(1 <= line <= len(texts) for line, _, _ in result.report.changed)
     assert not any(text[:40] in json.dumps(result.as_dict()) for text in texts)

@@ -102,16 +102,15 @@ def quantize(
     settings = load({"model": model})
     process.send_native_to_stderr()
     from embedq_worker.cli import quantize as quantize_module
-    from embedq_worker.cli.quantize import require_nncf
 
     try:
-        require_nncf()
-        wanted = quantize_module.Wanted(inputs, text_field, format_, texts, min_overlap)
-        found = quantize_module.run(settings, wanted, lambda line: click.echo(line, err=True))
+        quantize_module.require_nncf()
+        options = quantize_module.QuantizeOptions(inputs, text_field, format_, texts, min_overlap)
+        found = quantize_module.run(settings, options, lambda line: click.echo(line, err=True))
     except EmbedqError as error:
         fail(error)
     click.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
-    sys.exit(exit_codes.OK if found.kept else exit_codes.CHECK)
+    sys.exit(exit_codes.OK if found.stored else exit_codes.CHECK)
 
 
 #: Packages of the extra `cpu`, which every worker imports.

@@ -1,12 +1,6 @@
-"""embedq-worker quantize.
+"""Work of `embedq-worker quantize`: sample texts, quantize, self-test, compare with fp32, store.
 
-Texts out of a user's file for quantizing: some to calibrate with, others to judge by.
-
-Quantizes a model to int8 with NNCF, and judges the copy before anybody is served by it.
-
-The only file that imports ``nncf``, inside a function: it costs two seconds.
-
-`embedq-worker quantize` from file to report: sample, quantize, prove, judge, keep.
+The only file that imports ``nncf``, inside a function because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -44,52 +38,68 @@ from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.planning import plan_padded
 from embedq_worker.inference.selftest import GOLDEN
+from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
 
-#: Texts for calibration, and for the report; more changed neither (see quantizing.py).
+Vectors = npt.NDArray[np.float32]
+#: Receives lines of progress.
+Progress = Callable[[str], None]
+
+#: Default numbers of texts for calibration and for the report; more change neither.
 CALIBRATION_TEXTS: Final = 300
-
-
 HELD_OUT_TEXTS: Final = 1_000
-
-
-#: Fewest usable texts of a file.
+#: Minimum number of usable texts.
 MIN_TEXTS: Final = 40
-
-
-#: Documents of a file that are looked at; a larger file is cut here, and the user is told.
+#: Maximum number of documents that are read.
 MAX_DOCUMENTS: Final = 1_000_000
-
-
-#: Characters of a text that are kept for each token of the model: more are cut off anyway.
+#: Number of nearest neighbors that are compared.
+NEIGHBORS: Final = 10
+#: Number of most changed texts in the report.
+NAMED: Final = 10
+#: Held-out texts below which the report warns.
+FEW_HELD_OUT: Final = 200
+#: CPU flags of int8 products that are faster than f32.
+FAST_INT8: Final = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+#: Characters per token after which a sampled text is cut; the model truncates it anyway.
 _CHARACTERS_PER_TOKEN: Final = 64
-
-
-#: The choice is the same every time, for the same file.
+#: Fixed, so that the same file gives the same sample.
 _SEED: Final = 20261122
+#: Documents read, and texts embedded, between two lines of progress.
+_DOCUMENTS_PER_LINE, _CHUNK = 50_000, 128
+#: Padded tokens per calibration batch; small, so that padding weighs as in service.
+_BUDGET: Final = 512
 
 
-#: Documents between two reports of progress.
-_TELL_EVERY: Final = 50_000
+def require_nncf() -> None:
+    """Check that NNCF and OpenVINO are installed.
+
+    Raises:
+        SettingsError: one is missing; the message says how to install it.
+    """
+    if importlib.util.find_spec("nncf") is None or importlib.util.find_spec("openvino") is None:
+        raise SettingsError(
+            "Quantizing needs NNCF and OpenVINO, which are not installed. Run: "
+            "pip install 'embedq[quantize]'. Serving the quantized model needs only OpenVINO."
+        )
 
 
 class Line(NamedTuple):
-    """One text and where it is in its file."""
+    """One text and its line in the file."""
 
     number: int
     text: str
 
 
 class Sample(NamedTuple):
-    """What was chosen of a file.
+    """Texts sampled from files.
 
     Attributes:
-        calibration, held_out: disjoint, and no text twice.
-        read: documents that were looked at.
-        complete: the whole file was.
+        calibration, held_out: disjoint, without duplicates.
+        read: number of documents read.
+        complete: whether all documents were read.
     """
 
     calibration: list[Line]
@@ -106,17 +116,18 @@ def sample_texts(
     format: str | None = None,
     calibration: int = CALIBRATION_TEXTS,
     held_out: int = HELD_OUT_TEXTS,
-    tell: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Sample:
-    """Choose texts at random from files, in memory that does not grow with them.
+    """Sample texts from files by reservoir sampling, in bounded memory.
 
     Args:
-        inputs: names and globs of txt, jsonl or csv, or of a .gz of one.
-        max_length: tokens the model takes.
-        text_field: field of the text.
-        format: of every input; default: by its ending.
-        calibration, held_out: how many at most. Of a small file, a quarter is for calibration.
-        tell: gets progress.
+        inputs: names and globs of txt, jsonl or csv files, or .gz of one.
+        max_length: maximum tokens per text of the model.
+        text_field: field that holds the text.
+        format: txt, jsonl or csv; None = by file extension.
+        calibration, held_out: maximum numbers of texts. Of a small file, a quarter of the texts is
+            for calibration.
+        progress: receives lines of progress.
 
     Raises:
         InputError: a file cannot be read, or has too few texts.
@@ -130,12 +141,12 @@ def sample_texts(
         if at > MAX_DOCUMENTS:
             at, complete = MAX_DOCUMENTS, False
             break
-        if at % _TELL_EVERY == 0:
-            tell(f"{at:,} documents read")
+        if at % _DOCUMENTS_PER_LINE == 0:
+            progress(f"{at:,} documents read")
         text = document.text
         if refusal(text) or not isinstance(text, str) or not text.strip():
             continue
-        mark = hash(text)  # a collision loses one text of a million
+        mark = hash(text)  # less memory than the text; a collision loses one text
         if mark in seen:
             continue
         seen.add(mark)
@@ -148,7 +159,7 @@ def sample_texts(
         raise InputError(
             f"{', '.join(inputs)}: {len(chosen):,} different texts that can be embedded, of "
             f"{at:,} documents; quantizing needs at least {MIN_TEXTS}, and {wanted:,} are better. "
-            "Give it a file of texts like those that you will embed."
+            "Use a larger file of texts like those that you will embed."
         )
     rng.shuffle(chosen)
     cut = min(calibration, max(MIN_TEXTS // 4, len(chosen) // 4))
@@ -156,82 +167,49 @@ def sample_texts(
 
 
 def _documents(inputs: Sequence[str], text_field: str, format: str | None) -> Iterator[Document]:
-    # No file has a field of this name, so that every document is named by its line.
+    # No file has a field of this name, so each document gets its line number as id.
     fields = Fields(id="\0", text=text_field)
     return read(expand(inputs), fields=fields, format=format, skip_bad_lines=True)
 
 
-#: Neighbors that are compared.
-NEIGHBORS: Final = 10
-
-
-#: Texts that the report names.
-NAMED: Final = 10
-
-
-#: Padded tokens of one calibration batch; small, so that padding weighs as it does when serving.
-_BUDGET: Final = 512
-
-
-#: Texts embedded between two reports of progress.
-_CHUNK: Final = 128
-
-
-Vectors = npt.NDArray[np.float32]
-
-
-def require_nncf() -> None:
-    """Check that what quantizes is installed.
-
-    Raises:
-        SettingsError: it is not; the message says how to get it.
-    """
-    if importlib.util.find_spec("nncf") is None or importlib.util.find_spec("openvino") is None:
-        raise SettingsError(
-            "Quantizing needs NNCF and OpenVINO, which are not installed. Run: "
-            "pip install 'embedq[quantize]'. Serving the result needs only OpenVINO."
-        )
-
-
 def quantize_graph(
-    model: Model, lines: Sequence[Line], tell: Callable[[str], None] = lambda _: None
+    model: Model, lines: Sequence[Line], progress: Progress = lambda _: None
 ) -> QuantizedModel:
-    """Quantize a model by NNCF's post-training method; its quality is still to be judged.
+    """Quantize a model with NNCF's post-training method.
 
     Args:
-        model: what to quantize.
+        model: model to quantize.
         lines: texts for calibration.
-        tell: gets progress.
+        progress: receives lines of progress.
+
+    Returns:
+        The model with a report that holds no comparison yet.
 
     Raises:
         ModelError: the files of the model are damaged.
-        EngineError: NNCF refuses the graph.
+        EngineError: NNCF rejects the graph.
     """
-    # NNCF tells Google Analytics as OpenVINO does; engines/openvino.py keeps both from it.
-    import nncf
-
     from embedq_worker.engines.openvino_runtime import CPU, Runtime, pack_ir
+
+    graph = Runtime(CPU).read(build_graph(model))
+    import nncf  # after openvino_runtime, which disables the telemetry of OpenVINO and NNCF
 
     nncf.set_log_level(logging.ERROR)
     method = f"NNCF {version('nncf')}"
-    # The golden texts are among them for the shortest: calibrated with prose alone, the empty text
-    # came out at cosine 0.90 and "hi" at 0.97 (measured 2026-11-22).
+    # The golden texts add very short ones: calibrated with prose alone, these lose accuracy.
     texts = [*(line.text for line in lines), *GOLDEN]
-    graph = Runtime(CPU).read(build_graph(model))
     feeds = [_feed(batch) for batch in _batches(model, texts)]
-    tell(f"quantizing with {method}: {len(feeds):,} inferences for statistics, and then biases")
+    progress(f"quantizing with {method}: {len(feeds):,} inferences for calibration")
     try:
-        with redirect_stdout(sys.stderr):  # it shows its progress where results belong
+        with redirect_stdout(sys.stderr):  # NNCF prints its progress to stdout
             made = nncf.quantize(
                 graph,
                 nncf.Dataset(feeds),
                 subset_size=len(feeds),
-                # Keeps its smoothing and signed products: cosine mean 0.998 and overlap 0.947 on
-                # 400 docstrings, against 0.994 and 0.902 without smoothing, and 0.991 and 0.893
-                # with an alpha of 0.5 for it (bf16 between the products, measured 2026-11-22).
+                # With smooth quantization, which preserves more neighbors than without.
                 model_type=nncf.ModelType.TRANSFORMER,
             )
-    except Exception as error:  # NNCF's own classes have no common parent
+    except Exception as error:  # NNCF's errors have no common base class
         reason = f"NNCF cannot quantize {model.label}: {type(error).__name__}: {error}"
         raise EngineError(reason, FailureReason.COMPILE_REFUSED) from error
     name = calibration_digest(texts, method)
@@ -240,10 +218,15 @@ def quantize_graph(
     )
 
 
-def compare(found: Vectors, trusted: Vectors, lines: Sequence[int]) -> dict[str, Any]:
-    """Compare vectors, unit float32 [n, D] both; see Quality for what comes back."""
-    cosines = (found * trusted).sum(axis=1)
-    overlaps = _overlaps(found, trusted)
+def compare(vectors: Vectors, reference: Vectors, lines: Sequence[int]) -> dict[str, Any]:
+    """Compare vectors with a reference and return fields of a QuantizationReport.
+
+    Args:
+        vectors, reference: unit length, float32 [n, D].
+        lines: line number of each text, [n].
+    """
+    cosines = (vectors * reference).sum(axis=1)
+    overlaps = _overlaps(vectors, reference)
     worst = np.lexsort((cosines, overlaps))[:NAMED]
     return {
         "held_out_texts": len(lines),
@@ -257,29 +240,29 @@ def compare(found: Vectors, trusted: Vectors, lines: Sequence[int]) -> dict[str,
 
 
 def embed_lines(
-    embedder: Embedder, model: Model, lines: Sequence[Line], tell: Callable[[str], None]
+    embedder: Embedder, model: Model, lines: Sequence[Line], progress: Progress
 ) -> Vectors:
-    """Embed texts as a job would, unit float32 [n, D].
+    """Embed texts and return unit-length vectors, float32 [n, D].
 
     Raises:
-        EngineError: the engine fails.
+        EngineError: the engine failed.
     """
     spec = VectorSpec(model.identity, model.dim, model.max_length)
     parts: list[Vectors] = []
     for at in range(0, len(lines), _CHUNK):
         texts = [line.text for line in lines[at : at + _CHUNK]]
         parts.append(embedder.embed(EmbedBatch("quantize", 0, texts, spec))[0])
-        tell(f"{at + len(texts):,} of {len(lines):,} held-out texts embedded")
+        progress(f"{at + len(texts):,} of {len(lines):,} held-out texts embedded")
     vectors = np.concatenate(parts)
     unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
 
 
-def _overlaps(found: Vectors, trusted: Vectors) -> npt.NDArray[np.float64]:
-    """Return the share of its nearest neighbors that each text keeps, [n]."""
-    count = min(NEIGHBORS, len(found) - 1)
-    both = zip(_neighbors(found, count), _neighbors(trusted, count), strict=True)
-    return np.array([len(set(now) & set(before)) / count for now, before in both])
+def _overlaps(vectors: Vectors, reference: Vectors) -> npt.NDArray[np.float64]:
+    # Share of common nearest neighbors per text, [n].
+    count = min(NEIGHBORS, len(vectors) - 1)
+    both = zip(_neighbors(vectors, count), _neighbors(reference, count), strict=True)
+    return np.array([len(set(one) & set(other)) / count for one, other in both])
 
 
 def _neighbors(vectors: Vectors, count: int) -> list[list[int]]:
@@ -301,38 +284,32 @@ def _feed(batch: TokenBatch) -> dict[str, Any]:
     return {name: getattr(batch, name) for name in names}
 
 
-#: Flags of a CPU that multiplies in int8 faster than in f32.
-FAST_INT8: Final = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
-
-
-Tell = Callable[[str], None]
-
-
-class Wanted(NamedTuple):
-    """What a person asked for.
+class QuantizeOptions(NamedTuple):
+    """Options of the command.
 
     Attributes:
-        inputs, text_field, format: the file and how it is read.
-        texts: most texts for calibration.
-        min_overlap: smallest top-10 overlap with which the copy is kept.
+        inputs, text_field, format: files and how to read them, as in sample_texts.
+        texts: maximum number of calibration texts.
+        min_overlap: smallest top-10 overlap with which the quantized model is stored.
     """
 
     inputs: tuple[str, ...]
     text_field: str = "text"
     format: str | None = None
-    texts: int = 300
+    texts: int = CALIBRATION_TEXTS
     min_overlap: float = 0.9
 
 
 class Result(NamedTuple):
-    """What came of it.
+    """Result of the command.
 
     Attributes:
-        model, name: of what was quantized, and of the copy.
-        quality: the report.
-        folder: where it is kept.
-        problem: why it is not; empty if it is.
-        warnings: what the user should know.
+        model: label of the model.
+        name: name of the quantized model.
+        report: comparison with fp32.
+        folder: where quantized models are stored.
+        problem: why the quantized model is not stored; empty if it is.
+        warnings: sentences for the user.
     """
 
     model: str
@@ -343,108 +320,100 @@ class Result(NamedTuple):
     warnings: tuple[str, ...]
 
     @property
-    def kept(self) -> bool:
-        """Whether workers will serve it."""
+    def stored(self) -> bool:
+        """Whether the quantized model is stored."""
         return not self.problem
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        shown = {**self._asdict(), "report": self.report.as_dict(), "folder": str(self.folder)}
-        return {**shown, "kept": self.kept}
+        return {
+            **self._asdict(),
+            "report": self.report.as_dict(),
+            "folder": str(self.folder),
+            "stored": self.stored,
+        }
 
     def lines(self) -> Iterator[str]:
-        """Yield the result for people."""
-        yield f"{self.model}, quantized copy {self.name}"
+        """Yield the result as lines of text."""
+        yield f"{self.model}, quantized model {self.name}"
         yield self.report.summary()
         yield "The texts that changed most:"
         for line, cosine, overlap in self.report.changed:
-            yield f"  line {line:,}: cosine {cosine:.4f}, {overlap:.0%} of its neighbors stayed"
+            yield f"  line {line:,}: cosine {cosine:.4f}, {overlap:.0%} of its neighbors unchanged"
         yield from self.warnings
         if self.problem:
-            yield f"Not kept: {self.problem}"
+            yield f"Not stored: {self.problem}"
         else:
-            yield f"Kept in {self.folder}. Start the worker again to serve jobs of class int8."
+            yield f"Stored in {self.folder}. Restart the worker to serve accuracy class int8."
 
 
-def run(settings: WorkerSettings, wanted: Wanted, tell: Tell) -> Result:
-    """Quantize the model of a worker.
+def run(settings: WorkerSettings, options: QuantizeOptions, progress: Progress) -> Result:
+    """Quantize the model of a worker, compare it with fp32 and store it.
 
     Raises:
-        InputError: the file cannot be read, or has too few texts.
-        SettingsError: the cache cannot be written, or there is no model.
-        ModelError, EngineError: an engine cannot be opened or proven.
+        InputError: a file cannot be read, or has too few texts.
+        SettingsError: the cache folder cannot be written, or there is no model.
+        ModelError, EngineError: an engine cannot be opened or fails its self-test.
     """
     model = find_model(settings)
     if model is None:
         raise SettingsError("The stub has no model to quantize. Unset EMBEDQ_DEVICE.")
     store = QuantizedModelStore(settings.cache_dir, model)
     if store.error:
-        raise SettingsError(f"A quantized model cannot be kept: {store.error}.")
+        raise SettingsError(f"A quantized model cannot be stored. {store.error}")
     sample = sample_texts(
-        wanted.inputs,
+        options.inputs,
         model.max_length,
-        text_field=wanted.text_field,
-        format=wanted.format,
-        calibration=wanted.texts,
-        tell=tell,
+        text_field=options.text_field,
+        format=options.format,
+        calibration=options.texts,
+        progress=progress,
     )
-    tell(
+    progress(
         f"{sample.read:,} documents read, {len(sample.calibration):,} texts for calibration, "
         f"{len(sample.held_out):,} held out"
     )
-    return _quantize(settings, wanted, model, store, sample, tell)
-
-
-def _quantize(
-    settings: WorkerSettings,
-    wanted: Wanted,
-    model: Model,
-    store: QuantizedModelStore,
-    sample: Sample,
-    tell: Tell,
-) -> Result:
     opener = EngineOpener(settings, model)
-    made = quantize_graph(model, sample.calibration, tell)
-    proven = opener.open_int8(made)
-    try:
-        tell("comparing with fp32")
-        found = embed_lines(proven.embedder, model, sample.held_out, tell)
-    finally:
-        proven.close()
-    exact = opener.open_cpu(Accuracy.EXACT)
-    try:
-        trusted = embed_lines(exact.embedder, model, sample.held_out, tell)
-    finally:
-        exact.close()
-    figures = compare(found, trusted, [line.number for line in sample.held_out])
-    quality = replace(made.report, **figures)
+    quantized = quantize_graph(model, sample.calibration, progress)
+    progress("comparing with fp32")
+    vectors = _embed(opener.open_int8(quantized), model, sample.held_out, progress)
+    reference = _embed(opener.open_cpu(Accuracy.EXACT), model, sample.held_out, progress)
+    figures = compare(vectors, reference, [line.number for line in sample.held_out])
+    report = replace(quantized.report, **figures)
     problem = ""
-    if quality.overlap < wanted.min_overlap:
+    if report.overlap < options.min_overlap:
         problem = (
-            f"the top-10 overlap is {quality.overlap:.3f}, and --min-overlap asks for "
-            f"{wanted.min_overlap}. Give it texts more like those that you will embed, or more of "
-            "them (--texts), or accept less."
+            f"the top-10 overlap is {report.overlap:.3f}, and --min-overlap is "
+            f"{options.min_overlap}. Use texts more like those that you will embed, raise --texts, "
+            "or lower --min-overlap."
         )
-    elif not store.keep(made.name, made.graph, quality):
-        problem = "the cache could not be written; the log says why."
-    return Result(
-        model.label,
-        made.name[:NAME_LENGTH],
-        quality,
-        store.folder,
-        problem,
-        tuple(_warnings(sample)),
-    )
+    elif not store.keep(quantized.name, quantized.graph, report):
+        problem = "the cache folder cannot be written; the log says why."
+    name = quantized.name[:NAME_LENGTH]
+    warnings = tuple(_warnings(sample))
+    return Result(model.label, name, report, store.folder, problem, warnings)
+
+
+def _embed(
+    opened: VerifiedEngine, model: Model, lines: Sequence[Line], progress: Progress
+) -> Vectors:
+    try:
+        return embed_lines(opened.embedder, model, lines, progress)
+    finally:
+        opened.close()
 
 
 def _warnings(sample: Sample) -> Iterator[str]:
     if not sample.complete:
-        yield f"Only the first {sample.read:,} documents were looked at."
-    if len(sample.held_out) < 200:
-        yield f"{len(sample.held_out)} held-out texts say little; a larger file says more."
+        yield f"Only the first {sample.read:,} documents were read."
+    if len(sample.held_out) < FEW_HELD_OUT:
+        yield (
+            f"The report has only {len(sample.held_out)} held-out texts; use a larger file for a "
+            "better one."
+        )
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
         return
     if not any(flag in flags for flag in FAST_INT8):
-        yield "This CPU has no int8 products (VNNI or AMX): int8 will hardly be faster than f32."
+        yield "This CPU has neither VNNI nor AMX: int8 is hardly faster than f32."
