@@ -126,7 +126,7 @@ class Npu(LoggedWorker):
             state = self._state.read()
             if state is not None:
                 with suppress(ProcessLookupError):
-                    os.kill(state.pid, signal.SIGKILL)
+                    os.kill(state.pool_pid, signal.SIGKILL)
 
     def clear_fault(self) -> None:
         """Remove the fault; where no probe would be made, ask for one as an operator does."""

@@ -105,11 +105,11 @@ class Worker:
     def pool_pid(self) -> int:
         """Return the process id of the running pool process, or 0."""
         state = StatusFile(self._runtime_dir, self.name).read()
-        if state is None or not state.pid:
+        if state is None or not state.pool_pid:
             return 0
         with suppress(OSError):
-            fields = Path(f"/proc/{state.pid}/stat").read_text().rpartition(")")[2].split()
-            return state.pid if int(fields[1]) == self._process.pid else 0
+            fields = Path(f"/proc/{state.pool_pid}/stat").read_text().rpartition(")")[2].split()
+            return state.pool_pid if int(fields[1]) == self._process.pid else 0
         return 0
 
     def is_serving(self) -> bool:

@@ -72,7 +72,7 @@ class WorkerProcess:
     def pool_pid(self) -> int:
         """Return the process id of the pool process from its status file, or 0."""
         state = StatusFile(self.runtime_dir, self.name).read()
-        return state.pid if state is not None else 0
+        return state.pool_pid if state is not None else 0
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
