@@ -1,4 +1,4 @@
-"""Every engine, the same questions. A new engine joins by adding its name to TOLERANCES."""
+"""Tests that every engine must pass. A new engine is added by its name in TOLERANCES."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from embedq_worker.model.resolve import Model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]
 
-#: Each subject with the largest difference of a component between a text alone and in company.
+#: Maximum difference of a component between a text embedded alone and with other texts.
 TOLERANCES = {
     "stub": 0.0,
     "onnxruntime": 1e-5,
@@ -41,12 +41,12 @@ TOLERANCES = {
     "npuw": 2e-2,
     "shim": 2e-3,
 }
-STANDINS = ("alias", "npuw", "shim")
+EMULATED_NPUS = ("alias", "npuw", "shim")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine with the tokenizer of its model, and how it takes texts."""
+    """An engine under test, the tokenizer of its model and its row format."""
 
     engine: Engine
     tokenizer: AnyTokenizer
@@ -55,14 +55,14 @@ class Subject:
     form: RowSpec
 
     def embedder(self, token_budget: int = 64) -> Embedder:
-        """Make an embedder with small token batches and chunks."""
+        """Return an embedder with small token batches and chunks."""
         pace = ChunkSchedule(16, 1, 16, 16)
         return Embedder(
             self.tokenizer, self.engine, token_budget=token_budget, pace=pace, form=self.form
         )
 
     def token_batches(self, texts: list[str], size: int) -> list[TokenBatch]:
-        """Group texts as this engine takes them, in groups of this size if it is free to choose."""
+        """Group texts as this engine requires, or in groups of `size` texts."""
         tokens, pad_id = self.tokenizer.tokenize(texts), self.tokenizer.pad_id
         if self.form.is_static:
             plan = plan_rows(tokens.lengths, self.form)
@@ -72,7 +72,7 @@ class Subject:
 
 
 def open_bf16(model: Model) -> Engine:
-    """Open OpenVINO in bf16, or skip where the CPU has none."""
+    """Open OpenVINO in bf16, or skip on a CPU without it."""
     try:
         return open_engine("openvino", model, 2, Precision.BF16)
     except CompileFailed as error:
@@ -80,8 +80,8 @@ def open_bf16(model: Model) -> Engine:
 
 
 def open_subject(name: str, model: Model, folder: Path) -> Engine:
-    """Open an engine by the name of a subject, or skip and say why."""
-    if name in STANDINS:
+    """Open an engine by its name in TOLERANCES, or skip with the reason."""
+    if name in EMULATED_NPUS:
         return RemoteEngine(EngineProcess(), target_of(name), model, folder / "cache")
     if name == "openvino bf16":
         return open_bf16(model)
@@ -92,7 +92,7 @@ def open_subject(name: str, model: Model, folder: Path) -> Engine:
 def subject(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Subject]:
-    """Each engine with a tiny model; the stub with none."""
+    """Open each engine with a tiny model, the stub without one."""
     name = str(request.param)
     folder = tmp_path_factory.mktemp("subject")
     model = None if name == "stub" else tiny_model(folder)
@@ -107,7 +107,6 @@ def subject(
 
 
 def embed(subject: Subject, texts: list[str], token_budget: int = 64) -> Vectors:
-    """Embed texts as a worker would."""
     spec = VectorSpec("0" * 64, subject.engine.dim, subject.tokenizer.max_length)
     embedder = subject.embedder(token_budget)
     try:
@@ -116,8 +115,7 @@ def embed(subject: Subject, texts: list[str], token_budget: int = 64) -> Vectors
         embedder.close()
 
 
-def test_engine_describes_itself(subject: Subject) -> None:
-    """Name, device, precision, dimension and concurrency are words and numbers of the contract."""
+def test_engine_has_name_device_precision_dim_and_concurrency(subject: Subject) -> None:
     engine = subject.engine
 
     assert engine.name in ENGINES
@@ -127,8 +125,7 @@ def test_engine_describes_itself(subject: Subject) -> None:
     assert engine.concurrency > 0
 
 
-def test_vectors_have_shape_and_length(subject: Subject) -> None:
-    """A token batch gives float32 [B, S, D]; each text in it has a vector of unit length."""
+def test_vectors_have_the_shape_of_the_batch_and_unit_length(subject: Subject) -> None:
     for batch in subject.token_batches(TEXTS[:5], 5):
         vectors = subject.engine.infer(batch)
 
@@ -138,27 +135,24 @@ def test_vectors_have_shape_and_length(subject: Subject) -> None:
         assert np.abs(lengths - 1).max() < 1e-5
 
 
-def test_same_batch_gives_the_same_bytes(subject: Subject) -> None:
-    """Vectors are reproducible to the bit, whatever the threads did."""
+def test_repeated_batch_is_bit_identical(subject: Subject) -> None:
     first = embed(subject, TEXTS)
 
     for _ in range(3):
         assert embed(subject, TEXTS).tobytes() == first.tobytes()
 
 
-def test_company_does_not_change_a_vector(subject: Subject) -> None:
-    """A text has the same vector alone, among others, and in token batches of another size."""
-    together = embed(subject, TEXTS)
+def test_vector_is_independent_of_the_other_texts(subject: Subject) -> None:
+    among_others = embed(subject, TEXTS)
 
     wide = embed(subject, TEXTS, token_budget=1024)
     alone = np.concatenate([embed(subject, [text]) for text in TEXTS[:10]])
 
-    assert np.abs(wide - together).max() <= subject.tolerance
-    assert np.abs(alone - together[:10]).max() <= subject.tolerance
+    assert np.abs(wide - among_others).max() <= subject.tolerance
+    assert np.abs(alone - among_others[:10]).max() <= subject.tolerance
 
 
-def test_order_of_texts_is_kept(subject: Subject) -> None:
-    """Texts in reverse give vectors in reverse."""
+def test_reversed_texts_give_reversed_vectors(subject: Subject) -> None:
     forward = embed(subject, TEXTS)
 
     backward = embed(subject, TEXTS[::-1])
@@ -166,8 +160,7 @@ def test_order_of_texts_is_kept(subject: Subject) -> None:
     assert np.abs(backward[::-1] - forward).max() <= subject.tolerance
 
 
-def test_many_threads_may_infer(subject: Subject) -> None:
-    """Callers at once, more than the engine asked for, each get their own vectors."""
+def test_concurrent_callers_get_their_own_vectors(subject: Subject) -> None:
     batches = subject.token_batches(TEXTS, 6)
     expected = [subject.engine.infer(batch).tobytes() for batch in batches]
 
@@ -177,15 +170,13 @@ def test_many_threads_may_infer(subject: Subject) -> None:
     assert found == expected * 3
 
 
-def test_empty_and_longest_text_are_served(subject: Subject) -> None:
-    """A text without words and one beyond the limit both have a finite vector of unit length."""
+def test_empty_and_too_long_text_have_vectors_of_unit_length(subject: Subject) -> None:
     vectors = embed(subject, ["", " ".join(WORDS) * 100])
 
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-5
 
 
 def test_engine_passes_the_self_test(subject: Subject) -> None:
-    """What proves an engine before it serves accepts this one."""
     embedder = subject.embedder(token_budget=512)
     report = selftest.run(embedder, subject.model)
     embedder.close()
@@ -193,8 +184,7 @@ def test_engine_passes_the_self_test(subject: Subject) -> None:
     assert report.passed, report.reason
 
 
-def test_vectors_agree_with_the_reference(subject: Subject) -> None:
-    """Against onnxruntime in fp32, padded: 2e-5 in f32, cosine 0.999 in 16 bits."""
+def test_vectors_agree_with_padded_onnxruntime_in_f32(subject: Subject) -> None:
     if subject.model is None:
         pytest.skip("the stub has no reference; its own tests compare it with the producer's")
     trusted = open_engine("onnxruntime", subject.model, 2)
@@ -210,12 +200,10 @@ def test_vectors_agree_with_the_reference(subject: Subject) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino f32", "onnxruntime packed"])
-def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
-    """Components and sums that FastEmbed and fastembed-rs publish for all-MiniLM-L6-v2.
-
-    Sources: FastEmbed tests/test_text_onnx_embeddings.py (1e-3), fastembed-rs
-    tests/text-embeddings.rs (1e-2). Ours agree far better, so the limits here are tighter.
-    """
+def test_engine_returns_published_vectors(name: str, tmp_path: Path) -> None:
+    """Components and sums that FastEmbed and fastembed-rs publish for all-MiniLM-L6-v2."""
+    # Sources: FastEmbed tests/test_text_onnx_embeddings.py (tolerance 1e-3) and fastembed-rs
+    # tests/text-embeddings.rs (1e-2). The limits here are tighter.
     sums = {
         "Hello, World!": 0.59605527,
         "This is an example passage.": 0.36542925,
@@ -238,8 +226,7 @@ def test_engine_gives_published_vectors(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("form", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.format)
-def test_packed_rows_agree_with_padded_ones_on_prose(form: RowSpec) -> None:
-    """24 docstrings that share rows: 2e-5 in f32 by either runtime, cosine 0.999 in bf16."""
+def test_packed_rows_agree_with_padded_rows(form: RowSpec) -> None:
     texts = [doc for each in vars(builtins).values() if (doc := each.__doc__)][:24]
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
@@ -259,8 +246,7 @@ def test_packed_rows_agree_with_padded_ones_on_prose(form: RowSpec) -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_closed_engine_says_so(name: str, tmp_path: Path) -> None:
-    """A closed engine raises an error of ours, not a crash."""
+def test_closed_engine_raises_infer_failed(name: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     engine = open_engine(name, model, threads=1)
     tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["the queue"])
@@ -271,10 +257,7 @@ def test_closed_engine_says_so(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_file_written_over_changes_no_vector(name: str, tmp_path: Path) -> None:
-    """A copy over the model of a worker that serves is none of its business until it starts
-    again.
-    """
+def test_overwritten_model_file_does_not_change_an_open_engine(name: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["the queue"])
     batch = build_padded(tokens, [0], 0)
@@ -289,8 +272,7 @@ def test_file_written_over_changes_no_vector(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_engines_of_a_model_share_its_weights(name: str, tmp_path: Path) -> None:
-    """The second of two that are open at once reads no file; the first after them does."""
+def test_open_engines_of_a_model_share_its_weights(name: str, tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     first = open_engine(name, model, threads=1)
     model.weights.unlink()
@@ -301,15 +283,18 @@ def test_engines_of_a_model_share_its_weights(name: str, tmp_path: Path) -> None
         open_engine(name, model, threads=1)
 
 
-def test_bf16_is_refused_where_it_would_be_emulated(
+def test_bf16_is_refused_on_a_cpu_without_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenVINO takes the hint on every CPU with AVX-512; what the CPU can do it says elsewhere."""
+    # OpenVINO accepts the bf16 hint on every CPU with AVX-512 and emulates it if the CPU lacks
+    # bf16.
     pytest.importorskip("openvino")
     from embedq_worker.engines.openvino_runtime import Runtime
 
-    told = Runtime.get
-    monkeypatch.setattr(Runtime, "get", lambda self, name: told(self, name).replace("BF16", ""))
+    runtime_get = Runtime.get
+    monkeypatch.setattr(
+        Runtime, "get", lambda self, name: runtime_get(self, name).replace("BF16", "")
+    )
 
     with pytest.raises(CompileFailed, match="This CPU has no bf16"):
         open_engine("openvino", tiny_model(tmp_path), 2, Precision.BF16)

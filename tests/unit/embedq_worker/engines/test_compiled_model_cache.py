@@ -1,4 +1,4 @@
-"""A compiled model is used only if nothing about it has changed and nobody else could write it."""
+"""Tests of the cache of compiled models and of the checks before a blob is used."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ CONTENT = np.arange(5000, dtype=np.uint8)
 
 @pytest.fixture
 def store(tmp_path: Path) -> CompiledModelCache:
-    """An empty store."""
     return CompiledModelCache(tmp_path / "cache", MODEL)
 
 
-def test_stored_blob_comes_back(store: CompiledModelCache) -> None:
-    """The same bytes, from a folder that only this user may enter."""
+def test_stored_blob_is_loaded_from_a_private_folder(store: CompiledModelCache) -> None:
     assert store.load(KEY) is None
 
     assert store.store(KEY, CONTENT)
@@ -49,17 +47,15 @@ def test_stored_blob_comes_back(store: CompiledModelCache) -> None:
         replace(KEY, request={**KEY.request, "graph": "2"}),
     ],
 )
-def test_blob_of_another_driver_or_shape_is_not_found(
+def test_blob_of_another_version_or_shape_is_not_found(
     store: CompiledModelCache, other: CacheKey
 ) -> None:
-    """Whatever a compiled model depends on is part of its name."""
     store.store(KEY, CONTENT)
 
     assert store.load(other) is None
 
 
-def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: CompiledModelCache) -> None:
-    """The same question with other versions is stale; other questions stay."""
+def test_new_blob_replaces_blobs_of_other_versions_only(store: CompiledModelCache) -> None:
     wide = replace(KEY, request={**KEY.request, "shapes": "[1, 512]"})
     updated = replace(KEY, environment={**KEY.environment, "driver": "8"})
     store.store(KEY, CONTENT)
@@ -72,13 +68,12 @@ def test_blob_of_an_older_driver_goes_when_a_new_one_comes(store: CompiledModelC
     assert store.load(updated) is not None
 
 
-def test_half_written_blob_of_a_killed_process_goes_in_the_end(store: CompiledModelCache) -> None:
-    """Each is as large as a model; one that somebody writes just now is left alone."""
-    abandoned, begun = store.folder / "new-a", store.folder / "new-b"
-    for folder in (abandoned, begun):
+def test_old_unfinished_blob_is_removed_and_a_recent_one_is_not(store: CompiledModelCache) -> None:
+    stale, recent = store.folder / "new-a", store.folder / "new-b"
+    for folder in (stale, recent):
         folder.mkdir()
         (folder / BLOB).write_bytes(CONTENT.tobytes())
-    os.utime(abandoned, (1e9, 1e9))
+    os.utime(stale, (1e9, 1e9))
 
     store.store(KEY, CONTENT)
 
@@ -86,51 +81,55 @@ def test_half_written_blob_of_a_killed_process_goes_in_the_end(store: CompiledMo
 
 
 def truncate(folder: Path) -> None:
-    """Cut the blob short."""
     os.truncate(folder / BLOB, 100)
 
 
-def flip(folder: Path) -> None:
-    """Change a byte, and nothing else."""
+def flip_byte(folder: Path) -> None:
     with (folder / BLOB).open("r+b") as file:
         file.seek(17)
         file.write(b"\xff")
 
 
-def open_up(folder: Path) -> None:
-    """Let everybody write the blob."""
+def make_world_writable(folder: Path) -> None:
     (folder / BLOB).chmod(0o666)
 
 
-def link(folder: Path) -> None:
-    """Put a link in the place of the blob."""
+def replace_by_link(folder: Path) -> None:
     elsewhere = folder.parent / "elsewhere"
     (folder / BLOB).rename(elsewhere)
     (folder / BLOB).symlink_to(elsewhere)
 
 
-def scribble(folder: Path) -> None:
-    """Make the description unreadable."""
+def damage_description(folder: Path) -> None:
     (folder / META).write_text("{")
 
 
-def rename(folder: Path) -> None:
-    """Pass a blob off as one for another driver."""
+def change_driver_version(folder: Path) -> None:
+    """Make the description name another driver version."""
     meta = json.loads((folder / META).read_text())
     meta["versions"]["driver"] = "6"
     (folder / META).write_text(json.dumps(meta))
 
 
-def empty(folder: Path) -> None:
-    """Lose the blob, as after a crash of the machine."""
+def remove_blob(folder: Path) -> None:
     (folder / BLOB).unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, open_up, link, scribble, rename, empty])
-def test_damaged_or_foreign_blob_is_refused(
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip_byte,
+        make_world_writable,
+        replace_by_link,
+        damage_description,
+        change_driver_version,
+        remove_blob,
+    ],
+)
+def test_untrusted_blob_is_reported_and_replaced(
     store: CompiledModelCache, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is named in the log, and a new one takes its place."""
     store.store(KEY, CONTENT)
     assert store.load(KEY) is not None
     damage(store.folder / KEY.folder)
@@ -141,10 +140,9 @@ def test_damaged_or_foreign_blob_is_refused(
     assert store.load(KEY) is not None
 
 
-def test_folder_of_another_user_is_not_used(
+def test_cache_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is read from it or written to it, and serving goes on without."""
     CompiledModelCache(tmp_path / "cache", MODEL).store(KEY, CONTENT)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
 
@@ -156,8 +154,7 @@ def test_folder_of_another_user_is_not_used(
     assert "cache_unusable" in caplog.text
 
 
-def test_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
-    """A blob is code: a folder where anybody may put one is no cache."""
+def test_world_writable_cache_folder_is_not_used(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     (cache / "compiled").mkdir(parents=True)
     (cache / "compiled").chmod(0o777)
@@ -165,8 +162,7 @@ def test_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
     assert "chmod 700" in CompiledModelCache(cache, MODEL).error
 
 
-def test_unwritable_folder_is_told(tmp_path: Path) -> None:
-    """A file where the folder should be, as good as a read-only disk: told, not raised."""
+def test_unusable_cache_folder_is_reported_without_an_exception(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
 
     store = CompiledModelCache(tmp_path / "cache", MODEL)
@@ -176,11 +172,9 @@ def test_unwritable_folder_is_told(tmp_path: Path) -> None:
         assert not store.store(KEY, CONTENT)
 
 
-def test_full_disk_leaves_no_half_of_a_blob(
+def test_full_disk_leaves_no_partial_blob(
     store: CompiledModelCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A blob that does not fit is not kept, and what was written of it is removed."""
-
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -192,21 +186,20 @@ def test_full_disk_leaves_no_half_of_a_blob(
     assert list(store.folder.iterdir()) == []
 
 
-def test_lock_makes_the_second_wait(store: CompiledModelCache) -> None:
-    """Who comes second gets the lock when the first is done."""
+def test_lock_blocks_a_second_caller(store: CompiledModelCache) -> None:
     order: list[str] = []
-    inside, leave = threading.Event(), threading.Event()
+    locked, release = threading.Event(), threading.Event()
 
     def first() -> None:
         with store.lock(KEY, 5.0):
-            inside.set()
-            leave.wait(5)
+            locked.set()
+            release.wait(5)
             order.append("first")
 
     holder = threading.Thread(target=first)
     holder.start()
-    inside.wait(5)
-    threading.Timer(0.1, leave.set).start()
+    locked.wait(5)
+    threading.Timer(0.1, release.set).start()
     with store.lock(KEY, 5.0):
         order.append("second")
     holder.join()
@@ -214,8 +207,7 @@ def test_lock_makes_the_second_wait(store: CompiledModelCache) -> None:
     assert order == ["first", "second"]
 
 
-def test_lock_that_is_never_given_back_has_a_deadline(store: CompiledModelCache) -> None:
-    """A compiler that hangs elsewhere is a CompileFailed here, not a hang."""
+def test_wait_for_a_lock_ends_at_its_deadline(store: CompiledModelCache) -> None:
     with (
         store.lock(KEY, 1.0),
         pytest.raises(CompileFailed) as caught,

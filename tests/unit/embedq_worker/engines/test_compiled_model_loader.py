@@ -1,4 +1,4 @@
-"""Compiled models come from the cache or from a child; what is in doubt is compiled again."""
+"""Tests of loading compiled models from the cache or the compiler process."""
 
 from __future__ import annotations
 
@@ -34,37 +34,35 @@ SEGFAULT = (
 )
 
 
-class Compiler:
-    """Compiles the graph here, as a child would, and counts how often."""
+class CountingCompiler:
+    """Compiles the graph in this process and counts the calls."""
 
     def __init__(self, model: Model) -> None:
-        self.asked = 0
+        self.calls = 0
         self._graph = bert.build_graph(model)
 
     def __call__(self, job: CompileRequest, deadline_s: float) -> Bytes:
-        self.asked += 1
+        self.calls += 1
         blob = Runtime(CPU).compile(self._graph, job.properties, job.shapes).export()
         return np.frombuffer(bytearray(blob), np.uint8)
 
 
 def loader(model: Model, cache: Path, compiler: loading.Compile) -> CompiledModelLoader:
-    """Make a loader for the CPU, which is a device of its own name."""
+    """Return a loader for OpenVINO's CPU device."""
     return CompiledModelLoader(Runtime(CPU), model, {}, cache, compiler)
 
 
 def test_model_is_compiled_once(model: Model, tmp_path: Path) -> None:
-    """The second load imports what the first one kept."""
-    compiler = Compiler(model)
+    compiler = CountingCompiler(model)
 
     for _ in range(2):
         loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
 
-    assert compiler.asked == 1
+    assert compiler.calls == 1
 
 
-def test_blob_that_the_plugin_refuses_is_compiled_again(model: Model, tmp_path: Path) -> None:
-    """As after an update of a driver that does not change its version: discarded, made anew."""
-    compiler = Compiler(model)
+def test_blob_refused_by_the_plugin_is_compiled_again(model: Model, tmp_path: Path) -> None:
+    compiler = CountingCompiler(model)
     opened = loader(model, tmp_path, compiler)
     garbage = np.arange(10_000, dtype=np.uint8)
     opened.store.store(opened._key(SHAPES), garbage)
@@ -72,31 +70,29 @@ def test_blob_that_the_plugin_refuses_is_compiled_again(model: Model, tmp_path: 
     opened.load(SHAPES, 10.0).create_request()
     loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
 
-    assert compiler.asked == 1
+    assert compiler.calls == 1
 
 
 @pytest.mark.parametrize("result", ["DEVICE_LOST", "OUT_OF_DEVICE_MEMORY"])
-def test_device_that_is_gone_costs_no_blob(
+def test_device_error_during_import_does_not_delete_the_blob(
     result: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says nothing about what it was to import, and could not compile anything else."""
-    compiler = Compiler(model)
+    compiler = CountingCompiler(model)
     loader(model, tmp_path, compiler).load(SHAPES, 10.0)
 
-    def gone(*_: object) -> None:
+    def raise_device_error(*_: object) -> None:
         raise compile_failed(f"L0 pfnCreate2 result: ZE_RESULT_ERROR_{result}", "Importing")
 
     with monkeypatch.context() as patched, pytest.raises(CompileFailed, match=result):
-        patched.setattr(Runtime, "import_blob", gone)
+        patched.setattr(Runtime, "import_blob", raise_device_error)
         loader(model, tmp_path, compiler).load(SHAPES, 10.0)
     loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
 
-    assert compiler.asked == 1
+    assert compiler.calls == 1
 
 
 def test_truncated_blob_is_compiled_again(model: Model, tmp_path: Path) -> None:
-    """Half a file is not trusted."""
-    compiler = Compiler(model)
+    compiler = CountingCompiler(model)
     opened = loader(model, tmp_path, compiler)
     opened.load(SHAPES, 10.0)
     (path,) = opened.store.folder.glob("*/model.blob")
@@ -105,35 +101,32 @@ def test_truncated_blob_is_compiled_again(model: Model, tmp_path: Path) -> None:
 
     loader(model, tmp_path, compiler).load(SHAPES, 10.0).create_request()
 
-    assert compiler.asked == 2
+    assert compiler.calls == 2
 
 
-def test_cache_that_is_not_ours_does_not_stop_a_worker(model: Model, tmp_path: Path) -> None:
-    """Without a usable folder the model is compiled at each start, and serves."""
+def test_unusable_cache_folder_means_a_compile_per_load(model: Model, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
-    compiler = Compiler(model)
+    compiler = CountingCompiler(model)
 
     for _ in range(2):
         loader(model, tmp_path / "cache", compiler).load(SHAPES, 10.0).create_request()
 
-    assert compiler.asked == 2
+    assert compiler.calls == 2
 
 
-def test_crashed_compiler_leaves_nothing_behind(model: Model, tmp_path: Path) -> None:
-    """A segfault in the child is an error here, keeps no blob, and holds no lock."""
+def test_crashed_compiler_leaves_neither_blob_nor_lock(model: Model, tmp_path: Path) -> None:
     crash = functools.partial(compile_in_child, command=[sys.executable, "-c", SEGFAULT])
     with pytest.raises(CompileFailed, match="SIGSEGV") as caught:
         loader(model, tmp_path, crash).load(SHAPES, 30.0)
 
-    compiler = Compiler(model)
+    compiler = CountingCompiler(model)
     loader(model, tmp_path, compiler).load(SHAPES, 30.0).create_request()
 
     assert caught.value.reason is FailureReason.COMPILE_CRASHED
-    assert compiler.asked == 1
+    assert compiler.calls == 1
 
 
-def test_missing_device_is_told(model: Model, tmp_path: Path) -> None:
-    """Without an NPU the error says what OpenVINO does see."""
+def test_missing_npu_error_lists_the_available_devices(model: Model, tmp_path: Path) -> None:
     if "NPU" in Runtime(CPU)._core.available_devices:
         pytest.skip("this machine has an NPU")
 
@@ -141,6 +134,6 @@ def test_missing_device_is_told(model: Model, tmp_path: Path) -> None:
         open_npu(model, NpuOptions(DeviceTarget()), tmp_path)
 
 
-def test_version_of_the_graph_is_part_of_the_name() -> None:
-    """The number that names blobs is the graph's own, which is not imported for its weight."""
+def test_cache_uses_the_version_of_the_graph() -> None:
+    # The cache repeats the number because importing model.bert would load onnx.
     assert model_cache.GRAPH_VERSION == bert.GRAPH_VERSION

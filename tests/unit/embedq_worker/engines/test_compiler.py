@@ -1,4 +1,4 @@
-"""A compiler that crashes, hangs or refuses is an error with a reason, and takes nobody along."""
+"""Tests of the compiler process: answers, crashes, hangs and refusals."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from embedq_worker.model.resolve import Model
 PREAMBLE = "import json, os, signal, sys, time; job = json.load(sys.stdin); "
 
 
-def job_of(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRequest:
-    """Describe a compile of the tiny model for the CPU, which needs no plugin of an emulated
-    NPU.
-    """
+def compile_request(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRequest:
+    """Return a request to compile the tiny model for a device, by default the CPU."""
     shapes = {"input_ids": [1, 24], "position_ids": [1, 24], "segment_ids": [1, 24]}
     job = CompileRequest.of(model, model.folder / "cache", target, {**shapes, "segments": [12]}, {})
     return CompileRequest(
@@ -35,16 +33,18 @@ def job_of(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRe
     )
 
 
-def compiler(script: str) -> list[str]:
-    """Return a command that is run in the place of the compiler."""
+def script_command(script: str) -> list[str]:
+    """Return a command that runs a script instead of the compiler."""
     return [sys.executable, "-c", PREAMBLE + script]
 
 
-def test_blob_comes_back_through_the_descriptor(model: Model) -> None:
-    """What the child writes is what the parent gets, and no file is left anywhere."""
+def test_blob_is_returned_through_the_descriptor(model: Model) -> None:
     script = "os.write(job['blob_fd'], b'blob' * 1000); print(json.dumps({'ok': True}))"
 
-    assert compile_in_child(job_of(model), 30, compiler(script)).tobytes() == b"blob" * 1000
+    assert (
+        compile_in_child(compile_request(model), 30, script_command(script)).tobytes()
+        == b"blob" * 1000
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,50 +56,46 @@ def test_blob_comes_back_through_the_descriptor(model: Model) -> None:
         ("print('not an answer')", "status 0"),
     ],
 )
-def test_compiler_that_dies_is_a_crash(model: Model, script: str, words: str) -> None:
-    """The message has the signal or the status and the compiler's own last words."""
-    quiet = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+def test_crashed_compiler_is_reported_with_signal_or_status_and_stderr(
+    model: Model, script: str, words: str
+) -> None:
+    no_core_dump = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
 
     with pytest.raises(CompileFailed, match=words) as caught:
-        compile_in_child(job_of(model), 30, compiler(quiet + script))
+        compile_in_child(compile_request(model), 30, script_command(no_core_dump + script))
 
     assert caught.value.reason is FailureReason.COMPILE_CRASHED
 
 
-def test_compiler_that_hangs_is_stopped(model: Model) -> None:
-    """After the deadline the child and what it started are killed."""
+def test_compiler_is_killed_at_the_deadline(model: Model) -> None:
     began = time.monotonic()
 
     with pytest.raises(CompileFailed, match="EMBEDQ_COMPILE_TIMEOUT_S") as caught:
-        compile_in_child(job_of(model), 0.5, compiler("time.sleep(60)"))
+        compile_in_child(compile_request(model), 0.5, script_command("time.sleep(60)"))
 
     assert caught.value.reason is FailureReason.COMPILE_DEADLINE
     assert time.monotonic() - began < 10
 
 
-def test_real_child_compiles(model: Model) -> None:
-    """The command that production uses gives a blob."""
-    assert compile_in_child(job_of(model), 60).size > 1000
+def test_real_compiler_process_returns_a_blob(model: Model) -> None:
+    assert compile_in_child(compile_request(model), 60).size > 1000
 
 
-def test_refusal_comes_back_as_a_sentence(model: Model) -> None:
-    """A device that the child does not find is a CompileFailed that names it."""
+def test_missing_device_in_the_compiler_is_compile_failed(model: Model) -> None:
     with pytest.raises(CompileFailed, match="NPU") as caught:
-        compile_in_child(job_of(model, DeviceTarget()), 60)
+        compile_in_child(compile_request(model, DeviceTarget()), 60)
 
     assert caught.value.reason is FailureReason.COMPILE_FAILED
 
 
-def test_model_that_changed_meanwhile_is_not_compiled(model: Model) -> None:
-    """A blob belongs to the identity it is named by: other files are a ModelError."""
+def test_model_with_another_identity_is_not_compiled(model: Model) -> None:
     with pytest.raises(ModelError, match="has changed"):
-        compile_in_child(job_of(model, identity="0" * 64), 60)
+        compile_in_child(compile_request(model, identity="0" * 64), 60)
 
 
-def test_missing_program_is_not_ours_to_hide(model: Model, tmp_path: Path) -> None:
-    """Where there is no Python to run, the system's own error comes out."""
+def test_missing_python_raises_file_not_found(model: Model, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        compile_in_child(job_of(model), 1, [str(tmp_path / "python")])
+        compile_in_child(compile_request(model), 1, [str(tmp_path / "python")])
 
 
 ORPHANING = """
@@ -114,9 +110,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_compiler_whose_parent_died_before_it_looked_does_not_begin(tmp_path: Path) -> None:
-    """Nobody holds the device's lock for it any more, and no deadline ends it."""
-    os.mkfifo(tmp_path / "config.json")  # whoever opens it waits for ever
+def test_compiler_whose_parent_has_died_does_not_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")  # opening it would block forever
     job = CompileRequest(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), {}, {}, {})
     message = json.dumps({**asdict(job), "blob_fd": 1})
 

@@ -1,4 +1,4 @@
-"""Tensors stay where they are, every move is counted, and callers wait for a free request."""
+"""Tests of pinned infer requests and the pool that shares them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ DIM = 4
 
 
 class Tensor:
-    """A tensor as OpenVINO's: its data is a view."""
+    """Tensor like OpenVINO's, whose data is a view."""
 
     def __init__(self, data: npt.NDArray[Any]) -> None:
         self.data = data
 
 
 class FakeRequest:
-    """A request that answers its input ids, and remembers how it was used."""
+    """Infer request that answers its input ids and counts its starts."""
 
     def __init__(self) -> None:
         self.tensors = {name: Tensor(np.zeros((1, 8), np.int64)) for name in INPUTS}
@@ -63,20 +63,19 @@ class FakeRequest:
         return self.answers
 
 
-def row(first: int) -> TokenBatch:
-    """Build a row whose tokens count up from here."""
+def row_from(first: int) -> TokenBatch:
+    """Return a row whose eight tokens count up from `first`."""
     ids = np.arange(first, first + 8, dtype=np.int32)
     tokens = RaggedTokens(ids, np.array([0, 8], np.int64), np.zeros(1, np.uint32))
     return build_rows(tokens, [[0]], 0, FORM)[0]
 
 
-def test_pinned_tensors_are_filled_in_place() -> None:
-    """The request's own memory holds the row."""
+def test_input_tensors_are_filled_in_place() -> None:
     request = FakeRequest()
     before = {name: request.tensors[name].data.ctypes.data for name in INPUTS}
     slot = PinnedRequest(request)
 
-    answers = [slot.run(row(first), 1.0)[0, 0, 0] for first in (1, 20, 300)]
+    answers = [slot.run(row_from(first), 1.0)[0, 0, 0] for first in (1, 20, 300)]
 
     assert answers == [1, 20, 300]
     assert request.starts == 3
@@ -85,122 +84,113 @@ def test_pinned_tensors_are_filled_in_place() -> None:
     assert slot.counters == Counters(inferences=3)
 
 
-def test_vectors_are_a_copy() -> None:
-    """The next inference of a request does not change what the last one gave."""
+def test_vectors_do_not_change_with_the_next_inference() -> None:
     slot = PinnedRequest(FakeRequest())
-    first = slot.run(row(1), 1.0)
+    first = slot.run(row_from(1), 1.0)
 
-    slot.run(row(50), 1.0)
+    slot.run(row_from(50), 1.0)
 
     assert first[0, 0, 0] == 1
 
 
-def test_moved_tensor_is_counted_and_used() -> None:
-    """A pointer that changed is one change, and the row goes where the tensor is now."""
+def test_moved_tensor_is_counted_once_and_filled() -> None:
     request = FakeRequest()
     slot = PinnedRequest(request)
-    slot.run(row(1), 1.0)
+    slot.run(row_from(1), 1.0)
     request.tensors["input_ids"] = Tensor(np.zeros((1, 8), np.int64))
 
-    assert slot.run(row(7), 1.0)[0, 0, 0] == 7
+    assert slot.run(row_from(7), 1.0)[0, 0, 0] == 7
     assert slot.counters == Counters(inferences=2, pointer_changes=1)
 
-    slot.run(row(8), 1.0)
+    slot.run(row_from(8), 1.0)
     assert slot.counters.pointer_changes == 1
 
 
-def test_changed_strides_and_shape_are_counted() -> None:
-    """A tensor that is laid out in another way is told from one that has only moved."""
+def test_changed_strides_and_shapes_are_counted_separately() -> None:
     request = FakeRequest()
     slot = PinnedRequest(request)
     request.tensors["input_ids"] = Tensor(np.zeros((1, 16), np.int64)[:, ::2])
     request.tensors["vectors"] = Tensor(np.zeros((1, 5, DIM), np.float32)[:, :4])
-    slot.run(row(1), 1.0)
+    slot.run(row_from(1), 1.0)
 
     assert slot.counters.stride_changes == 2
     assert slot.counters.shape_changes == 0
     request.tensors["vectors"] = Tensor(np.zeros((1, 4, DIM + 1), np.float32))
-    slot.run(row(1), 1.0)
+    slot.run(row_from(1), 1.0)
     assert slot.counters.shape_changes == 1
 
 
-def test_row_of_another_shape_is_a_bug() -> None:
-    """A static request never sees another width."""
+def test_row_of_another_shape_raises_runtime_error() -> None:
     tokens = RaggedTokens(np.ones(9, np.int32), np.array([0, 9]), np.zeros(1, np.uint32))
 
     with pytest.raises(RuntimeError, match="This is a bug"):
         PinnedRequest(FakeRequest()).run(build_rows(tokens, [[0]], 0, RowSpec.packed(16))[0], 1.0)
 
 
-def test_missed_deadline_is_a_lost_device() -> None:
-    """There is no way to end an inference, so a hung one means a new process."""
+def test_inference_past_its_deadline_is_a_lost_device() -> None:
     request = FakeRequest()
     request.answers = False
 
     with pytest.raises(DeviceLost, match=r"within 0\.5 s") as caught:
-        PinnedRequest(request).run(row(1), 0.5)
+        PinnedRequest(request).run(row_from(1), 0.5)
 
     assert caught.value.reason is FailureReason.DEADLINE
 
 
-def test_more_callers_than_requests_wait() -> None:
-    """Sixteen callers share two requests; none fails and none shares one."""
+def test_callers_share_requests_one_at_a_time() -> None:
     pool = RequestPool([PinnedRequest(FakeRequest()) for _ in range(2)])
 
-    def ask(first: int) -> float:
+    def infer_first(first: int) -> float:
         with pool.checkout() as slot:
-            return float(slot.run(row(first), 1.0)[0, 0, 0])
+            return float(slot.run(row_from(first), 1.0)[0, 0, 0])
 
     with ThreadPoolExecutor(16) as callers:
-        answers = list(callers.map(ask, range(200)))
+        answers = list(callers.map(infer_first, range(200)))
 
     assert answers == list(range(200))
     assert pool.counters().inferences == 200
 
 
-def test_failed_inference_gives_the_request_back() -> None:
-    """After an error that is not a lost device, the same request serves again."""
+def test_request_is_reused_after_a_failed_inference() -> None:
     request = FakeRequest()
     pool = RequestPool([PinnedRequest(request)])
     request.error = "odd"
     with pytest.raises(InferFailed), pool.checkout() as slot:
-        slot.run(row(1), 1.0)
+        slot.run(row_from(1), 1.0)
 
     request.error = ""
     with pool.checkout() as slot:
-        assert slot.run(row(1), 1.0)[0, 0, 0] == 1
+        assert slot.run(row_from(1), 1.0)[0, 0, 0] == 1
     assert not pool.lost
 
 
-def test_lost_device_ends_the_wait_of_all() -> None:
-    """Callers that wait for a request of a lost device hear of it, and so do later ones."""
+def test_lost_device_fails_waiting_and_later_callers() -> None:
     pool = RequestPool([PinnedRequest(FakeRequest())])
     waiting = threading.Event()
-    heard: list[FailureReason] = []
+    reasons: list[FailureReason] = []
 
-    def ask() -> None:
+    def check_out() -> None:
         waiting.set()
         try:
             with pool.checkout():
                 pass
         except DeviceLost as error:
-            heard.append(error.reason)
+            reasons.append(error.reason)
 
-    caller = threading.Thread(target=ask)
+    caller = threading.Thread(target=check_out)
     with pytest.raises(DeviceLost), pool.checkout():
         caller.start()
         waiting.wait(5)
         raise DeviceLost("gone", FailureReason.DEADLINE)
     caller.join(5)
 
-    assert heard == [FailureReason.DEADLINE]
+    assert reasons == [FailureReason.DEADLINE]
     assert pool.lost
     with pytest.raises(DeviceLost, match="gone"), pool.checkout():
         pass
 
 
-def test_closed_pool_says_so() -> None:
-    """After close nobody gets a request."""
+def test_closed_pool_raises_infer_failed() -> None:
     pool = RequestPool([PinnedRequest(FakeRequest())])
     pool.close()
 
@@ -208,12 +198,11 @@ def test_closed_pool_says_so() -> None:
         pass
 
 
-def test_every_request_is_warmed_and_none_of_it_counted() -> None:
-    """The first inference of each request records its commands; counting starts after it."""
+def test_warm_up_runs_every_request_without_counting() -> None:
     requests = [FakeRequest() for _ in range(3)]
     pool = RequestPool([PinnedRequest(request) for request in requests])
 
-    seconds = pool.warm(row(1), 1.0)
+    seconds = pool.warm(row_from(1), 1.0)
 
     assert seconds > 0
     assert [request.starts for request in requests] == [1, 1, 1]
@@ -224,6 +213,5 @@ def test_every_request_is_warmed_and_none_of_it_counted() -> None:
     ("optimal", "wanted", "count"),
     [("4", 0, 4), ("8", 0, 8), ("1", 0, 1), ("64", 0, 8), ("0", 0, 1), ("", 0, 4), ("4", 2, 2)],
 )
-def test_requests_are_as_many_as_the_device_likes(optimal: str, wanted: int, count: int) -> None:
-    """The device says, 1 to 8; 4 where it says nothing; a setting wins."""
+def test_request_count_follows_the_device_unless_set(optimal: str, wanted: int, count: int) -> None:
     assert request_count(optimal, wanted) == count

@@ -1,4 +1,4 @@
-"""Only properties that a plugin knows are sent, and the others are shown."""
+"""Tests of the properties sent to the NPU plugin."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ KNOWN = {"PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT", "NPU_TURBO"}
 
 
 def test_defaults_are_throughput_and_f16() -> None:
-    """Requests in flight, and the one precision that an NPU has."""
     found = npu_properties(KNOWN, {})
 
     assert found.applied == {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "f16"}
     assert found.ignored == {}
 
 
-def test_unknown_property_is_ignored_visibly() -> None:
-    """A plugin refuses a compile for an unknown key, so it is not sent, and it is shown."""
+def test_unknown_property_is_not_sent_and_listed_as_ignored() -> None:
     found = npu_properties(KNOWN, {"NPU_TURBO": "YES", "FOO": "1"}, "DEFAULT")
 
     assert found.applied["NPU_TURBO"] == "YES"
@@ -32,52 +30,48 @@ def test_unknown_property_is_ignored_visibly() -> None:
 
 
 def test_commandlist_mode_is_sent_to_a_plugin_that_knows_it() -> None:
-    """With OpenVINO pull request 35626 in the plugin the mode is applied."""
     found = npu_properties({*KNOWN, "NPU_COMMANDLIST_MODE"}, {}, "FORCE_COMMANDLIST_RECORDING_ONLY")
 
     assert found.applied["NPU_COMMANDLIST_MODE"] == "FORCE_COMMANDLIST_RECORDING_ONLY"
     assert "ignored" not in found.details()
 
 
-def test_operator_wins_over_our_defaults() -> None:
-    """A property of the setting replaces ours."""
+def test_setting_overrides_default_property() -> None:
     found = npu_properties(KNOWN, {"PERFORMANCE_HINT": "LATENCY"})
 
     assert found.applied["PERFORMANCE_HINT"] == "LATENCY"
 
 
-def test_precision_is_what_the_compiled_model_says() -> None:
-    """What a plugin reads back counts; one that says nothing computes in the default."""
+def test_precision_is_read_from_the_compiled_model() -> None:
     assert precision_of("bf16", Precision.F16) is Precision.BF16
     assert precision_of("", Precision.F16) is Precision.F16
     assert precision_of("dynamic", Precision.F16) is Precision.F16
 
 
-def test_no_target_is_a_virtual_device() -> None:
-    """AUTO, MULTI and HETERO answer from another device without a word; none is ever named."""
+def test_targets_are_physical_devices() -> None:
+    # AUTO, MULTI and HETERO silently compute on another device.
     for target in (CPU, *TARGETS.values()):
         assert target.device in ("NPU", "CPU", "NPUCPU")
 
 
 @pytest.mark.parametrize("text", ["NPU_TURBO=YES, FOO=a=b", '{"NPU_TURBO": "YES", "FOO": "a=b"}'])
-def test_map_may_be_pairs_or_json(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EMBEDQ_NPU_PROPERTIES takes both forms."""
+def test_properties_may_be_pairs_or_json(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDQ_NPU_PROPERTIES", text)
 
     assert WorkerSettings.load().npu_properties == {"NPU_TURBO": "YES", "FOO": "a=b"}
 
 
 @pytest.mark.parametrize("text", ["NPU_TURBO", "=1", '{"a":'])
-def test_broken_map_is_refused_with_its_name(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is neither form says which variable is wrong."""
+def test_malformed_properties_are_refused_with_the_variable(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EMBEDQ_NPU_PROPERTIES", text)
 
     with pytest.raises(SettingsError, match="EMBEDQ_NPU_PROPERTIES"):
         WorkerSettings.load()
 
 
-def test_standin_without_an_npu_worker_is_a_contradiction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An emulated NPU plays the NPU; on a CPU worker the setting would do nothing."""
+def test_npu_emulation_on_a_cpu_worker_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDQ_NPU_EMULATION", "alias")
     monkeypatch.setenv("EMBEDQ_DEVICE", "cpu")
 

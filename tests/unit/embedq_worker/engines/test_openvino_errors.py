@@ -1,4 +1,4 @@
-"""What OpenVINO and Level Zero say becomes an error with a reason."""
+"""Tests of how messages of OpenVINO and Level Zero become errors with a reason."""
 
 from __future__ import annotations
 
@@ -46,18 +46,16 @@ LOST = (
         ("", InferFailed, FailureReason.DEVICE_ERROR),
     ],
 )
-def test_failed_inference_has_kind_and_reason(
+def test_inference_error_has_class_and_reason(
     text: str, kind: type[EngineError], reason: FailureReason
 ) -> None:
-    """A device that is gone asks for a new process; everything else is a failed inference."""
     error = infer_failed(RuntimeError(text))
 
     assert type(error) is kind
     assert error.reason == reason
 
 
-def test_message_keeps_the_cause_and_drops_the_places() -> None:
-    """Of OpenVINO's stack of exceptions, the line with the result is what an operator reads."""
+def test_error_message_has_the_cause_without_source_locations() -> None:
     message = str(infer_failed(RuntimeError(LOST)))
 
     assert "ZE_RESULT_ERROR_DEVICE_LOST" in message
@@ -99,10 +97,8 @@ def test_message_keeps_the_cause_and_drops_the_places() -> None:
         ("to_shape was called on a dynamic shape", FailureReason.COMPILE_REFUSED, "dynamic shape"),
     ],
 )
-def test_failed_compile_has_a_reason(text: str, reason: FailureReason, words: str) -> None:
-    """A missing compiler and an old driver come with the packages to install; a stale blob is told
-    from the rest. Source of the text about versions: linux-npu-driver issue 28.
-    """
+def test_compile_error_has_reason_and_fix(text: str, reason: FailureReason, words: str) -> None:
+    # Source of the text about versions: linux-npu-driver issue 28.
     error = compile_failed(text, "Importing")
 
     assert error.reason is reason
@@ -110,6 +106,5 @@ def test_failed_compile_has_a_reason(text: str, reason: FailureReason, words: st
 
 
 @pytest.mark.parametrize("kind", [EngineError, InferFailed, DeviceLost])
-def test_error_without_a_reason_has_that_of_its_class(kind: type[EngineError]) -> None:
-    """Every engine error has a word for metrics, also where nobody named one."""
+def test_default_reason_is_the_code_of_the_error_class(kind: type[EngineError]) -> None:
     assert kind("text").reason == kind.code

@@ -1,4 +1,4 @@
-"""A quantized copy is kept with its report, is what it was, and is served to class int8 alone."""
+"""Tests of quantized models: creating, storing, verifying and serving them."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ QUALITY = QuantizationReport(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "N
 
 
 def opener(model: Model, cache: Path) -> EngineOpener:
-    """Make an opener for a worker on the CPU."""
     values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2}
     return EngineOpener(WorkerSettings(**values), model)
 
 
-def test_copy_comes_back_as_it_was_kept(model: Model, tmp_path: Path) -> None:
-    """Name, graph and report survive the disk."""
+def test_quantized_model_survives_storage(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
 
     assert store.keep("ab" * 32, b"graph", QUALITY)
@@ -52,8 +50,7 @@ def test_copy_comes_back_as_it_was_kept(model: Model, tmp_path: Path) -> None:
     assert store.current() == "ab" * 8
 
 
-def test_newer_copy_takes_the_place_of_the_older(model: Model, tmp_path: Path) -> None:
-    """A worker has one copy of a model: two would give two vectors for a text."""
+def test_newer_quantized_model_replaces_the_older(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
     store.keep("ab" * 32, b"old", QUALITY)
 
@@ -64,8 +61,9 @@ def test_newer_copy_takes_the_place_of_the_older(model: Model, tmp_path: Path) -
     assert store.current() == "cd" * 8
 
 
-def test_announced_copy_is_the_served_one(model: Model, tmp_path: Path) -> None:
-    """Where a folder with a copy was copied over another, one of the two counts, everywhere."""
+def test_announced_and_served_quantized_model_are_the_same_in_a_merged_folder(
+    model: Model, tmp_path: Path
+) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
     for name in ("ab", "cd"):
         other = QuantizedModelStore(tmp_path / name, model)
@@ -78,8 +76,9 @@ def test_announced_copy_is_the_served_one(model: Model, tmp_path: Path) -> None:
     assert found.graph == found.name[:2].encode()
 
 
-def test_worker_never_serves_a_copy_made_after_it_started(model: Model, tmp_path: Path) -> None:
-    """It has announced the one before, and vectors of two copies must not mix."""
+def test_quantized_model_created_after_the_start_is_not_served(
+    model: Model, tmp_path: Path
+) -> None:
     values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": tmp_path, "threads": 2}
     store = QuantizedModelStore(tmp_path, model)
     store.keep("ab" * 32, b"old", QUALITY)
@@ -93,8 +92,7 @@ def test_worker_never_serves_a_copy_made_after_it_started(model: Model, tmp_path
     worker.close()
 
 
-def test_copy_that_was_changed_is_not_served(model: Model, tmp_path: Path) -> None:
-    """One byte of difference, or a file that others may write, and there is no copy."""
+def test_changed_quantized_model_is_not_served(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
     store.keep("ab" * 32, b"graph", QUALITY)
     (blob,) = tmp_path.rglob(BLOB)
@@ -110,14 +108,13 @@ def test_copy_that_was_changed_is_not_served(model: Model, tmp_path: Path) -> No
         opener(model, tmp_path / "cache").open_int8()
 
 
-def test_figures_of_a_comparison() -> None:
-    """Cosines and neighbors by hand: of three texts, the last two have lost one of two."""
+def test_comparison_has_cosines_overlap_and_changed_lines() -> None:
     angles = np.deg2rad([0, 10, 20, 30, 170.0] * 3)
-    trusted = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    found = trusted.copy()
+    expected = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    found = expected.copy()
     found[4] = [1, 0]  # turned by 170 degrees
 
-    figures = compare(found, trusted, list(range(100, 115)))
+    figures = compare(found, expected, list(range(100, 115)))
 
     assert figures["held_out_texts"] == 15
     assert figures["cosine_min"] == pytest.approx(np.cos(np.deg2rad(170)), abs=1e-4)
@@ -126,8 +123,7 @@ def test_figures_of_a_comparison() -> None:
     assert 104 in {line for line, _, _ in figures["changed"]}
 
 
-def test_sample_is_disjoint_and_names_lines(tmp_path: Path) -> None:
-    """No text is used twice, blank and refused ones not at all, and each is known by its line."""
+def test_sample_has_distinct_usable_texts_with_line_numbers(tmp_path: Path) -> None:
     lines = [f"text {i // 2}" for i in range(200)] + ["", "  ", "nul \0"]
     (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
 
@@ -144,21 +140,18 @@ def test_sample_is_disjoint_and_names_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "one text\n" * 100])
 def test_file_with_too_few_texts_is_refused(tmp_path: Path, content: str) -> None:
-    """An empty file, or one of a single text, says how many it has and how many it takes."""
     (tmp_path / "texts.txt").write_text(content)
 
     with pytest.raises(InputError, match=f"needs at least {MIN_TEXTS}"):
         sample_texts([str(tmp_path / "texts.txt")], 24)
 
 
-def test_missing_file_is_refused(tmp_path: Path) -> None:
-    """The message names the file."""
+def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere\.txt"):
         sample_texts([str(tmp_path / "nowhere.txt")], 24)
 
 
-def test_worker_without_a_copy_refuses_class_int8(model: Model, tmp_path: Path) -> None:
-    """It says what to run, again and again, and goes on with the other classes."""
+def test_worker_without_a_quantized_model_refuses_int8_only(model: Model, tmp_path: Path) -> None:
     opened = opener(model, tmp_path)
     standard = opened.open_cpu(Accuracy.STANDARD)
     worker = EngineSet(model.model_info(), standard, lambda: standard, opened.open_int8)
@@ -171,8 +164,7 @@ def test_worker_without_a_copy_refuses_class_int8(model: Model, tmp_path: Path) 
     worker.close()
 
 
-def test_graph_is_quantized_and_computes(model: Model, tmp_path: Path) -> None:
-    """NNCF's graph has the vectors of the model within what eight bits leave of random weights."""
+def test_quantized_graph_has_vectors_close_to_the_model(model: Model, tmp_path: Path) -> None:
     if importlib.util.find_spec("nncf") is None:
         if os.environ.get("CI"):
             pytest.fail("the extra dev brings nncf")
@@ -181,14 +173,14 @@ def test_graph_is_quantized_and_computes(model: Model, tmp_path: Path) -> None:
     lines = [Line(i, text) for i, text in enumerate(texts)]
     exact = opener(model, tmp_path).open_cpu(Accuracy.EXACT)
 
-    made = quantize_graph(model, lines)
-    engine = open_engine("openvino", model, 2, Precision.INT8, made.graph)
+    quantized = quantize_graph(model, lines)
+    engine = open_engine("openvino", model, 2, Precision.INT8, quantized.graph)
     embedder = Embedder(exact.embedder.tokenizer, engine, token_budget=512)
     found = embed_lines(embedder, model, lines, print)
 
     assert engine.precision is Precision.INT8
-    trusted = embed_lines(exact.embedder, model, lines, print)
-    cosines = (found * trusted).sum(axis=1)
+    expected = embed_lines(exact.embedder, model, lines, print)
+    cosines = (found * expected).sum(axis=1)
     assert 0.9 < cosines.mean() < 0.999999
     for opened in (embedder, engine, exact):
         opened.close()

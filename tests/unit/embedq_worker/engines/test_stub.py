@@ -1,4 +1,4 @@
-"""The stub answers exactly what a producer computes, with the speed and the faults it is told."""
+"""Tests of the stub engine: vectors, tokens, faults and speed."""
 
 import subprocess
 import sys
@@ -25,21 +25,19 @@ SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_
 
 
 def infer(texts: list[str], engine: StubEngine | None = None) -> np.ndarray:
-    """Put texts through tokenizer and engine as one token batch."""
+    """Infer texts as one padded token batch, float32 [n, D]."""
     tokens = StubTokenizer().tokenize(texts)
     batch = build_padded(tokens, range(len(texts)), 0)
     return (engine or StubEngine()).infer(batch)[:, 0]
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=20))
-def test_engine_answers_what_the_producer_computes(texts: list[str]) -> None:
-    """The vectors have the same bytes as `embedq.testing.stub_vectors`."""
+def test_engine_returns_the_vectors_of_stub_vectors(texts: list[str]) -> None:
     assert infer(texts).tobytes() == stub_vectors(texts).tobytes()
 
 
 @pytest.mark.parametrize("dim", [1, 7, 384, 1024])
 def test_vectors_have_unit_length(dim: int) -> None:
-    """Every vector has length 1, in any dimension."""
     vectors = stub_vectors(map(str, range(500)), dim)
 
     assert vectors.shape == (500, dim)
@@ -47,8 +45,7 @@ def test_vectors_have_unit_length(dim: int) -> None:
     assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
 
 
-def test_vectors_do_not_depend_on_company() -> None:
-    """A text has the same bytes alone as among a thousand, so BLAS cannot blur the comparison."""
+def test_vector_is_independent_of_the_other_texts() -> None:
     texts = [f"text {i}" for i in range(1000)]
 
     together = stub_vectors(texts)
@@ -57,8 +54,8 @@ def test_vectors_do_not_depend_on_company() -> None:
         assert stub_vectors([texts[row]]).tobytes() == together[row].tobytes()
 
 
-def test_vectors_are_the_same_on_every_machine() -> None:
-    """Hash and signs of one text, written down on 2026-11-22: a change would break fleets."""
+def test_hash_and_signs_of_a_text_never_change() -> None:
+    # Recorded values: a worker and a producer of different versions must agree.
     assert int(stub_hashes(["embedq"])[0]) == 0x1F1855C57EC58653
     assert np.sign(stub_vectors(["embedq"])[0, :16]).astype(int).tolist() == [
         -1,
@@ -80,8 +77,7 @@ def test_vectors_are_the_same_on_every_machine() -> None:
     ]
 
 
-def test_different_texts_are_far_apart() -> None:
-    """A mix-up shows: no two of 500 texts have a cosine above 0.8."""
+def test_different_texts_have_cosines_below_0_8() -> None:
     vectors = stub_vectors(map(str, range(500)))
 
     cosines = vectors @ vectors.T - np.eye(500)
@@ -89,8 +85,7 @@ def test_different_texts_are_far_apart() -> None:
     assert cosines.max() < 0.8
 
 
-def test_packed_rows_give_the_same_vectors() -> None:
-    """A row with several texts answers each of them at its segment."""
+def test_packed_row_returns_a_vector_per_segment() -> None:
     tokens = StubTokenizer().tokenize(["one two", "", "three"])
     lengths = tokens.lengths
     batch = TokenBatch(
@@ -107,16 +102,14 @@ def test_packed_rows_give_the_same_vectors() -> None:
     assert not vectors[0, 3].any()
 
 
-def test_tokens_count_words() -> None:
-    """A text has two tokens and one more per word, cut at the limit like any other."""
+def test_tokens_are_two_plus_words_up_to_the_limit() -> None:
     tokens: RaggedTokens = StubTokenizer(max_length=5).tokenize(["", "one", "a b c d e"])
 
     assert list(tokens.lengths) == [2, 3, 5]
     assert list(tokens.n_dropped) == [0, 0, 2]
 
 
-def test_embedding_through_the_stub_is_exact() -> None:
-    """A whole batch comes back in order, byte for byte, marked as the stub's."""
+def test_embedded_batch_is_bit_identical_to_stub_vectors() -> None:
     texts = [f"text {i} " * (i % 50) for i in range(700)]
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=512)
 
@@ -127,14 +120,12 @@ def test_embedding_through_the_stub_is_exact() -> None:
     assert outcomes[1] == Outcome(n_tokens=4, device=Device.STUB, precision=Precision.F32)
 
 
-def test_fault_raise_is_an_engine_error() -> None:
-    """`embedq-fault:raise` raises InferFailed, as a broken device would."""
+def test_fault_raise_raises_infer_failed() -> None:
     with pytest.raises(InferFailed):
         infer(["fine", "embedq-fault:raise and more"])
 
 
-def test_fault_nan_spoils_one_vector() -> None:
-    """`embedq-fault:nan` gives one vector that is not a number; the others are right."""
+def test_fault_nan_changes_one_vector_to_nan() -> None:
     vectors = infer(["fine", "embedq-fault:nan"])
 
     assert vectors[0].tobytes() == stub_vectors(["fine"]).tobytes()
@@ -142,8 +133,7 @@ def test_fault_nan_spoils_one_vector() -> None:
 
 
 @pytest.mark.parametrize(("fault", "status"), [("exit", EXIT_STATUS), ("segfault", -11)])
-def test_fault_ends_the_process(fault: str, status: int) -> None:
-    """`embedq-fault:exit` and `embedq-fault:segfault` end the process at once."""
+def test_fault_exit_or_segfault_ends_the_process(fault: str, status: int) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
         "from embedq_worker.engines.stub import StubEngine, StubTokenizer\n"
@@ -158,7 +148,6 @@ def test_fault_ends_the_process(fault: str, status: int) -> None:
 
 
 def test_fault_hang_never_returns() -> None:
-    """`embedq-fault:hang` keeps its caller until the process ends."""
     caller = threading.Thread(target=infer, args=(["embedq-fault:hang"],), daemon=True)
     caller.start()
 
@@ -167,15 +156,13 @@ def test_fault_hang_never_returns() -> None:
     assert caller.is_alive()
 
 
-def test_unknown_fault_is_a_text() -> None:
-    """A fault nobody scripted is embedded like any text."""
+def test_unknown_fault_is_embedded_as_text() -> None:
     texts = ["embedq-fault:", "embedq-fault:unknown", "about embedq-fault:raise"]
 
     assert infer(texts).tobytes() == stub_vectors(texts).tobytes()
 
 
-def test_speed_is_that_of_the_script() -> None:
-    """Two inferences of 10 texts at 200 texts a second and 10 ms each take at least 0.12 s."""
+def test_inference_takes_the_scripted_time() -> None:
     engine = StubEngine(delay_s=0.01, texts_per_s=200)
     began = time.monotonic()
 
@@ -185,27 +172,23 @@ def test_speed_is_that_of_the_script() -> None:
     assert time.monotonic() - began >= 0.12
 
 
-def test_open_engine_knows_the_stub_without_a_model() -> None:
-    """The stub opens without a model, with the dimension of its card."""
+def test_open_engine_opens_the_stub_without_a_model() -> None:
     engine = open_engine("stub", None)
 
     assert (engine.name, engine.dim) == ("stub", stub_model_info().dim)
 
 
-def test_open_engine_refuses_an_unknown_name() -> None:
-    """A misspelt engine is a SettingsError with a hint."""
+def test_open_engine_refuses_an_unknown_name_with_a_hint() -> None:
     with pytest.raises(SettingsError, match="Did you mean onnxruntime"):
         open_engine("onnxruntme", None)
 
 
-def test_open_engine_wants_a_model() -> None:
-    """A real engine without a model is a SettingsError, not a crash."""
+def test_open_engine_requires_a_model() -> None:
     with pytest.raises(SettingsError, match="needs a model"):
         open_engine("onnxruntime", None)
 
 
-def test_hash_table_covers_all_bits() -> None:
-    """Each of the 64 bits of a hash changes the vector."""
+def test_each_bit_of_a_hash_changes_the_vector() -> None:
     hashes = np.array([0, *(1 << bit for bit in range(64))], np.uint64)
 
     vectors = vectors_of_hashes(hashes)

@@ -1,4 +1,4 @@
-"""A fault script breaks the stub device as it works, and lets it be whole again."""
+"""Tests of fault scripts for the stub engine."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ engine.infer(build_padded(StubTokenizer().tokenize(["text"]), [0], 0))
 
 @pytest.fixture
 def script(tmp_path: Path) -> FaultScript:
-    """A script whose file is not there yet."""
+    """Return a fault script whose file does not exist yet."""
     return FaultScript(tmp_path / "faults")
 
 
 def infer(engine: StubEngine) -> np.ndarray:
-    """Infer the texts as one token batch, float32 [n, D]."""
+    """Infer TEXTS as one token batch, float32 [n, D]."""
     batch = build_padded(StubTokenizer().tokenize(TEXTS), range(len(TEXTS)), 0)
     return engine.infer(batch)[:, 0]
 
 
-def test_faults_come_and_go_while_the_engine_lives(script: FaultScript) -> None:
-    """An engine that is open obeys the script as it is at each inference; no script, no fault."""
+def test_engine_follows_changes_of_its_script(script: FaultScript) -> None:
     engine = StubEngine(script=script)
     expected = stub_vectors(TEXTS).tobytes()
 
@@ -63,10 +62,9 @@ def test_faults_come_and_go_while_the_engine_lives(script: FaultScript) -> None:
         ("out_of_memory", InferFailed, FailureReason.OUT_OF_MEMORY),
     ],
 )
-def test_driver_faults_have_the_reason_of_the_real_ones(
+def test_driver_faults_have_the_reasons_of_real_ones(
     kind: str, error: type[EngineError], reason: FailureReason, script: FaultScript
 ) -> None:
-    """They are said in Level Zero's words and told apart as OpenVINO's errors are."""
     script.replace(f"infer={kind}")
 
     with pytest.raises(error) as caught:
@@ -76,8 +74,7 @@ def test_driver_faults_have_the_reason_of_the_real_ones(
 
 
 @pytest.mark.parametrize("kind", ["raise", "device_lost"])
-def test_device_that_does_not_open_says_so(kind: str, script: FaultScript) -> None:
-    """A fault of the start is the error of an engine that cannot be opened."""
+def test_fault_at_init_raises_compile_failed(kind: str, script: FaultScript) -> None:
     script.replace(f"init={kind}")
 
     with pytest.raises(CompileFailed):
@@ -85,8 +82,7 @@ def test_device_that_does_not_open_says_so(kind: str, script: FaultScript) -> No
 
 
 @pytest.mark.parametrize("kind", ["nan", "wrong"])
-def test_spoilt_vectors_do_not_pass_the_self_test(kind: str, script: FaultScript) -> None:
-    """A device that computes nonsense raises nothing; the golden texts find it."""
+def test_wrong_vectors_fail_the_self_test(kind: str, script: FaultScript) -> None:
     script.replace(f"infer={kind}")
     engine = StubEngine(script=script)
     embedder = Embedder(StubTokenizer(), engine, token_budget=512)
@@ -98,8 +94,9 @@ def test_spoilt_vectors_do_not_pass_the_self_test(kind: str, script: FaultScript
     assert not report.passed
 
 
-def test_slow_device_takes_its_time(script: FaultScript, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each inference is longer by the seconds of the script, and right."""
+def test_fault_slow_delays_the_inference(
+    script: FaultScript, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr("embedq_worker.engines.stub.time.sleep", slept.append)
     script.replace("infer=slow seconds=2.5")
@@ -110,29 +107,29 @@ def test_slow_device_takes_its_time(script: FaultScript, monkeypatch: pytest.Mon
     assert vectors.tobytes() == stub_vectors(TEXTS).tobytes()
 
 
-@pytest.mark.parametrize(("line", "code"), [("exit", EXIT_STATUS), ("segfault", -11)])
+@pytest.mark.parametrize(("line", "exit_code"), [("exit", EXIT_STATUS), ("segfault", -11)])
 @pytest.mark.parametrize("when", ["init", "infer"])
-def test_process_ends_as_often_as_the_script_says(
-    when: str, line: str, code: int, tmp_path: Path
+def test_fault_with_first_1_ends_one_process_per_script(
+    when: str, line: str, exit_code: int, tmp_path: Path
 ) -> None:
-    """`first=1` ends one process and lets the next live; a script written anew counts anew."""
     script = FaultScript(tmp_path / "faults")
-    found = []
+    exit_codes = []
     for _ in range(2):
-        script.replace(f"{when}={line} first=1  # a remark")
+        script.replace(f"{when}={line} first=1  # a comment")
         for _ in range(2):
             words = [sys.executable, "-c", PROGRAM, str(tmp_path / "faults")]
-            found.append(subprocess.run(words, stderr=subprocess.DEVNULL, timeout=20).returncode)
+            exit_codes.append(
+                subprocess.run(words, stderr=subprocess.DEVNULL, timeout=20).returncode
+            )
 
-    assert found == [code, 0, code, 0]
+    assert exit_codes == [exit_code, 0, exit_code, 0]
 
 
 @pytest.mark.parametrize(
     "line",
     ["infer=hung", "inferr=hang", "init=nan", "hang", "infer=slow seconds=x", "infer=slow for=1"],
 )
-def test_line_that_is_none_is_refused(line: str, tmp_path: Path) -> None:
-    """A typo is named where the script is written and where it is read."""
+def test_invalid_script_line_is_refused(line: str, tmp_path: Path) -> None:
     script = FaultScript(tmp_path / "faults")
     (tmp_path / "faults").write_text(line)
 
