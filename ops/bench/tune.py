@@ -33,7 +33,7 @@ from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, 
 
 #: Values of EMBEDQ_TOKEN_BUDGET that are measured, the default first.
 BUDGETS: Final = (DEFAULT_TOKEN_BUDGET, 256, 1024, 2048)
-#: Gain over the default below which the default is kept.
+#: Minimum gain over the default configuration.
 MIN_GAIN: Final = 0.03
 
 
@@ -63,7 +63,7 @@ def open_engine(settings: WorkerSettings, model: Model, accuracy: Accuracy) -> V
 def measure(
     settings: WorkerSettings, model: Model, accuracy: Accuracy, texts: list[str], rounds: int
 ) -> tuple[str, Mapping[CpuConfig, list[float]]]:
-    """Return the name of the engine and the seconds that each configuration takes per round."""
+    """Return the name of the engine and the seconds of each configuration per round."""
     chosen = open_engine(settings, model, accuracy)
     name, precision = chosen.engine.name, str(chosen.engine.precision)
     chosen.close()
