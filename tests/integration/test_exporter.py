@@ -23,7 +23,7 @@ from tests.support.redis import RedisProcess
 
 from embedq.cli.operations import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S, render
 from embedq.observability.exporter import serve
-from embedq.observability.metrics import BY_NAME, MOST_JOBS, MOST_WORKERS, OTHER_JOBS
+from embedq.observability.metrics import BY_NAME, MAX_JOB_SERIES, MAX_WORKER_SERIES, OTHER_JOBS
 from embedq.observability.status import fetch_status
 from embedq.protocol.contract import Queue
 from embedq.store.connection import open_redis
@@ -170,17 +170,17 @@ def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis)
 
 def test_labels_are_bounded(redis: RedisProcess, results: Redis) -> None:
     """More workers and jobs than have series of their own are counted, and jobs summed."""
-    add_workers(results, MOST_WORKERS + 5)
-    add_jobs(results, MOST_JOBS + 5, batches=2)
+    add_workers(results, MAX_WORKER_SERIES + 5)
+    add_jobs(results, MAX_JOB_SERIES + 5, batches=2)
 
     with exporting(redis) as address:
         series = scrape(address)
 
-    assert sum(name == "embedq_worker_up" for name, _ in series) == MOST_WORKERS
-    assert one(series, "embedq_workers", state="healthy") == MOST_WORKERS + 5
-    assert sum(name == "embedq_job_committed_batches" for name, _ in series) == MOST_JOBS + 1
+    assert sum(name == "embedq_worker_up" for name, _ in series) == MAX_WORKER_SERIES
+    assert one(series, "embedq_workers", state="healthy") == MAX_WORKER_SERIES + 5
+    assert sum(name == "embedq_job_committed_batches" for name, _ in series) == MAX_JOB_SERIES + 1
     assert one(series, "embedq_job_committed_batches", job=OTHER_JOBS) == 10
-    assert one(series, "embedq_jobs") == MOST_JOBS + 5
+    assert one(series, "embedq_jobs") == MAX_JOB_SERIES + 5
 
 
 def test_every_metric_of_the_table_is_there(redis: RedisProcess, results: Redis) -> None:

@@ -1,1 +1,1 @@
-"""What operators see: tracing, status, metrics, exporter. Changes no state; no Celery."""
+"""Shows operators the fleet: status, metrics, exporter, spans. Changes no state; no Celery."""

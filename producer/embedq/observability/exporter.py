@@ -1,4 +1,4 @@
-"""The fleet as Prometheus sees it: both Redis read at each scrape, and nothing kept in between."""
+"""Serves the fleet's metrics to Prometheus; each scrape reads both Redis, nothing is cached."""
 
 from __future__ import annotations
 
@@ -38,49 +38,53 @@ Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable
 
 
 class FleetCollector(Collector):
-    """Reads the fleet when it is scraped; a Redis that is away is a value, not an error."""
+    """Collects all metrics of the fleet; an unreachable Redis is a metric, not an error."""
 
     def __init__(self, broker: Redis, results: Redis) -> None:
-        """Take clients with short timeouts: a scrape must end before Prometheus gives it up."""
+        """Create a collector.
+
+        Args:
+            broker, results: clients whose timeouts are shorter than the scrape timeout.
+        """
         self._servers = {"broker": broker, "results": results}
 
     def describe(self) -> Iterable[Metric]:
-        """Answer nothing, so that registering this asks Redis nothing."""
+        """Return nothing, so that registration does not read Redis."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all families that this scrape has samples of."""
+        """Yield every metric family that has samples in this scrape."""
         began = time.perf_counter()
         samples: list[Sample] = []
         try:
             samples += fleet_samples(
                 fetch_status(self._servers["broker"], self._servers["results"])
             )
-            here = dict.fromkeys(self._servers, True)
+            up = dict.fromkeys(self._servers, True)
         except RedisError as error:
             log.warning("scrape_failed reason=%s", type(error).__name__)
             samples.clear()
             with ThreadPoolExecutor(len(self._servers)) as pool:
-                up = pool.map(_answers, self._servers.values())
-                here = dict(zip(self._servers, up, strict=True))
-        samples += [Sample("embedq_redis_up", (name,), float(up)) for name, up in here.items()]
-        # Both may answer a ping and yet refuse the look: a user without the rights, for one.
-        samples.append(Sample("embedq_up", (), float(len(samples) > len(here))))
+                answered = pool.map(_ping, self._servers.values())
+                up = dict(zip(self._servers, answered, strict=True))
+        # Both can answer a ping and still reject the reads, for example without permissions.
+        samples.append(Sample("embedq_up", (), float(bool(samples))))
+        samples += [Sample("embedq_redis_up", (name,), float(here)) for name, here in up.items()]
         took_s = time.perf_counter() - began
         samples.append(Sample("embedq_scrape_duration_seconds", (), took_s))
         yield from _families(samples)
 
 
 def serve(broker: Redis, results: Redis, host: str, port: int) -> WSGIServer:
-    """Open the exporter's port; the caller runs `serve_forever` on what it gets.
+    """Open the exporter's port; the caller runs `serve_forever()` on the returned server.
 
     Args:
-        broker, results: clients with short timeouts.
+        broker, results: clients whose timeouts are shorter than the scrape timeout.
         host: address to listen on.
-        port: TCP port; 0 takes a free one, which is in ``server_port``.
+        port: TCP port; 0 chooses a free one, see ``server_port``.
 
     Raises:
-        OSError: the port cannot be had.
+        OSError: the port cannot be opened.
     """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(FleetCollector(broker, results))
@@ -88,31 +92,32 @@ def serve(broker: Redis, results: Redis, host: str, port: int) -> WSGIServer:
 
 
 def application(registry: CollectorRegistry) -> Application:
-    """Return a web application: /metrics scrapes, /healthz says that the process lives."""
+    """Return a WSGI application: /metrics scrapes, /healthz answers without Redis."""
     scrape: Any = make_wsgi_app(registry)
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
             return list(scrape(environ, start_response))
-        found = path == "/healthz"
+        healthy = path == "/healthz"
         start_response(
-            "200 OK" if found else "404 Not Found", [("Content-Type", "text/plain; charset=utf-8")]
+            "200 OK" if healthy else "404 Not Found",
+            [("Content-Type", "text/plain; charset=utf-8")],
         )
-        return [b"ok\n" if found else b"There is /metrics, and /healthz.\n"]
+        return [b"ok\n" if healthy else b"Not found. Paths: /metrics and /healthz.\n"]
 
     return answer
 
 
 class _Quiet(WSGIRequestHandler):
-    #: Seconds that a client may take over its request; a half-open one must not keep a thread.
+    #: Timeout of a request, seconds; a half-open connection must not block a thread.
     timeout = 10
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing of each scrape."""
+        """Log nothing: there is a request per scrape."""
 
 
-def _answers(server: Redis) -> bool:
+def _ping(server: Redis) -> bool:
     try:
         return bool(server.ping())
     except RedisError:
@@ -124,14 +129,13 @@ def _families(samples: Iterable[Sample]) -> Iterator[Metric]:
     for sample in samples:
         by_name.setdefault(sample.name, []).append(sample)
     for metric in METRICS:
-        found = by_name.pop(metric.name, [])
-        if found:
+        if of_metric := by_name.pop(metric.name, []):
             family: Any = _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels)
-            for sample in found:
+            for sample in of_metric:
                 if metric.kind is Kind.SUMMARY:
                     family.add_metric(sample.labels, sample.count, sample.value)
                 else:
                     family.add_metric(sample.labels, sample.value)
             yield family
     if by_name:
-        raise RuntimeError(f"{', '.join(by_name)} is not among the metrics. This is a bug.")
+        raise RuntimeError(f"Samples of unknown metrics: {', '.join(by_name)}. This is a bug.")

@@ -1,11 +1,8 @@
-"""Metric definitions and samples; pure.
+"""Defines every metric and turns a fleet snapshot into samples.
 
-Every metric that embedq exposes: name, kind, labels and meaning. No client library enters here.
-
-Labels are bounded: queues and states are lists of ours, reasons are codes, and of workers and jobs
-there are at most as many as the limits below say.
-
-A look at the fleet as samples of metrics. Pure: no client library, no Redis, no clock.
+Pure: no Prometheus library, no Redis, no clock.
+Label values are bounded: queues, states and reasons are fixed codes, and the number of workers and
+jobs with series of their own is limited.
 """
 
 from __future__ import annotations
@@ -19,31 +16,32 @@ from typing import Final, NamedTuple
 from embedq.observability.status import FleetStatus, JobStatus
 from embedq.protocol.worker import WorkerStatus
 
-#: Most workers that have series of their own, by name; all of them are counted in embedq_workers.
-MOST_WORKERS: Final = 256
+#: Maximum number of workers with series of their own, by name; embedq_workers counts all workers.
+MAX_WORKER_SERIES: Final = 256
 
 
-#: Most jobs that have series of their own, newest first; the others are summed as OTHER_JOBS.
-MOST_JOBS: Final = 20
+#: Maximum number of jobs with series of their own, newest first; the others are summed.
+MAX_JOB_SERIES: Final = 20
 
 
-#: Value of the label `job` for all others.
+#: Value of the label `job` for the sum of all jobs without series of their own.
 OTHER_JOBS: Final = "others"
 
 
-#: Values of the label `state`; a worker that is silent has no heartbeat and did not take leave.
+#: Values of the label `state` for workers with a heartbeat.
 STATES: Final = ("starting", "healthy", "degraded", "probing", "failed")
 
 
+#: Value of the label `state` for workers whose heartbeat expired without deregistration.
 SILENT: Final = "silent"
 
 
-#: Value of the label `reason` of a worker that is as it should be, and of one with an unknown code.
+#: Values of the label `reason` for a worker without a reason, and for one with an unknown code.
 NO_REASON, OTHER_REASON = "none", "other"
 
 
 class Kind(StrEnum):
-    """Kinds of Prometheus."""
+    """Metric type in Prometheus."""
 
     GAUGE = "gauge"
     COUNTER = "counter"
@@ -51,12 +49,12 @@ class Kind(StrEnum):
 
 
 class Metric(NamedTuple):
-    """One family of series.
+    """Definition of one metric family.
 
     Attributes:
-        name: in base units; a counter ends in _total, a summary gets _sum and _count.
-        kind: of Prometheus.
-        labels: their names.
+        name: name in base units; a counter ends in _total, a summary gets _sum and _count.
+        kind: Prometheus type.
+        labels: label names.
         help: one sentence.
     """
 
@@ -70,116 +68,135 @@ _G, _C, _S = Kind.GAUGE, Kind.COUNTER, Kind.SUMMARY
 
 
 METRICS: Final = (
-    Metric("embedq_up", _G, (), "1 if both Redis answered this scrape; else most others are gone."),
-    Metric("embedq_redis_up", _G, ("instance",), "1 if this Redis (broker or results) answered."),
-    Metric("embedq_scrape_duration_seconds", _G, (), "Time that this scrape took to collect."),
-    Metric("embedq_paused", _G, (), "1 while an operator has paused the fleet."),
-    Metric("embedq_redis_memory_used_bytes", _G, ("instance",), "Memory that a Redis uses."),
-    Metric("embedq_redis_memory_limit_bytes", _G, ("instance",), "Its maxmemory; 0 for none."),
-    Metric("embedq_redis_memory_used_ratio", _G, ("instance",), "Used share of it; 0 for none."),
-    Metric("embedq_queue_ready_messages", _G, ("queue",), "Batches that wait in a queue."),
+    Metric("embedq_up", _G, (), "1 if the fleet could be read; if 0, most metrics are missing."),
+    Metric(
+        "embedq_redis_up", _G, ("instance",), "1 if the Redis (broker or results) is reachable."
+    ),
+    Metric("embedq_scrape_duration_seconds", _G, (), "Duration of this scrape."),
+    Metric("embedq_paused", _G, (), "1 while the fleet is paused by an operator."),
+    Metric("embedq_redis_memory_used_bytes", _G, ("instance",), "Memory used by the Redis."),
+    Metric(
+        "embedq_redis_memory_limit_bytes",
+        _G,
+        ("instance",),
+        "Memory limit (maxmemory) of the Redis; 0 without a limit.",
+    ),
+    Metric(
+        "embedq_redis_memory_used_ratio",
+        _G,
+        ("instance",),
+        "Used share of the memory limit of the Redis; 0 without a limit.",
+    ),
+    Metric("embedq_queue_ready_messages", _G, ("queue",), "Batches waiting in the queue."),
     Metric(
         "embedq_queue_oldest_ready_age_seconds",
         _G,
         ("queue",),
-        "Time since the oldest batch of a queue was published; 0 when it is empty.",
+        "Time since the oldest batch in the queue was published; 0 if the queue is empty.",
     ),
-    Metric("embedq_unacked_messages", _G, (), "Batches that workers hold."),
+    Metric("embedq_unacked_messages", _G, (), "Batches received by workers and not acknowledged."),
     Metric(
         "embedq_unacked_oldest_age_seconds",
         _G,
         (),
-        "Time since the oldest batch that a worker holds was published; 0 when there is none.",
+        "Time since the oldest unacknowledged batch was published; 0 without one.",
     ),
     Metric(
         "embedq_unacked_oldest_lease_age_seconds",
         _G,
         (),
-        "Time since the oldest lease was renewed; beyond the visibility timeout its worker is "
-        "dead.",
+        "Time since the oldest lease was renewed; longer than the visibility timeout means that "
+        "its worker is dead.",
     ),
-    Metric("embedq_dead_letters", _G, (), "Texts set aside and kept (embedq dead ls)."),
-    Metric("embedq_workers", _G, ("state",), "Workers in each state, or silent."),
     Metric(
-        "embedq_worker_up", _G, ("worker",), "1 if the worker beat lately, 0 if it fell silent."
+        "embedq_dead_letters",
+        _G,
+        (),
+        "Dead letters: texts that no process survived (embedq dead ls).",
     ),
+    Metric("embedq_workers", _G, ("state",), "Workers in the state; silent: heartbeat expired."),
+    Metric("embedq_worker_up", _G, ("worker",), "1 with a heartbeat, 0 after it expired."),
     Metric(
         "embedq_worker_last_beat_timestamp_seconds",
         _G,
         ("worker",),
-        "Unix time of the last heartbeat.",
+        "Unix time of the last heartbeat of the worker.",
     ),
     Metric(
         "embedq_worker_info",
         _G,
         ("worker", "assigned_device", "device", "engine", "precision", "model"),
-        "1; what a worker is for (home) and what computes there now.",
+        "1; the labels are the device assigned to the worker, and what computes now.",
     ),
     Metric(
         "embedq_worker_state",
         _G,
         ("worker", "state"),
-        "1 for the state that a worker is in, else 0.",
+        "1 for the current state of the worker, 0 for every other state.",
     ),
     Metric(
         "embedq_worker_reason",
         _G,
         ("worker", "reason"),
-        "1 for the code of why a worker is not healthy, or none; embedq status has the sentence.",
+        "1 for the code of the reason why the worker is not healthy, or for none; embedq status "
+        "prints the full reason.",
     ),
     Metric(
         "embedq_worker_state_since_timestamp_seconds",
         _G,
         ("worker",),
-        "Unix time of a worker's last change of state.",
+        "Unix time of the last state change of the worker.",
     ),
-    Metric("embedq_worker_batches_total", _C, ("worker",), "Batches computed."),
-    Metric("embedq_worker_texts_total", _C, ("worker",), "Texts computed."),
-    Metric("embedq_worker_tokens_total", _C, ("worker",), "Tokens of these texts."),
+    Metric("embedq_worker_batches_total", _C, ("worker",), "Batches that the worker computed."),
+    Metric("embedq_worker_texts_total", _C, ("worker",), "Texts that the worker computed."),
+    Metric("embedq_worker_tokens_total", _C, ("worker",), "Tokens of the computed texts."),
     Metric(
         "embedq_worker_computed_tokens_total",
         _C,
         ("worker",),
-        "The same with padding; tokens divided by this is how full rows are packed.",
+        "Computed tokens including padding; embedq_worker_tokens_total divided by this is the "
+        "packing efficiency.",
     ),
-    Metric("embedq_worker_busy_seconds_total", _C, ("worker",), "Time with a batch in hand."),
+    Metric("embedq_worker_busy_seconds_total", _C, ("worker",), "Time spent on batches."),
     Metric(
         "embedq_worker_infer_seconds",
         _S,
         ("worker",),
-        "Time of inferences on the device, and how many; they may overlap.",
+        "Duration and number of inferences on the device; inferences can overlap.",
     ),
-    Metric("embedq_worker_rerouted_total", _C, ("worker",), "Batches handed to another queue."),
+    Metric("embedq_worker_rerouted_total", _C, ("worker",), "Batches moved to another queue."),
     Metric(
         "embedq_worker_redelivered_total",
         _C,
         ("worker",),
-        "Batches begun that somebody had begun before.",
+        "Batches started that had been started before.",
     ),
     Metric(
         "embedq_worker_duplicates_total",
         _C,
         ("worker",),
-        "Batches computed in vain: the ledger had them already.",
+        "Batches computed although another execution had already committed them.",
     ),
-    Metric("embedq_worker_refused_total", _C, ("worker",), "Batches answered as failed."),
-    Metric("embedq_worker_set_aside_total", _C, ("worker",), "Texts that no process survived."),
-    Metric("embedq_jobs", _G, (), "Living jobs."),
-    Metric("embedq_job_created_timestamp_seconds", _G, ("job",), "Unix time of a job's start."),
-    Metric("embedq_job_published_batches", _G, ("job",), "Batches published so far."),
-    Metric("embedq_job_committed_batches", _G, ("job",), "Batches that have their vectors."),
+    Metric("embedq_worker_refused_total", _C, ("worker",), "Batches rejected as failed."),
+    Metric("embedq_worker_set_aside_total", _C, ("worker",), "Texts moved to the dead letters."),
+    Metric("embedq_jobs", _G, (), "Running jobs."),
+    Metric(
+        "embedq_job_created_timestamp_seconds", _G, ("job",), "Unix time of the start of the job."
+    ),
+    Metric("embedq_job_published_batches", _G, ("job",), "Batches of the job published so far."),
+    Metric("embedq_job_committed_batches", _G, ("job",), "Batches of the job committed so far."),
     Metric(
         "embedq_job_untaken_batches",
         _G,
         ("job",),
-        "Of these, how many the producer has not taken yet.",
+        "Committed batches that the producer has not collected.",
     ),
-    Metric("embedq_job_committed_texts", _G, ("job",), "Texts that have their outcome."),
+    Metric("embedq_job_committed_texts", _G, ("job",), "Texts in committed batches."),
     Metric(
         "embedq_job_planned_texts",
         _G,
         ("job",),
-        "Texts of the whole job; no series where the producer does not know.",
+        "Texts of the whole job; no series while the producer does not know the number.",
     ),
 )
 
@@ -188,7 +205,7 @@ BY_NAME: Final = {metric.name: metric for metric in METRICS}
 
 
 def table() -> str:
-    """Return all metrics as the table of README."""
+    """Return all metrics as a Markdown table."""
     lines = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
     for metric in METRICS:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
@@ -196,7 +213,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-#: What workers count -> the metric it is.
+#: Counter in a heartbeat -> metric.
 TOTALS: Final = {
     "batches": "embedq_worker_batches_total",
     "texts": "embedq_worker_texts_total",
@@ -211,8 +228,8 @@ TOTALS: Final = {
 }
 
 
-#: Longest code of a reason; a longer one, or one with spaces, is no code.
-_LONGEST_CODE: Final = 40
+#: Maximum length of a reason code, characters; longer ones are shown as OTHER_REASON.
+_MAX_CODE_LENGTH: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +237,10 @@ class Sample:
     """One value of a metric.
 
     Attributes:
-        name: of the metric.
-        labels: their values, in the order of the metric.
-        value: the number; of a summary, the sum.
-        count: of a summary.
+        name: name of the metric.
+        labels: label values, in the metric's order.
+        value: value of a gauge or counter, sum of a summary.
+        count: count of a summary.
     """
 
     name: str
@@ -232,35 +249,35 @@ class Sample:
     count: float = 0.0
 
 
-def fleet_samples(found: FleetStatus) -> Iterator[Sample]:
-    """Yield all samples of a look at the fleet."""
-    yield Sample("embedq_paused", (), float(found.paused is not None))
-    for instance, load in found.memory.items():
-        yield Sample("embedq_redis_memory_used_bytes", (instance,), load.used)
-        yield Sample("embedq_redis_memory_limit_bytes", (instance,), load.limit)
-        yield Sample("embedq_redis_memory_used_ratio", (instance,), load.ratio)
-    for queue, ready in found.queues.items():
+def fleet_samples(fleet: FleetStatus) -> Iterator[Sample]:
+    """Yield all samples of a fleet snapshot."""
+    yield Sample("embedq_paused", (), float(fleet.paused is not None))
+    for instance, memory in fleet.memory.items():
+        yield Sample("embedq_redis_memory_used_bytes", (instance,), memory.used)
+        yield Sample("embedq_redis_memory_limit_bytes", (instance,), memory.limit)
+        yield Sample("embedq_redis_memory_used_ratio", (instance,), memory.ratio)
+    for queue, ready in fleet.queues.items():
         yield Sample("embedq_queue_ready_messages", (queue,), ready)
-        age_s = found.oldest_ready_s.get(queue, 0.0)
+        age_s = fleet.oldest_ready_s.get(queue, 0.0)
         yield Sample("embedq_queue_oldest_ready_age_seconds", (queue,), age_s)
-    yield Sample("embedq_unacked_messages", (), found.in_hand)
-    yield Sample("embedq_unacked_oldest_age_seconds", (), found.oldest_in_hand_s)
-    yield Sample("embedq_unacked_oldest_lease_age_seconds", (), found.oldest_lease_s)
-    yield Sample("embedq_dead_letters", (), found.dead)
-    yield from _of_workers(found)
-    yield from _of_jobs(found.jobs, found.at)
+    yield Sample("embedq_unacked_messages", (), fleet.in_hand)
+    yield Sample("embedq_unacked_oldest_age_seconds", (), fleet.oldest_in_hand_s)
+    yield Sample("embedq_unacked_oldest_lease_age_seconds", (), fleet.oldest_lease_s)
+    yield Sample("embedq_dead_letters", (), fleet.dead)
+    yield from _of_workers(fleet)
+    yield from _of_jobs(fleet.jobs, fleet.at)
 
 
-def _of_workers(found: FleetStatus) -> Iterator[Sample]:
-    states = Counter(str(worker.state) for worker in found.workers)
+def _of_workers(fleet: FleetStatus) -> Iterator[Sample]:
+    states = Counter(str(worker.state) for worker in fleet.workers)
     for state in STATES:
         yield Sample("embedq_workers", (state,), states[state])
-    yield Sample("embedq_workers", (SILENT,), len(found.silent))
-    for worker in found.workers[:MOST_WORKERS]:
+    yield Sample("embedq_workers", (SILENT,), len(fleet.silent))
+    for worker in fleet.workers[:MAX_WORKER_SERIES]:
         yield Sample("embedq_worker_up", (worker.worker,), 1)
         yield Sample("embedq_worker_last_beat_timestamp_seconds", (worker.worker,), worker.at)
         yield from _of_worker(worker)
-    for name, at in sorted(found.silent.items())[:MOST_WORKERS]:
+    for name, at in sorted(fleet.silent.items())[:MAX_WORKER_SERIES]:
         yield Sample("embedq_worker_up", (name,), 0)
         yield Sample("embedq_worker_last_beat_timestamp_seconds", (name,), at)
 
@@ -282,15 +299,14 @@ def _of_worker(worker: WorkerStatus) -> Iterator[Sample]:
 
 
 def _code(worker: WorkerStatus) -> str:
-    if worker.code and len(worker.code) <= _LONGEST_CODE and worker.code.isidentifier():
+    if worker.code and len(worker.code) <= _MAX_CODE_LENGTH and worker.code.isidentifier():
         return worker.code
     return OTHER_REASON if worker.reason else NO_REASON
 
 
 def _of_jobs(jobs: list[JobStatus], now: float) -> Iterator[Sample]:
-    """Yield the newest jobs one by one, and all others as one."""
     yield Sample("embedq_jobs", (), len(jobs))
-    shown, rest = jobs[-MOST_JOBS:], jobs[:-MOST_JOBS]
+    shown, rest = jobs[-MAX_JOB_SERIES:], jobs[:-MAX_JOB_SERIES]
     for job in shown:
         yield from _of_job(job.id, [job], now)
     if rest:

@@ -1,11 +1,7 @@
-"""Snapshot of workers, queues and jobs.
+"""Reads a snapshot of workers, queues and jobs from both Redis.
 
-How far a job is, as it stands beside its ledger for whoever looks from outside.
-
-What the fleet looks like at this moment: workers, queues and jobs, from Redis alone.
-
-Costs three round trips however many workers and jobs there are, and a user of Redis who may only
-read can look too.
+A snapshot costs three round trips, however many workers and jobs there are.
+A Redis user with read permissions is enough.
 """
 
 from __future__ import annotations
@@ -35,22 +31,23 @@ from embedq.store.fleet import (
 from embedq.store.ledger import JOBS_KEY
 from embedq.store.queues import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, RedisMemory
 
-#: Most jobs that are looked at, newest first; abandoned ones linger here until the next one opens.
-MOST_JOBS: Final = 1_000
+#: Maximum number of jobs in a snapshot; the newest are read.
+MAX_JOBS: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One living job.
+    """State of one job whose ledger exists.
 
     Attributes:
-        id, label: of the job; the label is the output it is written to, if it has one.
-        committed: batches that have their vectors.
-        waiting: of those, how many the producer has not taken yet.
-        age_s: since it began.
-        published: batches that were published.
-        texts: texts that have their outcome.
-        planned_texts: texts of the whole job; None while its producer does not know.
+        id: id of the job.
+        label: path of the output; empty if the job has none.
+        committed: number of committed batches.
+        waiting: number of committed batches that the producer has not collected.
+        age_s: seconds since the job was created.
+        published: number of published batches; the producer reports it about once per second.
+        texts: number of texts in committed batches; a recomputed batch counts again.
+        planned_texts: number of texts of the whole job; None while the producer does not know.
     """
 
     id: str
@@ -65,21 +62,23 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class FleetStatus:
-    """All of it.
+    """Snapshot of the fleet.
 
     Attributes:
-        at: Unix time of this look, in seconds.
-        workers: the living ones, by name.
-        queues: messages that wait in each queue.
-        in_hand: messages that workers hold.
-        oldest_lease_s: age of the oldest lease among them.
-        jobs: the living ones, oldest first.
-        memory: of broker and results.
-        paused: why and since when an operator has paused the fleet; None while it works.
-        silent: name -> Unix time of the last heartbeat of workers that went without taking leave.
-        oldest_ready_s: time since the oldest message of each queue was published; 0 when empty.
-        oldest_in_hand_s: the same for what workers hold.
-        dead: texts set aside.
+        at: Unix time of the snapshot, seconds.
+        workers: workers with a heartbeat, by name.
+        queues: queue -> number of ready messages.
+        in_hand: number of unacknowledged messages.
+        oldest_lease_s: seconds since the oldest lease was renewed; 0 if there is none.
+        jobs: jobs whose ledger exists, oldest first.
+        memory: "broker" and "results" -> memory use of that Redis.
+        paused: reason and start of the pause; None while the fleet is not paused.
+        silent: worker -> Unix time of its last heartbeat, for workers whose heartbeat expired
+            without deregistration.
+        oldest_ready_s: queue -> seconds since its oldest message was published; 0 if it is empty.
+        oldest_in_hand_s: seconds since the oldest unacknowledged message was published; 0 if
+            there is none.
+        dead: number of dead letters.
     """
 
     at: float
@@ -96,7 +95,7 @@ class FleetStatus:
     dead: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the status for JSON."""
+        """Return the snapshot as an object for JSON."""
         shown = asdict(self)
         shown["paused"] = self.paused._asdict() if self.paused else None
         shown["redis"] = {name: round(load.ratio, 4) for name, load in self.memory.items()}
@@ -104,34 +103,36 @@ class FleetStatus:
 
 
 def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
-    """Look at everything once.
+    """Read a snapshot of the fleet.
 
     Raises:
         redis.exceptions.RedisError: a Redis does not answer.
     """
     now = time.time()
     names = [str(queue) for queue in Queue]
-    *lengths, in_hand, leases, ages, carrying = _ask_broker(broker, names)
-    beats, known, paused, dead, holding = _ask_results(results, now)
+    *lengths, unacked, leases, ages, broker_info = _read_broker(broker, names)
+    beats, job_index, paused, dead, results_info = _read_results(results, now)
     seen = {name.decode(errors="replace"): at for name, at in beats}
-    alive, jobs = _ask_details(results, list(seen), known, now)
-    living = {worker.worker for worker in alive}
-    memory = {"broker": RedisMemory.from_info(carrying), "results": RedisMemory.from_info(holding)}
-    # A Redis that refuses scripts tells no ages.
+    workers, jobs = _read_workers_and_jobs(results, list(seen), job_index, now)
+    live = {worker.worker for worker in workers}
+    # A Redis that rejects scripts returns no ages.
     ages = [_age(now, at) for at in ages] if isinstance(ages, list) else [0.0] * (len(names) + 1)
     return FleetStatus(
         at=now,
-        workers=alive,
+        workers=workers,
         queues=dict(zip(names, map(int, lengths), strict=True)),
-        in_hand=int(in_hand),
+        in_hand=int(unacked),
         oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
         jobs=jobs,
-        memory=memory,
+        memory={
+            "broker": RedisMemory.from_info(broker_info),
+            "results": RedisMemory.from_info(results_info),
+        },
         paused=read_pause(paused),
         silent={
             strip_control_chars(name): at
             for name, at in seen.items()
-            if strip_control_chars(name) not in living
+            if strip_control_chars(name) not in live
         },
         oldest_ready_s=dict(zip(names, ages, strict=False)),
         oldest_in_hand_s=ages[-1],
@@ -139,7 +140,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
     )
 
 
-def _ask_broker(broker: Redis, queues: list[str]) -> list[Any]:
+def _read_broker(broker: Redis, queues: list[str]) -> list[Any]:
     pipe = broker.pipeline(transaction=False)
     for queue in queues:
         pipe.llen(queue)
@@ -150,39 +151,38 @@ def _ask_broker(broker: Redis, queues: list[str]) -> list[Any]:
     return _checked(pipe.execute(raise_on_error=False), optional=2)
 
 
-def _ask_results(results: Redis, now: float) -> list[Any]:
+def _read_results(results: Redis, now: float) -> list[Any]:
     pipe = results.pipeline(transaction=False)
     pipe.zrangebyscore(WORKERS_KEY, now - FORGET_S, "+inf", withscores=True)
-    pipe.zrange(JOBS_KEY, 0, MOST_JOBS - 1, desc=True, withscores=True)
+    pipe.zrange(JOBS_KEY, 0, MAX_JOBS - 1, desc=True, withscores=True)
     pipe.get(PAUSED_KEY)
     pipe.hlen(DEAD_KEY)
     pipe.info("memory")
     return _checked(pipe.execute(raise_on_error=False), optional=1)
 
 
-def _ask_details(
-    results: Redis, names: Sequence[str], known: list[tuple[bytes, float]], now: float
+def _read_workers_and_jobs(
+    results: Redis, names: Sequence[str], job_index: list[tuple[bytes, float]], now: float
 ) -> tuple[list[WorkerStatus], list[JobStatus]]:
-    """Return the living workers, and the living jobs, oldest first."""
-    if not names and not known:
+    if not names and not job_index:
         return [], []
     pipe = results.pipeline(transaction=False)
     for name in names:
         pipe.get(worker_key(name))
-    for job, _ in known:
+    for job, _ in job_index:
         _queue_job_reads(pipe, job.decode(errors="replace"))
-    answers = iter(_but_types(pipe.execute(raise_on_error=False)))
-    alive = decode_heartbeats([next(answers) for _ in names])
-    jobs, faded = [], []
-    for job, began in known:
-        if (found := _decode_job(job, round(now - began, 1), answers)) is not None:
-            jobs.append(found)
+    answers = iter(_without_type_errors(pipe.execute(raise_on_error=False)))
+    workers = decode_heartbeats([next(answers) for _ in names])
+    jobs, expired = [], []
+    for job, created in job_index:
+        if (status := _decode_job(job, round(now - created, 1), answers)) is not None:
+            jobs.append(status)
         else:
-            faded.append(job)
-    if faded:  # abandoned jobs
-        with suppress(ResponseError):  # whoever may only read leaves that to others
-            results.zrem(JOBS_KEY, *faded)
-    return alive, jobs[::-1]
+            expired.append(job)
+    if expired:
+        with suppress(ResponseError):  # a read-only user may not delete
+            results.zrem(JOBS_KEY, *expired)
+    return workers, jobs[::-1]
 
 
 def _queue_job_reads(pipe: Pipeline, job: str) -> None:
@@ -192,7 +192,6 @@ def _queue_job_reads(pipe: Pipeline, job: str) -> None:
 
 
 def _decode_job(name: bytes, age_s: float, answers: Iterator[Any]) -> JobStatus | None:
-    """Decode the next three answers; None if the job is gone."""
     meta, committed, waiting = next(answers), next(answers), next(answers)
     if any(isinstance(answer, Exception) for answer in (meta, committed, waiting)):
         return None  # another program wrote these keys
@@ -205,7 +204,7 @@ def _decode_job(name: bytes, age_s: float, answers: Iterator[Any]) -> JobStatus 
         committed=int(committed),
         waiting=int(waiting),
         age_s=age_s,
-        # The producer reports about once per second, so commits may be ahead of it.
+        # Commits can be ahead of the producer's report.
         published=max(int(_number(published)), int(committed)),
         texts=int(_number(texts)),
         planned_texts=None if planned is None else int(_number(planned)),
@@ -213,15 +212,15 @@ def _decode_job(name: bytes, age_s: float, answers: Iterator[Any]) -> JobStatus 
 
 
 def _checked(answers: list[Any], *, optional: int) -> list[Any]:
-    """Raise what Redis refused, but for the last questions, which some refuse to some users."""
+    # The last `optional` commands need permissions that some Redis users lack.
     for answer in answers[:-optional]:
         if isinstance(answer, Exception):
             raise answer
     return answers
 
 
-def _but_types(answers: list[Any]) -> list[Any]:
-    """Raise what Redis refused, but for keys that hold something else than ours do."""
+def _without_type_errors(answers: list[Any]) -> list[Any]:
+    # A key of another type was written by another program: skip its worker or job only.
     for answer in answers:
         if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
             raise answer
@@ -233,7 +232,6 @@ def _age(now: float, published: bytes) -> float:
 
 
 def _number(raw: bytes | None) -> float:
-    """Return a number of the job's hash; 0 if it is missing or not a number in range."""
     try:
         number = float(raw or 0)
     except ValueError:

@@ -1,7 +1,7 @@
-"""Spans of OpenTelemetry, or nothing at all: the library is imported only where tracing is on.
+"""Writes OpenTelemetry spans if tracing is on; the library is imported only then.
 
-A batch is one trace from `submit` to its result. Its context travels in the headers of the message,
-as the official instrumentation of Celery reads it on a worker. No text is in any span.
+A job is one trace. The message headers carry its context, in the form that the Celery
+instrumentation of OpenTelemetry reads. No span contains a text.
 """
 
 from __future__ import annotations
@@ -18,31 +18,29 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span, Tracer
 
-#: Name of the exporter if OTEL_TRACES_EXPORTER does not say, and what that variable calls it.
+#: Entry point of the exporter if OTEL_TRACES_EXPORTER is not set.
 DEFAULT_EXPORTER: Final = "otlp_proto_http"
 
 
+#: Value of OTEL_TRACES_EXPORTER -> entry point, where they differ.
 _ALIASES: Final = {"otlp": DEFAULT_EXPORTER}
 
 
-_NEEDS: Final = "EMBEDQ_TRACES needs OpenTelemetry. Run: pip install 'embedq[otel]'"
-
-
-#: Of this process; None while tracing is off.
+#: Tracer of this process; None while tracing is off.
 _tracer: Tracer | None = None
 
 
 def enable(service: str) -> TracerProvider | None:
-    """Trace from now on in this process.
+    """Turn tracing on in this process.
 
-    A program that has a tracer provider keeps it. Otherwise one is made, which sends to where the
-    variables OTEL_TRACES_EXPORTER and OTEL_EXPORTER_OTLP_ENDPOINT say.
+    Uses the program's tracer provider if it has one. Otherwise creates one that is configured by
+    OTEL_TRACES_EXPORTER and OTEL_EXPORTER_OTLP_ENDPOINT.
 
     Args:
-        service: name of this room, unless OTEL_SERVICE_NAME says another.
+        service: service name if OTEL_SERVICE_NAME is not set.
 
     Returns:
-        The provider that was made, or None.
+        The created provider, or None if the program has one.
 
     Raises:
         SettingsError: the library is missing, or the exporter is unknown.
@@ -54,60 +52,64 @@ def enable(service: str) -> TracerProvider | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError:
-        raise SettingsError(_NEEDS) from None
-    made = None
+        raise SettingsError(
+            "EMBEDQ_TRACES needs OpenTelemetry. Run: pip install 'embedq[otel]'"
+        ) from None
+    created = None
     if not isinstance(trace.get_tracer_provider(), TracerProvider):
         name = os.environ.get("OTEL_SERVICE_NAME", service)
-        made = TracerProvider(resource=Resource.create({"service.name": name}))
-        made.add_span_processor(BatchSpanProcessor(_exporter()))
-        trace.set_tracer_provider(made)
+        created = TracerProvider(resource=Resource.create({"service.name": name}))
+        created.add_span_processor(BatchSpanProcessor(_exporter()))
+        trace.set_tracer_provider(created)
     _tracer = trace.get_tracer("embedq")
-    return made
+    return created
 
 
 def is_on() -> bool:
-    """Tell whether this process traces."""
+    """Return whether tracing is on in this process."""
     return _tracer is not None
 
 
 def _exporter() -> Any:
-    asked = os.environ.get("OTEL_TRACES_EXPORTER") or DEFAULT_EXPORTER
-    name = _ALIASES.get(asked, asked)
-    for found in entry_points(group="opentelemetry_traces_exporter", name=name):
-        return found.load()()
+    configured = os.environ.get("OTEL_TRACES_EXPORTER") or DEFAULT_EXPORTER
+    name = _ALIASES.get(configured, configured)
+    for exporter in entry_points(group="opentelemetry_traces_exporter", name=name):
+        return exporter.load()()
     known = sorted({e.name for e in entry_points(group="opentelemetry_traces_exporter")})
     raise SettingsError(
         f"OTEL_TRACES_EXPORTER: expected one of {', '.join(known) or 'none installed'}, "
-        f"got {asked}. Install the exporter, or turn EMBEDQ_TRACES off."
+        f"got {configured}. Install the exporter, or set EMBEDQ_TRACES=false."
     )
 
 
 @contextmanager
 def span(name: str, **attributes: str | int | float) -> Iterator[None]:
-    """Show the body as a span of the current trace."""
+    """Run the body within a span of the current trace."""
     if _tracer is None:
         yield
         return
-    with _tracer.start_as_current_span(name, attributes=_named(attributes)):
+    with _tracer.start_as_current_span(name, attributes=_prefixed(attributes)):
         yield
 
 
 class JobTrace:
-    """The span of a job, from its first batch to its last result, and those of its batches."""
+    """Span of a job, from its first batch to its last result, and the spans of its batches."""
 
     def __init__(self, job: str) -> None:
         self._job = job
         self._span: Span | None = None
 
     def begin(self) -> None:
-        """Begin, if tracing is on, within whatever the caller is tracing."""
+        """Start the job's span, as a child of the caller's current span, if tracing is on."""
         if _tracer is not None:
-            self._span = _tracer.start_span("embedq.submit", attributes=_named({"job": self._job}))
+            self._span = _tracer.start_span(
+                "embedq.submit", attributes=_prefixed({"job": self._job})
+            )
 
     @contextmanager
     def publishing(self, headers: MutableMapping[str, Any], **attributes: int) -> Iterator[None]:
-        """Show the publishing of a batch, whose headers then carry the trace on."""
-        with self._within("embedq.publish", attributes, producer=True):
+        """Run the body within the span of a publish, and add the trace context to the headers."""
+        with self._child_span("embedq.publish", attributes, producer=True):
             if self._span is not None:
                 from opentelemetry.propagate import inject
 
@@ -116,8 +118,8 @@ class JobTrace:
 
     @contextmanager
     def collecting(self, **attributes: int) -> Iterator[None]:
-        """Show the way of a batch's vectors from Redis to the caller."""
-        with self._within("embedq.collect", attributes):
+        """Run the body within the span of collecting a batch's vectors from Redis."""
+        with self._child_span("embedq.collect", attributes):
             yield
 
     def end(self) -> None:
@@ -126,7 +128,7 @@ class JobTrace:
             self._span.end()
 
     @contextmanager
-    def _within(
+    def _child_span(
         self, name: str, attributes: dict[str, int], *, producer: bool = False
     ) -> Iterator[None]:
         if self._span is None or _tracer is None:
@@ -136,10 +138,10 @@ class JobTrace:
 
         kind = SpanKind.PRODUCER if producer else SpanKind.INTERNAL
         with _tracer.start_as_current_span(
-            name, set_span_in_context(self._span), kind, attributes=_named(attributes)
+            name, set_span_in_context(self._span), kind, attributes=_prefixed(attributes)
         ):
             yield
 
 
-def _named(attributes: MutableMapping[str, Any]) -> dict[str, Any]:
+def _prefixed(attributes: MutableMapping[str, Any]) -> dict[str, Any]:
     return {f"embedq.{key}": value for key, value in attributes.items()}
