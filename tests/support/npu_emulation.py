@@ -200,7 +200,7 @@ def open_faulty_npu(
     from embedq_worker.engines.compiler import CompiledModelLoader
     from embedq_worker.model.bert import build_graph
 
-    def load(self: Any, shapes: Mapping[str, list[int]], deadline_s: float) -> Any:
+    def load(self: Any, shapes: Mapping[str, list[int]], timeout_s: float) -> Any:
         graph = build_graph(self._model)
         core = self._runtime._core
         read = core.read_model

@@ -387,7 +387,7 @@ def run(settings: WorkerSettings, options: QuantizeOptions, progress: Progress) 
             f"{options.min_overlap}. Use texts more like those that you will embed, raise --texts, "
             "or lower --min-overlap."
         )
-    elif not store.keep(quantized.name, quantized.graph, report):
+    elif not store.store(quantized.name, quantized.graph, report):
         problem = "the cache folder cannot be written; the log says why."
     name = quantized.name[:NAME_LENGTH]
     warnings = tuple(_warnings(sample))

@@ -1,1 +1,1 @@
-"""One model on one device: token batches in, vectors out. No Celery, no Redis, no tokenizer."""
+"""Run one model on one device: token batches in, vectors out. No Celery, Redis or tokenizer."""

@@ -1,11 +1,8 @@
-"""Compile in a child process, load from the cache.
+"""Load compiled models from the cache, or compile them in a subprocess.
 
-Compiles a model in a process of its own, because compilers abort, segfault and hang.
-
-Run as ``python -m embedq_worker.compiling``: one JSON object on stdin says what to compile, the
-blob goes into an inherited file descriptor, one JSON object on stdout says how it went.
-
-Compiled models: from the cache where one is to be trusted, else from a compiler in a child.
+NPU compilers abort, segfault and hang, so each compilation runs in a process of its own:
+``python -m embedq_worker.engines.compiler`` reads a request as one JSON object from stdin, writes
+the blob to an inherited file descriptor and the outcome as one JSON object to stdout.
 """
 
 from __future__ import annotations
@@ -37,27 +34,34 @@ from embedq_worker.files import DigestCache
 from embedq_worker.model.resolve import Model, load_model
 from embedq_worker.process import die_with_parent
 
-#: What runs this file.
+#: Command that runs this module.
 COMMAND: Final = (sys.executable, "-m", "embedq_worker.engines.compiler")
 
 
-#: Most characters of the child's own words in a message.
+#: Maximum length of the compiler's stderr in an error message, characters.
 MAX_ERROR_TAIL: Final = 300
+
+
+#: Reasons of a failed import that are no fault of the blob: another process may import it.
+NOT_THE_BLOB: Final = frozenset({FailureReason.DEVICE_LOST, FailureReason.OUT_OF_MEMORY})
 
 
 Bytes = npt.NDArray[np.uint8]
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class CompileRequest:
-    """What to compile.
+    """Arguments of one compilation, in JSON types.
 
     Attributes:
-        folder, label, identity: of the model.
-        cache_dir: where digests are remembered.
-        target: the device.
-        shapes: of the inputs, by name.
-        properties: for the plugin.
+        folder, label, identity: the model.
+        cache_dir: folder of the digest cache.
+        target: fields of the DeviceTarget.
+        shapes: input shapes by name.
+        properties: properties for the plugin.
     """
 
     folder: str
@@ -77,7 +81,7 @@ class CompileRequest:
         shapes: Mapping[str, list[int]],
         properties: Mapping[str, str],
     ) -> CompileRequest:
-        """Describe a job in types of JSON."""
+        """Build a request for a model and a device."""
         return cls(
             os.fspath(model.folder),
             model.label,
@@ -89,22 +93,26 @@ class CompileRequest:
         )
 
 
-def compile_in_child(
-    job: CompileRequest, deadline_s: float, command: Sequence[str] = COMMAND
+#: Compiles a request within a timeout in seconds.
+CompileFunction = Callable[[CompileRequest, float], Bytes]
+
+
+def compile_in_subprocess(
+    request: CompileRequest, timeout_s: float, command: Sequence[str] = COMMAND
 ) -> Bytes:
-    """Compile in a child process and return the blob.
+    """Compile in a subprocess and return the blob.
 
     Args:
-        job: what to compile.
-        deadline_s: seconds after which the child is killed.
-        command: what to run; tests run compilers that misbehave.
+        request: arguments of the compilation.
+        timeout_s: time after which the subprocess is killed.
+        command: command of the subprocess; tests pass compilers that misbehave.
 
     Raises:
         ModelError: the files of the model are damaged.
-        CompileFailed: the compiler refused, crashed or hung; ``reason`` says which.
+        CompileFailed: the compiler rejected the model, crashed or hung; see ``reason``.
     """
     with _scratch_file() as file:
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -112,24 +120,23 @@ def compile_in_child(
             pass_fds=(file.fileno(),),
             start_new_session=True,
         )
-        told = {**asdict(job), "blob_fd": file.fileno(), "parent": os.getpid()}
-        message = json.dumps(told).encode()
+        message = {**asdict(request), "blob_fd": file.fileno(), "parent": os.getpid()}
         try:
-            out, errors = child.communicate(message, timeout=deadline_s)
+            out, errors = process.communicate(json.dumps(message).encode(), timeout=timeout_s)
         except subprocess.TimeoutExpired:
             raise CompileFailed(
-                f"Compiling {job.label} did not end within {deadline_s:.0f} s and was stopped. "
-                "Update the NPU driver, or allow more in EMBEDQ_COMPILE_TIMEOUT_S.",
+                f"Compiling {request.label} did not end within {timeout_s:.0f} s and was stopped. "
+                "Update the NPU driver, or raise EMBEDQ_COMPILE_TIMEOUT_S.",
                 FailureReason.COMPILE_DEADLINE,
             ) from None
         finally:
-            _end(child)
-        _raise_failure(job, child.returncode, out, errors)
+            _end(process)
+        _raise_failure(request, process.returncode, out, errors)
         file.seek(0)
         return np.frombuffer(bytearray(file.read()), np.uint8)
 
 
-def _raise_failure(job: CompileRequest, status: int, out: bytes, errors: bytes) -> None:
+def _raise_failure(request: CompileRequest, status: int, out: bytes, errors: bytes) -> None:
     try:
         answer = json.loads(out)
     except ValueError:
@@ -140,63 +147,62 @@ def _raise_failure(job: CompileRequest, status: int, out: bytes, errors: bytes) 
         raise ModelError(str(answer["message"]))
     if "message" in answer:
         raise CompileFailed(str(answer["message"]), FailureReason(answer["reason"]))
-    words = " ".join(errors.decode(errors="replace").split())[-MAX_ERROR_TAIL:]
-    died = f"died of {_signal(-status)}" if status < 0 else f"ended with status {status}"
+    tail = " ".join(errors.decode(errors="replace").split())[-MAX_ERROR_TAIL:]
+    died = f"died of {_signal_name(-status)}" if status < 0 else f"ended with status {status}"
     raise CompileFailed(
-        f"The compiler {died} while it compiled {job.label}. {words}".strip(),
+        f"The compiler {died} while it compiled {request.label}. {tail}".strip(),
         FailureReason.COMPILE_CRASHED,
     )
 
 
-def _signal(number: int) -> str:
+def _signal_name(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill whatever is left of the child, and of what it started."""
-    if child.returncode is None:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def _scratch_file() -> IO[bytes]:
-    """Open a file that no disk can be too full for, where the system has such."""
+    # A file in memory, where the system supports it: no disk can be too full for it.
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("embedq-blob"), "w+b")
     return tempfile.TemporaryFile()
 
 
 def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
-    from embedq_worker.engines.openvino_runtime import Runtime  # heavy, and only the child needs it
-    from embedq_worker.model.bert import build_graph
+    from embedq_worker.model.bert import build_graph  # imports onnx, which a cached start avoids
 
     began = time.monotonic()
-    fields = {name: message[name] for name in CompileRequest.__slots__}
-    job = CompileRequest(**fields)
-    model = load_model(Path(job.folder), job.label, DigestCache(Path(job.cache_dir)))
-    if model.identity != job.identity:
-        raise ModelError(f"{job.folder} has changed since it was checked. Start anew.")
-    runtime = Runtime(DeviceTarget(**job.target))
-    graph = build_graph(model)
-    blob = runtime.compile(graph, job.properties, job.shapes).export()
-    # A blob that crashes the plugin must do so here and not in the process that serves.
-    runtime.import_blob(np.frombuffer(bytearray(blob), np.uint8), job.properties).create_request()
+    request = CompileRequest(**{name: message[name] for name in CompileRequest.__slots__})
+    model = load_model(Path(request.folder), request.label, DigestCache(Path(request.cache_dir)))
+    if model.identity != request.identity:
+        raise ModelError(
+            f"The model in {request.folder} changed while the worker started. Restart the worker."
+        )
+    runtime = Runtime(DeviceTarget(**request.target))
+    blob = runtime.compile(build_graph(model), request.properties, request.shapes).export()
+    # A blob that crashes the plugin must do so here, not in the pool process.
+    compiled = runtime.import_blob(np.frombuffer(bytearray(blob), np.uint8), request.properties)
+    compiled.create_request()
     with os.fdopen(message["blob_fd"], "wb", closefd=False) as file:
         file.write(blob)
     return {"ok": True, "bytes": len(blob), "seconds": time.monotonic() - began}
 
 
 def main() -> None:
-    """Compile what stdin says."""
+    """Compile the request on stdin and write the outcome to stdout."""
     die_with_parent()
-    # OpenVINO logs to stdout, where the answer belongs.
+    # OpenVINO logs to stdout, which must hold only the outcome.
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     message = json.load(sys.stdin)
-    if os.getppid() != message["parent"]:  # it died before the first line
+    if os.getppid() != message["parent"]:  # the parent died before die_with_parent took effect
         return
     try:
         answer = _compile(message)
@@ -207,30 +213,19 @@ def main() -> None:
         answer = {"kind": "engine", "message": str(error), "reason": str(reason)}
     json.dump(answer, answer_to)
     answer_to.flush()
-    # Not through destructors: a driver may hang in them, and the work is done.
+    # Skip destructors: a driver may hang in them.
     os._exit(0)
 
 
-log = logging.getLogger(__name__)
-
-
-#: Reasons of a refusal that tell nothing about the blob: the next process may import it.
-NOT_THE_BLOB: Final = frozenset({FailureReason.DEVICE_LOST, FailureReason.OUT_OF_MEMORY})
-
-
-#: Compiles a job within so many seconds.
-Compile = Callable[[CompileRequest, float], Bytes]
-
-
 def shapes_of(row_spec: RowSpec, width: int) -> dict[str, list[int]]:
-    """Return the static shapes of the graph's inputs."""
+    """Return the static input shapes for rows of one width."""
     row = [1, width]
     segments = [row_spec.segments(width)]
     return {"input_ids": row, "position_ids": row, "segment_ids": row, "segments": segments}
 
 
 class CompiledModelLoader:
-    """Brings compiled models from the cache, or from a compiler."""
+    """Loads compiled models of one model on one device."""
 
     def __init__(
         self,
@@ -238,39 +233,39 @@ class CompiledModelLoader:
         model: Model,
         properties: Mapping[str, str],
         cache_dir: Path,
-        compile_in_child: Compile,
+        compile_function: CompileFunction,
     ) -> None:
-        """Prepare for a model on a device.
+        """Open the cache of the model.
 
         Args:
-            runtime: the device.
-            model: what to load.
-            properties: what the plugin is sent.
-            cache_dir: where compiled models are kept.
-            compile_in_child: what compiles, with the deadline in seconds as its second argument.
+            runtime: device to load models into.
+            model: model to load.
+            properties: properties for the plugin.
+            cache_dir: cache folder of the worker.
+            compile_function: function that compiles a model.
         """
         self.store = CompiledModelCache(cache_dir, model.identity)
         self.compiled = 0
         self._runtime, self._model, self._cache_dir = runtime, model, cache_dir
         self._properties = properties
-        self._compile_in_child = compile_in_child
+        self._compile_function = compile_function
 
-    def load(self, shapes: Mapping[str, list[int]], deadline_s: float) -> Compiled:
+    def load(self, shapes: Mapping[str, list[int]], timeout_s: float) -> Compiled:
         """Return the model compiled for these shapes.
 
         Raises:
             ModelError: the files of the model are damaged.
-            CompileFailed: it cannot be compiled or loaded.
+            CompileFailed: the model cannot be compiled or loaded.
         """
         key = self._key(shapes)
         found = self._cached(key)
         if found:
             return found
-        with self.store.lock(key, deadline_s):
-            found = self._cached(key)  # another worker may have compiled it meanwhile
+        with self.store.lock(key, timeout_s):
+            found = self._cached(key)  # another worker may have compiled it in the meantime
             if found:
                 return found
-            blob = self._compile(shapes, deadline_s)
+            blob = self._compile(shapes, timeout_s)
             self.store.store(key, blob)
         return self._runtime.import_blob(blob, self._properties)
 
@@ -287,13 +282,13 @@ class CompiledModelLoader:
             self.store.discard(key)
             return None
 
-    def _compile(self, shapes: Mapping[str, list[int]], deadline_s: float) -> Bytes:
+    def _compile(self, shapes: Mapping[str, list[int]], timeout_s: float) -> Bytes:
         self.compiled += 1
         target = self._runtime.target
-        job = CompileRequest.of(self._model, self._cache_dir, target, shapes, self._properties)
+        request = CompileRequest.of(self._model, self._cache_dir, target, shapes, self._properties)
         began = time.monotonic()
         log.info("compile_started device=%s shape=%s", target.device, shapes["input_ids"])
-        blob = self._compile_in_child(job, deadline_s)
+        blob = self._compile_function(request, timeout_s)
         log.info(
             "compile_done device=%s seconds=%.1f bytes=%d",
             target.device,
@@ -304,15 +299,15 @@ class CompiledModelLoader:
 
     def _key(self, shapes: Mapping[str, list[int]]) -> CacheKey:
         target = self._runtime.target
-        what = {
+        request = {
             "device": target.device,
-            "standin": target.emulation,
+            "emulation": target.emulation,
             "shapes": str(sorted(shapes.items())),
             "properties": str(sorted({**self._properties, **target.forced}.items())),
             "graph": str(GRAPH_VERSION),
         }
         versions = {"openvino": openvino_runtime.VERSION, **self._runtime.traits()}
-        return CacheKey(self._model.identity, what, versions)
+        return CacheKey(self._model.identity, request, versions)
 
 
 if __name__ == "__main__":

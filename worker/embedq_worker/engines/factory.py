@@ -1,7 +1,4 @@
-"""Open an engine by name.
-
-The engines of the CPU and the stub, chosen by name; only the chosen runtime is imported.
-"""
+"""Open a CPU or stub engine by name, importing only the runtime that it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from embedq_worker.model.resolve import Model
 __all__ = ["ENGINES", "Engine", "open_engine"]
 
 
-#: Names that open_engine knows.
+#: Names that open_engine accepts.
 ENGINES: Final = ("onnxruntime", "openvino", "stub")
 
 
@@ -32,18 +29,18 @@ def open_engine(
 
     Args:
         name: one of ENGINES.
-        model: the model to load; only the stub does without.
-        threads: cores to use, 0 for all this process may use.
-        precision: the arithmetic; onnxruntime and the stub know one only.
-        quantized: the graph for ``int8``.
-        streams: inferences at a time, 0 for one per core.
+        model: model to load; may be None for the stub only.
+        threads: number of cores, 0 for all that this process may use.
+        precision: arithmetic of openvino; onnxruntime and the stub compute in f32.
+        quantized: graph for ``int8``.
+        streams: number of concurrent inferences, 0 for one per core.
 
     Raises:
         SettingsError: no engine has this name, or it needs a model and got none.
         ModelError: the files of the model are damaged.
-        CompileFailed: the runtime refuses the model.
+        CompileFailed: the runtime rejects the model.
     """
-    # Imported where chosen: a runtime costs 0.15 s that the stub does not need.
+    # Imports are local so that no runtime is loaded that the engine does not need.
     if name == "stub":
         from embedq_worker.engines.stub import StubEngine
 
@@ -53,7 +50,7 @@ def open_engine(
         hint = f" Did you mean {close[0]}?" if close else ""
         raise SettingsError(f"Engine: expected one of {', '.join(ENGINES)}, got {name}.{hint}")
     if model is None:
-        raise SettingsError(f"Engine {name} needs a model; only the stub does without.")
+        raise SettingsError(f"Engine {name} needs a model; only the engine stub works without.")
     if name == "openvino":
         from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 

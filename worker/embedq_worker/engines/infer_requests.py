@@ -1,13 +1,7 @@
-"""Pool of infer requests with pinned tensors.
+"""Manage the infer requests of an NPU and count changes of their tensors.
 
-One inference request of a device, and where its tensors lie.
-
-Which memory a tensor lies in decides whether the NPU plugin may reuse its command list. Written in
-place in the request's own tensors it changes nothing; a tensor of ours costs three updates of the
-list, and page-aligned memory three imports in every inference. So the
-tensors are pinned and every change of a pointer is counted.
-
-Who may use which inference request.
+The NPU plugin reuses its command list only while a request's tensors stay in place. So each row
+is copied into the tensors that the request allocated itself, and every moved tensor is counted.
 """
 
 from __future__ import annotations
@@ -30,18 +24,28 @@ from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
 Vectors = npt.NDArray[np.float32]
 
 
-#: Inputs that change with every token batch; ``segments`` is the same for all of a shape.
+#: Inputs that change with every token batch; ``segments`` is constant for a shape.
 CHANGING: Final = ("input_ids", "position_ids", "segment_ids")
 
 
+#: All inputs of the graph.
 INPUTS: Final = (*CHANGING, "segments")
 
 
+#: Output of the graph.
 OUTPUT: Final = "vectors"
 
 
+#: Number of requests if the plugin reports no optimum.
+FALLBACK_REQUESTS: Final = 4
+
+
+#: Maximum number of requests, unless EMBEDQ_NPU_REQUESTS sets more.
+MAX_REQUESTS: Final = 8
+
+
 class InferRequest(Protocol):
-    """What we use of OpenVINO's request."""
+    """The part of OpenVINO's InferRequest that this module uses."""
 
     def get_tensor(self, name: str) -> Any: ...
     def start_async(self) -> None: ...
@@ -50,10 +54,10 @@ class InferRequest(Protocol):
 
 @dataclass(slots=True)
 class Counters:
-    """What a device was asked, and how often its tensors lay elsewhere than before.
+    """Inferences and tensor changes since the warm-up.
 
     Attributes:
-        inferences: since the request was warmed.
+        inferences: completed inferences.
         pointer_changes, shape_changes, stride_changes: tensors found changed before a start.
     """
 
@@ -64,19 +68,19 @@ class Counters:
 
     @classmethod
     def total(cls, parts: Sequence[Counters]) -> Counters:
-        """Add up."""
+        """Add up counters."""
         return cls(*map(sum, zip(*map(astuple, parts), strict=True))) if parts else cls()
 
 
 class PinnedRequest:
-    """One request with its tensors; one caller at a time, which the pool sees to."""
+    """One infer request that is always run with its own tensors; for one caller at a time."""
 
     def __init__(self, request: InferRequest, inputs: Collection[str] = INPUTS) -> None:
-        """Take the request's tensors.
+        """Map the tensors of a request.
 
         Args:
-            request: of a compiled model with static shapes.
-            inputs: those that the model has; a foreign one may not look at positions.
+            request: request of a compiled model with static shapes.
+            inputs: names of the model's inputs; some ONNX models have no position ids.
         """
         self.counters = Counters()
         self._request = request
@@ -86,62 +90,55 @@ class PinnedRequest:
         self._changing = [name for name in CHANGING if name in inputs]
         if "segments" in inputs:
             self._views["segments"][:] = np.arange(1, self._views["segments"].size + 1)
-        self._places = {name: _place(view) for name, view in self._views.items()}
+        self._layouts = {name: _layout(view) for name, view in self._views.items()}
 
-    def run(self, batch: TokenBatch, deadline_s: float) -> Vectors:
-        """Infer one token batch, float32 [1, S, D].
+    def run(self, batch: TokenBatch, timeout_s: float) -> Vectors:
+        """Infer one token batch and return vectors, float32 [1, S, D].
 
         Raises:
-            DeviceLost: the deadline passed, or the device is gone; the request is not to be used.
+            DeviceLost: the timeout passed or the device is gone; the request is unusable now.
             InferFailed: the inference failed.
         """
         if batch.input_ids.shape != self._views["input_ids"].shape:
-            raise RuntimeError(f"A request was given {batch.input_ids.shape}. This is a bug.")
+            raise RuntimeError(
+                f"A request of shape {self._views['input_ids'].shape} received a batch of shape "
+                f"{batch.input_ids.shape}. This is a bug."
+            )
         try:
-            self._start(batch)
-            done = self._request.wait_for(max(1, int(1e3 * deadline_s)))
+            self._refresh_views()
+            for name in self._changing:
+                np.copyto(self._views[name], getattr(batch, name))
+            self._request.start_async()
+            done = self._request.wait_for(max(1, int(1e3 * timeout_s)))
         except RuntimeError as error:
             raise infer_failed(error) from error
         if not done:
             raise DeviceLost(
-                f"An inference did not end within {deadline_s:.1f} s.", FailureReason.DEADLINE
+                f"An inference did not end within {timeout_s:.1f} s.", FailureReason.DEADLINE
             )
         self.counters.inferences += 1
-        # Asked for anew: a plugin may put results elsewhere, and an old place holds old vectors.
+        # Read through a new view: if the plugin moved the output, the old view has old vectors.
         vectors: Vectors = np.array(self._request.get_tensor(OUTPUT).data, np.float32)
         return vectors
 
-    def _start(self, batch: TokenBatch) -> None:
-        self._notice_changes()
-        for name in self._changing:
-            np.copyto(self._views[name], getattr(batch, name))
-        self._request.start_async()
-
-    def _notice_changes(self) -> None:
-        for name, (pointer, shape, strides) in self._places.items():
+    def _refresh_views(self) -> None:
+        for name, (pointer, shape, strides) in self._layouts.items():
             view = self._request.get_tensor(name).data
-            found = _place(view)
+            found = _layout(view)
             if found == (pointer, shape, strides):
                 continue
             self.counters.pointer_changes += found[0] != pointer
             self.counters.shape_changes += found[1] != shape
             self.counters.stride_changes += found[2] != strides
-            self._views[name], self._places[name] = view, found
+            self._views[name], self._layouts[name] = view, found
 
 
-def _place(view: npt.NDArray[Any]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+def _layout(view: npt.NDArray[Any]) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return view.ctypes.data, view.shape, view.strides
 
 
-#: Requests where a plugin does not say how many it likes, and the most that it gets.
-FALLBACK_REQUESTS: Final = 4
-
-
-MOST_REQUESTS: Final = 8
-
-
 class RequestPool:
-    """The requests of one shape. A caller that finds none free waits; it never fails for that."""
+    """The requests of one shape; a caller that finds none free waits for one."""
 
     def __init__(self, slots: Sequence[PinnedRequest]) -> None:
         self._slots: Sequence[PinnedRequest] = tuple(slots)
@@ -155,23 +152,23 @@ class RequestPool:
 
     @property
     def lost(self) -> bool:
-        """Say whether a request never came back, so that only a new process helps."""
+        """Say whether the device was lost, so that only a new process can use it."""
         return self._fault is not None
 
     def counters(self) -> Counters:
-        """Return what all requests together were asked."""
+        """Return the sum of the requests' counters."""
         return Counters.total([slot.counters for slot in self._slots])
 
-    def warm(self, batch: TokenBatch, deadline_s: float) -> float:
-        """Run every request once, for the plugin records its commands at the first; then recount.
+    def warm(self, batch: TokenBatch, timeout_s: float) -> float:
+        """Run every request once and reset its count; the plugin records commands at the first run.
 
         Returns:
-            Seconds of the slowest, with all of them in flight as in service.
+            Seconds of the slowest inference, with all requests in flight at once.
         """
 
         def run(slot: PinnedRequest) -> float:
             began = time.perf_counter()
-            slot.run(batch, deadline_s)
+            slot.run(batch, timeout_s)
             slot.counters.inferences = 0
             return time.perf_counter() - began
 
@@ -180,28 +177,28 @@ class RequestPool:
 
     @contextmanager
     def checkout(self) -> Iterator[PinnedRequest]:
-        """Lend a request, waiting for one; after a lost device nobody gets or waits for one.
+        """Acquire a request, waiting for a free one, and release it at the end of the block.
 
         Raises:
-            DeviceLost: the device is lost.
+            DeviceLost: the device is lost; callers that wait get this too.
             InferFailed: the engine is closed.
         """
-        slot = self._take()
+        slot = self._acquire()
         try:
             yield slot
         except DeviceLost as error:
-            # It may still be running: it is never lent again.
+            # The request may still be running, so it is never released.
             with self._changed:
                 self._fault = error
                 self._changed.notify_all()
             raise
         except BaseException:
-            self._give_back(slot)
+            self._release(slot)
             raise
-        self._give_back(slot)
+        self._release(slot)
 
     def close(self) -> None:
-        """Lend no more, and let go of the requests, unless one of them still runs."""
+        """Refuse further callers and drop the requests, unless one may still be running."""
         with self._changed:
             self._closed = True
             if not self._fault:
@@ -209,7 +206,7 @@ class RequestPool:
                 self._free.clear()
             self._changed.notify_all()
 
-    def _take(self) -> PinnedRequest:
+    def _acquire(self) -> PinnedRequest:
         with self._changed:
             self._changed.wait_for(lambda: self._free or self._fault or self._closed)
             if self._fault:
@@ -218,7 +215,7 @@ class RequestPool:
                 raise InferFailed("The openvino engine is closed.")
             return self._free.pop()
 
-    def _give_back(self, slot: PinnedRequest) -> None:
+    def _release(self, slot: PinnedRequest) -> None:
         with self._changed:
             if not self._closed:
                 self._free.append(slot)
@@ -226,13 +223,13 @@ class RequestPool:
 
 
 def request_count(optimal: str, wanted: int) -> int:
-    """Decide how many requests to have.
+    """Decide the number of requests.
 
     Args:
-        optimal: what the compiled model says, in text; may be nothing.
-        wanted: what the settings say, 0 for nothing.
+        optimal: OPTIMAL_NUMBER_OF_INFER_REQUESTS of the compiled model as text, or empty.
+        wanted: EMBEDQ_NPU_REQUESTS; 0 if it is not set.
     """
     if wanted:
         return wanted
     count = int(optimal) if optimal.isdigit() else FALLBACK_REQUESTS
-    return min(max(count, 1), MOST_REQUESTS)
+    return min(max(count, 1), MAX_REQUESTS)

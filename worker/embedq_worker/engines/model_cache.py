@@ -1,15 +1,9 @@
-"""Compiled blobs and quantized models on disk.
+"""Store compiled and quantized models on disk.
 
-Compiled models on the disk, each in a folder that carries all it depends on.
-
-OpenVINO's own cache does not know the driver, so the name is ours. A
-blob is used only if this user alone could have written it and nothing about it has changed; any
-other is compiled again. Losing the folder costs a compile, nothing else.
-
-The quantized copy of a model: one file in the cache, with the report of its quality inside.
-
-It is made by `embedq-worker quantize` and by nothing else. One copy of a model is kept; its name is
-part of what a job of class ``int8`` asks for, so that vectors of two copies never mix.
+A compiled model is loaded only if no other user could have written it and everything it depends
+on, the driver included, is unchanged; otherwise it is compiled again. A quantized model is written
+by `embedq-worker quantize` only; its name is part of the spec of ``int8`` jobs, so vectors of two
+quantized models never mix.
 """
 
 from __future__ import annotations
@@ -42,30 +36,43 @@ log = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 
 
-#: Raised whenever graph.GRAPH_VERSION is; not imported from there, because that imports onnx, which
-#: a start with a compiled model does without. A test compares the two.
+#: Same number as model.bert.GRAPH_VERSION, which a test checks. Importing it would import onnx,
+#: which a start with a cached model does not need.
 GRAPH_VERSION: Final = 1
 
 
-#: Names inside a blob's folder.
+#: File names in the folder of a compiled model.
 BLOB, META = "model.blob", "meta.json"
 
 
-#: How the name of a folder begins that is being written; seconds after which its writer is gone.
-_BEGUN: Final = "new-"
+#: Prefix of folders that are being written.
+_TEMPORARY: Final = "new-"
 
 
+#: Age after which a temporary folder is removed, seconds.
 ABANDONED_S: Final = 3600.0
+
+
+#: Length of the name of a quantized model, characters.
+NAME_LENGTH: Final = 16
+
+
+#: Maximum size of a quantization report, bytes.
+MAX_REPORT_BYTES: Final = 64 * 1024
+
+
+#: First bytes of a quantized model.
+_MAGIC: Final = b"EQI8"
 
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """What a compiled model depends on.
+    """Everything a compiled model depends on.
 
     Attributes:
         model: identity of the model.
-        what: device, shape, properties and graph: what was asked for.
-        versions: runtime, driver, compiler and architecture: what answered.
+        request: what was compiled: device, shapes, properties and graph version.
+        environment: what compiled it: runtime, driver, compiler and architecture.
     """
 
     model: str
@@ -74,11 +81,11 @@ class CacheKey:
 
     @property
     def folder(self) -> str:
-        """Name the folder: what was asked for, then what answered."""
+        """Return the folder name: digests of request and environment."""
         return f"{_digest(self.request)}-{_digest(self.environment)}"
 
     def fields(self) -> dict[str, Any]:
-        """Return everything in clear."""
+        """Return the key for meta.json."""
         return {
             "model": self.model,
             "what": dict(sorted(self.request.items())),
@@ -90,18 +97,18 @@ class CompiledModelCache:
     """The compiled models of one model identity."""
 
     def __init__(self, cache_dir: Path, model: str) -> None:
-        """Make the folder, or note why there is none: serving does not need it."""
+        """Create the folder, or set ``error``; a worker serves without a cache too."""
         self._digests = DigestCache(cache_dir)
         self.folder = cache_dir / "compiled" / model[:16]
-        #: Why nothing is kept; empty if all is well.
+        #: Why the cache cannot be used; empty if it can.
         self.error = ""
         for folder in (cache_dir, cache_dir / "compiled", self.folder):
-            self.error = self.error or _make_private(folder)
+            self.error = self.error or _create_private(folder)
         if self.error:
             log.warning("cache_unusable reason=%s", self.error)
 
     def load(self, key: CacheKey) -> Bytes | None:
-        """Return a compiled model, or None if there is none to be trusted."""
+        """Return a compiled model, or None if there is no valid one."""
         folder = self.folder / key.folder
         if self.error or not folder.exists():
             return None
@@ -111,10 +118,10 @@ class CompiledModelCache:
             log.warning("cache_entry_invalid folder=%s reason=%s", folder.name, error)
             return None
 
-    def find(self, what: Mapping[str, str]) -> list[CacheKey]:
-        """Return what is kept for the same, by whatever versions; none of it is checked yet."""
+    def find(self, request: Mapping[str, str]) -> list[CacheKey]:
+        """List the keys stored for a request in any environment, without checking the models."""
         found: list[CacheKey] = []
-        for folder in sorted(self.folder.glob(f"{_digest(what)}-*")):
+        for folder in sorted(self.folder.glob(f"{_digest(request)}-*")):
             with suppress(OSError, ValueError, KeyError, TypeError):
                 meta = json.loads((folder / META).read_text())
                 key = CacheKey(str(meta["model"]), dict(meta["what"]), dict(meta["versions"]))
@@ -123,14 +130,18 @@ class CompiledModelCache:
         return found
 
     def store(self, key: CacheKey, blob: Bytes) -> bool:
-        """Keep a compiled model and drop those for the same by another runtime or driver."""
+        """Store a compiled model and remove those of other environments for the same request.
+
+        Returns:
+            False if the cache cannot be written.
+        """
         if self.error:
             return False
         target = self.folder / key.folder
         fresh = None
         try:
             self._sweep()
-            fresh = Path(tempfile.mkdtemp(prefix=_BEGUN, dir=self.folder))
+            fresh = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.folder))
             blob.tofile(fresh / BLOB)
             meta = {
                 **key.fields(),
@@ -151,31 +162,32 @@ class CompiledModelCache:
         return True
 
     def _sweep(self) -> None:
-        """Remove what processes left that were killed while they wrote."""
-        for left in self.folder.glob(f"{_BEGUN}*"):
+        # Processes that were killed while they wrote leave temporary folders.
+        for left in self.folder.glob(f"{_TEMPORARY}*"):
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(left, ignore_errors=True)
 
     def discard(self, key: CacheKey) -> None:
-        """Remove a compiled model; a missing one is fine."""
+        """Remove a compiled model if it exists."""
         shutil.rmtree(self.folder / key.folder, ignore_errors=True)
 
     @contextmanager
-    def lock(self, key: CacheKey, deadline_s: float) -> Iterator[None]:
-        """Hold the right to compile this: workers that start together compile once.
+    def lock(self, key: CacheKey, timeout_s: float) -> Iterator[None]:
+        """Hold the lock for compiling this key, so that workers that start together compile once.
 
         Raises:
-            CompileFailed: another process holds it past the deadline.
+            CompileFailed: another process held the lock for the whole timeout.
         """
         if self.error:
             yield
             return
         try:
-            with locked(self.folder / f"{key.folder}.lock", deadline_s):
+            with locked(self.folder / f"{key.folder}.lock", timeout_s):
                 yield
         except TimeoutError:
             raise CompileFailed(
-                f"Another process compiles the same model and took over {deadline_s:.0f} s.",
+                f"Another process has compiled the same model for over {timeout_s:.0f} s. "
+                "Stop it, or raise EMBEDQ_COMPILE_TIMEOUT_S.",
                 FailureReason.COMPILE_DEADLINE,
             ) from None
 
@@ -184,14 +196,14 @@ class CompiledModelCache:
         for place in (folder, path, folder / META):
             found = place.lstat()
             if found.st_uid != os.geteuid() or found.st_mode & 0o022 or stat.S_ISLNK(found.st_mode):
-                raise ValueError(f"{place.name} is not this user's alone")
+                raise ValueError(f"{place.name} can be written by another user, or is a link")
         meta = json.loads((folder / META).read_text())
         if {name: meta[name] for name in key.fields()} != key.fields():
-            raise ValueError("it was made for something else")
+            raise ValueError("it was compiled for another key")
         if path.stat().st_size != meta["bytes"]:
             raise ValueError("it is truncated")
         if self._digests.of(path) != meta["sha256"]:
-            raise ValueError("its bytes have changed")
+            raise ValueError("its checksum is wrong")
         return np.fromfile(path, np.uint8)
 
 
@@ -200,36 +212,24 @@ def _digest(fields: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _make_private(folder: Path) -> str:
-    """Make a folder of our own, and say what is wrong with it; empty if nothing is."""
+def _create_private(folder: Path) -> str:
     error = folder_error(folder)
     if not error and not os.access(folder, os.W_OK | os.X_OK):
         return f"{folder} cannot be written"
     return error
 
 
-#: Characters of the name of a copy.
-NAME_LENGTH: Final = 16
-
-
-#: Most bytes of a report.
-MAX_REPORT_BYTES: Final = 64 * 1024
-
-
-_MAGIC: Final = b"EQI8"
-
-
 @dataclass(frozen=True, slots=True)
 class QuantizationReport:
-    """How a quantized model compares with fp32 on texts that it was not calibrated with.
+    """Comparison of a quantized model with fp32 on held-out texts.
 
     Attributes:
-        calibration_texts, held_out_texts: how many there were.
-        cosine_mean, cosine_min: between the vectors of a text.
-        overlap: share of the ten nearest neighbors that stay among them; with fewer than eleven
-            texts, of all others, and then it says nothing.
+        calibration_texts, held_out_texts: number of texts.
+        cosine_mean, cosine_min: cosine between both vectors of a text.
+        overlap: share of the ten nearest neighbors that both models agree on; meaningless with
+            fewer than eleven texts, because all others are neighbors then.
         changed: (line of the file, cosine, overlap) of the texts that changed most.
-        method: what quantized it, with its version.
+        method: quantization method with its version.
     """
 
     calibration_texts: int
@@ -241,18 +241,22 @@ class QuantizationReport:
     method: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report for JSON."""
+        """Return the report as a JSON object."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> QuantizationReport:
-        """Read a report; raises TypeError or ValueError for what is none."""
+        """Parse a report.
+
+        Raises:
+            TypeError, ValueError: the object is not a report.
+        """
         known = {key: found[key] for key in (f.name for f in fields(cls)) if key in found}
         lines = tuple((int(n), float(c), float(o)) for n, c, o in known.pop("changed", ()))
         return cls(**known, changed=lines)
 
     def summary(self) -> str:
-        """Say it in a line."""
+        """Return the report as one line of text."""
         return (
             f"cosine to fp32 mean {self.cosine_mean:.4f}, smallest {self.cosine_min:.4f}, "
             f"top-10 overlap {self.overlap:.3f} on {self.held_out_texts:,} held-out texts, "
@@ -262,12 +266,12 @@ class QuantizationReport:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """A quantized copy.
+    """A quantized model.
 
     Attributes:
-        name: tells it from every other copy of the same model.
-        graph: for OpenVINO.
-        quality: its report.
+        name: identifies it among all quantized models of the same model.
+        graph: graph for OpenVINO.
+        report: comparison with fp32.
     """
 
     name: str
@@ -276,30 +280,30 @@ class QuantizedModel:
 
 
 class QuantizedModelStore:
-    """The quantized copy of one model in a worker's cache."""
+    """The quantized model of one model in a worker's cache."""
 
     def __init__(self, cache_dir: Path, model: Model) -> None:
         self._model = model
         self._store = CompiledModelCache(cache_dir, model.identity)
-        self._what = {"device": "cpu", "precision": "int8", "graph": str(GRAPH_VERSION)}
+        self._request = {"device": "cpu", "precision": "int8", "graph": str(GRAPH_VERSION)}
 
     @property
     def error(self) -> str:
-        """Why nothing can be kept; empty if all is well."""
+        """Why the cache cannot be used; empty if it can."""
         return self._store.error
 
     @property
     def folder(self) -> Path:
-        """Where it is kept."""
+        """Folder of the cache."""
         return self._store.folder
 
     def current(self) -> str:
-        """Name the copy that is kept, without reading it; empty for none."""
+        """Return the name of the stored model without reading it; empty if there is none."""
         found = self._keys()
         return _name(found[-1]) if found else ""
 
     def load(self, name: str = "") -> QuantizedModel | None:
-        """Read the copy, if this is its name or none is given; None for none to be trusted."""
+        """Load the stored model, or None if there is no valid one or it has another name."""
         wanted = name or self.current()
         key = next((key for key in self._keys() if _name(key) == wanted), None)
         raw = self._store.load(key) if key else None
@@ -308,33 +312,36 @@ class QuantizedModelStore:
         try:
             return _unpack(wanted, raw.tobytes())
         except (ValueError, TypeError, KeyError, struct.error) as error:
-            log.warning("quantized_refused folder=%s reason=%s", key.folder, error)
+            log.warning("quantized_model_invalid folder=%s reason=%s", key.folder, error)
         return None
 
     def describe(self) -> str:
-        """Say what is kept and how good it is, in a line; empty for nothing."""
+        """Return name and report of the stored model as one line; empty if there is none."""
         found = self.load()
         return f"{found.name}: {found.report.summary()}" if found else ""
 
-    def keep(self, calibration: str, graph: bytes, quality: QuantizationReport) -> bool:
-        """Put a copy in the place of the one before; False if the cache cannot be written.
+    def store(self, calibration: str, graph: bytes, report: QuantizationReport) -> bool:
+        """Replace the stored model.
 
         Args:
-            calibration: names everything that it was made of and by.
-            graph: for OpenVINO.
-            quality: its report.
+            calibration: calibration_digest of the texts and the method.
+            graph: graph for OpenVINO.
+            report: comparison with fp32.
+
+        Returns:
+            False if the cache cannot be written.
         """
-        report = json.dumps(quality.as_dict()).encode()
-        raw = b"".join((_MAGIC, struct.pack("<I", len(report)), report, graph))
+        header = json.dumps(report.as_dict()).encode()
+        raw = b"".join((_MAGIC, struct.pack("<I", len(header)), header, graph))
         return self._store.store(self._key(calibration), np.frombuffer(raw, np.uint8))
 
     def _key(self, calibration: str) -> CacheKey:
-        return CacheKey(self._model.identity, self._what, {"calibration": calibration})
+        return CacheKey(self._model.identity, self._request, {"calibration": calibration})
 
     def _keys(self) -> list[CacheKey]:
-        """Return what is kept, the newest last: several while one is replaced, or copied here."""
+        # Newest last. There are several while one is replaced, or after files were copied here.
         found: list[tuple[int, str, CacheKey]] = []
-        for key in self._store.find(self._what):
+        for key in self._store.find(self._request):
             with suppress(OSError):
                 age = (self._store.folder / key.folder / BLOB).stat().st_mtime_ns
                 found.append((age, key.folder, key))
@@ -342,7 +349,7 @@ class QuantizedModelStore:
 
 
 def calibration_digest(texts: list[str], method: str) -> str:
-    """Name what a copy is made of and by."""
+    """Digest the calibration texts and the method, which identify a quantized model."""
     state = hashlib.sha256(method.encode())
     for text in texts:
         raw = text.encode()
@@ -359,6 +366,6 @@ def _unpack(name: str, raw: bytes) -> QuantizedModel:
     start = len(_MAGIC) + 4
     size = struct.unpack_from("<I", raw, len(_MAGIC))[0]
     if not raw.startswith(_MAGIC) or size > min(MAX_REPORT_BYTES, len(raw) - start):
-        raise ValueError("it is not a quantized model of ours")
-    quality = QuantizationReport.from_dict(json.loads(raw[start : start + size]))
-    return QuantizedModel(name, raw[start + size :], quality)
+        raise ValueError("it is not a quantized model")
+    report = QuantizationReport.from_dict(json.loads(raw[start : start + size]))
+    return QuantizedModel(name, raw[start + size :], report)

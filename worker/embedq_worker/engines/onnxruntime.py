@@ -1,6 +1,6 @@
-"""fp32 on the CPU through onnxruntime: the fallback everywhere, and the reference of the others.
+"""Run a model in f32 on the CPU through onnxruntime. No other module imports ``onnxruntime``.
 
-The only file that imports ``onnxruntime``.
+This engine is the fallback on every machine and the reference for the vectors of the others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from embedq_worker.model.resolve import Model
 
 
 class OnnxRuntimeEngine:
-    """One session, called from as many threads as it may use cores."""
+    """An engine with one session that several threads call concurrently."""
 
     name = "onnxruntime"
     device = Device.CPU
@@ -29,30 +29,30 @@ class OnnxRuntimeEngine:
         """Build the graph and load it.
 
         Args:
-            model: what to serve.
-            threads: cores to use, 0 for all this process may use.
-            streams: inferences at a time, 0 for one per core; the cores are shared among them.
+            model: model to load.
+            threads: number of cores, 0 for all that this process may use.
+            streams: number of concurrent inferences, which share the cores; 0 for one per core.
 
         Raises:
             ModelError: the files of the model are damaged.
-            CompileFailed: onnxruntime refuses the graph.
+            CompileFailed: onnxruntime rejects the graph.
         """
         self.dim = model.dim
         cores = threads or available_cores()
         self.concurrency = min(streams or cores, cores)
         self.details = {"streams": str(self.concurrency)}
         graph = build_graph(model)
-        # The session reads the graph's weights in place, so they live as long as it does.
+        # The session reads the weights in place, so the graph must live as long as the session.
         self._opened: tuple[ort.InferenceSession, OnnxModel] | None = (
             _open(graph, model.label, cores // self.concurrency),
             graph,
         )
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        """Turn one token batch into vectors, float32 [B, S, D].
+        """Compute the vectors of one token batch, float32 [B, S, D].
 
         Raises:
-            InferFailed: onnxruntime raised, or the engine is closed.
+            InferFailed: onnxruntime raised an error, or the engine is closed.
         """
         opened = self._opened
         if opened is None:
@@ -66,29 +66,26 @@ class OnnxRuntimeEngine:
         try:
             vectors: npt.NDArray[np.float32] = opened[0].run(["vectors"], feed)[0]
         except Exception as error:
-            raise InferFailed(f"onnxruntime: {error}") from error
+            raise InferFailed(f"onnxruntime failed: {error}") from error
         if vectors.shape != (*batch.members.shape, self.dim):
-            raise InferFailed(f"onnxruntime gave shape {vectors.shape} for {batch.members.shape}.")
+            raise InferFailed(
+                f"onnxruntime returned shape {vectors.shape} for {batch.members.shape}."
+            )
         return vectors
 
     def close(self) -> None:
-        """Free the session and the weights that it reads in place."""
+        """Free the session and its weights."""
         self._opened = None
 
 
 def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
-    # One thread inside an inference and one caller per core. Two threads inside and one caller
-    # were no faster: 7,700 to 8,600 tokens a second against 7,700 to 7,800 at 1,024 and 2,048
-    # tokens an inference, and far slower in the one run at 8 texts of 64 (two Zen 4 cores that
-    # others used too, all-MiniLM-L6-v2). This way 512 tokens an inference did best in each of
-    # three runs: 83, 66 and 68 docs/s against 75, 57 and 65 at 2,048 (docstrings of 90 tokens).
-    # Measured 2026-11-22.
+    # By default one thread per inference and one caller per core: more threads per inference are
+    # no faster for large batches and slower for small ones.
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # The arena stays on: off, 60 batches of mixed shapes took 7 to 10 % more CPU and peaked at
-    # 420 MB instead of 342 (2 runs each, measured 2026-11-22).
+    # Without the arena, batches of mixed shapes need more CPU time and more memory.
     options.enable_cpu_mem_arena = True
     options.log_severity_level = 3
     values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
@@ -97,5 +94,5 @@ def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
         return ort.InferenceSession(
             graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # onnxruntime's own classes have no common parent of their own
-        raise CompileFailed(f"onnxruntime refuses {label}: {error}") from error
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise CompileFailed(f"onnxruntime rejects {label}: {error}") from error

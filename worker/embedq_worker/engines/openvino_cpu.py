@@ -1,4 +1,4 @@
-"""The model on the CPU through OpenVINO: dynamic batches, one stream for each core."""
+"""Run a model on the CPU through OpenVINO, with dynamic batches and one stream per core."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from embedq_worker.errors import CompileFailed, FailureReason, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model
 
-#: Precisions that this engine can be asked for.
+#: Precisions that this engine supports.
 PRECISIONS = (Precision.F32, Precision.BF16, Precision.INT8)
 
 
 class OpenVinoCpuEngine:
-    """One compiled model with a request for each core."""
+    """An engine with one compiled model and one infer request per stream."""
 
     name = "openvino"
     device = Device.CPU
@@ -39,15 +39,15 @@ class OpenVinoCpuEngine:
         """Build the graph and compile it.
 
         Args:
-            model: what to serve.
+            model: model to load.
             precision: ``f32``, ``bf16`` or ``int8``.
-            threads: cores to use.
-            quantized: the graph for ``int8``, whose other operators are in bf16 or f32.
-            streams: inferences at a time, 0 for one per core.
+            threads: number of cores.
+            quantized: graph for ``int8``; its other operators compute in bf16 or f32.
+            streams: number of concurrent inferences, 0 for one per core.
 
         Raises:
             ModelError: the files of the model are damaged.
-            CompileFailed: OpenVINO refuses it, or this CPU has no such arithmetic.
+            CompileFailed: OpenVINO rejects the model, or this CPU does not support the precision.
         """
         self.dim = model.dim
         self.precision = precision
@@ -62,10 +62,10 @@ class OpenVinoCpuEngine:
             self._free.put(self._compiled.create_request())
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        """Turn one token batch into vectors, float32 [B, S, D].
+        """Compute the vectors of one token batch, float32 [B, S, D].
 
         Raises:
-            InferFailed: OpenVINO raised, or the engine is closed.
+            InferFailed: OpenVINO raised an error, or the engine is closed.
         """
         compiled = self._compiled
         if compiled is None:
@@ -80,7 +80,7 @@ class OpenVinoCpuEngine:
         finally:
             self._free.put(request)
         if vectors.shape != (*batch.members.shape, self.dim):
-            raise InferFailed(f"openvino gave shape {vectors.shape} for {batch.members.shape}.")
+            raise InferFailed(f"openvino returned shape {vectors.shape} for {batch.members.shape}.")
         return correct_rounding(vectors) if self._normalize else vectors
 
     def close(self) -> None:
@@ -95,28 +95,28 @@ def _compile(
 ) -> Compiled:
     if precision not in PRECISIONS or (precision is Precision.INT8) != (quantized is not None):
         raise CompileFailed(
-            f"OpenVINO on the CPU computes in f32 or bf16 here, and with a quantized model in int8,"
-            f" not in {precision}. Set EMBEDQ_PRECISION to auto.",
+            f"OpenVINO on the CPU computes in f32, in bf16, or in int8 with a quantized model, "
+            f"not in {precision}. Set EMBEDQ_PRECISION to auto.",
             FailureReason.COMPILE_REFUSED,
         )
     runtime = Runtime(CPU)
     has_bf16 = "BF16" in runtime.get("OPTIMIZATION_CAPABILITIES")
     if precision is Precision.BF16 and not has_bf16:
-        # OpenVINO would emulate it, at a seventieth of the speed of f32 (Cascade Lake, 2026.4).
+        # OpenVINO would emulate bf16, which is much slower than f32.
         raise CompileFailed(
             "This CPU has no bf16. Set EMBEDQ_PRECISION to auto or f32.",
             FailureReason.COMPILE_REFUSED,
         )
     hint = str(precision)
     if quantized is not None:
-        # For the operators between the quantized ones.
+        # Precision of the operators that are not quantized.
         hint = "bf16" if has_bf16 else "f32"
     wanted = {
         "INFERENCE_PRECISION_HINT": hint,
-        # Small inferences on one stream per core win (measured on two cores).
+        # Many small inferences, one stream per core by default, are faster than few large ones.
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": str(threads),
-        # Two workers on one machine would be pinned to the same cores.
+        # With pinning, two workers on one machine would use the same cores.
         "ENABLE_CPU_PINNING": "NO",
     }
     properties = {key: value for key, value in wanted.items() if key in runtime.supported}
@@ -125,7 +125,8 @@ def _compile(
     found = compiled.get("INFERENCE_PRECISION_HINT")
     if found != hint:
         raise CompileFailed(
-            f"This CPU computes in {found or 'an unknown precision'}, not in {hint}.",
+            f"OpenVINO compiled for {found or 'an unknown precision'} instead of {hint}. "
+            "Set EMBEDQ_PRECISION to auto or f32.",
             FailureReason.COMPILE_REFUSED,
         )
     return compiled

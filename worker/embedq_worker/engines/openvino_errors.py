@@ -1,7 +1,7 @@
-"""What OpenVINO says when something fails -> an error of ours with a reason.
+"""Translate error messages of OpenVINO into EngineErrors with a reason.
 
-Every failure of a plugin is a plain RuntimeError, so its text decides. Level Zero's result is the
-part that does not depend on the place it came from: `ZE_RESULT_ERROR_DEVICE_LOST, code 0x70000001`.
+Plugins raise plain RuntimeErrors, so only the message identifies the fault. The most stable part
+of a message is Level Zero's result: `ZE_RESULT_ERROR_DEVICE_LOST, code 0x70000001`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Final
 
 from embedq_worker.errors import CompileFailed, DeviceLost, EngineError, FailureReason, InferFailed
 
-#: Level Zero's results by name. UNKNOWN and NOT_READY are in the class of DEVICE_LOST: the driver
-#: says them for a context that a reset has killed. So is UNINITIALIZED, which it says as well for
-#: one that is full (linux-npu-driver issue 149).
+#: Reasons by name of Level Zero's result. The driver returns UNKNOWN and NOT_READY for a context
+#: that a reset invalidated, and UNINITIALIZED for that or a full one (linux-npu-driver issue 149).
 RESULTS: Final[Mapping[str, FailureReason]] = {
     "DEVICE_LOST": FailureReason.DEVICE_LOST,
     "DEVICE_REQUIRES_RESET": FailureReason.DEVICE_LOST,
@@ -29,7 +28,7 @@ RESULTS: Final[Mapping[str, FailureReason]] = {
 }
 
 
-#: The same by number, for texts that name none.
+#: Names of results by number, for messages without a name.
 CODES: Final[Mapping[int, str]] = {
     0x70000001: "DEVICE_LOST",
     0x70000002: "OUT_OF_HOST_MEMORY",
@@ -43,18 +42,18 @@ CODES: Final[Mapping[int, str]] = {
 }
 
 
-#: Words of the plugin about a compiler that is not there.
+#: Parts of the plugin's messages about a missing compiler.
 NO_COMPILER: Final = ("VCL compiler loading failed", "driver compiler requires a valid device")
 
 
-#: What helps where firmware, driver and compiler are of different ages (linux-npu-driver issue 28).
+#: Next step if firmware, driver and compiler do not match (linux-npu-driver issue 28).
 FIT_DRIVER: Final = (
     "The driver is too old, or its parts are of different releases: install intel-fw-npu, "
     "intel-level-zero-npu and intel-driver-compiler-npu of one release."
 )
 
 
-#: Reasons for which only a new process can use the device again.
+#: Reasons after which only a new process can use the device.
 LOST: Final = frozenset(
     {FailureReason.DEVICE_LOST, FailureReason.DEVICE_UNKNOWN, FailureReason.DEADLINE}
 )
@@ -67,7 +66,7 @@ _CODE = re.compile(r"\b0x7[0-9a-fA-F]{7}\b")
 
 
 def reason_of(text: str) -> FailureReason:
-    """Find why an inference or a device failed; a text that nobody knows is a device error."""
+    """Find the reason in an error message; DEVICE_ERROR if the message is unknown."""
     names = _NAME.findall(text) or [
         CODES[int(code, 16)] for code in _CODE.findall(text) if int(code, 16) in CODES
     ]
@@ -76,25 +75,25 @@ def reason_of(text: str) -> FailureReason:
 
 
 def infer_failed(error: Exception) -> EngineError:
-    """Translate what came out of an inference."""
+    """Translate the error of an inference."""
     text = root_cause(str(error))
     reason = reason_of(str(error))
     if reason in LOST:
-        return DeviceLost(f"The device is gone: {text}", reason)
+        return DeviceLost(f"The device is lost: {text}", reason)
     return InferFailed(f"The inference failed: {text}", reason)
 
 
-def compile_failed(text: str, doing: str) -> CompileFailed:
-    """Translate what came out of compiling, importing or opening a device.
+def compile_failed(text: str, action: str) -> CompileFailed:
+    """Translate the error of compiling, importing or opening a device.
 
     Args:
-        text: what OpenVINO said.
-        doing: what was tried, as the start of a sentence.
+        text: message of OpenVINO.
+        action: what failed, as the start of a sentence.
     """
     if any(words in text for words in NO_COMPILER):
         return CompileFailed(
-            f"{doing} failed: no NPU compiler, or no NPU for the driver's. On Linux it comes with "
-            "the driver: install intel-driver-compiler-npu beside intel-level-zero-npu.",
+            f"{action} failed: the NPU compiler is missing or finds no NPU. On Linux it is part of "
+            "the driver: install intel-driver-compiler-npu with intel-level-zero-npu.",
             FailureReason.NO_COMPILER,
         )
     reason = reason_of(text)
@@ -102,11 +101,11 @@ def compile_failed(text: str, doing: str) -> CompileFailed:
     words = root_cause(text)
     if reason is FailureReason.DRIVER_MISMATCH:
         words = f"{words.rstrip('. ')}. {FIT_DRIVER}"
-    return CompileFailed(f"{doing} failed: {words}", reason)
+    return CompileFailed(f"{action} failed: {words}", reason)
 
 
 def root_cause(text: str) -> str:
-    """Return the cause out of OpenVINO's stack of exceptions, without the places it passed."""
+    """Extract the cause from OpenVINO's nested exceptions, without source locations."""
     lines = [line.strip() for line in text.splitlines()]
     causes = [line for line in lines if line and not line.startswith(("Exception from ", "At:"))]
     level_zero = [line for line in causes if _NAME.search(line)]

@@ -1,8 +1,7 @@
-"""OpenVINO on the NPU.
+"""Run a model on an NPU through OpenVINO.
 
-Which properties a plugin is sent, and which it does not know. Pure.
-
-The NPU through OpenVINO: static rows, compiled elsewhere, in requests that never move.
+Rows have static shapes, models are compiled in another process or loaded from the cache, and
+infer requests always use their own tensors.
 """
 
 from __future__ import annotations
@@ -21,27 +20,51 @@ from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
 from embedq_worker.engines import openvino_runtime
 from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
-from embedq_worker.engines.compiler import Compile, CompiledModelLoader, compile_in_child, shapes_of
+from embedq_worker.engines.compiler import (
+    CompiledModelLoader,
+    CompileFunction,
+    compile_in_subprocess,
+    shapes_of,
+)
 from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import DeviceLost
 from embedq_worker.model.resolve import Model
 
+log = logging.getLogger(__name__)
+
+
+#: Timeout of the first inference of a request, seconds; the kernel driver gives up after 60.
+WARM_TIMEOUT_S: Final = 60.0
+
+
+#: Minimum timeout of an inference, seconds.
+MIN_TIMEOUT_S: Final = 2.0
+
+
+#: Timeout of an inference as a multiple of the slowest inference of the warm-up.
+TIMEOUT_FACTOR: Final = 20.0
+
+
+#: Models with hung requests. Their destructors would hang too, so these references are never
+#: dropped.
+_ABANDONED: list[object] = []
+
 
 @dataclass(frozen=True, slots=True)
 class Properties:
-    """What was asked of a plugin.
+    """Plugin properties, split by what the plugin supports.
 
     Attributes:
-        applied: properties that it knows and is sent.
-        ignored: properties that it does not know; sending them would fail the compile.
+        applied: supported properties, which are sent.
+        ignored: unsupported properties; sending them would fail the compilation.
     """
 
     applied: Mapping[str, str]
     ignored: Mapping[str, str]
 
     def details(self) -> dict[str, str]:
-        """Describe both for log and check."""
+        """Return both as text for logs and `embedq-worker check`."""
         parts = {"applied": self.applied, "ignored": self.ignored}
         return {
             name: " ".join(f"{key}={value}" for key, value in sorted(part.items()))
@@ -53,16 +76,16 @@ class Properties:
 def npu_properties(
     supported: Collection[str], extra: Mapping[str, str], commandlist_mode: str = ""
 ) -> Properties:
-    """Decide what an NPU plugin is sent.
+    """Choose the properties for an NPU plugin.
 
     Args:
-        supported: the properties that it knows.
-        extra: what the operator wants; wins over our defaults.
-        commandlist_mode: one of the names of OpenVINO pull request 35626, which no released plugin
-            knows; empty for none.
+        supported: names of the properties that the plugin supports.
+        extra: properties set by the operator; they override the defaults.
+        commandlist_mode: a mode of OpenVINO pull request 35626, which no released plugin
+            supports; empty for none.
     """
     wanted = {
-        # Requests in flight instead of the quickest single answer: 4 or 8 instead of 1.
+        # Optimize for 4 to 8 requests in flight instead of the latency of one.
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": str(Precision.F16),
     }
@@ -75,38 +98,23 @@ def npu_properties(
     )
 
 
-def precision_of(shown: str, otherwise: Precision) -> Precision:
-    """Read the precision that a compiled model says it uses; a plugin may not say."""
-    return Precision(shown) if shown in set(Precision) else otherwise
-
-
-log = logging.getLogger(__name__)
-
-
-#: Seconds that the first inference of a request may take; the kernel gives up after 60.
-WARM_DEADLINE_S: Final = 60.0
-
-
-#: Least seconds until an inference counts as hung, and how many times the slowest of the warm-up.
-MIN_DEADLINE_S, DEADLINE_FACTOR = 2.0, 20.0
-
-
-#: Models whose requests hang: their destructors would hang too, so they are kept for ever.
-_ABANDONED: list[object] = []
+def precision_of(reported: str, default: Precision) -> Precision:
+    """Parse the precision that a compiled model reports; use the default if it reports none."""
+    return Precision(reported) if reported in set(Precision) else default
 
 
 @dataclass(frozen=True, slots=True)
 class NpuOptions:
-    """How to use an NPU.
+    """Options of an NPU engine.
 
     Attributes:
-        target: the device.
-        requests: inference requests; 0 for as many as the device likes.
-        commandlist_mode: for plugins that know it; empty for none.
-        properties: further ones for the plugin.
-        compile_timeout_s: seconds until a compiler counts as hung.
-        infer_timeout_s: the same for an inference; 0 measures it.
-        compile_in_child: what compiles.
+        target: device to open.
+        requests: number of infer requests; 0 for the optimum that the device reports.
+        commandlist_mode: NPU_COMMANDLIST_MODE for plugins that support it; empty for none.
+        properties: further properties for the plugin.
+        compile_timeout_s: timeout of the compiler.
+        infer_timeout_s: timeout of one inference; 0 derives it from the warm-up.
+        compile_function: function that compiles a model.
     """
 
     target: DeviceTarget
@@ -115,11 +123,11 @@ class NpuOptions:
     properties: Mapping[str, str] = field(default_factory=dict)
     compile_timeout_s: float = 600.0
     infer_timeout_s: float = 0.0
-    compile_in_child: Compile = compile_in_child
+    compile_function: CompileFunction = compile_in_subprocess
 
 
 class OpenVinoNpuEngine:
-    """One compiled model for each width of a row, each with its requests."""
+    """An engine with one compiled model, and its infer requests, per row width."""
 
     name = "openvino"
     device = Device.NPU
@@ -132,17 +140,17 @@ class OpenVinoNpuEngine:
         options: NpuOptions,
         details: Mapping[str, str],
     ) -> None:
-        """Make the requests, take their tensors and warm each.
+        """Create the infer requests and warm up each.
 
         Args:
-            compiled: by width.
-            model: what was compiled.
+            compiled: compiled models by row width.
+            model: the model that was compiled.
             row_spec: shape of the rows.
-            options: how to use the device.
-            details: what is known of the device so far.
+            options: options of the engine.
+            details: facts about the device, for operators.
 
         Raises:
-            EngineError: a request cannot be made, or does not end.
+            EngineError: a request cannot be created, or its first inference does not end.
         """
         self.dim, self.row_spec = model.dim, row_spec
         self._normalize = model.normalize
@@ -152,35 +160,35 @@ class OpenVinoNpuEngine:
         optimal = first.get("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.concurrency = request_count(optimal, options.requests)
         self._pools: dict[int, RequestPool] = {}
-        self._deadlines: dict[int, float] = {}
+        self._timeouts: dict[int, float] = {}
         for width in compiled:
             slowest = self._open_pool(width)
-            measured = max(MIN_DEADLINE_S, DEADLINE_FACTOR * slowest)
-            self._deadlines[width] = options.infer_timeout_s or measured
+            derived = max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * slowest)
+            self._timeouts[width] = options.infer_timeout_s or derived
         self.details = {
             **details,
             "requests": str(self.concurrency),
-            "deadline_s": f"{max(self._deadlines.values()):.1f}",
+            "infer_timeout_s": f"{max(self._timeouts.values()):.1f}",
         }
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        """Turn one static row into vectors, float32 [1, S, D].
+        """Compute the vectors of one static row, float32 [1, S, D].
 
         Raises:
             InferFailed: the inference failed, or the engine is closed.
-            DeviceLost: the device is gone or did not answer in time.
+            DeviceLost: the device is gone, or the inference timed out.
         """
         width = batch.input_ids.shape[1]
         with self._pools[width].checkout() as slot:
-            vectors = slot.run(batch, self._deadlines[width])
+            vectors = slot.run(batch, self._timeouts[width])
         return correct_rounding(vectors) if self._normalize else vectors
 
     def counters(self) -> Counters:
-        """Return what the device was asked since it was warmed."""
+        """Return the counters of all requests since the warm-up."""
         return Counters.total([pool.counters() for pool in self._pools.values()])
 
     def close(self) -> None:
-        """Give the device back, unless a request still runs: then only the process's end does."""
+        """Release the device; if a request hangs, only the end of the process releases it."""
         if any(pool.lost for pool in self._pools.values()):
             _ABANDONED.append((self._compiled, dict(self._pools)))
         for pool in self._pools.values():
@@ -188,25 +196,24 @@ class OpenVinoNpuEngine:
         self._compiled = {}
 
     def _open_pool(self, width: int) -> float:
-        """Make and warm the requests of one width; return the seconds of the slowest."""
         model = self._compiled[width]
         requests = [model.create_request() for _ in range(self.concurrency)]
         slots = [PinnedRequest(request, model.inputs) for request in requests]
         pool = self._pools[width] = RequestPool(slots)
         try:
-            return pool.warm(TokenBatch.one_text(width, self.row_spec), WARM_DEADLINE_S)
+            return pool.warm(TokenBatch.one_text(width, self.row_spec), WARM_TIMEOUT_S)
         except DeviceLost:
             _ABANDONED.append((self._compiled, self._pools))
             raise
 
 
 def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuEngine:
-    """Open the device and load the model into it, compiled now or before.
+    """Open the device and load the model into it, from the cache or after compiling it.
 
     Raises:
         ModelError: the files of the model are damaged.
-        NoDevice: there is none.
-        EngineError: it cannot be compiled, loaded or warmed.
+        NoDevice: OpenVINO lists no such device.
+        EngineError: the model cannot be compiled, loaded or warmed up.
     """
     began = time.monotonic()
     runtime = Runtime(options.target)
@@ -214,13 +221,13 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     if is_too_old(driver):
         log.warning("driver_outdated built=%s oldest=%s", build_day(driver), OLDEST)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
-    row_spec = _row_spec(model)
+    row_spec = (RowSpec.packed if model.packable else RowSpec.buckets)(model.max_length)
     loader = CompiledModelLoader(
-        runtime, model, properties.applied, cache_dir, options.compile_in_child
+        runtime, model, properties.applied, cache_dir, options.compile_function
     )
-    deadline_s = options.compile_timeout_s
+    timeout_s = options.compile_timeout_s
     compiled = {
-        width: loader.load(shapes_of(row_spec, width), deadline_s) for width in row_spec.widths
+        width: loader.load(shapes_of(row_spec, width), timeout_s) for width in row_spec.widths
     }
     details = {
         **{name.lower(): value for name, value in runtime.traits().items() if value},
@@ -231,14 +238,8 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
         "cache": loader.store.error or str(loader.store.folder),
     }
     if options.target.emulation:
-        details["standin"] = options.target.emulation
+        details["emulation"] = options.target.emulation
     engine = OpenVinoNpuEngine(compiled, model, row_spec, options, details)
     shown = " ".join(f"{key}={value!r}" for key, value in engine.details.items())
     log.info("npu_opened seconds=%.2f %s", time.monotonic() - began, shown)
     return engine
-
-
-def _row_spec(model: Model) -> RowSpec:
-    if not model.packable:
-        return RowSpec.buckets(model.max_length)
-    return RowSpec.packed(model.max_length)

@@ -1,11 +1,7 @@
-"""The only file that imports openvino.
+"""Wrap OpenVINO: devices, compiled models and errors. No other module imports ``openvino``.
 
-What stands behind the word npu: the real device, or an emulated NPU that takes the same code path.
-
-OpenVINO in our words. The only file that imports ``openvino``; the engines stand on it.
-
-Whoever imports this file has imported the runtime: the parent of a worker never does, for an NPU
-context does not survive a fork.
+The main process of a worker must not import this module, because an NPU context does not survive
+a fork.
 """
 
 from __future__ import annotations
@@ -28,8 +24,8 @@ from embedq_worker.errors import NoDevice
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxModel
 
-# Importing openvino reports to Google Analytics, from a forked process and without asking. With its
-# telemetry module marked as missing it does not.
+# Importing openvino sends telemetry to Google Analytics from a forked process. Marking its
+# telemetry module as missing prevents that.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type] # None: not importable
 
 import openvino as ov  # noqa: E402 # after the line above
@@ -37,15 +33,15 @@ import openvino as ov  # noqa: E402 # after the line above
 
 @dataclass(frozen=True, slots=True)
 class DeviceTarget:
-    """An OpenVINO device and what must be done before it answers.
+    """An OpenVINO device and the plugin that provides it.
 
     Attributes:
-        device: the device string. Never AUTO, MULTI or HETERO, which answer from the CPU when a
-            device is lost, without a word.
-        library: plugin to register under that name first; empty for those OpenVINO knows.
-        plugins: file with further plugins; empty for none.
-        forced: properties that make an emulated NPU, sent unfiltered.
-        standin: name of the emulated NPU; empty for a real NPU.
+        device: device string. Never AUTO, MULTI or HETERO, which silently compute on the CPU when
+            a device is lost.
+        library: plugin to register under this device string; empty for a plugin of OpenVINO.
+        plugins: file that lists further plugins; empty for none.
+        forced: properties of an emulated NPU, sent even if the plugin does not list them.
+        emulation: name of the emulated NPU; empty for a real NPU.
     """
 
     device: str = "NPU"
@@ -55,15 +51,15 @@ class DeviceTarget:
     emulation: str = ""
 
     def to_message(self) -> dict[str, Any]:
-        """Describe the target for another process, in types of JSON."""
+        """Return the fields as JSON types, for another process."""
         return asdict(self)
 
 
-#: The CPU of OpenVINO, as itself.
+#: The CPU.
 CPU: Final = DeviceTarget("CPU")
 
 
-#: The real NPU, and the emulated NPUs that need nothing but OpenVINO.
+#: The real NPU and the emulated NPUs, by value of EMBEDQ_NPU_EMULATION.
 TARGETS: Final[Mapping[str, DeviceTarget]] = {
     "none": DeviceTarget(),
     "alias": DeviceTarget("NPUCPU", library="openvino_intel_cpu_plugin", emulation="alias"),
@@ -78,17 +74,16 @@ TARGETS: Final[Mapping[str, DeviceTarget]] = {
 }
 
 
-# OpenVINO looks up the types of numpy once, under a lock that it keeps while Python may run another
-# thread. If that one asks for a type too, both wait for ever (2026.4; a worker hung so in its
-# self-test). So they are looked up here, where nobody else asks.
+# OpenVINO looks up numpy's types once, under a lock that it holds while other Python threads run.
+# Two threads that do the first look-up at the same time deadlock, so it is done here, at import.
 _ = ov.Tensor(np.zeros(1, np.int64), shared_memory=True).get_element_type().to_dtype()
 
 
-#: Version that makes a compiled model useless when it changes.
+#: Version of OpenVINO; compiled models of another version are not loaded.
 VERSION: Final = str(ov.get_version())
 
 
-#: What the plugin is asked about itself, where it knows the question.
+#: Properties that identify a device, its driver and its compiler.
 TRAITS: Final = (
     "FULL_DEVICE_NAME",
     "DEVICE_ARCHITECTURE",
@@ -101,18 +96,18 @@ TRAITS: Final = (
 Bytes = npt.NDArray[np.uint8]
 
 
-#: What packed IR begins with.
+#: First bytes of a model packed by pack_ir.
 _IR: Final = b"EQIR"
 
 
 class Runtime:
-    """One device of OpenVINO in this process."""
+    """One OpenVINO device in this process."""
 
     def __init__(self, target: DeviceTarget) -> None:
-        """Find the device.
+        """Load the plugin and find the device.
 
         Raises:
-            NoDevice: OpenVINO does not see it.
+            NoDevice: OpenVINO does not list the device.
             CompileFailed: a plugin cannot be loaded.
         """
         self.target = target
@@ -121,7 +116,7 @@ class Runtime:
             if target.library:
                 self._core.register_plugin(target.library, target.device)
             present = target.device in self._core.available_devices or bool(target.forced)
-            #: The properties that the plugin knows.
+            #: Names of the properties that the plugin supports.
             self.supported: frozenset[str] = frozenset()
             if present:
                 known = self._core.get_property(target.device, "SUPPORTED_PROPERTIES")
@@ -130,21 +125,21 @@ class Runtime:
             raise compile_failed(str(error), f"Opening {target.device}") from error
         if not present:
             raise NoDevice(
-                f"OpenVINO {VERSION} shows no {target.device} (only "
-                f"{', '.join(self._core.available_devices)}). Look at: embedq-worker check"
+                f"OpenVINO {VERSION} lists no device {target.device}, only "
+                f"{', '.join(self._core.available_devices)}. Run: embedq-worker check"
             )
 
     def get(self, name: str) -> str:
-        """Return a property of the device as text; empty if it has none of this name."""
+        """Return a property of the device as text; empty if the device does not have it."""
         if name not in self.supported:
             return ""
         try:
-            return _shown(self._core.get_property(self.target.device, name))
+            return _as_text(self._core.get_property(self.target.device, name))
         except (RuntimeError, TypeError):  # NPU_BATCH_MODE and others have no Python type
             return ""
 
     def traits(self) -> dict[str, str]:
-        """Return what the device says about itself and its driver."""
+        """Return the properties that identify the device and its driver."""
         return {name: self.get(name) for name in TRAITS}
 
     def compile(
@@ -156,31 +151,35 @@ class Runtime:
         """Compile a graph for the device.
 
         Args:
-            graph: ours, or what pack_ir made.
-            properties: for the plugin; those of an emulated NPU are added.
-            shapes: of the inputs by name; None leaves them dynamic.
+            graph: ONNX graph, or bytes of pack_ir.
+            properties: properties for the plugin; those of an emulated NPU are added.
+            shapes: input shapes by name; None leaves them dynamic.
 
         Raises:
-            CompileFailed: OpenVINO refuses it.
+            CompileFailed: OpenVINO rejects the graph.
         """
         try:
             model = self.read(graph)
             if shapes:
-                # An input that a foreign model does not look at is not there any more.
-                has = _names(model)
-                model.reshape({name: shape for name, shape in shapes.items() if name in has})
+                # OpenVINO drops inputs that the model does not use.
+                names = _input_names(model)
+                model.reshape({name: shape for name, shape in shapes.items() if name in names})
             config = {**properties, **self.target.forced}
-            found = self._core.compile_model(model, self.target.device, config)
-            return Compiled(found, self, None if isinstance(graph, bytes) else graph)
+            compiled = self._core.compile_model(model, self.target.device, config)
+            return Compiled(compiled, self, None if isinstance(graph, bytes) else graph)
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
 
     def read(self, graph: OnnxModel | bytes) -> Any:
-        """Read a graph, or what pack_ir made, into OpenVINO's own form; raises RuntimeError."""
+        """Read an ONNX graph, or bytes of pack_ir, into an ``openvino.Model``.
+
+        Raises:
+            RuntimeError: OpenVINO cannot read it.
+        """
         if not isinstance(graph, bytes):
             return _with_weights(self._core.read_model(graph.with_weights_as_inputs()), graph)
         if not graph.startswith(_IR):
-            raise RuntimeError("These bytes are no packed model.")
+            raise RuntimeError("These bytes are not a model packed by pack_ir.")
         size = struct.unpack_from("<I", graph, len(_IR))[0]
         start = len(_IR) + 4
         # The weights are read in place, and the model keeps them alive.
@@ -188,33 +187,33 @@ class Runtime:
         return self._core.read_model(graph[start : start + size], weights)
 
     def import_blob(self, blob: Bytes, properties: Mapping[str, str]) -> Compiled:
-        """Load a compiled model.
+        """Import a compiled model.
 
         Raises:
-            CompileFailed: the plugin refuses it.
+            CompileFailed: the plugin rejects it.
         """
         config = {**properties, **self.target.forced}
         try:
-            found = self._core.import_model(ov.Tensor(blob), self.target.device, config)
+            compiled = self._core.import_model(ov.Tensor(blob), self.target.device, config)
         except RuntimeError as error:
             raise compile_failed(str(error), "Importing a compiled model") from error
-        return Compiled(found, self, blob)
+        return Compiled(compiled, self, blob)
 
 
 class Compiled:
-    """A model on a device."""
+    """A model compiled for a device."""
 
     def __init__(self, model: Any, runtime: Runtime, source: OnnxModel | Bytes | None) -> None:
         self._model = model
         self.runtime = runtime
-        self.inputs = _names(model)
-        # Weights may be read in place, so what they are in lives as long.
+        self.inputs = _input_names(model)
+        # OpenVINO may read weights in place, so their memory must live as long as the model.
         self._source = source
 
     def get(self, name: str) -> str:
-        """Return a property of the compiled model as text; empty if it has none of this name."""
+        """Return a property of the compiled model as text; empty if it does not have it."""
         try:
-            return _shown(self._model.get_property(name))
+            return _as_text(self._model.get_property(name))
         except (RuntimeError, TypeError):
             return ""
 
@@ -222,7 +221,7 @@ class Compiled:
         """Return the compiled model as bytes.
 
         Raises:
-            CompileFailed: the plugin cannot.
+            CompileFailed: the plugin cannot export.
         """
         try:
             return bytes(self._model.export_model().getvalue())
@@ -230,33 +229,30 @@ class Compiled:
             raise compile_failed(str(error), "Exporting a compiled model") from error
 
     def create_request(self) -> Any:
-        """Create an inference request; it belongs to one caller at a time.
+        """Create an infer request, for one caller at a time.
 
         Raises:
-            CompileFailed: there is no memory for it.
+            CompileFailed: the plugin has no memory for it.
         """
         try:
             return self._model.create_infer_request()
         except RuntimeError as error:
-            raise compile_failed(str(error), "Creating an inference request") from error
+            raise compile_failed(str(error), "Creating an infer request") from error
 
 
 def pack_ir(model: Any) -> bytes:
-    """Write a model of OpenVINO as bytes: a mark, the length of its description, both parts."""
+    """Serialize an ``openvino.Model``: magic bytes, length of the XML, XML, weights."""
     with tempfile.TemporaryDirectory(prefix="embedq-") as folder:
         path = Path(folder, "model.xml")
         ov.save_model(model, path, compress_to_fp16=False)
-        described = path.read_bytes()
+        xml = path.read_bytes()
         weights = path.with_suffix(".bin").read_bytes()
-    return b"".join((_IR, struct.pack("<I", len(described)), described, weights))
+    return b"".join((_IR, struct.pack("<I", len(xml)), xml, weights))
 
 
 def _with_weights(model: Any, graph: OnnxModel) -> Any:
-    """Put constants in the place of the inputs that stand for weights.
-
-    They are read in place: opening the CPU's engine took 0.26 s this way, and 0.68 s and 150 MB
-    more at the peak with the weights in one message (two Zen 4 cores, measured 2026-11-28).
-    """
+    # Constants that share memory replace the inputs that stand for weights: a protobuf message
+    # with all weights opens more slowly and needs more memory.
     for parameter in model.get_parameters():
         weight = graph.weights.get(parameter.friendly_name)
         if weight is None:
@@ -267,12 +263,13 @@ def _with_weights(model: Any, graph: OnnxModel) -> Any:
     return model
 
 
-def _names(model: Any) -> list[str]:
-    # A cast that changes nothing is gone, and its output has become one more name of our input.
+def _input_names(model: Any) -> list[str]:
+    # A port may have several names: OpenVINO removes a cast without effect and adds the name of
+    # its output to the input.
     return sorted(name for port in model.inputs for name in port.names if name in INPUTS)
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, ov.Type):
         return str(value.get_type_name())
     return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)

@@ -15,7 +15,7 @@ from embedq_worker.engines.base import RowSpec
 from embedq_worker.engines.compiler import (
     CompiledModelLoader,
     CompileRequest,
-    compile_in_child,
+    compile_in_subprocess,
     shapes_of,
 )
 from embedq_worker.engines.model_cache import Bytes
@@ -41,13 +41,13 @@ class CountingCompiler:
         self.calls = 0
         self._graph = bert.build_graph(model)
 
-    def __call__(self, job: CompileRequest, deadline_s: float) -> Bytes:
+    def __call__(self, job: CompileRequest, timeout_s: float) -> Bytes:
         self.calls += 1
         blob = Runtime(CPU).compile(self._graph, job.properties, job.shapes).export()
         return np.frombuffer(bytearray(blob), np.uint8)
 
 
-def loader(model: Model, cache: Path, compiler: loading.Compile) -> CompiledModelLoader:
+def loader(model: Model, cache: Path, compiler: loading.CompileFunction) -> CompiledModelLoader:
     """Return a loader for OpenVINO's CPU device."""
     return CompiledModelLoader(Runtime(CPU), model, {}, cache, compiler)
 
@@ -115,7 +115,7 @@ def test_unusable_cache_folder_means_a_compile_per_load(model: Model, tmp_path: 
 
 
 def test_crashed_compiler_leaves_neither_blob_nor_lock(model: Model, tmp_path: Path) -> None:
-    crash = functools.partial(compile_in_child, command=[sys.executable, "-c", SEGFAULT])
+    crash = functools.partial(compile_in_subprocess, command=[sys.executable, "-c", SEGFAULT])
     with pytest.raises(CompileFailed, match="SIGSEGV") as caught:
         loader(model, tmp_path, crash).load(SHAPES, 30.0)
 

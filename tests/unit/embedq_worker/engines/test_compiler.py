@@ -16,7 +16,7 @@ import pytest
 from tests.support.processes import is_running
 from tests.support.redis import wait_for
 
-from embedq_worker.engines.compiler import CompileRequest, compile_in_child
+from embedq_worker.engines.compiler import CompileRequest, compile_in_subprocess
 from embedq_worker.engines.openvino_runtime import CPU, DeviceTarget
 from embedq_worker.errors import CompileFailed, FailureReason, ModelError
 from embedq_worker.model.resolve import Model
@@ -42,7 +42,7 @@ def test_blob_is_returned_through_the_descriptor(model: Model) -> None:
     script = "os.write(job['blob_fd'], b'blob' * 1000); print(json.dumps({'ok': True}))"
 
     assert (
-        compile_in_child(compile_request(model), 30, script_command(script)).tobytes()
+        compile_in_subprocess(compile_request(model), 30, script_command(script)).tobytes()
         == b"blob" * 1000
     )
 
@@ -62,7 +62,7 @@ def test_crashed_compiler_is_reported_with_signal_or_status_and_stderr(
     no_core_dump = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
 
     with pytest.raises(CompileFailed, match=words) as caught:
-        compile_in_child(compile_request(model), 30, script_command(no_core_dump + script))
+        compile_in_subprocess(compile_request(model), 30, script_command(no_core_dump + script))
 
     assert caught.value.reason is FailureReason.COMPILE_CRASHED
 
@@ -71,31 +71,31 @@ def test_compiler_is_killed_at_the_deadline(model: Model) -> None:
     began = time.monotonic()
 
     with pytest.raises(CompileFailed, match="EMBEDQ_COMPILE_TIMEOUT_S") as caught:
-        compile_in_child(compile_request(model), 0.5, script_command("time.sleep(60)"))
+        compile_in_subprocess(compile_request(model), 0.5, script_command("time.sleep(60)"))
 
     assert caught.value.reason is FailureReason.COMPILE_DEADLINE
     assert time.monotonic() - began < 10
 
 
 def test_real_compiler_process_returns_a_blob(model: Model) -> None:
-    assert compile_in_child(compile_request(model), 60).size > 1000
+    assert compile_in_subprocess(compile_request(model), 60).size > 1000
 
 
 def test_missing_device_in_the_compiler_is_compile_failed(model: Model) -> None:
     with pytest.raises(CompileFailed, match="NPU") as caught:
-        compile_in_child(compile_request(model, DeviceTarget()), 60)
+        compile_in_subprocess(compile_request(model, DeviceTarget()), 60)
 
     assert caught.value.reason is FailureReason.COMPILE_FAILED
 
 
 def test_model_with_another_identity_is_not_compiled(model: Model) -> None:
-    with pytest.raises(ModelError, match="has changed"):
-        compile_in_child(compile_request(model, identity="0" * 64), 60)
+    with pytest.raises(ModelError, match="changed while"):
+        compile_in_subprocess(compile_request(model, identity="0" * 64), 60)
 
 
 def test_missing_python_raises_file_not_found(model: Model, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        compile_in_child(compile_request(model), 1, [str(tmp_path / "python")])
+        compile_in_subprocess(compile_request(model), 1, [str(tmp_path / "python")])
 
 
 ORPHANING = """

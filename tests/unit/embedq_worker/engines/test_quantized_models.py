@@ -42,7 +42,7 @@ def opener(model: Model, cache: Path) -> EngineOpener:
 def test_quantized_model_survives_storage(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
 
-    assert store.keep("ab" * 32, b"graph", QUALITY)
+    assert store.store("ab" * 32, b"graph", QUALITY)
 
     found = QuantizedModelStore(tmp_path / "cache", model).load()
     assert found is not None
@@ -52,9 +52,9 @@ def test_quantized_model_survives_storage(model: Model, tmp_path: Path) -> None:
 
 def test_newer_quantized_model_replaces_the_older(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
-    store.keep("ab" * 32, b"old", QUALITY)
+    store.store("ab" * 32, b"old", QUALITY)
 
-    store.keep("cd" * 32, b"new", QUALITY)
+    store.store("cd" * 32, b"new", QUALITY)
 
     found = store.load()
     assert found is not None and found.graph == b"new"
@@ -67,7 +67,7 @@ def test_announced_and_served_quantized_model_are_the_same_in_a_merged_folder(
     store = QuantizedModelStore(tmp_path / "cache", model)
     for name in ("ab", "cd"):
         other = QuantizedModelStore(tmp_path / name, model)
-        other.keep(name * 32, name.encode(), QUALITY)
+        other.store(name * 32, name.encode(), QUALITY)
         shutil.copytree(other.folder, store.folder, dirs_exist_ok=True)
 
     found = store.load()
@@ -81,9 +81,9 @@ def test_quantized_model_created_after_the_start_is_not_served(
 ) -> None:
     values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": tmp_path, "threads": 2}
     store = QuantizedModelStore(tmp_path, model)
-    store.keep("ab" * 32, b"old", QUALITY)
+    store.store("ab" * 32, b"old", QUALITY)
     worker = open_serving(WorkerSettings(**values), model)
-    store.keep("cd" * 32, b"new", QUALITY)
+    store.store("cd" * 32, b"new", QUALITY)
 
     with pytest.raises(NotQuantized, match=f"{'ab' * 8} .*Start the worker again"):
         worker.engine_for(Accuracy.INT8)
@@ -94,7 +94,7 @@ def test_quantized_model_created_after_the_start_is_not_served(
 
 def test_changed_quantized_model_is_not_served(model: Model, tmp_path: Path) -> None:
     store = QuantizedModelStore(tmp_path / "cache", model)
-    store.keep("ab" * 32, b"graph", QUALITY)
+    store.store("ab" * 32, b"graph", QUALITY)
     (blob,) = tmp_path.rglob(BLOB)
 
     blob.chmod(0o666)

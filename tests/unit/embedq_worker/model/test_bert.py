@@ -296,7 +296,7 @@ def test_damaged_quantized_model_is_refused(tmp_path: Path, damaged: bytes) -> N
     pytest.importorskip("openvino")
     from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
-    with pytest.raises(CompileFailed, match="no packed model"):
+    with pytest.raises(CompileFailed, match="not a model packed"):
         OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantized=damaged)
 
 
