@@ -1,4 +1,4 @@
-"""A text whose vector is known tells a device that computes wrong ones."""
+"""Tests of the check of the canary's vector."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from embedq_worker.inference.embedder import CANARY_TEXT, Canary
 
 
 @pytest.mark.parametrize("length", [1e30, 3e38])
-def test_vector_too_large_to_be_compared_is_wrong(length: float) -> None:
-    """Its product with the reference is no number that could be above a floor."""
+def test_vector_whose_product_overflows_is_wrong(length: float) -> None:
     vector = stub_vectors([CANARY_TEXT])[0]
     canary = Canary(StubTokenizer().tokenize([CANARY_TEXT]), vector)
 
-    with pytest.raises(InferFailed) as found:
+    with pytest.raises(InferFailed) as caught:
         canary.check(np.sign(vector) * np.float32(length))
 
-    assert found.value.reason is FailureReason.WRONG_CANARY
+    assert caught.value.reason is FailureReason.WRONG_CANARY

@@ -1,4 +1,4 @@
-"""Batches become vectors in order, with one outcome per text and the same bytes each time."""
+"""Tests of embedding batches: order, outcomes, determinism, errors and the canary."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ OK = Outcome(device=Device.STUB, precision=Precision.F32)
 
 
 class WideStub(StubEngine):
-    """A stub that likes several callers and remembers what it was asked."""
+    """Stub for three concurrent callers that records the first tokens of each token batch."""
 
     concurrency = 3
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[int, ...]] = []
+        self.token_batches: list[tuple[int, ...]] = []
         self._lock = threading.Lock()
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
         with self._lock:
-            self.asked.append(tuple(batch.input_ids[:, 0]))
+            self.token_batches.append(tuple(batch.input_ids[:, 0]))
         return super().infer(batch)
 
 
 @pytest.fixture
 def embedder() -> Iterator[Embedder]:
-    """An embedder over the stub, with chunks of 10 texts."""
+    """Open an embedder over the stub with chunks of 10 texts."""
     embedder = Embedder(
         StubTokenizer(), StubEngine(), token_budget=64, pace=ChunkSchedule(10, 1, 10, 10)
     )
@@ -53,7 +53,6 @@ def embedder() -> Iterator[Embedder]:
 
 
 def batch_of(texts: list[str], **options: object) -> EmbedBatch:
-    """Make a batch for the stub."""
     refused = options.pop("refused", {})
     rerouted = bool(options.pop("rerouted", False))
     return EmbedBatch("job", 0, texts, SPEC._replace(**options), refused, rerouted)  # type: ignore[arg-type]
@@ -61,8 +60,7 @@ def batch_of(texts: list[str], **options: object) -> EmbedBatch:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
-def test_vectors_come_back_in_order(texts: list[str]) -> None:
-    """Row i is the vector of text i, however texts are sorted and grouped."""
+def test_vectors_are_in_the_order_of_the_texts(texts: list[str]) -> None:
     embedder = Embedder(
         StubTokenizer(), WideStub(), token_budget=32, pace=ChunkSchedule(7, 2, 20, 3)
     )
@@ -75,10 +73,9 @@ def test_vectors_come_back_in_order(texts: list[str]) -> None:
     assert len(outcomes) == len(texts)
 
 
-def test_grouping_depends_on_the_batch_alone() -> None:
-    """Two runs ask the engine for the same token batches, in whatever order threads take them."""
+def test_token_batches_depend_on_the_batch_alone() -> None:
     texts = [f"text {i} " * (i % 17) for i in range(200)]
-    asked = []
+    token_batches = []
 
     for _ in range(2):
         engine = WideStub()
@@ -87,21 +84,19 @@ def test_grouping_depends_on_the_batch_alone() -> None:
         )
         embedder.embed(batch_of(texts))
         embedder.close()
-        asked.append(sorted(engine.asked))
+        token_batches.append(sorted(engine.token_batches))
 
-    assert asked[0] == asked[1]
+    assert token_batches[0] == token_batches[1]
 
 
-def test_empty_batch_is_embedded(embedder: Embedder) -> None:
-    """No texts give no vectors and no error."""
+def test_empty_batch_gives_no_vectors(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(batch_of([]))
 
     assert vectors.shape == (0, SPEC.dim)
     assert len(outcomes) == 0
 
 
-def test_refused_text_has_no_vector(embedder: Embedder) -> None:
-    """A text refused on the way has a row of NaN and its code; its neighbors are served."""
+def test_refused_text_gets_nan_and_its_code(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(
         batch_of(["one", "", "two"], refused={1: Code.NUL_CHARACTER})
     )
@@ -112,8 +107,7 @@ def test_refused_text_has_no_vector(embedder: Embedder) -> None:
     assert outcomes[2].status is Status.OK
 
 
-def test_batch_of_refused_texts_never_meets_the_engine(embedder: Embedder) -> None:
-    """Where every text is refused, the engine is not asked and nothing raises."""
+def test_batch_of_refused_texts_gets_nan_and_codes(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(
         batch_of(["", ""], refused={0: Code.NOT_UNICODE, 1: Code.TEXT_TOO_LARGE})
     )
@@ -122,8 +116,7 @@ def test_batch_of_refused_texts_never_meets_the_engine(embedder: Embedder) -> No
     assert [outcome.code for outcome in outcomes] == [Code.NOT_UNICODE, Code.TEXT_TOO_LARGE]
 
 
-def test_truncated_text_is_flagged_and_counted(embedder: Embedder) -> None:
-    """A text beyond the limit is embedded in part, and its outcome says how much was dropped."""
+def test_truncated_text_has_flag_and_token_counts(embedder: Embedder) -> None:
     _, outcomes = embedder.embed(batch_of(["short", "word " * 300]))
 
     assert outcomes[0].n_tokens == 3
@@ -132,8 +125,7 @@ def test_truncated_text_is_flagged_and_counted(embedder: Embedder) -> None:
     assert (outcomes[1].n_tokens, outcomes[1].n_tokens_dropped) == (256, 300 - 254)
 
 
-def test_too_long_text_fails_if_the_job_says_so(embedder: Embedder) -> None:
-    """With `on_long=error` a text that would be cut has no vector; the rest does."""
+def test_too_long_text_fails_with_on_long_error(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(batch_of(["short", "word " * 300], on_long=OnLong.ERROR))
 
     assert np.isnan(vectors[1]).all()
@@ -143,35 +135,30 @@ def test_too_long_text_fails_if_the_job_says_so(embedder: Embedder) -> None:
     )
 
 
-def test_prompt_goes_before_every_text(embedder: Embedder) -> None:
-    """The prompt of the job is part of what is embedded."""
+def test_prompt_is_prepended_to_every_text(embedder: Embedder) -> None:
     vectors, _ = embedder.embed(batch_of(["a", "b"], prompt="query: "))
 
     assert vectors.tobytes() == stub_vectors(["query: a", "query: b"]).tobytes()
 
 
-def test_rerouted_batch_says_so(embedder: Embedder) -> None:
-    """Each outcome of a batch that was handed over carries the flag."""
+def test_outcomes_of_a_rerouted_batch_have_the_flag(embedder: Embedder) -> None:
     _, outcomes = embedder.embed(batch_of(["a", "b"], rerouted=True))
 
     assert [outcome.rerouted for outcome in outcomes] == [True, True]
 
 
-def test_outcome_names_device_and_precision(embedder: Embedder) -> None:
-    """An outcome says what computed the vector."""
+def test_outcome_has_device_and_precision(embedder: Embedder) -> None:
     _, outcomes = embedder.embed(batch_of(["one two"]))
 
     assert outcomes[0] == Outcome(n_tokens=4, device=Device.STUB, precision=Precision.F32)
 
 
-def test_vector_that_is_not_finite_is_a_fault_of_the_engine(embedder: Embedder) -> None:
-    """One NaN refuses the whole batch: a wrong vector is worse than none."""
+def test_vector_that_is_not_finite_fails_the_batch(embedder: Embedder) -> None:
     with pytest.raises(InferFailed, match=r"1 of 3 vectors that are not finite"):
         embedder.embed(batch_of(["a", "embedq-fault:nan", "b"]))
 
 
-def test_failed_inference_leaves_the_embedder_usable(embedder: Embedder) -> None:
-    """After an error of the engine the next batch is served."""
+def test_embedder_is_usable_after_a_failed_inference(embedder: Embedder) -> None:
     with pytest.raises(InferFailed):
         embedder.embed(batch_of(["embedq-fault:raise", *map(str, range(50))]))
 
@@ -180,9 +167,7 @@ def test_failed_inference_leaves_the_embedder_usable(embedder: Embedder) -> None
     assert vectors.tobytes() == stub_vectors(["after"]).tobytes()
 
 
-def test_lost_device_is_passed_on() -> None:
-    """What the engine raises reaches the caller as it is."""
-
+def test_device_lost_propagates() -> None:
     class Lost(StubEngine):
         def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
             raise DeviceLost("gone")
@@ -194,9 +179,7 @@ def test_lost_device_is_passed_on() -> None:
     embedder.close()
 
 
-def test_failed_tokenizer_is_passed_on() -> None:
-    """An error while tokenizing ahead reaches the caller."""
-
+def test_tokenizer_error_propagates() -> None:
     class Broken(StubTokenizer):
         def tokenize(self, texts: object) -> RaggedTokens:
             raise EngineError("no tokens")
@@ -208,8 +191,7 @@ def test_failed_tokenizer_is_passed_on() -> None:
     embedder.close()
 
 
-def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
-    """Batches of two callers do not mix."""
+def test_concurrent_batches_do_not_mix(embedder: Embedder) -> None:
     found: dict[str, bytes] = {}
 
     def embed(name: str) -> None:
@@ -226,24 +208,25 @@ def test_two_threads_may_embed_at_once(embedder: Embedder) -> None:
         assert found[name] == stub_vectors([f"{name} {i}" for i in range(100)]).tobytes()
 
 
-FORMS = (RowSpec.packed(256), RowSpec.packed(300), RowSpec.buckets(256))
+ROW_SPECS = (RowSpec.packed(256), RowSpec.packed(300), RowSpec.buckets(256))
 
 
-def static_embedder(form: RowSpec, engine: StubEngine | None = None) -> Embedder:
-    """Make an embedder that gives its engine static rows, with a canary in each batch."""
-    embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=form)
+def static_embedder(row_spec: RowSpec, engine: StubEngine | None = None) -> Embedder:
+    """Return an embedder with static rows and a canary."""
+    embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=row_spec)
     embedder.canary = Canary(
         StubTokenizer().tokenize([CANARY_TEXT]), stub_vectors([CANARY_TEXT])[0]
     )
     return embedder
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("row_spec", ROW_SPECS)
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=400), max_size=60))
-def test_static_rows_give_every_text_its_vector(form: RowSpec, texts: list[str]) -> None:
-    """Packed or in buckets, row i is the vector of text i, and the canary takes nobody's place."""
-    embedder = static_embedder(form)
+def test_static_rows_and_canary_give_every_text_its_vector(
+    row_spec: RowSpec, texts: list[str]
+) -> None:
+    embedder = static_embedder(row_spec)
 
     vectors, outcomes = embedder.embed(batch_of(texts))
     embedder.close()
@@ -252,10 +235,9 @@ def test_static_rows_give_every_text_its_vector(form: RowSpec, texts: list[str])
     assert len(outcomes) == len(texts)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_static_rows_leave_out_what_failed(form: RowSpec) -> None:
-    """Refused and too long texts take no room in a row; their neighbors are served."""
-    embedder = static_embedder(form)
+@pytest.mark.parametrize("row_spec", ROW_SPECS)
+def test_static_rows_omit_failed_texts(row_spec: RowSpec) -> None:
+    embedder = static_embedder(row_spec)
     texts = ["one", "", "word " * 300, "two"]
 
     vectors, outcomes = embedder.embed(
@@ -268,40 +250,38 @@ def test_static_rows_leave_out_what_failed(form: RowSpec) -> None:
     assert np.isnan(vectors[[1, 2]]).all()
 
 
-def test_batch_without_a_text_needs_no_canary() -> None:
-    """Where nothing is embedded, the device is not asked at all."""
+def test_batch_of_refused_texts_runs_no_inference() -> None:
     engine = WideStub()
-    embedder = static_embedder(FORMS[0], engine)
+    embedder = static_embedder(ROW_SPECS[0], engine)
 
     embedder.embed(batch_of([""], refused={0: Code.NOT_UNICODE}))
     embedder.close()
 
-    assert engine.asked == []
+    assert engine.token_batches == []
 
 
-class WrongFrom(StubEngine):
-    """A stub that spoils the canary's vector: with another vector, or with none."""
+class WrongCanaryStub(StubEngine):
+    """Stub that changes the canary's vector by a factor."""
 
-    def __init__(self, spoilt: float) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self._spoilt = spoilt
+        self._factor = factor
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
         vectors = super().infer(batch)
         last = int(batch.members.max())
-        seat = np.argwhere(batch.members == last)[0]
+        place = np.argwhere(batch.members == last)[0]
         if last == 3:  # three texts, then the canary
-            vectors[tuple(seat)] = np.roll(vectors[tuple(seat)], 1) * self._spoilt
+            vectors[tuple(place)] = np.roll(vectors[tuple(place)], 1) * self._factor
         return vectors
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "reason"),
+    ("factor", "reason"),
     [(1.0, FailureReason.WRONG_CANARY), (float("nan"), FailureReason.NOT_FINITE)],
 )
-def test_wrong_canary_refuses_the_batch(spoilt: float, reason: FailureReason) -> None:
-    """No vector of a batch is handed out whose canary came out wrong."""
-    embedder = static_embedder(FORMS[0], WrongFrom(spoilt))
+def test_wrong_canary_fails_the_batch(factor: float, reason: FailureReason) -> None:
+    embedder = static_embedder(ROW_SPECS[0], WrongCanaryStub(factor))
 
     with pytest.raises(InferFailed) as caught:
         embedder.embed(batch_of(["a", "b", "c"]))
@@ -310,8 +290,7 @@ def test_wrong_canary_refuses_the_batch(spoilt: float, reason: FailureReason) ->
     assert caught.value.reason is reason
 
 
-def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
-    """Tokens of the texts against all that was computed; several calls add up."""
+def test_stats_add_up_tokens_and_computed_tokens(embedder: Embedder) -> None:
     packed = static_embedder(RowSpec.packed(100))
     stats = EngineStats()
 
@@ -325,7 +304,7 @@ def test_stats_say_how_full_the_rows_were(embedder: Embedder) -> None:
 
 
 class PairedStub(StubEngine):
-    """A stub whose inferences begin in pairs, and of which the long one ends last."""
+    """Stub whose inferences start in pairs; the one with the longer row ends last."""
 
     concurrency = 2
 
@@ -343,12 +322,10 @@ class PairedStub(StubEngine):
         return super().infer(batch)
 
     def end_short(self) -> None:
-        """Let the long inference end."""
         self._short_ended.set()
 
 
-def test_stats_of_concurrent_callers_are_their_own() -> None:
-    """Each caller is charged for its own inferences, not for those of the other."""
+def test_stats_of_concurrent_callers_are_separate() -> None:
     engine = PairedStub()
     embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(10, 1, 10, 10))
     short, long = EngineStats(), EngineStats()
@@ -370,21 +347,19 @@ def test_stats_of_concurrent_callers_are_their_own() -> None:
     assert short.infer_s + long.infer_s <= total.infer_s + 1e-6
 
 
-def test_stats_of_nothing_are_full() -> None:
-    """A batch without inferences wasted nothing."""
+def test_fill_ratio_without_inferences_is_1() -> None:
     assert EngineStats().pack_fill_ratio == 1.0
 
 
-def test_static_grouping_depends_on_the_batch_alone() -> None:
-    """Two runs ask for the same rows, whatever the threads did."""
+def test_static_rows_depend_on_the_batch_alone() -> None:
     texts = [f"text {i} " * (i % 17) for i in range(200)]
-    asked = []
+    token_batches = []
 
     for _ in range(2):
         engine = WideStub()
-        embedder = static_embedder(FORMS[0], engine)
+        embedder = static_embedder(ROW_SPECS[0], engine)
         embedder.embed(batch_of(texts))
         embedder.close()
-        asked.append(sorted(engine.asked))
+        token_batches.append(sorted(engine.token_batches))
 
-    assert asked[0] == asked[1]
+    assert token_batches[0] == token_batches[1]

@@ -1,4 +1,4 @@
-"""An engine is opened on the device that the worker was given, and on no other."""
+"""Tests that an opened engine runs on the device of the worker's placement."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from embedq_worker.inference import opener
 from embedq_worker.settings import WorkerSettings
 
 NPU = Npu(Path("/dev/accel/accel0"), "0000:00:0b.0", 0x643E, "intel_vpu")
-ON_NPU = Placement(Device.NPU, Device.NPU, "It is there.", NPU)
+ON_NPU = Placement(Device.NPU, Device.NPU, "Found accel0.", NPU)
 
 
 @dataclass
 class Opened:
-    """What open_serving would return, as far as it is looked at here."""
+    """Stands in for an opened engine set and its engine."""
 
     device: Device
     details: dict[str, str] = field(default_factory=dict)
@@ -29,29 +29,25 @@ class Opened:
 
     @property
     def standard(self) -> Opened:
-        """What serves class ``standard``, which is the same object."""
         return self
 
     @property
     def engine(self) -> Opened:
-        """The engine, which is the same object."""
         return self
 
     def close(self) -> None:
-        """Remember it."""
         self.closed = True
 
 
-def opening(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
-    """Let the engine open so."""
+def patch_opener(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+    """Make the opener return this engine."""
     monkeypatch.setattr(opener, "open_serving", lambda *_: opened)
     monkeypatch.setattr(opener, "find_model", lambda _: None)
 
 
-def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that was given an NPU never serves from its CPU in silence."""
+def test_engine_on_another_device_is_closed_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(Device.CPU)
-    opening(monkeypatch, opened)
+    patch_opener(monkeypatch, opened)
 
     with pytest.raises(EngineError, match="runs on cpu, not on npu"):
         opener.open_placed(WorkerSettings.load(), ON_NPU)
@@ -59,24 +55,22 @@ def test_engine_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "address", ["{domain: 0 bus: 0 device: 0xc function: 0}", "", "an address of tomorrow"]
+    "address", ["{domain: 0 bus: 0 device: 0xc function: 0}", "", "unknown format"]
 )
-def test_runtime_that_opened_another_npu_is_refused(
+def test_engine_on_another_or_unknown_npu_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device that computes must be the one whose lock this process holds."""
     opened = Opened(Device.NPU, {"device_pci_info": address})
-    opening(monkeypatch, opened)
+    patch_opener(monkeypatch, opened)
 
     with pytest.raises(WrongDevice, match="this worker holds accel0 NPU 4000"):
         opener.open_placed(WorkerSettings.load(), ON_NPU)
     assert opened.closed
 
 
-def test_claimed_npu_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO names the device in its own form."""
+def test_engine_on_the_locked_npu_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Opened(Device.NPU, {"device_pci_info": "{domain: 0 bus: 0 device: 0xb function: 0}"})
-    opening(monkeypatch, opened)
+    patch_opener(monkeypatch, opened)
 
     served: object = opener.open_placed(WorkerSettings.load(), ON_NPU)
 

@@ -1,4 +1,4 @@
-"""Texts lie in token batches where the plan put them, in the types of the graph."""
+"""Tests of building token batches from planned rows."""
 
 import numpy as np
 import pytest
@@ -11,15 +11,14 @@ from embedq_worker.inference.planning import plan_packed
 
 
 def ragged(lengths: list[int]) -> RaggedTokens:
-    """Make tokens that count up from 1, so that each is recognisable."""
+    """Return texts of these lengths whose tokens count up from 1."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     return RaggedTokens(ids, offsets, np.zeros(len(lengths), np.uint32))
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.randoms())
-def test_build_padded_places_the_tokens(lengths: list[int], random: object) -> None:
-    """Each row holds the tokens of its text, then padding; positions count from 0."""
+def test_padded_rows_hold_tokens_positions_and_padding(lengths: list[int], random: object) -> None:
     tokens = ragged(lengths)
     members = list(range(len(lengths)))[::-1]
 
@@ -37,8 +36,7 @@ def test_build_padded_places_the_tokens(lengths: list[int], random: object) -> N
     assert list(batch.members[:, 0]) == members
 
 
-def test_build_padded_has_the_types_of_the_graph() -> None:
-    """All arrays are contiguous int64, as the inputs of the graph are declared."""
+def test_padded_batch_has_contiguous_int64_arrays() -> None:
     batch = build_padded(ragged([2, 3]), [1, 0], pad_id=0)
 
     for name in ("input_ids", "position_ids", "segment_ids", "segments", "members"):
@@ -52,12 +50,11 @@ PACKED = RowSpec.packed(32)
 
 
 @given(st.lists(st.integers(2, 32), max_size=60), st.integers(1, 9))
-def test_packed_rows_hold_their_texts_one_after_the_other(lengths: list[int], skip: int) -> None:
-    """Each segment has the tokens of its text, positions from 0 and a number of its own."""
+def test_packed_rows_hold_texts_as_numbered_segments(lengths: list[int], pad_id: int) -> None:
     tokens = ragged(lengths)
     rows = [list(row) for row in plan_packed(lengths, PACKED)]
 
-    batches = build_rows(tokens, rows, skip, PACKED)
+    batches = build_rows(tokens, rows, pad_id, PACKED)
 
     assert len(batches) == len(rows)
     for batch, texts in zip(batches, rows, strict=True):
@@ -72,22 +69,21 @@ def test_packed_rows_hold_their_texts_one_after_the_other(lengths: list[int], sk
             assert set(batch.segment_ids[0, at : at + n]) == {number}
             assert batch.members[0, number - 1] == text
             at += n
-        assert set(batch.input_ids[0, at:]) <= {skip}
+        assert set(batch.input_ids[0, at:]) <= {pad_id}
         assert not batch.segment_ids[0, at:].any()
         assert not batch.position_ids[0, at:].any()
         assert set(batch.members[0, len(texts) :]) <= {-1}
 
 
-def test_shared_rows_are_the_packed_ones_side_by_side() -> None:
-    """One token batch of several rows has what the same rows have alone, with fewer segments."""
+def test_shared_batch_stacks_the_packed_rows() -> None:
     tokens = ragged([5, 9, 3, 30, 2])
     rows = [[3, 4], [1, 0, 2]]
 
     shared = build_shared(tokens, rows, 7, 32)
 
-    for row, alone in enumerate(build_rows(tokens, rows, 7, PACKED)):
+    for row, packed in enumerate(build_rows(tokens, rows, 7, PACKED)):
         for name in ("input_ids", "position_ids", "segment_ids"):
-            assert list(getattr(shared, name)[row]) == list(getattr(alone, name)[0]), name
+            assert list(getattr(shared, name)[row]) == list(getattr(packed, name)[0]), name
     assert shared.members.tolist() == [[3, 4, -1], [1, 0, 2]]
     assert list(shared.segments) == [1, 2, 3]
 
@@ -102,24 +98,23 @@ def test_shared_rows_are_the_packed_ones_side_by_side() -> None:
         (20, (32,)),
     ],
 )
-def test_shared_rows_take_the_longest_text(longest: int, widths: tuple[int, ...]) -> None:
-    """Widths are powers of two, and the last takes the longest text in whole lanes."""
+def test_shared_widths_are_powers_of_two_up_to_the_longest_text(
+    longest: int, widths: tuple[int, ...]
+) -> None:
     assert RowSpec.shared(longest).widths == widths
 
 
-def test_row_of_a_bucket_is_as_wide_as_the_smallest_that_fits() -> None:
-    """One text of 17 tokens lies in a row of 32, and one of 40 in the widest."""
-    form = RowSpec.buckets(40)
+def test_bucket_row_has_the_smallest_width_that_fits() -> None:
+    row_spec = RowSpec.buckets(40)
 
-    rows = build_rows(ragged([2, 16, 17, 32, 40]), [[0], [1], [2], [3], [4]], 0, form)
+    rows = build_rows(ragged([2, 16, 17, 32, 40]), [[0], [1], [2], [3], [4]], 0, row_spec)
     shapes = [row.input_ids.shape for row in rows]
 
-    assert form.widths == (16, 32, 40)
+    assert row_spec.widths == (16, 32, 40)
     assert shapes == [(1, 16), (1, 16), (1, 32), (1, 32), (1, 40)]
 
 
-def test_packed_row_has_the_types_of_the_graph() -> None:
-    """All arrays of a row are contiguous int64."""
+def test_packed_row_has_contiguous_int64_arrays() -> None:
     batch = build_rows(ragged([2, 3]), [[1, 0]], 0, PACKED)[0]
 
     for name in ("input_ids", "position_ids", "segment_ids", "segments", "members"):
@@ -128,8 +123,7 @@ def test_packed_row_has_the_types_of_the_graph() -> None:
         assert array.flags.c_contiguous, name
 
 
-def test_joined_tokens_keep_their_texts() -> None:
-    """Two parts put together hold the texts of the first, then those of the second."""
+def test_joined_tokens_hold_all_texts_in_order() -> None:
     joined = RaggedTokens.join([ragged([2, 3]), ragged([]), ragged([4])])
 
     assert list(joined.lengths) == [2, 3, 4]

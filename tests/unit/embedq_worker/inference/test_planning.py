@@ -1,4 +1,4 @@
-"""Plans hold every text once, waste little, and depend on nothing but the lengths."""
+"""Tests of assigning texts to padded, shared and packed rows and to chunks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ FITTING = st.lists(st.integers(2, 256), max_size=300)
 
 
 @given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
-    """The groups of a plan are a partition of the texts, whatever the lengths and the budget."""
+def test_padded_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
     plan = plan_padded(lengths, budget, streams)
 
     placed = [int(index) for group in plan for index in group]
@@ -45,37 +44,36 @@ def test_plan_places_every_text_once(lengths: list[int], budget: int, streams: i
 
 
 @given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
-    """A group of several texts has at most `token_budget` padded tokens."""
+def test_padded_group_of_several_texts_is_within_the_budget(
+    lengths: list[int], budget: int, streams: int
+) -> None:
     for group in plan_padded(lengths, budget, streams):
         longest = max(lengths[int(index)] for index in group)
         assert len(group) == 1 or longest * len(group) <= budget
 
 
 @given(LENGTHS, st.integers(1, 2048), st.integers(1, 4))
-def test_plan_goes_from_long_to_short(lengths: list[int], budget: int, streams: int) -> None:
-    """The lengths never rise along a plan, so the smallest work comes last."""
+def test_padded_plan_is_ordered_by_falling_length(
+    lengths: list[int], budget: int, streams: int
+) -> None:
     order = [lengths[int(i)] for group in plan_padded(lengths, budget, streams) for i in group]
 
     assert order == sorted(lengths, reverse=True)
 
 
-def test_plan_is_deterministic_for_equal_lengths() -> None:
-    """Texts of equal length keep their order: the plan depends on nothing but its arguments."""
+def test_texts_of_equal_length_are_planned_in_order() -> None:
     plan = plan_padded([5] * 10, 20)
 
     assert [list(map(int, group)) for group in plan] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_text_beyond_the_budget_goes_alone() -> None:
-    """A text longer than the budget gets a group of its own and is not refused."""
+def test_text_over_the_budget_has_a_group_of_its_own() -> None:
     plan = plan_padded([600, 10, 700], 512)
 
     assert [list(map(int, group)) for group in plan] == [[2], [0], [1]]
 
 
-def test_last_groups_shrink_for_streams() -> None:
-    """With two streams the last group is small, so that neither waits long for the other."""
+def test_last_padded_groups_are_small_for_several_streams() -> None:
     lengths = [32] * 128
 
     shrunk = [len(group) * 32 for group in plan_padded(lengths, 1024, streams=2)]
@@ -84,26 +82,22 @@ def test_last_groups_shrink_for_streams() -> None:
     assert shrunk[-1] <= MIN_BUDGET
 
 
-def test_one_stream_shrinks_nothing() -> None:
-    """With one stream every group but the last is as large as the budget allows."""
+def test_groups_for_one_stream_are_full() -> None:
     sizes = [len(group) * 32 for group in plan_padded([32] * 128, 1024)]
 
     assert sizes == [1024] * 4
 
 
-def test_plan_of_nothing_is_empty() -> None:
-    """No texts give no groups."""
+def test_padded_plan_without_texts_is_empty() -> None:
     assert plan_padded([], 512) == []
 
 
-def is_shared(group: Group) -> bool:
-    """Say whether some row of a group holds several texts."""
+def has_shared_row(group: Group) -> bool:
     return any(len(row) > 1 for row in group.rows)
 
 
 @given(FITTING, st.integers(1, 2048), st.integers(1, 4))
 def test_shared_plan_places_every_text_once(lengths: list[int], budget: int, streams: int) -> None:
-    """The rows of all groups are a partition of the texts, and none is over-full."""
     plan = plan_shared(lengths, SHARED, budget, streams)
 
     rows = [row for group in plan for row in group.rows]
@@ -113,38 +107,35 @@ def test_shared_plan_places_every_text_once(lengths: list[int], budget: int, str
 
 
 @given(FITTING, st.integers(1, 2048), st.integers(1, 4))
-def test_shared_plan_keeps_the_budget(lengths: list[int], budget: int, streams: int) -> None:
-    """A group of several rows keeps it, but for the tokens that fill up the lanes."""
+def test_shared_group_of_several_rows_is_within_the_budget(
+    lengths: list[int], budget: int, streams: int
+) -> None:
     for group in plan_shared(lengths, SHARED, budget, streams):
-        filled_up = 0 if is_shared(group) else SIMD_WIDTH - LONG_TAIL
+        filled_up = 0 if has_shared_row(group) else SIMD_WIDTH - LONG_TAIL
         assert len(group.rows) == 1 or (group.width - filled_up) * len(group.rows) <= budget
 
 
 @given(FITTING)
-def test_texts_share_only_rows_that_they_fill(lengths: list[int]) -> None:
-    """A row of several texts has one of the few widths, and little of it is padding."""
+def test_shared_row_has_a_standard_width_and_little_padding(lengths: list[int]) -> None:
     for group in plan_shared(lengths, SHARED, 512):
-        if is_shared(group):
+        if has_shared_row(group):
             assert group.width in SHARED.widths
             tokens = [sum(lengths[int(i)] for i in row) for row in group.rows]
             assert min(tokens) >= WORTH_SHARING * group.width
 
 
-def test_texts_that_fill_no_row_go_by_length() -> None:
-    """Texts of 40 and 70 tokens leave too much of a row: each has one of its own, longest first."""
+def test_texts_that_fill_no_row_have_rows_of_their_own_by_length() -> None:
     plan = plan_shared([40] * 12 + [70] * 7, SHARED, 512)
 
     assert [(group.width, len(group.rows)) for group in plan] == [(70, 7), (40, 12)]
 
 
-def test_plan_that_costs_less_is_taken() -> None:
-    """Texts that fill a row whole share it; where a little is left over, rows of their own win."""
-    assert all(map(is_shared, plan_shared([20, 12] * 32, SHARED, 512)))
-    assert not any(map(is_shared, plan_shared([20] * 48, SHARED, 512)))
+def test_rows_are_shared_only_if_that_costs_less() -> None:
+    assert all(map(has_shared_row, plan_shared([20, 12] * 32, SHARED, 512)))
+    assert not any(map(has_shared_row, plan_shared([20] * 48, SHARED, 512)))
 
 
-def test_long_tail_is_filled_up_and_a_short_one_is_not() -> None:
-    """What a CPU would do number by number is padded where that costs less."""
+def test_row_width_is_rounded_up_to_simd_width_only_for_a_long_tail() -> None:
     assert [group.width for group in plan_shared([SIMD_WIDTH * 4 - 1], SHARED, 512)] == [
         SIMD_WIDTH * 4
     ]
@@ -153,24 +144,21 @@ def test_long_tail_is_filled_up_and_a_short_one_is_not() -> None:
     ]
 
 
-def test_last_groups_of_shared_rows_shrink_for_streams() -> None:
-    """Shared rows end in small groups as padded ones do."""
+def test_last_shared_groups_are_small_for_several_streams() -> None:
     plan = plan_shared([20, 12] * 128, SHARED, 1024, streams=2)
 
     sizes = [group.width * len(group.rows) for group in plan]
-    assert is_shared(plan[0])
+    assert has_shared_row(plan[0])
     assert sizes[0] == 1024
     assert sizes[-1] <= MIN_BUDGET
 
 
-def test_shared_plan_of_nothing_is_empty() -> None:
-    """No texts give no groups."""
+def test_shared_plan_without_texts_is_empty() -> None:
     assert plan_shared([], SHARED, 512) == []
 
 
 @pytest.mark.model
-def test_prose_shares_rows_with_little_padding() -> None:
-    """Of 512 docstrings in rows of 64, 128 and 256 tokens less than 2 % is padding."""
+def test_shared_rows_of_512_docstrings_are_less_than_2_percent_padding() -> None:
     model = real_model()
     texts = docstrings()[:512]
     lengths = Tokenizer(model.tokenizer_path, model.max_length).tokenize(texts).lengths
@@ -178,101 +166,94 @@ def test_prose_shares_rows_with_little_padding() -> None:
     plan = plan_shared(lengths, RowSpec.shared(model.max_length), 512)
 
     computed = sum(group.width * len(group.rows) for group in plan)
-    assert sum(map(is_shared, plan)) > len(plan) / 2
+    assert sum(map(has_shared_row, plan)) > len(plan) / 2
     assert lengths.sum() >= 0.98 * computed
 
 
-def rows_of_the_oracle(lengths: list[int], width: int) -> int:
-    """Count the rows of best fit decreasing, written from its definition over a sorted list."""
-    rooms: list[int] = []
+def best_fit_decreasing_rows(lengths: list[int], width: int) -> int:
+    """Return the number of rows of best fit decreasing, implemented with a sorted list."""
+    free_spaces: list[int] = []
     for length in sorted(lengths, reverse=True):
-        at = bisect_left(rooms, length)
-        room = rooms.pop(at) if at < len(rooms) else width
-        insort(rooms, room - length)
-        count = len(rooms)
+        at = bisect_left(free_spaces, length)
+        free = free_spaces.pop(at) if at < len(free_spaces) else width
+        insort(free_spaces, free - length)
+        count = len(free_spaces)
         assert count <= len(lengths)
-    return len(rooms)
+    return len(free_spaces)
 
 
 @given(FITTING)
 def test_packed_plan_places_every_text_once(lengths: list[int]) -> None:
-    """The rows are a partition of the texts: none is lost, none split."""
     plan = plan_packed(lengths, ROW)
 
     assert sorted(int(i) for row in plan for i in row) == list(range(len(lengths)))
 
 
 @given(FITTING)
-def test_packed_row_is_never_over_full(lengths: list[int]) -> None:
-    """A row has at most its width in tokens, and no more texts than segments."""
+def test_packed_row_is_within_width_and_segments(lengths: list[int]) -> None:
     for row in plan_packed(lengths, ROW):
         assert sum(lengths[int(i)] for i in row) <= 256
         assert 1 <= len(row) <= ROW.segments(256)
 
 
 @given(FITTING, st.integers(0, 3))
-def test_packed_plan_needs_no_more_rows_than_best_fit_decreasing(
+def test_packed_plan_has_at_most_the_rows_of_best_fit_decreasing(
     lengths: list[int], extra: int
 ) -> None:
-    """On any mix the number of rows is at most that of an independent best fit decreasing."""
     lengths = [*lengths, *lengths[: 10 * extra]]
 
-    assert len(plan_packed(lengths, ROW)) <= rows_of_the_oracle(lengths, 256)
+    assert len(plan_packed(lengths, ROW)) <= best_fit_decreasing_rows(lengths, 256)
 
 
 @given(st.lists(st.integers(0, 8), max_size=60))
-def test_texts_of_one_token_and_none_find_rows(lengths: list[int]) -> None:
-    """A tokenizer without special tokens may give them; then the segments of a row bind."""
-    form = RowSpec.packed(8)
+def test_texts_of_one_or_no_token_are_limited_by_segments(lengths: list[int]) -> None:
+    row_spec = RowSpec.packed(8)
 
-    plan = plan_packed(lengths, form)
+    plan = plan_packed(lengths, row_spec)
 
     assert sorted(int(i) for row in plan for i in row) == list(range(len(lengths)))
     assert all(len(row) <= 4 for row in plan)
 
 
-def test_text_longer_than_a_row_is_a_bug() -> None:
-    """Texts are cut by the tokenizer; the plan refuses to split one."""
+def test_text_longer_than_a_row_raises_value_error() -> None:
     with pytest.raises(ValueError, match="257 tokens"):
         plan_packed([3, 257], ROW)
 
 
 @given(FITTING)
-def test_packed_plan_is_the_same_twice(lengths: list[int]) -> None:
-    """The plan of the same lengths is the same, row by row."""
+def test_packed_plan_is_deterministic(lengths: list[int]) -> None:
     once, again = plan_packed(lengths, ROW), plan_packed(lengths, ROW)
 
     assert [list(row) for row in once] == [list(row) for row in again]
 
 
 @given(st.lists(st.integers(2, 256), min_size=1, max_size=200), st.integers(2, 60))
-def test_rider_costs_a_row_only_where_none_has_room(lengths: list[int], size: int) -> None:
-    """The rider sits in the last row; there is a new row only if no other had room for it."""
+def test_canary_is_placed_last_and_adds_a_row_only_if_none_has_space(
+    lengths: list[int], size: int
+) -> None:
     plan = plan_packed(lengths, ROW)
-    rider = len(lengths)
+    canary = len(lengths)
 
-    seated = place_canary(plan, [*lengths, size], ROW, rider)
+    placed = place_canary(plan, [*lengths, size], ROW, canary)
 
-    assert seated[-1][-1] == rider
-    assert sorted(int(i) for row in seated for i in row) == list(range(rider + 1))
-    room = 256 - min(sum(lengths[int(i)] for i in row) for row in plan)
-    assert len(seated) == len(plan) + (room < size)
+    assert placed[-1][-1] == canary
+    assert sorted(int(i) for row in placed for i in row) == list(range(canary + 1))
+    free = 256 - min(sum(lengths[int(i)] for i in row) for row in plan)
+    assert len(placed) == len(plan) + (free < size)
 
 
-def test_rider_of_a_bucket_has_a_row_of_its_own() -> None:
-    """A row of a bucket takes one text, so the canary comes last and alone."""
-    form = RowSpec.buckets(64)
-    plan = plan_rows([5, 20], form)
+def test_canary_in_buckets_has_a_row_of_its_own() -> None:
+    row_spec = RowSpec.buckets(64)
+    plan = plan_rows([5, 20], row_spec)
 
-    seated = place_canary(plan, [5, 20, 9], form, 2)
+    placed = place_canary(plan, [5, 20, 9], row_spec, 2)
 
-    assert [list(row) for row in seated] == [[1], [0], [2]]
+    assert [list(row) for row in placed] == [[1], [0], [2]]
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("n", [512, 1024, 2048])
-def test_pad_share_on_docstrings(n: int) -> None:
-    """With 512 docstrings or more, canary included, 2 % or less of what is computed is padding."""
+def test_packed_rows_of_docstrings_are_at_most_2_percent_padding(n: int) -> None:
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     lengths = tokenizer.tokenize(docstrings()[:n]).lengths
@@ -289,16 +270,14 @@ def test_pad_share_on_docstrings(n: int) -> None:
         [NPU_CHUNKS, CPU_CHUNKS, ChunkSchedule(1, 1, 1, 1), ChunkSchedule(7, 3, 50, 5)]
     ),
 )
-def test_chunks_cover_every_text_once(n: int, pace: ChunkSchedule) -> None:
-    """Chunks are never empty and add up, whatever the number of texts."""
-    sizes = pace.sizes(n)
+def test_chunks_cover_every_text_once(n: int, schedule: ChunkSchedule) -> None:
+    sizes = schedule.sizes(n)
 
     assert sum(sizes) == n
-    assert all(0 < size <= pace.most for size in sizes)
+    assert all(0 < size <= schedule.most for size in sizes)
 
 
-def test_fast_pace_begins_and_ends_small() -> None:
-    """The engine waits for 32 texts at most, and at most 64 are left to encode at the end."""
+def test_npu_chunks_start_with_32_texts_and_end_with_at_most_64() -> None:
     sizes = NPU_CHUNKS.sizes(4096)
 
     assert sizes[0] == 32
@@ -306,8 +285,8 @@ def test_fast_pace_begins_and_ends_small() -> None:
     assert all(b <= 2 * a for a, b in pairwise(sizes))
 
 
-def windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
-    """Plan lengths window by window, as the embedder does; the indices are of the whole list."""
+def plan_in_windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
+    """Plan rows window by window as the embedder does; indices refer to all lengths."""
     rows: list[list[int]] = []
     waiting: list[int] = []
     at = 0
@@ -324,20 +303,18 @@ def windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
 
 @given(FITTING, st.integers(1, 40))
 def test_windows_place_every_text_once(lengths: list[int], first: int) -> None:
-    """Whatever waits for company goes with a later window, and the last leaves nobody."""
-    rows = windows(lengths, ChunkSchedule(first, 2, 80, first).sizes(len(lengths)))
+    rows = plan_in_windows(lengths, ChunkSchedule(first, 2, 80, first).sizes(len(lengths)))
 
     assert sorted(text for row in rows for text in row) == list(range(len(lengths)))
     assert all(sum(lengths[text] for text in row) <= 256 for row in rows)
 
 
 @pytest.mark.model
-def test_windows_waste_little_on_real_texts() -> None:
-    """Rows that are planned before the batch is tokenized hold at most 2 % padding."""
+def test_rows_planned_in_windows_are_at_most_2_percent_padding() -> None:
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     lengths = tokenizer.tokenize(docstrings()).lengths.tolist()
 
-    rows = windows(lengths, NPU_CHUNKS.sizes(len(lengths)))
+    rows = plan_in_windows(lengths, NPU_CHUNKS.sizes(len(lengths)))
 
     assert sum(lengths) / (256 * len(rows)) >= 0.98

@@ -1,4 +1,4 @@
-"""What golden texts should give is computed once, and believed only if it is unchanged."""
+"""Tests of the cache of reference vectors of the golden texts."""
 
 from __future__ import annotations
 
@@ -13,67 +13,62 @@ from embedq_worker.inference.verifier import Vectors
 from embedq_worker.model.resolve import Model
 
 
-class Maker:
-    """Makes vectors, and counts how often."""
+class CountingReference:
+    """Computes reference vectors and counts the calls."""
 
     def __init__(self, model: Model) -> None:
-        self.asked = 0
+        self.calls = 0
         self._shape = (len(GOLDEN), model.dim)
 
     def __call__(self) -> Vectors:
-        self.asked += 1
-        return np.full(self._shape, self.asked, np.float32)
+        self.calls += 1
+        return np.full(self._shape, self.calls, np.float32)
 
 
-def kept(cache: Path) -> Path:
-    """Return the one file that was kept."""
+def cached_file(cache: Path) -> Path:
     (path,) = cache.glob("compiled/*/reference-*")
     return path
 
 
-def test_reference_is_made_once(model: Model, tmp_path: Path) -> None:
-    """The second start reads it, beside the compiled models, from a file of mode 0600."""
-    make = Maker(model)
+def test_reference_is_computed_once_and_stored_privately(model: Model, tmp_path: Path) -> None:
+    compute = CountingReference(model)
 
-    found = [verifier.load_or_make(model, tmp_path, make) for _ in range(3)]
+    found = [verifier.load_or_make(model, tmp_path, compute) for _ in range(3)]
 
-    assert make.asked == 1
+    assert compute.calls == 1
     assert all((vectors == 1).all() for vectors in found)
-    assert kept(tmp_path).stat().st_mode & 0o777 == 0o600
-    assert kept(tmp_path).parent.name == model.identity[:16]
+    assert cached_file(tmp_path).stat().st_mode & 0o777 == 0o600
+    assert cached_file(tmp_path).parent.name == model.identity[:16]
 
 
-def test_changed_reference_is_made_again(model: Model, tmp_path: Path) -> None:
-    """A flipped byte, half a file and a file that others may write are not believed."""
-    make = Maker(model)
-    verifier.load_or_make(model, tmp_path, make)
-    whole = kept(tmp_path).read_bytes()
+def test_untrusted_reference_is_computed_again(model: Model, tmp_path: Path) -> None:
+    compute = CountingReference(model)
+    verifier.load_or_make(model, tmp_path, compute)
+    whole = cached_file(tmp_path).read_bytes()
 
     for damaged in (whole[:-1] + b"x", whole[:50], b""):
-        kept(tmp_path).write_bytes(damaged)
-        verifier.load_or_make(model, tmp_path, make)
-    kept(tmp_path).chmod(0o622)
-    verifier.load_or_make(model, tmp_path, make)
+        cached_file(tmp_path).write_bytes(damaged)
+        verifier.load_or_make(model, tmp_path, compute)
+    cached_file(tmp_path).chmod(0o622)
+    verifier.load_or_make(model, tmp_path, compute)
 
-    assert make.asked == 5
-
-
-def test_reference_of_another_model_is_not_taken(model: Model, tmp_path: Path) -> None:
-    """Each identity has its own."""
-    make = Maker(model)
-    verifier.load_or_make(model, tmp_path, make)
-
-    verifier.load_or_make(tiny_model(tmp_path / "other", seed=9), tmp_path, make)
-
-    assert make.asked == 2
+    assert compute.calls == 5
 
 
-def test_cache_that_cannot_be_written_costs_time_only(model: Model, tmp_path: Path) -> None:
-    """The reference is made at each start and serves all the same."""
+def test_reference_of_another_model_is_not_used(model: Model, tmp_path: Path) -> None:
+    compute = CountingReference(model)
+    verifier.load_or_make(model, tmp_path, compute)
+
+    verifier.load_or_make(tiny_model(tmp_path / "other", seed=9), tmp_path, compute)
+
+    assert compute.calls == 2
+
+
+def test_unusable_cache_folder_means_a_computation_per_start(model: Model, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
-    make = Maker(model)
+    compute = CountingReference(model)
 
     for _ in range(2):
-        assert verifier.load_or_make(model, tmp_path / "cache", make).size
+        assert verifier.load_or_make(model, tmp_path / "cache", compute).size
 
-    assert make.asked == 2
+    assert compute.calls == 2

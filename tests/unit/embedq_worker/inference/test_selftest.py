@@ -1,4 +1,4 @@
-"""The self-test lets honest engines pass and names what is wrong with the others."""
+"""Tests that the self-test accepts correct engines and reports the fault of wrong ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from embedq_worker.inference.selftest import GOLDEN, PUBLISHED, Report
 from embedq_worker.inference.tokenizer import Tokenizer
 
 
-class Scripted(StubEngine):
-    """A stub whose vectors are changed by a function of the token batch."""
+class AlteredStub(StubEngine):
+    """Stub whose vectors are changed by a function."""
 
     def __init__(self, change: object) -> None:
         super().__init__()
@@ -39,7 +39,6 @@ def run(
     accuracy: Accuracy = Accuracy.STANDARD,
     form: RowSpec | None = None,
 ) -> Report:
-    """Run the self-test of a stub engine."""
     embedder = Embedder(StubTokenizer(), engine, token_budget=4096, form=form)
     try:
         return selftest.run(embedder, None, reference, accuracy)
@@ -47,8 +46,7 @@ def run(
         embedder.close()
 
 
-def test_honest_engine_passes() -> None:
-    """The stub passes, with figures and a sentence."""
+def test_correct_engine_passes() -> None:
     report = run(StubEngine())
 
     assert report.passed
@@ -57,38 +55,32 @@ def test_honest_engine_passes() -> None:
     assert report.min_cosine == pytest.approx(1)
 
 
-def test_nan_fails() -> None:
-    """A vector that is not finite fails with a reason; nothing is raised."""
-
+def test_nan_vector_fails() -> None:
     def spoil(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors[0] = np.nan
 
-    report = run(Scripted(spoil))
+    report = run(AlteredStub(spoil))
 
     assert not report.passed
     assert "not finite" in report.reason
 
 
-def test_wrong_length_fails() -> None:
-    """Vectors that should have unit length and do not are named."""
-
+def test_vector_without_unit_length_fails() -> None:
     def double(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors *= 2
 
-    report = run(Scripted(double))
+    report = run(AlteredStub(double))
 
     assert not report.passed
     assert "unit length" in report.reason
 
 
-def test_company_that_changes_vectors_fails() -> None:
-    """A text that comes out differently among others is named, with the limit."""
-
+def test_vector_that_depends_on_the_other_texts_fails() -> None:
     def blur(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         if len(vectors) > 1:
             vectors[:, :, 0] += 1e-3
 
-    report = run(Scripted(blur))
+    report = run(AlteredStub(blur))
 
     assert not report.passed
     assert "alone and in company" in report.reason
@@ -96,15 +88,13 @@ def test_company_that_changes_vectors_fails() -> None:
 
 
 @pytest.mark.parametrize(("shift", "passed"), [(0.01, True), (0.2, False)])
-def test_rounding_engine_is_judged_by_cosine(shift: float, passed: bool) -> None:
-    """In f16 a text may differ in company as far as its accuracy class allows, and no farther."""
-
+def test_f16_engine_may_deviate_within_its_accuracy_class(shift: float, passed: bool) -> None:
     def blur(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         if len(vectors) > 1:
             vectors[:, :, 0] += shift
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
-    engine = Scripted(blur)
+    engine = AlteredStub(blur)
     engine.precision = Precision.F16
 
     report = run(engine)
@@ -114,27 +104,25 @@ def test_rounding_engine_is_judged_by_cosine(shift: float, passed: bool) -> None
     assert ("cosine" in report.reason) is not passed
 
 
-def test_engine_that_differs_from_its_reference_fails() -> None:
-    """Vectors of unit length that are simply others have a cosine far below the floor."""
-
+def test_vectors_far_from_the_reference_fail() -> None:
     def turn(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors[:] = np.roll(vectors, 1, axis=-1)
 
-    report = run(Scripted(turn), stub_vectors(GOLDEN))
+    report = run(AlteredStub(turn), stub_vectors(GOLDEN))
 
     assert not report.passed
     assert "cosine" in report.reason
     assert report.min_cosine < 0.5
 
 
-def blend(share: float) -> Scripted:
-    """Make a stub whose vectors lean a little towards a wrong one, alone and in company alike."""
+def shifted_stub(share: float) -> AlteredStub:
+    """Return a stub whose vectors are shifted by a share of a wrong vector."""
 
-    def lean(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+    def shift(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors += share * np.roll(vectors, 1, axis=-1)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
-    return Scripted(lean)
+    return AlteredStub(shift)
 
 
 STANDARD, EXACT = Accuracy.STANDARD, Accuracy.EXACT
@@ -143,21 +131,22 @@ STANDARD, EXACT = Accuracy.STANDARD, Accuracy.EXACT
 @pytest.mark.parametrize(
     ("share", "standard", "exact"), [(0.0, True, True), (0.02, True, False), (0.2, False, False)]
 )
-def test_each_accuracy_class_has_its_floor(share: float, standard: bool, exact: bool) -> None:
-    """A cosine of 0.9998 serves `standard` and not `exact`; one of 0.98 serves neither."""
-    trusted = stub_vectors(GOLDEN)
+def test_each_accuracy_class_has_a_minimum_cosine(
+    share: float, standard: bool, exact: bool
+) -> None:
+    # The shares give cosines of 1, 0.9998 and 0.98.
+    reference = stub_vectors(GOLDEN)
 
-    reports = [run(blend(share), trusted, accuracy) for accuracy in (STANDARD, EXACT)]
+    reports = [run(shifted_stub(share), reference, accuracy) for accuracy in (STANDARD, EXACT)]
 
     assert [report.passed for report in reports] == [standard, exact]
 
 
-def test_changed_order_of_neighbors_fails() -> None:
-    """An engine that keeps cosines and swaps who is nearer to whom is caught."""
-    trusted = stub_vectors(GOLDEN)
-    trusted[1] = trusted[0] + 0.030 * trusted[2] + 0.001 * trusted[3]
-    swapped = trusted.copy()
-    swapped[1] = trusted[0] + 0.001 * trusted[2] + 0.030 * trusted[3]
+def test_swapped_order_of_neighbors_fails() -> None:
+    reference = stub_vectors(GOLDEN)
+    reference[1] = reference[0] + 0.030 * reference[2] + 0.001 * reference[3]
+    swapped = reference.copy()
+    swapped[1] = reference[0] + 0.001 * reference[2] + 0.030 * reference[3]
 
     class Swapped(StubEngine):
         def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
@@ -167,7 +156,7 @@ def test_changed_order_of_neighbors_fails() -> None:
                 vectors[same] = swapped[at] / np.linalg.norm(swapped[at])
             return vectors
 
-    report = run(Swapped(), trusted)
+    report = run(Swapped(), reference)
 
     assert report.min_cosine > 0.999
     assert report.inversions > 0
@@ -175,27 +164,23 @@ def test_changed_order_of_neighbors_fails() -> None:
 
 
 def test_packed_rows_pass() -> None:
-    """Alone and in company is alone and packed for an engine of packed rows."""
     report = run(StubEngine(), stub_vectors(GOLDEN), form=RowSpec.packed(256))
 
     assert report.passed, report.reason
     assert report.max_deviation == 0
 
 
-def test_failed_inference_is_a_report() -> None:
-    """An engine that raises, whatever it raises, is a report and not an exception."""
-
+def test_exception_of_the_engine_is_reported() -> None:
     def fail(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         raise ZeroDivisionError("odd")
 
-    report = run(Scripted(fail))
+    report = run(AlteredStub(fail))
 
     assert not report.passed
     assert "ZeroDivisionError" in report.reason
 
 
-def test_tiny_model_passes(tmp_path: Path) -> None:
-    """A model nobody published passes on its own consistency."""
+def test_model_without_published_vectors_passes(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     engine = OnnxRuntimeEngine(model, threads=1)
     embedder = Embedder(Tokenizer(model.tokenizer_path, model.max_length), engine, token_budget=512)
@@ -209,7 +194,7 @@ def test_tiny_model_passes(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_real_model_agrees_with_published_vectors() -> None:
-    """all-MiniLM-L6-v2 gives the components that langchain4j and transformers.js published."""
+    """The components were published by langchain4j and transformers.js."""
     model = real_model()
     engine = OnnxRuntimeEngine(model, threads=2)
     embedder = Embedder(Tokenizer(model.tokenizer_path, model.max_length), engine, token_budget=512)
@@ -222,8 +207,9 @@ def test_real_model_agrees_with_published_vectors() -> None:
 
 
 @pytest.mark.model
-def test_wrong_published_number_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A published component that we miss by 1e-4 fails the test: the comparison is made."""
+def test_deviation_of_1e_4_from_a_published_component_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = real_model()
     text = next(iter(PUBLISHED))
     monkeypatch.setattr(selftest, "PUBLISHED", {text: {0: PUBLISHED[text][0] + 1e-4}})

@@ -1,4 +1,4 @@
-"""Each accuracy class is served by an engine that has proven it, opened when a batch wants it."""
+"""Tests of opening a verified engine per accuracy class."""
 
 from __future__ import annotations
 
@@ -22,51 +22,49 @@ from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, 
 
 
 def opener(model: Model, cache: Path, **settings: object) -> EngineOpener:
-    """Make an opener for a worker on the CPU."""
     values = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2, **settings}
     return EngineOpener(WorkerSettings(**values), model)  # type: ignore[arg-type]
 
 
-def serve(opened: EngineOpener, model: Model) -> EngineSet:
-    """Serve class standard with what opens."""
+def open_engine_set(opened: EngineOpener, model: Model) -> EngineSet:
+    """Return an engine set whose standard engine is open."""
     standard = opened.open_cpu(Accuracy.STANDARD)
     return EngineSet(model.model_info(), standard, lambda: opened.open_cpu(Accuracy.EXACT))
 
 
-def test_f32_engine_serves_both_classes(model: Model, tmp_path: Path) -> None:
-    """One engine is enough where it is exact; nothing else is opened."""
-    worker = serve(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
+def test_f32_engine_serves_standard_and_exact(model: Model, tmp_path: Path) -> None:
+    engines = open_engine_set(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
 
-    exact = worker.engine_for(Accuracy.EXACT)
-    worker.close()
+    exact = engines.engine_for(Accuracy.EXACT)
+    engines.close()
 
-    assert exact.engine is worker.standard.engine
-    assert (worker.standard.engine.name, worker.standard.engine.precision) == (
+    assert exact.engine is engines.standard.engine
+    assert (engines.standard.engine.name, engines.standard.engine.precision) == (
         "onnxruntime",
         Precision.F32,
     )
 
 
-def test_bf16_engine_is_joined_by_an_exact_one(model: Model, tmp_path: Path) -> None:
-    """A worker whose standard engine rounds opens a second for exact, at the first exact batch."""
+def test_first_exact_batch_of_a_bf16_worker_opens_an_f32_engine(
+    model: Model, tmp_path: Path
+) -> None:
     opened = opener(model, tmp_path, precision=PrecisionChoice.BF16)
     try:
-        worker = serve(opened, model)
+        engines = open_engine_set(opened, model)
     except CompileFailed:
         pytest.skip("this CPU has no bf16")
-    assert worker.engine_for(Accuracy.STANDARD).engine.precision is Precision.BF16
+    assert engines.engine_for(Accuracy.STANDARD).engine.precision is Precision.BF16
 
-    exact = worker.engine_for(Accuracy.EXACT)
+    exact = engines.engine_for(Accuracy.EXACT)
 
     assert exact.engine.precision is Precision.F32
     assert exact.report.min_cosine >= 0.99999
-    assert worker.engine_for(Accuracy.EXACT) is exact
-    assert worker.standard.engine.precision is Precision.BF16
-    worker.close()
+    assert engines.engine_for(Accuracy.EXACT) is exact
+    assert engines.standard.engine.precision is Precision.BF16
+    engines.close()
 
 
-def test_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
-    """The first start measures all candidates, the second takes what was kept."""
+def test_engine_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
     first = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
     second = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
 
@@ -79,19 +77,16 @@ def test_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
     second.close()
 
 
-def test_precision_that_no_engine_has_is_refused(model: Model, tmp_path: Path) -> None:
-    """int8 by a setting, without a quantized model, is a SettingsError with both names."""
+def test_precision_int8_without_a_quantized_model_is_refused(model: Model, tmp_path: Path) -> None:
     opened = opener(model, tmp_path, precision=PrecisionChoice.INT8)
 
     with pytest.raises(SettingsError, match="EMBEDQ_PRECISION=int8"):
         opened.open_cpu(Accuracy.STANDARD)
 
 
-def test_kept_engine_that_does_not_open_gives_way(
+def test_cached_engine_that_does_not_open_is_replaced_by_onnxruntime(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where OpenVINO was chosen and now refuses, onnxruntime serves and says that it fell back."""
-
     def refuse(*_: object) -> None:
         raise CompileFailed("not today", FailureReason.COMPILE_REFUSED)
 
@@ -100,20 +95,19 @@ def test_kept_engine_that_does_not_open_gives_way(
     )
     monkeypatch.setattr("embedq_worker.engines.openvino_cpu.OpenVinoCpuEngine.__init__", refuse)
 
-    proven = opener(model, tmp_path, precision=PrecisionChoice.F32).open_cpu(Accuracy.STANDARD)
-    proven.close()
+    verified = opener(model, tmp_path, precision=PrecisionChoice.F32).open_cpu(Accuracy.STANDARD)
+    verified.close()
 
-    assert (proven.engine.name, proven.why) == ("onnxruntime", "fallback")
+    assert (verified.engine.name, verified.why) == ("onnxruntime", "fallback")
 
 
-def test_engine_that_lies_is_not_served(
+def test_engine_with_wrong_vectors_is_refused(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wrong vectors end in an EngineError with the reason, never in a worker that serves."""
-    honest = OnnxRuntimeEngine.infer
+    original = OnnxRuntimeEngine.infer
 
     def double(self: OnnxRuntimeEngine, batch: TokenBatch) -> Vectors:
-        return 2 * honest(self, batch)
+        return 2 * original(self, batch)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "infer", double)
 
@@ -136,13 +130,14 @@ from embedq_worker.settings import WorkerSettings
 folder, cache, engine = sys.argv[1:]
 settings = WorkerSettings(device="cpu", engine=engine, cache_dir=Path(cache))
 opener = EngineOpener(settings, load_model(Path(folder), "tiny", DigestCache(Path(cache))))
-proven = opener.open_cpu(Accuracy.STANDARD)
-print(proven.engine.name, "openvino" in sys.modules)
+verified = opener.open_cpu(Accuracy.STANDARD)
+print(verified.engine.name, "openvino" in sys.modules)
 """
 
 
-def test_worker_pinned_to_onnxruntime_never_imports_openvino(model: Model, tmp_path: Path) -> None:
-    """Installed and not wanted, it costs nothing; not installed: see test_engine_nodes.py."""
+def test_worker_with_engine_onnxruntime_does_not_import_openvino(
+    model: Model, tmp_path: Path
+) -> None:
     arguments = [str(model.folder), str(tmp_path), "onnxruntime"]
     done = subprocess.run(
         [sys.executable, "-c", OPEN_CPU, *arguments], capture_output=True, text=True, check=False

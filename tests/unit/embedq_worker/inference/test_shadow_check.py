@@ -1,4 +1,4 @@
-"""One text in many batches is computed twice; a device that drifts is found before the commit."""
+"""Tests of the shadow check that recomputes one vector in a reference engine."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ BATCH = EmbedBatch(
 
 
 def reference() -> VerifiedEngine:
-    """Open what is trusted."""
     engine = StubEngine(device=Device.CPU)
     embedder = Embedder(StubTokenizer(), engine, token_budget=512)
     return VerifiedEngine(engine, embedder, selftest.run(embedder, None), "only")
 
 
-def test_right_vectors_pass() -> None:
-    """Every text of a sound device agrees with its shadow."""
+def test_correct_vectors_pass() -> None:
     shadow = ShadowCheck(1, reference)
 
     for _ in range(10):
@@ -43,23 +41,21 @@ def test_right_vectors_pass() -> None:
 @pytest.mark.parametrize(
     "wrong", [np.roll(stub_vectors(TEXTS), 1, axis=1), stub_vectors(TEXTS)[::-1]]
 )
-def test_device_whose_vectors_drift_is_found(
+def test_vectors_of_other_texts_fail(
     wrong: np.ndarray[tuple[int, int], np.dtype[np.float32]],
 ) -> None:
-    """Vectors of other texts, or of none, are outside the class, whichever text is looked at."""
     shadow = ShadowCheck(1, reference)
-    middle_apart = np.array(wrong)
-    middle_apart[1] = -middle_apart[1]
+    all_wrong = np.array(wrong)
+    all_wrong[1] = -all_wrong[1]
 
-    with pytest.raises(EngineError) as found:
-        shadow.check(BATCH, middle_apart)
+    with pytest.raises(EngineError) as caught:
+        shadow.check(BATCH, all_wrong)
     shadow.close()
 
-    assert found.value.reason is FailureReason.SHADOW_MISMATCH
+    assert caught.value.reason is FailureReason.SHADOW_MISMATCH
 
 
-def test_only_the_nth_batch_is_checked() -> None:
-    """The others cost nothing."""
+def test_only_every_nth_batch_is_checked() -> None:
     opened = []
     shadow = ShadowCheck(3, lambda: opened.append(1) or reference())  # type: ignore[func-returns-value] # append's None
 
@@ -72,8 +68,7 @@ def test_only_the_nth_batch_is_checked() -> None:
     assert counts == [0, 0, 1, 1, 1, 1]
 
 
-def test_batch_without_a_vector_is_left_alone() -> None:
-    """There is nothing to compare where every text was refused."""
+def test_batch_without_vectors_is_not_checked() -> None:
     ShadowCheck(1, reference).check(BATCH, np.full((3, STUB_DIM), np.nan, np.float32))
 
 
@@ -82,9 +77,7 @@ def test_batch_without_a_vector_is_left_alone() -> None:
     [CompileFailed("No.", FailureReason.COMPILE_REFUSED), ModelError("The file is gone.")],
     ids=["engine", "model"],
 )
-def test_shadow_that_does_not_open_is_no_sign_against_the_device(error: Exception) -> None:
-    """The job goes on without it; the log says so."""
-
+def test_reference_that_does_not_open_does_not_fail_the_batch(error: Exception) -> None:
     def refuse() -> VerifiedEngine:
         raise error
 

@@ -1,4 +1,4 @@
-"""The busy time of an engine counts each moment once, however many inferences share it."""
+"""Tests of the time and token statistics of an engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from embedq_worker.inference.stats import EngineMeter, EngineStats
 
 
 class Clock:
-    """A clock that a test moves."""
+    """Clock that a test sets."""
 
     now = 100.0
 
@@ -16,8 +16,7 @@ class Clock:
         return self.now
 
 
-def test_inferences_that_overlap_count_once_as_busy() -> None:
-    """Two inferences of 3 s that share 2 s are 6 s of inference and 4 s of a busy engine."""
+def test_overlapping_inferences_count_once_as_busy() -> None:
     clock = Clock()
     meter = EngineMeter(clock)
     first, second = ExitStack(), ExitStack()
@@ -36,21 +35,19 @@ def test_inferences_that_overlap_count_once_as_busy() -> None:
     assert totals.device_busy_ratio == 0.5
 
 
-def test_inference_under_way_counts_until_now() -> None:
-    """A long inference shows as busy before it ends, and only once when it has."""
+def test_running_inference_counts_as_busy_until_now() -> None:
     clock = Clock()
     meter = EngineMeter(clock)
 
     with meter.inferring():
         clock.now += 5
-        under_way = meter.totals()
+        running = meter.totals()
 
-    assert under_way.busy_s == 5
+    assert running.busy_s == 5
     assert meter.totals().busy_s == 5
 
 
-def test_failed_inference_ends() -> None:
-    """An engine that raises is no longer busy."""
+def test_failed_inference_is_no_longer_busy() -> None:
     clock = Clock()
     meter = EngineMeter(clock)
 
@@ -63,8 +60,7 @@ def test_failed_inference_ends() -> None:
     assert meter.totals().busy_s == 0
 
 
-def test_batches_add_up_and_a_copy_stays() -> None:
-    """What was handed out before does not change with the next batch."""
+def test_totals_are_a_snapshot_of_all_batches() -> None:
     meter = EngineMeter()
     meter.add(texts=3, tokens=30, computed_tokens=40, inferences=2)
     before = meter.totals()
@@ -76,6 +72,5 @@ def test_batches_add_up_and_a_copy_stays() -> None:
     assert (after.batches, after.texts, after.tokens, after.inferences) == (2, 4, 40, 3)
 
 
-def test_nothing_measured_is_no_division() -> None:
-    """Stats of no time and no tokens have ratios too."""
+def test_ratios_without_measurements_are_defined() -> None:
     assert (EngineStats().device_busy_ratio, EngineStats().pack_fill_ratio) == (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Texts become tokens as the model's authors meant, cut where they do not fit, and counted."""
+"""Tests of tokenizing texts, truncating them and counting dropped tokens."""
 
 from pathlib import Path
 
@@ -30,21 +30,19 @@ SETTINGS = WorkerSettings.model_validate({})
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small tokenizer.json with truncation and padding switched on."""
+    """Write a small tokenizer.json with truncation and padding."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     write_tokenizer(path)
     return path
 
 
 def ids_of(tokens: RaggedTokens, row: int) -> list[int]:
-    """Return the tokens of one text."""
     return [int(i) for i in tokens.ids[tokens.offsets[row] : tokens.offsets[row + 1]]]
 
 
 @settings(max_examples=50)
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join), max_size=8))
-def test_truncation_equals_that_of_tokenizers(path: Path, texts: list[str]) -> None:
-    """What is kept is what truncation on the right in `tokenizers` itself keeps."""
+def test_truncation_equals_that_of_the_tokenizers_library(path: Path, texts: list[str]) -> None:
     reference = HfTokenizer.from_file(str(path))
     reference.no_padding()
     reference.enable_truncation(TINY_MAX_LENGTH)
@@ -57,7 +55,6 @@ def test_truncation_equals_that_of_tokenizers(path: Path, texts: list[str]) -> N
 
 
 def test_dropped_tokens_are_counted(path: Path) -> None:
-    """Tokens kept without special ones plus tokens dropped make the whole text."""
     texts = [" ".join(WORDS[:1] * n) for n in (0, 1, 8, 9, 100)]
 
     tokens = Tokenizer(path, 10).tokenize(texts)
@@ -66,15 +63,13 @@ def test_dropped_tokens_are_counted(path: Path) -> None:
     assert list(tokens.n_dropped) == [0, 0, 0, 1, 92]
 
 
-def test_padding_and_truncation_of_the_file_are_switched_off(path: Path) -> None:
-    """The file pads and cuts to 10; neither happens."""
+def test_padding_and_truncation_of_the_file_are_ignored(path: Path) -> None:
     tokens = Tokenizer(path, 48).tokenize(["the queue", " ".join(WORDS[:1] * 30)])
 
     assert list(tokens.lengths) == [4, 32]
 
 
-def test_types_are_those_of_the_contract(path: Path) -> None:
-    """Ids are int32, offsets int64, dropped counts uint32; no texts give empty ones."""
+def test_arrays_have_the_declared_types(path: Path) -> None:
     for texts in ([], ["the queue"]):
         tokens = Tokenizer(path, 10).tokenize(texts)
 
@@ -84,8 +79,9 @@ def test_types_are_those_of_the_contract(path: Path) -> None:
         assert len(tokens.offsets) == len(texts) + 1
 
 
-def test_groups_do_not_change_the_tokens(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts are handed over in groups of bounded size; the tokens are the same."""
+def test_tokens_do_not_depend_on_the_group_size(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [" ".join(WORDS[:n]) for n in range(len(WORDS))] * 3
     whole = Tokenizer(path, 10).tokenize(texts)
 
@@ -96,8 +92,7 @@ def test_groups_do_not_change_the_tokens(path: Path, monkeypatch: pytest.MonkeyP
     assert np.array_equal(whole.offsets, grouped.offsets)
 
 
-def test_failure_of_the_tokenizer_hides_the_text(path: Path) -> None:
-    """An error names its kind and the number of texts, never a text."""
+def test_tokenizer_error_shows_no_text(path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         Tokenizer(path, 10).tokenize(["fine", "\ud800secret"])
 
@@ -106,8 +101,7 @@ def test_failure_of_the_tokenizer_hides_the_text(path: Path) -> None:
     assert caught.value.__cause__ is None
 
 
-def test_damaged_file_is_a_model_error(tmp_path: Path) -> None:
-    """A tokenizer.json that is not one names the file."""
+def test_damaged_tokenizer_file_is_refused_by_name(tmp_path: Path) -> None:
     damaged = tmp_path / "tokenizer.json"
     damaged.write_text("{}")
 
@@ -115,20 +109,18 @@ def test_damaged_file_is_a_model_error(tmp_path: Path) -> None:
         Tokenizer(damaged, 10)
 
 
-def test_length_without_room_for_text_is_refused(path: Path) -> None:
-    """A limit of two tokens would hold special tokens only."""
+def test_max_length_of_special_tokens_only_is_refused(path: Path) -> None:
     with pytest.raises(ModelError, match="no room"):
         Tokenizer(path, 2)
 
 
-def test_pad_id_is_that_of_the_file(path: Path) -> None:
-    """Rows are filled with the token that the file pads with."""
+def test_pad_id_is_read_from_the_file(path: Path) -> None:
     assert Tokenizer(path, 10).pad_id == 0
 
 
 @pytest.mark.model
-def test_real_tokenizer_knows_the_poison_text() -> None:
-    """50,000 times a is one unknown word: [CLS] [UNK] [SEP] (transformers.js, tokenizers tests)."""
+def test_real_tokenizer_maps_50000_letters_to_one_unknown_token() -> None:
+    """The text and its tokens are those of the tests of transformers.js and tokenizers."""
     tokenizer = Tokenizer(real_model().tokenizer_path, 256)
 
     assert list(tokenizer.tokenize(["a" * 50_000]).ids) == [101, 100, 102]
@@ -139,16 +131,16 @@ def test_real_tokenizer_knows_the_poison_text() -> None:
     ("text", "n_tokens"),
     [("hi", 3), ("hi, how are you doing?", 9), ("This is a simple test.", 8)],
 )
-def test_real_tokenizer_gives_published_counts(text: str, n_tokens: int) -> None:
-    """Token counts are those of langchain4j (plus two special ones) and transformers.js."""
+def test_real_tokenizer_returns_published_counts(text: str, n_tokens: int) -> None:
+    """The counts are those of langchain4j, plus two special tokens, and of transformers.js."""
     tokenizer = Tokenizer(real_model().tokenizer_path, 256)
 
     assert list(tokenizer.tokenize([text]).lengths) == [n_tokens]
 
 
 @pytest.mark.model
-def test_real_tokenizer_takes_256_tokens() -> None:
-    """Neither the 128 of tokenizer.json nor the 512 of tokenizer_config.json is the limit."""
+def test_real_tokenizer_truncates_at_256_tokens() -> None:
+    # tokenizer.json says 128 and tokenizer_config.json 512; sentence_bert_config.json decides.
     model = real_model()
 
     tokens = Tokenizer(model.tokenizer_path, model.max_length).tokenize(["word " * 1000])
@@ -158,8 +150,7 @@ def test_real_tokenizer_takes_256_tokens() -> None:
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_token_without_weights_is_refused(tmp_path: Path, foreign: bool) -> None:
-    """Its embedding would be zeros with OpenVINO, and the golden texts need not hold it."""
+def test_token_without_an_embedding_is_refused(tmp_path: Path, foreign: bool) -> None:
     model = tiny_model(tmp_path, vocab_size=44)
     if foreign:
         write_foreign(tmp_path)

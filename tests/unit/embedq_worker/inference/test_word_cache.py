@@ -1,4 +1,4 @@
-"""What is remembered of words is what the library says of whole texts, and it is asked once."""
+"""Tests that tokens from the word cache equal those of the tokenizers library."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,8 +28,8 @@ PIECES = st.one_of(
 TEXTS = st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=6)
 
 
-def library_of(path: Path) -> HfTokenizer:
-    """Load the library's own, which neither pads nor cuts."""
+def load_library(path: Path) -> HfTokenizer:
+    """Load the library's tokenizer without padding and truncation."""
     library = HfTokenizer.from_file(str(path))
     library.no_padding()
     library.no_truncation()
@@ -37,7 +37,6 @@ def library_of(path: Path) -> HfTokenizer:
 
 
 def assert_agrees(tokenizer: Tokenizer, library: HfTokenizer, texts: list[str]) -> None:
-    """Each text has the ids that the library gives the whole of it."""
     tokens = tokenizer.tokenize(texts)
 
     for row, text in enumerate(texts):
@@ -47,7 +46,7 @@ def assert_agrees(tokenizer: Tokenizer, library: HfTokenizer, texts: list[str]) 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of few words and no signs."""
+    """Write a tokenizer of few words and no punctuation."""
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
     write_tokenizer(path)
     return path
@@ -56,108 +55,103 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=300)
 @given(TEXTS)
 @example(["a\x0bb a\x1cb a\x85b a\x00b", "queue!\u0301s", "\u0338=the", "the[SEP]queue [ SEP ]"])
-def test_texts_of_any_kind_agree(small: Path, texts: list[str]) -> None:
-    """Whatever is in a text, and whatever was asked before it."""
-    assert_agrees(Tokenizer(small, 512), library_of(small), [*texts, *texts])
+def test_tokens_of_any_text_equal_those_of_the_library(small: Path, texts: list[str]) -> None:
+    assert_agrees(Tokenizer(small, 512), load_library(small), [*texts, *texts])
 
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Tokenizer, HfTokenizer]:
-    """Ours and the library's own of the real model; ours remembers from example to example."""
+    """Return this package's and the library's tokenizer of the real model."""
     path = real_model().tokenizer_path
-    return Tokenizer(path, 8192), library_of(path)
+    return Tokenizer(path, 8192), load_library(path)
 
 
 @pytest.mark.model
 @settings(max_examples=300)
 @given(TEXTS)
-def test_real_words_agree(real: tuple[Tokenizer, HfTokenizer], texts: list[str]) -> None:
-    """The same with 30,522 tokens."""
+def test_tokens_of_the_real_model_equal_those_of_the_library(
+    real: tuple[Tokenizer, HfTokenizer], texts: list[str]
+) -> None:
     assert_agrees(*real, texts)
 
 
-def change(path: Path, into: Path, how: Callable[[HfTokenizer], object]) -> Path:
-    """Write a changed tokenizer.json."""
+def write_modified(path: Path, into: Path, modify: Callable[[HfTokenizer], object]) -> Path:
+    """Write a changed copy of a tokenizer.json."""
     tokenizer = HfTokenizer.from_file(str(path))
-    how(tokenizer)
+    modify(tokenizer)
     tokenizer.save(str(into))
     return into
 
 
 def split_at_spaces(tokenizer: HfTokenizer) -> None:
-    """Make a sign a part of its word."""
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 
 
 @pytest.mark.parametrize(
-    "how",
+    "modify",
     [
         split_at_spaces,
         lambda tokenizer: tokenizer.add_tokens(["the queue"]),
         lambda tokenizer: tokenizer.add_special_tokens([AddedToken("queue", normalized=False)]),
     ],
 )
-def test_tokenizers_that_join_words_agree(
-    small: Path, tmp_path: Path, how: Callable[[HfTokenizer], object]
+def test_tokenizers_with_multi_word_tokens_are_not_split_into_words(
+    small: Path, tmp_path: Path, modify: Callable[[HfTokenizer], object]
 ) -> None:
-    """A word's tokens depend on its neighbors there, so texts are asked for as a whole."""
-    path = change(small, tmp_path / "tokenizer.json", how)
+    path = write_modified(small, tmp_path / "tokenizer.json", modify)
 
     texts = ["the queue", "The Queue", "a queue,the queues", "queue,"]
 
-    assert_agrees(Tokenizer(path, 48), library_of(path), texts)
+    assert_agrees(Tokenizer(path, 48), load_library(path), texts)
 
 
 class Library:
-    """Gives a word the numbers of its letters, and remembers what it was asked."""
+    """Encodes a word as the numbers of its letters and records what it encodes."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.encoded: list[str] = []
 
     def __call__(self, texts: Sequence[str]) -> Iterable[list[int]]:
-        """Encode texts; a space has no number."""
-        self.asked += texts
+        self.encoded += texts
         return [[ord(c) for c in text.replace("\u201a", ",") if c != " "] for text in texts]
 
 
-def test_library_is_asked_once_for_a_word() -> None:
-    """The second text of the same words costs it nothing."""
+def test_library_encodes_each_word_once() -> None:
     library = Library()
-    known = WordCache(library, [])
-    known.encode(["to be or not to be"])
-    asked = list(library.asked)
+    word_cache = WordCache(library, [])
+    word_cache.encode(["to be or not to be"])
+    encoded = list(library.encoded)
 
-    found = known.encode(["be, not to be!"])
+    found = word_cache.encode(["be, not to be!"])
 
-    assert library.asked == asked
+    assert library.encoded == encoded
     assert found == [as_bytes([ord(c) for c in "be,nottobe!"])]
 
 
-def test_word_that_looks_like_a_sign_stays_whole() -> None:
-    """Where the sign put between new words comes out of one of them, each is asked for alone."""
-    known = WordCache(Library(), [])
+def test_word_containing_the_separator_is_encoded_alone() -> None:
+    word_cache = WordCache(Library(), [])
 
-    assert known.encode(["one t\u201awo three"]) == [as_bytes([ord(c) for c in "onet,wothree"])]
+    assert word_cache.encode(["one t\u201awo three"]) == [
+        as_bytes([ord(c) for c in "onet,wothree"])
+    ]
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When it is full all is forgotten and learnt anew; the ids are the same."""
+def test_full_word_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "MOST_BYTES", 10 * tokenizer.ENTRY_BYTES)
     library = Library()
-    known = WordCache(library, [])
+    word_cache = WordCache(library, [])
     for _ in range(2):
         for number in range(100):
-            assert known.encode([f"n{number}"]) == [as_bytes([ord(c) for c in f"n{number}"])]
+            assert word_cache.encode([f"n{number}"]) == [as_bytes([ord(c) for c in f"n{number}"])]
 
-    assert sum(asked.count("n7") for asked in library.asked) >= 2
+    assert sum(encoded.count("n7") for encoded in library.encoded) >= 2
 
 
-def test_longest_texts_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text of a million characters would be a million words."""
+def test_long_text_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "MOST_CHARACTERS", 10)
     library = Library()
 
     found = WordCache(library, []).encode(["to be or not", "to be"])
 
-    assert "to be or not" in library.asked
+    assert "to be or not" in library.encoded
     assert found == [as_bytes([ord(c) for c in whole]) for whole in ("tobeornot", "tobe")]
