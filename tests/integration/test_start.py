@@ -187,7 +187,7 @@ def test_second_worker_of_a_name_is_refused(redis: RedisProcess, short_dir: Path
         )
 
         assert run.returncode == exit_codes.SETTINGS
-        assert "A worker twin runs on this machine already" in run.stderr
+        assert "A worker twin already runs on this machine" in run.stderr
         assert "--name NAME" in run.stderr
         assert worker.pids() == before
 
