@@ -1,4 +1,4 @@
-"""Holds what the parts of one job share: connections, options and progress."""
+"""Holds the connections, options and state of one job."""
 
 from __future__ import annotations
 
@@ -41,25 +41,23 @@ CLOSE_RETRY_TIMEOUT_S = 2.0
 
 @dataclass(slots=True)
 class JobContext:
-    """What the parts of one job share.
+    """Connections, options and state of one job, shared by its parts.
 
     Attributes:
         redis: results Redis; its `call` also retries operations on the broker. Its deadline is
-            the job's: the caller waits no longer.
+            the time until which the caller of the job waits.
         broker: reads the queues.
         publisher: publishes to the queues.
         visibility_timeout_s: validity of a lease on a batch, seconds.
         on_idle: called about once per second while nothing arrives; may raise to end the job.
         queue: queue of all batches.
-        spec: what shapes the vectors.
+        spec: model and options that determine the vectors.
         ttl_s: time after which Redis deletes an idle job, seconds.
         label: shown to operators.
         ordered: batches are returned in their order, not as they complete.
-        id: of the job.
-        fingerprint: of the spec.
-        ledger: of the job.
-        trace: of the job.
-        state: of the job.
+        id: id of the job.
+        fingerprint: fingerprint of the spec.
+        ledger, trace, state: ledger, trace and state of the job.
     """
 
     redis: RedisConnection
@@ -111,8 +109,8 @@ class JobContext:
         """Delete the job from Redis; if Redis is unavailable, its keys expire.
 
         Args:
-            retry_timeout_s: time to wait for Redis, seconds; None waits longer for a complete job
-                than for another.
+            retry_timeout_s: time to wait for Redis, seconds; None waits as long as for any
+                operation if the job is complete, else CLOSE_RETRY_TIMEOUT_S.
         """
         if self.state.closed or not self.state.open:
             self.state.closed = True
