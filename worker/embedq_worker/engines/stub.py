@@ -1,38 +1,33 @@
-"""Stub engine and its fault script.
+"""Simulate an engine: exact, cheap vectors without a model, with a set speed and scripted faults.
 
-The fault script of the stub device: a file that breaks it while workers run.
+The stub ships with the worker, so that queueing, health and routing can be tested on any machine.
 
-For tests and rehearsals. EMBEDQ_STUB_FAULTS names the file; it is read before each start of the
-device and before each inference, so whoever replaces it switches faults on and off at once. A file
-that is missing or empty is a sound device. One fault a line:
+EMBEDQ_STUB_FAULTS names a fault script. It is read before each start of the device and before each
+inference, so replacing the file switches faults on and off. Without the file, or with an empty
+one, the device has no faults. Each line is one fault:
 
     init=segfault first=2      the first two starts die of SIGSEGV
     init=slow seconds=3        every start takes three seconds longer
-    infer=device_lost          every inference fails as on a device that is gone
+    infer=device_lost          every inference fails with a lost device
 
-`first=N` counts from when the script was last replaced, over all processes that read it. What has
-struck is in a file beside the script with the suffix `.struck`, one line each.
+`first=N` counts the faults of all processes since the script was last replaced. The file with the
+suffix `.struck` beside the script has one line per fault that happened. Faults are:
 
-    raise           the call raises
+    raise           the call raises an error
     exit            the process exits with status 70
     segfault        the process dies of SIGSEGV
     hang            the call never returns
-    slow            it takes `seconds` longer, 1 if not said
-    device_lost, device_unknown, out_of_memory      it fails with what Level Zero says for that
-    nan, wrong      the vectors are not numbers, or those of other texts; for infer only
+    slow            the call takes `seconds` longer, 1 by default
+    device_lost, device_unknown, out_of_memory      the call fails with this Level Zero error
+    nan, wrong      vectors are NaN, or those of other texts; for infer only
 
-An engine without a model: exact, cheap vectors, scripted delays and faults.
-
-It ships with the worker, so that queueing, health and routing can be rehearsed on any machine.
-A text that starts with one of these makes the stub, and only the stub, misbehave:
+A text that starts with one of these causes a fault, in the stub only:
 
     embedq-fault:raise      the inference raises InferFailed
     embedq-fault:exit       the process exits with status 70
     embedq-fault:segfault   the process dies of SIGSEGV
     embedq-fault:hang       the inference never returns
-    embedq-fault:nan        the vector of this text is not a number
-
-Faults of the device as a whole are in a script that can change at any moment: see script.py.
+    embedq-fault:nan        the vector of this text is NaN
 """
 
 from __future__ import annotations
@@ -60,38 +55,63 @@ from embedq_worker.engines.openvino_errors import compile_failed, infer_failed
 from embedq_worker.errors import InferFailed
 from embedq_worker.files import replace_private
 
-#: When a fault may strike.
+#: Identity of the stub's model: sha256 of "embedq stub engine 1".
+STUB_IDENTITY: Final = "87162452be8ddf00ee52e28c1ef13dfcbf264052e47e4101c3021e8741aaa8de"
+
+
+#: Maximum length of a text, tokens.
+STUB_MAX_LENGTH: Final = 256
+
+
+#: Moments of a fault.
 INIT, INFER = "init", "infer"
 
 
-#: Exit status of the scripted exit.
+#: Exit status of the fault ``exit``.
 EXIT_STATUS: Final = 70
 
 
-#: What Level Zero says, as the plugin words it.
-DRIVER_SAYS: Final[Mapping[str, str]] = {
+#: Level Zero errors in the plugin's words, by fault.
+DRIVER_ERRORS: Final[Mapping[str, str]] = {
     "device_lost": "ZE_RESULT_ERROR_DEVICE_LOST, code 0x70000001",
     "device_unknown": "ZE_RESULT_ERROR_UNKNOWN, code 0x7ffffffe",
     "out_of_memory": "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY, code 0x70000003",
 }
 
 
-#: Faults of the vectors, which only an inference has; the engine spoils them.
-SPOILT: Final = ("nan", "wrong")
+#: Faults that change the vectors of an inference.
+VECTOR_FAULTS: Final = ("nan", "wrong")
 
 
-SCRIPT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "slow", *DRIVER_SAYS, *SPOILT)
+#: Faults of a script.
+SCRIPT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "slow", *DRIVER_ERRORS, *VECTOR_FAULTS)
+
+
+#: Prefix of a text that causes a fault.
+FAULT_PREFIX: Final = "embedq-fault:"
+
+
+#: Faults of a text; the index is the lower half of the text's hash.
+TEXT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
+
+
+#: Upper half of the hash of a text that causes a fault.
+_FAULT_MARK: Final = 0xFFFF_FFFF
+
+
+#: Concurrent inferences of a stub with a set speed: as on an NPU, one runs and the others wait.
+CONCURRENCY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One line of a script.
+    """One line of a fault script.
 
     Attributes:
-        when: ``init`` or ``infer``.
-        kind: one of FAULTS.
-        seconds: how long ``slow`` is.
-        first: how often it strikes; 0 for always.
+        when: INIT or INFER.
+        kind: one of SCRIPT_FAULTS.
+        seconds: delay of ``slow``.
+        first: maximum number of times that the fault happens; 0 for no maximum.
     """
 
     when: str
@@ -101,84 +121,81 @@ class Fault:
 
 
 class FaultScript:
-    """A script as the device of one process reads it."""
+    """A fault script, read anew for each start and each inference."""
 
     def __init__(self, path: Path) -> None:
-        """Prepare to read a file, which may come and go."""
+        """Name the file of the script, which need not exist."""
         self._path = path
         self._struck = path.with_name(path.name + ".struck")
 
     def replace(self, *lines: str) -> None:
-        """Write the script anew in one step; without lines, the device is sound.
+        """Replace the script atomically; without lines, the device has no faults.
 
         Raises:
-            SettingsError: a line is none of the language.
+            SettingsError: a line is not a valid fault.
         """
         text = "".join(f"{line}\n" for line in lines)
         for line in _lines(text):
             _parse(line)
         replace_private(self._path, text.encode())
 
-    def strike(self, when: str) -> str:
-        """Do what the script says for this moment.
+    def inject(self, when: str) -> str:
+        """Inject the faults that are due at this moment.
 
         Args:
             when: INIT or INFER.
 
         Returns:
-            One of SPOILT if the vectors are to be spoilt, else nothing.
+            One of VECTOR_FAULTS for the caller to apply, or an empty string.
 
         Raises:
-            SettingsError: the script is none.
-            EngineError: the script says so.
+            SettingsError: a line is not a valid fault.
+            EngineError: a fault of the script.
         """
-        spoilt = ""
+        vector_fault = ""
         for fault in self._due(when):
-            spoilt = _commit(fault) or spoilt
-        return spoilt
+            vector_fault = _inject(fault) or vector_fault
+        return vector_fault
 
     def _due(self, when: str) -> list[Fault]:
-        """Return the faults of this moment that have not struck often enough, and note them."""
         try:
             text = self._path.read_text(encoding="utf-8")
-            edition = str(self._path.stat().st_mtime_ns)
+            version = str(self._path.stat().st_mtime_ns)
         except OSError:
             return []
         due = []
         for line in _lines(text):
-            fault, note = _parse(line), f"{edition} {line}\n"
-            if fault.when == when and not (fault.first and self._count(note) >= fault.first):
+            fault, record = _parse(line), f"{version} {line}\n"
+            if fault.when == when and not (fault.first and self._count(record) >= fault.first):
                 due.append(fault)
-                self._note(note)
+                self._append(record)
         return due
 
-    def _count(self, note: str) -> int:
+    def _count(self, record: str) -> int:
         try:
-            return self._struck.read_text(encoding="utf-8").count(note)
+            return self._struck.read_text(encoding="utf-8").count(record)
         except OSError:
             return 0
 
-    def _note(self, note: str) -> None:
-        # One short write to the end of a file: whole, whoever else writes and however we end.
+    def _append(self, record: str) -> None:
+        # One short append is atomic, also if several processes write or this one dies next.
         with self._struck.open("ab", buffering=0) as out:
-            out.write(note.encode())
+            out.write(record.encode())
 
 
 def _lines(text: str) -> list[str]:
-    """Return the lines of a script without remarks and empty ones."""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
     return [line for line in lines if line]
 
 
 def _parse(line: str) -> Fault:
-    """Read one line.
-
-    Raises:
-        SettingsError: it is none.
-    """
     word, *others = line.split()
     when, _, kind = word.partition("=")
-    if when not in (INIT, INFER) or kind not in SCRIPT_FAULTS or (when == INIT and kind in SPOILT):
+    if (
+        when not in (INIT, INFER)
+        or kind not in SCRIPT_FAULTS
+        or (when == INIT and kind in VECTOR_FAULTS)
+    ):
         hint = did_you_mean(kind, SCRIPT_FAULTS)
         raise SettingsError(
             f"EMBEDQ_STUB_FAULTS: expected init=FAULT or infer=FAULT, got {word}.{hint}"
@@ -196,24 +213,22 @@ def _parse(line: str) -> Fault:
     return Fault(when, kind, seconds, first)
 
 
-def _commit(fault: Fault) -> str:
-    """Do what a fault says; faults of the vectors come back to the caller."""
-    if fault.kind in SPOILT:
+def _inject(fault: Fault) -> str:
+    if fault.kind in VECTOR_FAULTS:
         return fault.kind
     if fault.kind == "slow":
         time.sleep(fault.seconds)
         return ""
-    commit_native(fault.kind)
-    text = DRIVER_SAYS.get(fault.kind, "")
+    _exit_or_hang(fault.kind)
+    text = DRIVER_ERRORS.get(fault.kind, "")
     if fault.when == INIT:
-        raise compile_failed(text or "the fault script says so", "Opening the stub device")
+        raise compile_failed(text or "fault of EMBEDQ_STUB_FAULTS", "Opening the stub device")
     if text:
         raise infer_failed(RuntimeError(text))
-    raise InferFailed("The stub device raised because its fault script says so.")
+    raise InferFailed("The stub device raised the fault raise of EMBEDQ_STUB_FAULTS.")
 
 
-def commit_native(kind: str) -> None:
-    """End or hang this process if the fault is of that kind."""
+def _exit_or_hang(kind: str) -> None:
     if kind == "exit":
         os._exit(EXIT_STATUS)
     if kind == "segfault":
@@ -222,35 +237,12 @@ def commit_native(kind: str) -> None:
         threading.Event().wait()
 
 
-#: sha256 of the words "embedq stub engine 1": the identity of the stub's model.
-STUB_IDENTITY: Final = "87162452be8ddf00ee52e28c1ef13dfcbf264052e47e4101c3021e8741aaa8de"
-
-
-#: Tokens the stub takes.
-STUB_MAX_LENGTH: Final = 256
-
-
-#: What a text must start with to ask for a fault.
-FAULT_PREFIX: Final = "embedq-fault:"
-
-
-#: The faults, by the reserved number that the stub tokenizer gives them.
-TEXT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
-
-
-#: Inferences that a stub of some speed takes at once: one runs, the others wait, as on an NPU.
-QUEUED: Final = 4
-
-
-#: Upper half of the hash that marks a fault, the lower half says which. Five hashes in 2**64.
-_FAULT_MARK: Final = 0xFFFF_FFFF
-
-
 def stub_model_info(tokenizer: bytes = b"") -> ModelInfo:
-    """Return what a worker with a stub engine announces.
+    """Return the model info of a worker with a stub engine.
 
     Args:
-        tokenizer: content of another tokenizer.json than the stub's own; vectors differ with it.
+        tokenizer: content of a tokenizer.json used instead of StubTokenizer; it changes the
+            identity because it changes the vectors.
     """
     identity = STUB_IDENTITY
     if tokenizer:
@@ -265,11 +257,11 @@ def stub_model_info(tokenizer: bytes = b"") -> ModelInfo:
 
 
 class StubTokenizer:
-    """Encodes the hash of a text in its first two tokens; each word adds one more.
+    """A tokenizer that encodes the hash of a text in two tokens and adds one token per word.
 
     Attributes:
-        max_length: tokens a text may have, those two included.
-        pad_id: token that fills a row.
+        max_length: maximum number of tokens of a text, those two included.
+        pad_id: padding token.
     """
 
     def __init__(self, max_length: int = STUB_MAX_LENGTH) -> None:
@@ -277,10 +269,10 @@ class StubTokenizer:
         self.pad_id = 0
 
     def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
-        """Tokenize as Tokenizer does: same arguments, same result, no vocabulary."""
+        """Tokenize texts as `Tokenizer.tokenize` does."""
         words = np.array([len(text.split()) for text in texts], np.int64)
-        kept = np.minimum(words, self.max_length - 2)
-        offsets = np.concatenate([[0], np.cumsum(kept + 2)]).astype(np.int64)
+        used = np.minimum(words, self.max_length - 2)
+        offsets = np.concatenate([[0], np.cumsum(used + 2)]).astype(np.int64)
         ids = np.ones(int(offsets[-1]), np.int32)
         hashes = stub_hashes(texts)
         for row, text in enumerate(texts):
@@ -289,11 +281,11 @@ class StubTokenizer:
         halves = hashes.astype("<u8", copy=False).view("<i4").reshape(-1, 2)
         ids[offsets[:-1]] = halves[:, 0]
         ids[offsets[:-1] + 1] = halves[:, 1]
-        return RaggedTokens(ids, offsets, (words - kept).astype(np.uint32))
+        return RaggedTokens(ids, offsets, (words - used).astype(np.uint32))
 
 
 class StubEngine:
-    """Answers ``embedq.testing.stub_vectors`` from the tokens alone."""
+    """An engine that returns the vectors of `embedq.testing.stub_vectors`."""
 
     name = "stub"
     precision = Precision.F32
@@ -309,26 +301,26 @@ class StubEngine:
         script: FaultScript | None = None,
         device: Device = Device.STUB,
     ) -> None:
-        """Open a device with a speed and faults.
+        """Open a simulated device.
 
         Args:
             dim: components of a vector.
-            delay_s: seconds that every inference takes.
-            texts_per_s: texts a second, 0 for no limit; callers share it as they share a device,
-                which begins the next inference when the last ends if somebody has asked by then.
-            script: its faults; None for a sound device.
-            device: what it says it is; the CPU, where a degraded stub goes.
+            delay_s: duration added to every inference.
+            texts_per_s: speed, shared by all callers as on a device that runs one inference at a
+                time; 0 for no limit.
+            script: faults of the device; None for none.
+            device: device that the engine reports.
 
         Raises:
-            SettingsError: the script is none.
-            EngineError: the script says so.
+            SettingsError: a line of the script is not a valid fault.
+            EngineError: a fault of the script.
         """
         if script is not None:
-            script.strike(INIT)
+            script.inject(INIT)
         self.dim = dim
         self.device = device
         if texts_per_s:
-            self.concurrency = QUEUED
+            self.concurrency = CONCURRENCY
         self._free_at = 0.0
         self._delay_s = delay_s
         self._texts_per_s = texts_per_s
@@ -336,13 +328,13 @@ class StubEngine:
         self._device = threading.Lock()
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
-        """Answer the vectors of a token batch, float32 [B, S, D].
+        """Return the vectors of a token batch, float32 [B, S, D].
 
         Raises:
-            EngineError: a text or the script asked for it.
+            EngineError: a fault of a text or of the script.
         """
-        spoilt = self._script.strike(INFER) if self._script is not None else ""
-        self._take_time(batch.n_texts)
+        vector_fault = self._script.inject(INFER) if self._script is not None else ""
+        self._wait(batch.n_texts)
         # The first two tokens of each segment are the halves of its hash.
         rows, places = np.nonzero((batch.position_ids == 0) & (batch.segment_ids > 0))
         low = batch.input_ids[rows, places] & 0xFFFF_FFFF
@@ -351,41 +343,35 @@ class StubEngine:
         vectors = vectors_of_hashes(hashes, self.dim)
         faults = (high == _FAULT_MARK) & (low < len(TEXT_FAULTS))
         for text in np.nonzero(faults)[0]:
-            _commit_fault(TEXT_FAULTS[int(low[text])])
+            kind = TEXT_FAULTS[int(low[text])]
+            if kind == "raise":
+                raise InferFailed("The stub engine raised the fault of a text, embedq-fault:raise.")
+            _exit_or_hang(kind)
             vectors[text] = np.nan
-        if spoilt:
-            vectors = _spoil(vectors, spoilt)
+        if vector_fault == "nan":
+            vectors = np.full_like(vectors, np.nan)
+        elif vector_fault == "wrong":
+            vectors = np.roll(vectors, 1, axis=1)
         out = np.zeros((*batch.members.shape, self.dim), np.float32)
         out[rows, batch.segment_ids[rows, places] - 1] = vectors
         return out
 
     def close(self) -> None:
-        """Do nothing: there is no device to give back."""
+        """Do nothing, because there is no device to release."""
 
-    def _take_time(self, n_texts: int) -> None:
+    def _wait(self, n_texts: int) -> None:
         seconds = self._delay_s + (n_texts / self._texts_per_s if self._texts_per_s else 0.0)
         if seconds:
             with self._device:
-                # On a clock of its own: a sleeper that wakes late does not slow the device down.
+                # Add to the planned end of the previous inference, so that a thread that wakes
+                # late does not slow down the device.
                 self._free_at = max(time.monotonic(), self._free_at) + seconds
                 until = self._free_at
             time.sleep(max(0.0, until - time.monotonic()))
 
 
-def _fault_hash(text: str, otherwise: np.uint64) -> np.uint64:
+def _fault_hash(text: str, default: np.uint64) -> np.uint64:
     name = text[len(FAULT_PREFIX) :].split(maxsplit=1)
     if not name or name[0] not in TEXT_FAULTS:
-        return otherwise
+        return default
     return np.uint64((_FAULT_MARK << 32) | TEXT_FAULTS.index(name[0]))
-
-
-def _commit_fault(fault: str) -> None:
-    """Do what the fault says; ``nan`` returns and leaves the vector to the caller."""
-    if fault == "raise":
-        raise InferFailed("The stub engine raised because a text asked it to (embedq-fault:raise).")
-    commit_native(fault)
-
-
-def _spoil(vectors: npt.NDArray[np.float32], how: str) -> npt.NDArray[np.float32]:
-    """Make vectors [n, D] those of a broken device: no numbers, or wrong and of unit length."""
-    return np.full_like(vectors, np.nan) if how == "nan" else np.roll(vectors, 1, axis=1)
