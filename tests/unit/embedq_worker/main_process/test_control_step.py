@@ -1,54 +1,51 @@
-"""Which orders of an operator a worker obeys when it hears them."""
+"""Tests of the bootstep that applies operator commands."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgpack
 import pytest
 from fakeredis import FakeRedis
+from tests.support.fake_consumer import fake_consumer
 
 from embedq.store.fleet import COMMANDS_KEY, DesiredState, set_desired_state
 from embedq_worker.main_process import bootsteps
 from embedq_worker.settings import WorkerSettings
 
 
-class Obedient:
-    """A guard that notes what it is told."""
+class RecordingController:
+    """Controller that records the operator commands applied to it."""
 
     def __init__(self) -> None:
         self.paused = False
-        self.told: list[str] = []
+        self.commands: list[str] = []
 
     def disable_npu(self, reason: str, _: float) -> None:
-        """Note that the NPU is to be left alone."""
-        self.told.append(f"hold {reason}")
+        self.commands.append(f"disable: {reason}")
 
     def enable_npu(self, _: float) -> None:
-        """Note that it may be tried."""
-        self.told.append("release")
+        self.commands.append("enable")
 
 
-def test_order_to_recover_ends_no_pause_of_a_later_worker(
+def test_command_from_before_the_start_is_ignored_and_later_ones_are_applied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was given for a fault of then; the one that is given now is for the fault of now."""
-    redis, guard = FakeRedis(), Obedient()
+    redis, controller = FakeRedis(), RecordingController()
     monkeypatch.setattr(bootsteps, "open_redis", lambda *_, **__: redis)
     settings = WorkerSettings.load(name="npu0", device="stub", runtime_dir=tmp_path)
-    context = SimpleNamespace(settings=settings, controller=guard)
-    worker = SimpleNamespace(app=SimpleNamespace(conf=SimpleNamespace(embedq=context)))
-    set_desired_state(redis, "npu0", DesiredState.HEALTHY, "mended")
-    step = bootsteps.ControlStep(worker)
+    consumer = fake_consumer(settings, controller)
+    set_desired_state(redis, "npu0", DesiredState.HEALTHY, "fixed")
+    step = bootsteps.ControlStep(consumer)
 
-    step.tick(worker)
-    before = list(guard.told)
-    behind = msgpack.packb([str(DesiredState.HEALTHY), "mended again", 1e9])
-    redis.hset(COMMANDS_KEY, "npu0", behind)  # from a machine whose clock is years behind
-    step.tick(worker)
+    step.tick(consumer)
+    before = list(controller.commands)
+    # From a machine whose clock is years behind.
+    command = msgpack.packb([str(DesiredState.HEALTHY), "fixed again", 1e9])
+    redis.hset(COMMANDS_KEY, "npu0", command)
+    step.tick(consumer)
     set_desired_state(redis, "npu0", DesiredState.DEGRADED, "a new driver")
-    step.tick(worker)
+    step.tick(consumer)
 
     assert before == []
-    assert guard.told == ["release", "hold a new driver"]
+    assert controller.commands == ["enable", "disable: a new driver"]

@@ -1,4 +1,4 @@
-"""What a worker does about its child and its NPU, with a clock and probes of our own."""
+"""Tests of how the controller reacts to its pool process, its NPU and operator commands."""
 
 from __future__ import annotations
 
@@ -15,267 +15,258 @@ from embedq_worker.main_process.controller import WorkerController
 from embedq_worker.main_process.probe import DeviceProbe, ProbeResult
 from embedq_worker.settings import WorkerSettings
 
-ON_NPU = Placement(Device.NPU, Device.NPU, "There it is.")
+ON_NPU = Placement(Device.NPU, Device.NPU, "Found accel0.")
 NPU_QUEUES = (Queue.NPU, Queue.NPU_STRICT)
 CPU_QUEUES = (Queue.CPU, Queue.NPU)
 
 
 class ScriptedProbe(DeviceProbe):
-    """A probe that ends when the test says so."""
+    """Probe whose result the test sets."""
 
     result: ProbeResult | None = None
 
     def __init__(self) -> None:
-        """Start nothing."""
         self.stopped = False
 
     def poll(self, now_s: float) -> ProbeResult | None:
-        """Return what the test found."""
         return self.result
 
     def stop(self) -> None:
-        """Take note."""
         self.stopped = True
 
 
-class Story:
-    """One worker, told second by second."""
+class Scenario:
+    """One worker whose pool process and clock a test drives."""
 
     def __init__(self, placement: Placement | None = ON_NPU, **settings: object) -> None:
         values = {"name": "npu0", "device": "npu", "probe_initial_delay_s": 30, **settings}
         self.probe = ScriptedProbe()
-        self.guard = WorkerController(WorkerSettings(**values), placement, lambda *_: self.probe)  # type: ignore[arg-type]
+        loaded = WorkerSettings(**values)  # type: ignore[arg-type]
+        self.controller = WorkerController(loaded, placement, lambda *_: self.probe)
         self.now = 1000.0
-        self.child = WorkerStatus("npu0", WorkerState.STARTING, self.now, 1, assigned_device="npu")
+        self.pool = WorkerStatus("npu0", WorkerState.STARTING, self.now, 1, assigned_device="npu")
 
-    def goes_on(self, seconds: float = 1.0, **said: object) -> None:
-        """Let the child say something, and the guard look."""
+    def advance(self, seconds: float = 1.0, **changes: object) -> None:
+        """Advance the clock, change the status of the pool process and update the controller."""
         self.now += seconds
-        self.child = replace(self.child, **said)  # type: ignore[arg-type]
-        self.guard.update(self.child, self.now, self.now)
+        self.pool = replace(self.pool, **changes)  # type: ignore[arg-type]
+        self.controller.update(self.pool, self.now, self.now)
 
-    def is_healthy(self) -> None:
-        """Let the child serve on its NPU."""
-        self.goes_on(state=WorkerState.HEALTHY, device="npu")
+    def become_healthy(self) -> None:
+        """Report a healthy pool process on the NPU."""
+        self.advance(state=WorkerState.HEALTHY, device="npu")
 
-    def is_replaced(self, state: WorkerState, device: str) -> None:
-        """Let the pool replace the child as the guard wants."""
-        pid = self.guard.kill_pid or self.guard.drain_pid
-        assert pid == self.child.pool_pid
-        self.guard.replaced(pid)
-        self.goes_on(
+    def replace_pool(self, state: WorkerState, device: str) -> None:
+        """Replace the pool process that the controller wants to end."""
+        pid = self.controller.kill_pid or self.controller.drain_pid
+        assert pid == self.pool.pool_pid
+        self.controller.replaced(pid)
+        self.advance(
             pool_pid=pid + 1, state=WorkerState.STARTING, state_since=self.now, device="", code=""
         )
-        self.goes_on(state=state, device=device, busy_since=0.0)
+        self.advance(state=state, device=device, busy_since=0.0)
 
-    def degrades(self) -> None:
-        """Let the device be lost, and the child be replaced by one on the CPU."""
-        self.goes_on(state=WorkerState.DEGRADED, code="device_lost", reason="It is gone.")
-        self.is_replaced(WorkerState.DEGRADED, "cpu")
+    def lose_device(self) -> None:
+        """Report a lost device and replace the pool process by one on the CPU."""
+        self.advance(state=WorkerState.DEGRADED, code="device_lost", reason="It is gone.")
+        self.replace_pool(WorkerState.DEGRADED, "cpu")
 
 
-def test_npu_is_left_tried_again_and_taken_back() -> None:
-    """The whole circle: its queues, the CPU's meanwhile, one probe, and its queues again."""
-    story = Story()
-    story.is_healthy()
-    assert story.guard.queues_to_consume() == NPU_QUEUES
+def test_lost_npu_is_probed_and_used_again_after_a_passed_probe() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
+    assert scenario.controller.queues_to_consume() == NPU_QUEUES
 
-    story.goes_on(state=WorkerState.DEGRADED, code="device_lost", reason="It is gone.")
-    assert story.guard.queues_to_consume() == ()
-    story.is_replaced(WorkerState.DEGRADED, "cpu")
-    assert story.guard.queues_to_consume() == CPU_QUEUES
-    assert story.guard.placement == Placement(Device.CPU, Device.NPU, "It is gone.")
+    scenario.advance(state=WorkerState.DEGRADED, code="device_lost", reason="It is gone.")
+    assert scenario.controller.queues_to_consume() == ()
+    scenario.replace_pool(WorkerState.DEGRADED, "cpu")
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
+    assert scenario.controller.placement == Placement(Device.CPU, Device.NPU, "It is gone.")
 
-    story.goes_on(31)
-    shown = story.guard.status()
+    scenario.advance(31)
+    shown = scenario.controller.status()
     assert shown is not None
     assert (shown.state, shown.reason, shown.code) == (
         WorkerState.PROBING,
         "It is gone.",
         "device_lost",
     )
-    assert story.guard.queues_to_consume() == CPU_QUEUES
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
 
-    story.probe.result = ProbeResult(True)
-    story.goes_on()
-    assert story.guard.placement == ON_NPU
-    assert story.guard.queues_to_consume() == ()
-    story.is_replaced(WorkerState.HEALTHY, "npu")
-    assert story.guard.queues_to_consume() == NPU_QUEUES
+    scenario.probe.result = ProbeResult(True)
+    scenario.advance()
+    assert scenario.controller.placement == ON_NPU
+    assert scenario.controller.queues_to_consume() == ()
+    scenario.replace_pool(WorkerState.HEALTHY, "npu")
+    assert scenario.controller.queues_to_consume() == NPU_QUEUES
 
 
-def test_failed_probe_leaves_the_worker_on_its_cpu() -> None:
-    """It says what the probe found, and rests for twice as long."""
-    story = Story()
-    story.is_healthy()
-    story.degrades()
+def test_failed_probe_doubles_the_delay_on_the_cpu() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
+    scenario.lose_device()
 
-    story.probe.result = ProbeResult(False, "selftest_failed", "It lies.")
-    story.goes_on(31)
-    story.goes_on()
+    scenario.probe.result = ProbeResult(False, "selftest_failed", "Wrong vectors.")
+    scenario.advance(31)
+    scenario.advance()
 
-    shown = story.guard.status()
+    shown = scenario.controller.status()
     assert shown is not None
     assert (shown.state, shown.code, shown.reason) == (
         WorkerState.DEGRADED,
         "selftest_failed",
-        "It lies.",
+        "Wrong vectors.",
     )
-    assert shown.next_probe_at == story.now + 60
+    assert shown.next_probe_at == scenario.now + 60
 
 
-def test_hanging_engine_ends_its_child_at_once() -> None:
-    """The parent decides when the child cannot: nobody waits for the batch to be let go."""
-    story = Story(engine_timeout_s=10)
-    story.is_healthy()
+def test_engine_past_its_timeout_kills_the_pool_process() -> None:
+    scenario = Scenario(engine_timeout_s=10)
+    scenario.become_healthy()
 
-    story.goes_on(busy_since=story.now)
-    story.goes_on(9)
-    assert story.guard.kill_pid == 0
-    story.goes_on(2)
+    scenario.advance(busy_since=scenario.now)
+    scenario.advance(9)
+    assert scenario.controller.kill_pid == 0
+    scenario.advance(2)
 
-    assert story.guard.kill_pid == 1
-    assert story.guard.npu_unhealthy
+    assert scenario.controller.kill_pid == 1
+    assert scenario.controller.npu_unhealthy
 
 
 @pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exit_codes.ENGINE)])
-def test_child_that_never_comes_up_is_given_up(strict: bool, code: int) -> None:
-    """A compiler that hangs in the child itself costs the init budget, once; strict workers end."""
-    story = Story(init_timeout_s=100, strict=strict)
+def test_pool_process_past_the_init_timeout_is_killed_or_ends_a_strict_worker(
+    strict: bool, code: int
+) -> None:
+    scenario = Scenario(init_timeout_s=100, strict=strict)
 
-    story.goes_on(0)
-    story.goes_on(99)
-    assert story.guard.kill_pid == 0
-    story.goes_on(2)
+    scenario.advance(0)
+    scenario.advance(99)
+    assert scenario.controller.kill_pid == 0
+    scenario.advance(2)
 
-    assert story.guard.exit_code == code
-    assert story.guard.kill_pid == (0 if strict else 1)
-    assert story.guard.health.code == ("" if strict else FailureReason.INIT_TIMEOUT)
+    assert scenario.controller.exit_code == code
+    assert scenario.controller.kill_pid == (0 if strict else 1)
+    assert scenario.controller.health.code == ("" if strict else FailureReason.INIT_TIMEOUT)
 
 
 @pytest.mark.parametrize("jump", [86_400, -86_400])
-def test_time_of_day_that_jumps_ends_no_start(jump: float) -> None:
-    """A laptop that slept, or a clock that was set, is no compiler that hangs."""
-    story = Story(init_timeout_s=100)
-    story.goes_on()
+def test_jump_of_the_wall_clock_does_not_end_a_start(jump: float) -> None:
+    scenario = Scenario(init_timeout_s=100)
+    scenario.advance()
 
-    story.guard.update(story.child, story.now + jump, story.now + 99)
-    assert story.guard.kill_pid == 0
+    scenario.controller.update(scenario.pool, scenario.now + jump, scenario.now + 99)
+    assert scenario.controller.kill_pid == 0
 
-    story.guard.update(story.child, story.now + jump, story.now + 101)
-    assert story.guard.kill_pid == story.child.pool_pid
+    scenario.controller.update(scenario.pool, scenario.now + jump, scenario.now + 101)
+    assert scenario.controller.kill_pid == scenario.pool.pool_pid
 
 
-def test_loop_of_deaths_ends_in_a_degraded_worker() -> None:
-    """Never in an endless restart."""
-    story = Story(crash_loop_limit=3)
+def test_crash_loop_degrades_the_worker() -> None:
+    scenario = Scenario(crash_loop_limit=3)
 
     for pid in range(2, 6):
-        story.goes_on(pool_pid=pid)
+        scenario.advance(pool_pid=pid)
 
-    assert story.guard.health.code == FailureReason.CRASH_LOOP
-    assert story.guard.exit_code == 0
+    assert scenario.controller.health.code == FailureReason.CRASH_LOOP
+    assert scenario.controller.exit_code == 0
 
 
 @pytest.mark.parametrize(("strict", "code"), [(False, 0), (True, exit_codes.ENGINE)])
-def test_npu_that_does_not_open(strict: bool, code: int) -> None:
-    """A strict worker ends; any other goes on with its CPU."""
-    story = Story(strict=strict)
+def test_npu_that_does_not_open_degrades_the_worker_or_ends_a_strict_one(
+    strict: bool, code: int
+) -> None:
+    scenario = Scenario(strict=strict)
 
-    story.goes_on(state=WorkerState.FAILED, code="compile_failed", reason="No.")
+    scenario.advance(state=WorkerState.FAILED, code="compile_failed", reason="No.")
 
-    assert story.guard.exit_code == code
-    assert story.guard.npu_unhealthy is not strict
-
-
-def test_npu_that_vanishes_after_it_was_proven_is_tried_again() -> None:
-    """A driver that starts anew shows none for a while, as when a child takes up its NPU again."""
-    story = Story()
-    story.is_healthy()
-    story.degrades()
-    story.probe.result = ProbeResult(True)
-    story.goes_on(31)
-    story.goes_on()
-    story.is_replaced(WorkerState.STARTING, "")
-
-    story.goes_on(state=WorkerState.FAILED, code="no_device", reason="OpenVINO shows no NPU.")
-
-    assert story.guard.health.next_probe_at == story.now + 60
-    assert story.guard.status().will_retry
+    assert scenario.controller.exit_code == code
+    assert scenario.controller.npu_unhealthy is not strict
 
 
-def test_operator_is_obeyed_until_the_order_is_undone() -> None:
-    """No probe meanwhile, and one at once afterwards."""
-    story = Story()
-    story.is_healthy()
+def test_npu_missing_after_a_passed_probe_is_probed_again() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
+    scenario.lose_device()
+    scenario.probe.result = ProbeResult(True)
+    scenario.advance(31)
+    scenario.advance()
+    scenario.replace_pool(WorkerState.STARTING, "")
 
-    story.guard.disable_npu("A new driver.", story.now)
-    story.is_replaced(WorkerState.DEGRADED, "cpu")
-    story.goes_on(100_000)
-    held = story.guard.health.state
-    story.guard.enable_npu(story.now)
-    story.goes_on()
+    scenario.advance(state=WorkerState.FAILED, code="no_device", reason="OpenVINO shows no NPU.")
 
-    assert (held, story.guard.health.state) == (WorkerState.DEGRADED, WorkerState.PROBING)
-
-
-def test_order_before_the_first_word_of_a_child_ends_that_child() -> None:
-    """It was sent to the NPU, where it may hang for ever."""
-    story = Story()
-
-    story.guard.disable_npu("Hands off.", story.now)
-    story.goes_on()
-    story.is_replaced(WorkerState.DEGRADED, "cpu")
-
-    assert story.guard.queues_to_consume() == CPU_QUEUES
-    assert story.guard.health.code == FailureReason.OPERATOR
+    assert scenario.controller.health.next_probe_at == scenario.now + 60
+    assert scenario.controller.status().will_retry
 
 
-def test_order_holds_a_child_that_finds_its_npu_by_itself() -> None:
-    """As after a probe of a worker that began without its NPU: where it is, it says late."""
-    story = Story(None)
-    story.goes_on(assigned_device="")
+def test_npu_disabled_by_an_operator_is_not_probed_until_enabled() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
 
-    story.guard.disable_npu("Hands off.", story.now)
-    story.goes_on(assigned_device="npu")
-    story.is_replaced(WorkerState.DEGRADED, "cpu")
+    scenario.controller.disable_npu("A new driver.", scenario.now)
+    scenario.replace_pool(WorkerState.DEGRADED, "cpu")
+    scenario.advance(100_000)
+    disabled_state = scenario.controller.health.state
+    scenario.controller.enable_npu(scenario.now)
+    scenario.advance()
 
-    assert story.guard.queues_to_consume() == CPU_QUEUES
-    assert story.guard.health.code == FailureReason.OPERATOR
-
-
-def test_held_worker_without_an_npu_takes_nothing() -> None:
-    """That is how an operator drains a worker on the CPU."""
-    story = Story(device="cpu")
-    story.guard.placement = Placement(Device.CPU, Device.CPU, "EMBEDQ_DEVICE=cpu")
-    story.goes_on(state=WorkerState.HEALTHY, assigned_device="cpu", device="cpu")
-    assert story.guard.queues_to_consume() == CPU_QUEUES
-
-    story.guard.disable_npu("Going home.", story.now)
-    assert story.guard.queues_to_consume() == ()
-    assert story.guard.drain_pid == 0
-
-    story.guard.enable_npu(story.now)
-    assert story.guard.queues_to_consume() == CPU_QUEUES
+    assert (disabled_state, scenario.controller.health.state) == (
+        WorkerState.DEGRADED,
+        WorkerState.PROBING,
+    )
 
 
-def test_order_during_a_probe_ends_the_probe() -> None:
-    """It holds the lock of a device that the operator may want to touch."""
-    story = Story()
-    story.is_healthy()
-    story.degrades()
-    story.goes_on(31)
+def test_disable_before_the_first_status_replaces_the_pool_process() -> None:
+    scenario = Scenario()
 
-    story.guard.disable_npu("Hands off.", story.now)
+    scenario.controller.disable_npu("Maintenance.", scenario.now)
+    scenario.advance()
+    scenario.replace_pool(WorkerState.DEGRADED, "cpu")
 
-    assert story.probe.stopped
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
+    assert scenario.controller.health.code == FailureReason.OPERATOR
 
 
-def test_worker_whose_state_file_is_cleared_away_goes_on() -> None:
-    """What its child said last holds until it says something else."""
-    story = Story()
-    story.is_healthy()
+def test_disable_applies_to_a_pool_process_that_reports_an_npu_later() -> None:
+    scenario = Scenario(None)
+    scenario.advance(assigned_device="")
 
-    story.guard.update(None, story.now, story.now)
+    scenario.controller.disable_npu("Maintenance.", scenario.now)
+    scenario.advance(assigned_device="npu")
+    scenario.replace_pool(WorkerState.DEGRADED, "cpu")
 
-    assert story.guard.queues_to_consume() == NPU_QUEUES
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
+    assert scenario.controller.health.code == FailureReason.OPERATOR
+
+
+def test_disabled_worker_without_an_npu_consumes_nothing_until_enabled() -> None:
+    scenario = Scenario(device="cpu")
+    scenario.controller.placement = Placement(Device.CPU, Device.CPU, "EMBEDQ_DEVICE=cpu")
+    scenario.advance(state=WorkerState.HEALTHY, assigned_device="cpu", device="cpu")
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
+
+    scenario.controller.disable_npu("Maintenance.", scenario.now)
+    assert scenario.controller.queues_to_consume() == ()
+    assert scenario.controller.drain_pid == 0
+
+    scenario.controller.enable_npu(scenario.now)
+    assert scenario.controller.queues_to_consume() == CPU_QUEUES
+
+
+def test_disable_stops_a_running_probe() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
+    scenario.lose_device()
+    scenario.advance(31)
+
+    scenario.controller.disable_npu("Maintenance.", scenario.now)
+
+    assert scenario.probe.stopped
+
+
+def test_missing_status_file_does_not_change_the_queues() -> None:
+    scenario = Scenario()
+    scenario.become_healthy()
+
+    scenario.controller.update(None, scenario.now, scenario.now)
+
+    assert scenario.controller.queues_to_consume() == NPU_QUEUES

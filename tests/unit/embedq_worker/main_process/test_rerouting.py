@@ -1,4 +1,4 @@
-"""A batch whose NPU failed goes to the CPU queue as it is, once, or back to where it came from."""
+"""Tests of rerouting a batch of a failed NPU to the CPU queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BODY = {"job": "ab" * 8, "index": 3, "texts": ["one", "two"]}
 
 
 def app_with(broker: str) -> Celery:
-    """Return an app with a task, as a worker's child has it."""
+    """Return an app with one task and a broker."""
     app = Celery("test", broker=broker, set_as_current=False)
     app.conf.update(
         task_publish_retry=False,
@@ -28,29 +28,29 @@ def app_with(broker: str) -> Celery:
 
     @app.task(name="embed", shared=False)
     def embed(body: object) -> None:
-        """Never run here."""
+        pass
 
     return app
 
 
 @pytest.fixture
 def app() -> Iterator[Celery]:
-    """An app whose broker lives in this process."""
-    made = app_with("memory://")
-    with made.connection_for_write() as connection:
+    """Open an app whose broker is in memory."""
+    opened = app_with("memory://")
+    with opened.connection_for_write() as connection:
         for queue in Queue:
             connection.SimpleQueue(str(queue)).clear()
-    yield made
-    made.close()
+    yield opened
+    opened.close()
 
 
-def hand_over(app: Celery, queue: str = Queue.NPU, **changes: object) -> NoReturn:
-    """Hand a batch over that came from a queue."""
+def reroute(app: Celery, queue: str = Queue.NPU, **changes: object) -> NoReturn:
+    """Reroute a batch that was consumed from a queue."""
     task = app.tasks["embed"]
     body = {**BODY, **changes}
     delivery = {"routing_key": str(queue), "exchange": ""}
     task.push_request(
-        id="id-of-it", args=(body,), delivery_info=delivery, **{PUBLISHED_HEADER: PUBLISHED}
+        id="batch-id", args=(body,), delivery_info=delivery, **{PUBLISHED_HEADER: PUBLISHED}
     )
     try:
         rerouting.reroute_or_requeue(task, body, "device_lost", "The device is gone.")
@@ -63,21 +63,20 @@ def queued(app: Celery) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     with app.connection_for_read() as connection:
         for queue in map(str, Queue):
-            waiting = connection.SimpleQueue(queue)
-            found[queue] = [waiting.get_nowait() for _ in range(waiting.qsize())]
+            simple_queue = connection.SimpleQueue(queue)
+            found[queue] = [simple_queue.get_nowait() for _ in range(simple_queue.qsize())]
     return {queue: messages for queue, messages in found.items() if messages}
 
 
-def test_batch_goes_on_as_the_same_one(app: Celery) -> None:
-    """Id, texts and age stay; Celery acknowledges it as neither done nor failed."""
+def test_rerouted_batch_keeps_id_texts_and_publish_time(app: Celery) -> None:
     before = COUNTERS["rerouted"]
 
     with pytest.raises(Ignore):
-        hand_over(app)
+        reroute(app)
 
     [(queue, [message])] = queued(app).items()
     assert queue == "embed.cpu"
-    assert message.headers["id"] == "id-of-it"
+    assert message.headers["id"] == "batch-id"
     assert message.headers[PUBLISHED_HEADER] == PUBLISHED
     args, kwargs, _ = message.payload
     assert (args, kwargs) == ([{**BODY, "rerouted": True}], {})
@@ -95,22 +94,22 @@ def test_batch_goes_on_as_the_same_one(app: Celery) -> None:
     ],
     ids=["strict", "from the CPU", "from int8", "for the second time", "from nowhere"],
 )
-def test_no_batch_travels_in_a_circle(app: Celery, queue: str, changes: dict[str, object]) -> None:
-    """A batch that may not go to the CPU queue goes back to the one that it came from."""
+def test_batch_that_may_not_be_rerouted_is_requeued(
+    app: Celery, queue: str, changes: dict[str, object]
+) -> None:
     with pytest.raises(Reject) as caught:
-        hand_over(app, queue, **changes)
+        reroute(app, queue, **changes)
 
     assert caught.value.requeue  # type: ignore[attr-defined] # not in celery-types
     assert queued(app) == {}
 
 
-def test_batch_that_cannot_be_published_stays_ours() -> None:
-    """A broker that is gone in this very moment costs a redelivery, never the batch."""
+def test_batch_whose_publish_fails_is_requeued() -> None:
     app = app_with("redis://127.0.0.1:1/0")
     before = COUNTERS["rerouted"]
 
     with pytest.raises(Reject) as caught:
-        hand_over(app)
+        reroute(app)
 
     assert caught.value.requeue  # type: ignore[attr-defined] # not in celery-types
     assert COUNTERS["rerouted"] == before

@@ -1,4 +1,4 @@
-"""The state file: replaced whole, readable or absent, in a folder of our own."""
+"""Tests of the status file of a pool process and of private folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embedq.protocol.worker import ModelInfo, WorkerState, WorkerStatus
 from embedq_worker.files import private_dir
 from embedq_worker.main_process.status import StatusFile
 
-STATE = WorkerStatus(
+STATUS = WorkerStatus(
     "worker",
     WorkerState.HEALTHY,
     state_since=12.5,
@@ -25,20 +25,19 @@ STATE = WorkerStatus(
 )
 
 
-def test_state_comes_back(tmp_path: Path) -> None:
-    """What the child writes is what the parent reads, and no other file is left."""
+def test_status_survives_its_file(tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run", "worker")
-    file.write(STATE)
+    file.write(STATUS)
 
-    assert file.read() == STATE
+    assert file.read() == STATUS
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["worker.status"]
 
 
-def test_last_state_wins(tmp_path: Path) -> None:
+def test_last_status_replaces_the_file(tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run", "worker")
-    file.write(STATE)
+    file.write(STATUS)
 
-    failed = replace(STATE, state=WorkerState.FAILED, reason="no model")
+    failed = replace(STATUS, state=WorkerState.FAILED, reason="no model")
     file.write(failed)
 
     assert file.read() == failed
@@ -56,18 +55,16 @@ def test_last_state_wins(tmp_path: Path) -> None:
     ],
     ids=repr,
 )
-def test_unreadable_file_is_no_state(content: bytes, tmp_path: Path) -> None:
-    """Half a file, another format or an unknown state read as nothing, and never raise."""
+def test_unreadable_file_reads_as_none(content: bytes, tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run", "worker")
     (tmp_path / "run" / "worker.status").write_bytes(content)
 
     assert file.read() is None
 
 
-def test_removed_and_missing_file_is_no_state(tmp_path: Path) -> None:
-    """Removing is safe to repeat."""
+def test_removed_file_reads_as_none(tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run", "worker")
-    file.write(STATE)
+    file.write(STATUS)
 
     file.remove()
     file.remove()
@@ -75,25 +72,22 @@ def test_removed_and_missing_file_is_no_state(tmp_path: Path) -> None:
     assert file.read() is None
 
 
-def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
-    """A file that says more is still read."""
+def test_unknown_field_is_ignored(tmp_path: Path) -> None:
     file = StatusFile(tmp_path / "run", "worker")
-    file.write(STATE)
+    file.write(STATUS)
     path = tmp_path / "run" / "worker.status"
     path.write_bytes(msgpack.packb({**msgpack.unpackb(path.read_bytes()), "mood": "good"}))
 
-    assert file.read() == STATE
+    assert file.read() == STATUS
 
 
-def test_folder_is_private(tmp_path: Path) -> None:
-    """A new folder is for its owner only, parents included in the making."""
+def test_new_folder_is_private(tmp_path: Path) -> None:
     folder = private_dir(tmp_path / "a" / "b")
 
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_link_and_open_folder_are_refused(tmp_path: Path) -> None:
-    """A folder that another user could have prepared is named with the next step."""
+def test_symbolic_link_open_folder_and_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "open").mkdir()
@@ -110,9 +104,8 @@ def test_link_and_open_folder_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 def test_folder_of_another_user_is_refused(tmp_path: Path) -> None:
-    """A folder that belongs to someone else is not ours, whatever its mode."""
-    (tmp_path / "theirs").mkdir(mode=0o700)
-    os.chown(tmp_path / "theirs", 65534, 65534)
+    (tmp_path / "foreign").mkdir(mode=0o700)
+    os.chown(tmp_path / "foreign", 65534, 65534)
 
     with pytest.raises(SettingsError, match="not a folder of this user"):
-        private_dir(tmp_path / "theirs")
+        private_dir(tmp_path / "foreign")

@@ -1,4 +1,4 @@
-"""What may be popped from a queue at all, decided on the bytes alone."""
+"""Tests of validating raw messages before they are consumed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def message(payload: object = None, body: bytes | None = None, **changes: Any) -
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Install the transport, for one test."""
+    """Install the transport for one test."""
     monkeypatch.setattr(kombu_transport, "TRANSPORT_ALIASES", {**kombu_transport.TRANSPORT_ALIASES})
     monkeypatch.setattr(kombu_transport, "_transport_cache", {})
     for name in ("_aliases", "_decoders", "_encoders"):
@@ -58,14 +58,12 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     transport.install()
 
 
-def test_message_of_ours_passes() -> None:
-    """What the SDK publishes is let through, also when Celery publishes it again."""
+def test_message_of_the_sdk_passes() -> None:
     assert validate_message(message()) is None
     assert validate_message(message(retries=3, root_id="job:0:digest", shadow=None)) is None
 
 
-def test_largest_batch_passes() -> None:
-    """The bound is above the largest batch in base64 with its headers, and below twice that."""
+def test_size_limit_is_just_above_the_largest_batch() -> None:
     largest = message(
         [[{**BATCH, "texts": bytes(MAX_RAW_BYTES + MAX_RAW_BYTES // 128)}], {}, EMBED]
     )
@@ -78,8 +76,7 @@ def test_largest_batch_passes() -> None:
 @pytest.mark.parametrize(
     "body", [pickle.dumps({"a": 1}), b"\xc1", b"", b"\xdd\xff\xff\xff\xff", b"\x91" * 100_000]
 )
-def test_body_that_is_no_msgpack_is_refused(body: bytes) -> None:
-    """Pickle, garbage, nothing, a promise of four billion items and a deep nest are refused."""
+def test_body_that_is_not_msgpack_is_refused(body: bytes) -> None:
     assert validate_message(message(body=body)) == "its body is not msgpack in base64"
 
 
@@ -98,7 +95,6 @@ def test_body_that_is_no_msgpack_is_refused(body: bytes) -> None:
     ids=repr,
 )
 def test_call_of_another_shape_is_refused(payload: object) -> None:
-    """A call has one batch and nothing else."""
     assert validate_message(message(payload))
 
 
@@ -107,8 +103,7 @@ def test_call_of_another_shape_is_refused(payload: object) -> None:
     [[[BATCH], {"more": 1}, EMBED], [[BATCH], {}, {"chain": [{"task": "x"}]}], [[BATCH], {}, []]],
     ids=repr,
 )
-def test_work_for_other_tasks_is_refused(payload: object) -> None:
-    """Keywords, callbacks and chains are never followed."""
+def test_keywords_callbacks_and_chains_are_refused(payload: object) -> None:
     assert validate_message(message(payload)) == "it carries work for other tasks"
 
 
@@ -130,13 +125,12 @@ def test_work_for_other_tasks_is_refused(payload: object) -> None:
     ],
     ids=repr,
 )
-def test_header_that_celery_would_act_on_is_refused(header: dict[str, Any]) -> None:
-    """Each header is one that embedq writes, or the message is refused."""
+def test_unexpected_header_value_is_refused(header: dict[str, Any]) -> None:
     assert validate_message(message(**header))
 
 
 def nested(levels: int) -> list[Any]:
-    """Return a list in a list, and so on."""
+    """Return a list nested to this depth."""
     value: list[Any] = []
     for _ in range(levels - 1):
         value = [value]
@@ -144,19 +138,17 @@ def nested(levels: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("levels", [9, 100, 750, 900])
-def test_message_of_many_levels_is_refused(levels: int) -> None:
-    """It can be read as JSON, but not be pickled for a child, which would end the worker."""
+def test_deeply_nested_message_is_refused(levels: int) -> None:
+    # It can be parsed as JSON but not pickled for the pool process, which would end the worker.
     assert "levels" in str(validate_message(message(x=nested(levels))))
 
 
-def test_message_of_few_levels_passes() -> None:
-    """Headers of others may hold a little more than ours."""
+def test_message_nested_up_to_the_limit_passes() -> None:
     assert validate_message(message(x=nested(MAX_LEVELS - 2))) is None
 
 
 @pytest.mark.parametrize("key", ["delivery_tag", "routing_key", "exchange", "correlation_id", "id"])
-def test_name_that_redis_cannot_take_is_refused(key: str) -> None:
-    """JSON can hold half a character, and a worker would end over it when it writes it down."""
+def test_name_that_is_not_utf8_is_refused(key: str) -> None:
     raw = json.loads(message())
     places = (raw["properties"], raw["properties"]["delivery_info"], raw["headers"])
     place = next((place for place in places if key in place), raw["properties"])
@@ -167,8 +159,7 @@ def test_name_that_redis_cannot_take_is_refused(key: str) -> None:
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
-def test_garbage_is_refused_in_a_sentence(raw: bytes) -> None:
-    """No bytes at all raise anything, and the answer quotes none of them."""
+def test_garbage_is_refused_with_a_reason(raw: bytes) -> None:
     answer = validate_message(raw)
 
     assert answer is not None
@@ -176,21 +167,18 @@ def test_garbage_is_refused_in_a_sentence(raw: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_any_body_is_judged(body: bytes) -> None:
-    """No body raises anything."""
+def test_any_body_is_validated_without_an_exception(body: bytes) -> None:
     validate_message(message(body=body))
 
 
 @pytest.mark.parametrize(
     "url", ["redis://h/0", "rediss://h/0", "redis+socket:///tmp/x.sock", "redis://a/0;redis://b/0"]
 )
-def test_every_redis_url_gets_the_hardened_transport(url: str, installed: None) -> None:
-    """However Redis is named, a worker's connection checks what it pops."""
+def test_every_redis_url_uses_the_validating_transport(url: str, installed: None) -> None:
     assert Connection(url).get_transport_cls() is transport.Transport
 
 
-def test_kombu_inflates_nothing(installed: None) -> None:
-    """After the install every compression of kombu's is refused, by any of its names."""
+def test_compressed_messages_are_not_decompressed(installed: None) -> None:
     for name in ("gzip", "zlib", "bzip2", "lzma", "zstd", *compression.encoders()):
         with pytest.raises((ValueError, KeyError), match=r"no message compression|zstd|lzma"):
             compression.decompress(b"x", name)

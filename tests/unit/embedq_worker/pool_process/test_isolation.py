@@ -1,4 +1,4 @@
-"""Isolation mode blames a text only for what the text did."""
+"""Tests of isolation mode: which texts are dead-lettered and which vectors are returned."""
 
 from __future__ import annotations
 
@@ -30,49 +30,45 @@ TEXTS = ["first", "second", "third"]
 BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})
 
 
-class Notebook:
-    """Notes in memory."""
+class MemoryNotes:
+    """Isolation notes in memory."""
 
     def __init__(self, charges: dict[int, int] | None = None) -> None:
         self.points = charges or {}
-        self.aside: list[int] = []
+        self.dead_lettered: list[int] = []
 
     def charges(self) -> dict[int, int]:
-        """Return the points as they are."""
         return dict(self.points)
 
     def start(self, offset: int) -> None:
-        """Do nothing: nobody dies here."""
+        pass
 
     def end(self, offset: int, *, cleared: bool) -> None:
-        """Forget the points of a cleared text."""
         if cleared:
             self.points.pop(offset, None)
 
     def charge(self, offset: int, points: int) -> None:
-        """Add points."""
         self.points[offset] = self.points.get(offset, 0) + points
 
     def dead_letter(self, offset: int, reason: str) -> None:
-        """Keep the offset."""
-        self.aside.append(offset)
+        self.dead_lettered.append(offset)
 
 
-def engine(
-    fails: Callable[[str], bool],
+def embed_function(
+    is_failing: Callable[[str], bool],
 ) -> Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]:
-    """Return an engine that raises on some texts."""
+    """Return an embed function that raises on some texts."""
 
     def embed(batch: EmbedBatch, _on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
         rows = [row for row in range(len(batch.texts)) if row not in batch.refused]
-        if any(fails(batch.texts[row]) for row in rows):
+        if any(is_failing(batch.texts[row]) for row in rows):
             raise EngineError("It failed.")
         good = Outcome(status=Status.OK, device=Device.STUB, precision=Precision.F32)
         outcomes = [
             Outcome(status=Status.FAILED, code=batch.refused[row]) if row in batch.refused else good
             for row in range(len(batch.texts))
         ]
-        # As a device whose sums depend on how many share a token batch.
+        # Like a device whose sums depend on the number of texts in a token batch.
         return stub_vectors(batch.texts) / np.float32(len(rows)), OutcomeTable.from_outcomes(
             outcomes
         )
@@ -80,88 +76,80 @@ def engine(
     return embed
 
 
-def test_text_that_always_fails_is_set_aside() -> None:
-    """Three failures of its own are enough; its neighbors have their vectors."""
-    notes = Notebook()
+def test_text_that_always_fails_is_dead_lettered() -> None:
+    notes = MemoryNotes()
 
-    vectors, outcomes = embed_isolated(BATCH, engine(lambda text: text == "second"), notes)
+    vectors, outcomes = embed_isolated(BATCH, embed_function(lambda text: text == "second"), notes)
 
-    assert notes.aside == [1]
+    assert notes.dead_lettered == [1]
     assert outcomes[1].code == Code.SET_ASIDE
     assert np.array_equal(vectors[[0, 2]], stub_vectors(["first", "third"]) / np.float32(2))
 
 
-def test_engine_that_fails_everything_blames_no_text() -> None:
-    """A harmless text fails as well, so the device is at fault and nobody is charged."""
-    notes = Notebook()
+def test_no_text_is_charged_when_every_text_fails() -> None:
+    notes = MemoryNotes()
 
     with pytest.raises(EngineError):
-        embed_isolated(BATCH, engine(lambda text: True), notes)
+        embed_isolated(BATCH, embed_function(lambda text: True), notes)
 
     assert notes.points == {}
-    assert notes.aside == []
+    assert notes.dead_lettered == []
 
 
-def test_text_under_suspicion_is_cleared_by_its_vector() -> None:
-    """Whatever ended the processes before: a text that is embedded is innocent."""
-    notes = Notebook({0: MAX_POINTS - OUTSIDE_POINTS})
+def test_successful_text_is_cleared() -> None:
+    notes = MemoryNotes({0: MAX_POINTS - OUTSIDE_POINTS})
 
-    vectors, _ = embed_isolated(BATCH, engine(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), notes)
 
     assert notes.points == {}
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
-def test_unlucky_batch_has_the_bytes_of_any_other_run() -> None:
-    """Texts that are good alone are embedded together, as they are where nothing was killed."""
-    expected, _ = engine(lambda text: False)(BATCH, False)
+def test_isolated_batch_is_bit_identical() -> None:
+    expected, _ = embed_function(lambda text: False)(BATCH, False)
 
-    vectors, outcomes = embed_isolated(BATCH, engine(lambda text: False), Notebook())
+    vectors, outcomes = embed_isolated(BATCH, embed_function(lambda text: False), MemoryNotes())
 
     assert vectors.tobytes() == expected.tobytes()
     assert outcomes.count_failed() == 0
 
 
 @pytest.mark.parametrize("offset", [1, len(TEXTS)])
-def test_what_ended_a_process_is_not_put_together_again(offset: int) -> None:
-    """A text that once ended a process, or the whole batch that did, costs no second one."""
-    notes = Notebook({offset: OWN_POINTS})
+def test_text_or_batch_that_ended_a_process_is_embedded_one_by_one(offset: int) -> None:
+    notes = MemoryNotes({offset: OWN_POINTS})
 
-    vectors, _ = embed_isolated(BATCH, engine(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), notes)
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
-def test_texts_that_only_fail_together_have_their_vectors() -> None:
-    """An engine that fails the batch and none of its texts costs the batch nothing."""
-    sound = engine(lambda text: False)
+def test_texts_that_only_fail_together_get_their_vectors() -> None:
+    working = embed_function(lambda text: False)
 
     def embed(batch: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
         if len(batch.texts) > 1:
             raise EngineError("It failed.")
-        return sound(batch, on_cpu)
+        return working(batch, on_cpu)
 
-    vectors, _ = embed_isolated(BATCH, embed, Notebook())
+    vectors, _ = embed_isolated(BATCH, embed, MemoryNotes())
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
-def test_device_that_fails_all_together_is_not_trusted_with_each_alone() -> None:
-    """The worker must hear of it and hand the batch on: a wrong canary speaks of every vector."""
-    sound = engine(lambda text: False)
+def test_device_fault_of_the_whole_batch_propagates() -> None:
+    working = embed_function(lambda text: False)
 
     def embed(batch: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
         if len(batch.texts) > 1:
             raise DeviceFault(InferFailed("Wrong.", FailureReason.WRONG_CANARY))
-        return sound(batch, on_cpu)
+        return working(batch, on_cpu)
 
     with pytest.raises(DeviceFault):
-        embed_isolated(BATCH, embed, Notebook())
+        embed_isolated(BATCH, embed, MemoryNotes())
 
 
 @pytest.mark.model
-def test_real_engine_gives_an_unlucky_batch_the_same_bytes() -> None:
-    """Alone, a text's sums differ in the last bits; isolation mode does not hand those out."""
+def test_isolated_batch_of_a_real_engine_is_bit_identical() -> None:
     model = real_model()
     engine = open_engine("onnxruntime", model, 1)
     embedder = Embedder(Tokenizer(model.tokenizer_path, model.max_length), engine, token_budget=512)
@@ -169,21 +157,20 @@ def test_real_engine_gives_an_unlucky_batch_the_same_bytes() -> None:
     batch = EmbedBatch("job", 0, [" ".join(WORDS[: 1 + i % 10]) for i in range(40)], spec)
     expected, _ = embedder.embed(batch)
 
-    careful, outcomes = embed_isolated(batch, lambda each, _: embedder.embed(each), Notebook())
+    isolated, outcomes = embed_isolated(batch, lambda each, _: embedder.embed(each), MemoryNotes())
     alone = np.concatenate([embedder.embed(replace(batch, texts=[t]))[0] for t in batch.texts])
     embedder.close()
     engine.close()
 
-    assert careful.tobytes() == expected.tobytes()
+    assert isolated.tobytes() == expected.tobytes()
     assert outcomes.count_failed() == 0
     assert alone.tobytes() != expected.tobytes()
     assert (alone * expected).sum(axis=1).min() >= 0.99999
 
 
-def test_text_that_ended_three_processes_is_not_tried_again() -> None:
-    """At the limit a text is set aside before it stops another process."""
-    notes = Notebook({2: 3 * OWN_POINTS})
+def test_text_that_ended_three_processes_is_dead_lettered_untried() -> None:
+    notes = MemoryNotes({2: 3 * OWN_POINTS})
 
-    embed_isolated(BATCH, engine(lambda text: text == "third"), notes)
+    embed_isolated(BATCH, embed_function(lambda text: text == "third"), notes)
 
-    assert notes.aside == [2]
+    assert notes.dead_lettered == [2]
