@@ -1,4 +1,4 @@
-"""`embedq embed` as a person runs it: a process, its files, its exit code and summary."""
+"""`embedq embed` as a process: files, exit code and summary."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from tests.support.cli import Command
 
 from embedq.testing import STUB_DIM, stub_vectors
 
-#: What `--json` promises.
+#: Keys of the JSON summary.
 SUMMARY = {
     *("total", "ok", "failed", "truncated", "rerouted", "seconds"),
     *("startup_seconds", "docs_per_second", "devices", "resumed", "skipped_lines", "outputs"),
 }
-#: What each line of the sidecar promises.
+#: Keys of each line of the sidecar.
 ITEM = {
     *("row", "id", "status", "truncated", "rerouted", "n_tokens", "n_tokens_dropped"),
     *("device", "precision", "code", "text_hash"),
 }
 
 
-def test_jsonl_becomes_npy_with_its_sidecar(command: Command) -> None:
-    """Rows, ids and outcomes are in the order of the file."""
+def test_jsonl_becomes_npy_and_sidecar_in_order(command: Command) -> None:
     texts = [f"text {i} {'word ' * (i % 30)}" for i in range(1_500)]
     source = command.write("in.jsonl", *({"id": f"d{i}", "text": t} for i, t in enumerate(texts)))
 
@@ -43,7 +42,6 @@ def test_jsonl_becomes_npy_with_its_sidecar(command: Command) -> None:
 
 
 def test_sdk_and_command_give_the_same_bytes(command: Command, client: Any) -> None:
-    """A file embedded by the command has the vectors that encode() gives."""
     texts = ["one", "", "emoji 🦀", "שלום", "a" * 50_000]
     source = command.write("in.jsonl", *({"text": text} for text in texts))
 
@@ -53,7 +51,7 @@ def test_sdk_and_command_give_the_same_bytes(command: Command, client: Any) -> N
 
 
 def test_summary_has_exactly_the_documented_keys(command: Command) -> None:
-    """--json prints one object on stdout, and nothing else anywhere."""
+    """`--json` prints one object on stdout and nothing on stderr."""
     source = command.write("in.txt", "one", "", "word " * 300)
 
     done = command("embed", source, "-o", "out.npy", "--json")
@@ -68,8 +66,7 @@ def test_summary_has_exactly_the_documented_keys(command: Command) -> None:
     assert summary["outputs"] == ["out.npy", "out.items.jsonl"]
 
 
-def test_texts_that_fail_are_nan_and_named(command: Command) -> None:
-    """Failed rows are NaN with their code, the others are right, and the exit code says so."""
+def test_failed_texts_are_nan_with_a_code(command: Command) -> None:
     bad = {1: "nul_character", 2: "not_unicode", 3: "not_a_string", 4: "text_too_large"}
     texts = ["a", "x\0", "\ud800", 7, "x" * (2**20 + 1), "b"]
     source = command.write("in.jsonl", *({"text": text} for text in texts))
@@ -85,8 +82,7 @@ def test_texts_that_fail_are_nan_and_named(command: Command) -> None:
     assert failed == bad
 
 
-def test_long_text_as_error_fails_alone(command: Command) -> None:
-    """--on-long error fails a text that the model cannot take whole."""
+def test_on_long_error_fails_only_the_long_text(command: Command) -> None:
     source = command.write("in.txt", "short", "word " * 300)
 
     done = command("embed", source, "-o", "out.npy", "--on-long", "error")
@@ -95,8 +91,7 @@ def test_long_text_as_error_fails_alone(command: Command) -> None:
     assert [item["code"] for item in command.items()] == ["", "too_many_tokens"]
 
 
-def test_input_without_texts_gives_no_rows(command: Command) -> None:
-    """An empty file is no error: [0, D] and an empty sidecar."""
+def test_empty_input_makes_an_empty_output(command: Command) -> None:
     source = command.write("in.jsonl")
 
     done = command("embed", source, "-o", "out.npy")
@@ -106,8 +101,7 @@ def test_input_without_texts_gives_no_rows(command: Command) -> None:
     assert command.items() == []
 
 
-def test_bad_lines_can_be_skipped(command: Command) -> None:
-    """--on-bad-line skip leaves them out, counts them, and keeps the numbers of the others."""
+def test_skipped_lines_are_counted_and_line_numbers_kept(command: Command) -> None:
     source = command.write("in.jsonl", {"text": "a"}, "{broken", {"no": 1}, {"text": "b"})
 
     done = command("embed", source, "-o", "out.npy", "--on-bad-line", "skip", "--json")
@@ -117,8 +111,7 @@ def test_bad_lines_can_be_skipped(command: Command) -> None:
     assert [item["id"] for item in command.items()] == [1, 4]
 
 
-def test_local_needs_no_service(command: Command) -> None:
-    """--local brings its own Redis and worker, whatever the settings of the fleet say."""
+def test_local_ignores_the_settings_of_the_fleet(command: Command) -> None:
     source = command.write("in.txt", "one", "two")
     settings = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_DEVICE": "stub"}
 
@@ -129,7 +122,6 @@ def test_local_needs_no_service(command: Command) -> None:
 
 
 def test_local_leaves_no_file_behind(command: Command, short_dir: Path) -> None:
-    """Not even an empty folder for each run stays in TMPDIR."""
     source = command.write("in.txt", "one", "two")
     settings = {"EMBEDQ_DEVICE": "stub", "TMPDIR": os.fspath(short_dir)}
 
@@ -139,8 +131,7 @@ def test_local_leaves_no_file_behind(command: Command, short_dir: Path) -> None:
     assert list(short_dir.iterdir()) == []
 
 
-def test_local_with_an_unknown_model_lists_the_choices(command: Command) -> None:
-    """A model that is nowhere ends the private worker; the command shows why, with exit code 5."""
+def test_local_with_an_unknown_model_fails_with_exit_code_5(command: Command) -> None:
     source = command.write("in.txt", "one")
     settings = {"EMBEDQ_OFFLINE": "true", "EMBEDQ_CACHE_DIR": os.fspath(command.folder / "cache")}
 
@@ -152,8 +143,9 @@ def test_local_with_an_unknown_model_lists_the_choices(command: Command) -> None
 
 
 @pytest.mark.model
-def test_local_with_the_real_model(command: Command, model_settings: dict[str, str]) -> None:
-    """The published numbers of all-MiniLM-L6-v2 come out of the whole road."""
+def test_local_gives_the_published_vector_of_the_real_model(
+    command: Command, model_settings: dict[str, str]
+) -> None:
     source = command.write("in.txt", "This is a simple test.")
 
     done = command(

@@ -1,4 +1,4 @@
-"""Every input and every output of the command, and the memory it takes for them."""
+"""Input and output formats of `embedq embed`, and its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from embedq.errors import InputError
 from embedq.jobs.batches import Document
 from embedq.testing import stub_vectors
 
-#: Texts that formats are known to spoil.
+#: Texts that a format may corrupt.
 TEXTS = ["plain", "é 🦀 日本語", 'a "quoted" word', "comma, and; semicolon", "tab\there", ""]
 
 
@@ -41,17 +41,16 @@ INPUTS = {"jsonl": as_jsonl, "csv": as_csv, "txt": as_txt}
 
 
 @pytest.mark.parametrize("output", ["npy", "jsonl", "parquet"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gzipped", [False, True])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_every_input_becomes_every_output(
-    kind: str, packed: bool, output: str, small: Client, tmp_path: Path
+def test_each_input_format_becomes_each_output_format(
+    kind: str, gzipped: bool, output: str, small: Client, tmp_path: Path
 ) -> None:
-    """jsonl, csv and txt, plain and gzipped, give the same rows as npy, jsonl and parquet."""
     if output == "parquet":
         pytest.importorskip("pyarrow")
     raw = INPUTS[kind](TEXTS).encode()
-    source = tmp_path / (f"in.{kind}.gz" if packed else f"in.{kind}")
-    source.write_bytes(gzip.compress(raw) if packed else raw)
+    source = tmp_path / (f"in.{kind}.gz" if gzipped else f"in.{kind}")
+    source.write_bytes(gzip.compress(raw) if gzipped else raw)
 
     summary = embed(small, source, tmp_path / f"out.{output}")
 
@@ -67,7 +66,7 @@ def test_every_input_becomes_every_output(
 def test_failed_text_has_no_vector_in_any_output(
     output: str, small: Client, tmp_path: Path
 ) -> None:
-    """NaN in npy, null in jsonl and parquet; the code says why, the others have their vectors."""
+    """The vector is NaN in npy and null in jsonl and parquet."""
     if output == "parquet":
         pytest.importorskip("pyarrow")
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": None}, {"text": "b"}])
@@ -83,7 +82,7 @@ def test_failed_text_has_no_vector_in_any_output(
 
 
 def test_parquet_has_typed_columns(small: Client, tmp_path: Path) -> None:
-    """Vectors are lists of one length, ids are text whatever the input had."""
+    """Vectors are fixed-size lists; ids are strings."""
     parquet = pytest.importorskip("pyarrow.parquet")
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": 7, "text": "a"}, {"id": "x", "text": "b"}])
 
@@ -96,8 +95,8 @@ def test_parquet_has_typed_columns(small: Client, tmp_path: Path) -> None:
     assert str(table.schema.field("truncated").type) == "bool"
 
 
-def test_ids_that_are_no_utf8_do_not_stop_an_output(small: Client, tmp_path: Path) -> None:
-    """Half of a surrogate pair in an id is written as it can be, after all the work is done."""
+def test_ids_that_are_not_utf8_are_written(small: Client, tmp_path: Path) -> None:
+    """Parquet cannot store a lone surrogate, so it is escaped."""
     source = write_jsonl(tmp_path / "in.jsonl", [{"id": "a\ud800", "text": "a"}])
 
     embed(small, source, tmp_path / "out.jsonl")
@@ -108,8 +107,7 @@ def test_ids_that_are_no_utf8_do_not_stop_an_output(small: Client, tmp_path: Pat
     assert rows(tmp_path / "out.parquet")[0]["id"] == "a\\ud800"
 
 
-def test_output_may_have_a_name_that_is_no_utf8(small: Client, tmp_path: Path) -> None:
-    """What Linux allows as a name is no reason to stop; Redis, which is told it, takes less."""
+def test_output_name_need_not_be_utf8(small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}])
     output = tmp_path / os.fsdecode(b"o\xff.npy")
 
@@ -118,8 +116,7 @@ def test_output_may_have_a_name_that_is_no_utf8(small: Client, tmp_path: Path) -
     assert np.array_equal(vectors(output), stub_vectors(["a"]))
 
 
-def test_several_inputs_and_globs_are_read_in_order(small: Client, tmp_path: Path) -> None:
-    """Names in the order given, globs sorted, formats mixed."""
+def test_inputs_are_read_in_order_and_globs_sorted(small: Client, tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"part-{name}.txt").write_text(f"{name}\n")
     last = write_jsonl(tmp_path / "last.jsonl", [{"id": "x", "text": "last"}])
@@ -131,8 +128,7 @@ def test_several_inputs_and_globs_are_read_in_order(small: Client, tmp_path: Pat
     assert [item["id"] for item in items(output)] == [1, 1, 1, "x"]
 
 
-def test_glob_does_not_mean_the_output(small: Client, tmp_path: Path) -> None:
-    """The sidecar beside the inputs is none of them, for the same command and for --update."""
+def test_glob_does_not_match_the_sidecar_of_the_output(small: Client, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents(20))
     output, inputs = tmp_path / "out.npy", [str(tmp_path / "*.jsonl")]
     embed(small, inputs, output)
@@ -145,10 +141,10 @@ def test_glob_does_not_mean_the_output(small: Client, tmp_path: Path) -> None:
     assert update.updated == {"new": 1, "changed": 0, "kept": 20, "removed": 0}
 
 
-def test_standard_input_is_read(
+def test_standard_input_is_read_and_resumed(
     worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """A pipe is jsonl unless told otherwise, and its run can go on with the same bytes."""
+    """Standard input is jsonl unless --format is given."""
     output = tmp_path / "out.jsonl"
 
     code, stdout, stderr = finish(
@@ -171,8 +167,7 @@ def read_all(path: Path, **options: object) -> list[Document]:
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_byte_order_mark_and_crlf_change_nothing(kind: str, tmp_path: Path) -> None:
-    """A file saved by Windows reads as one that was not."""
+def test_byte_order_mark_and_crlf_are_ignored(kind: str, tmp_path: Path) -> None:
     plain, windows = tmp_path / f"plain.{kind}", tmp_path / f"windows.{kind}"
     plain.write_bytes(INPUTS[kind](TEXTS).encode())
     windows.write_bytes(b"\xef\xbb\xbf" + INPUTS[kind](TEXTS).replace("\n", "\r\n").encode())
@@ -181,8 +176,7 @@ def test_byte_order_mark_and_crlf_change_nothing(kind: str, tmp_path: Path) -> N
     assert [document.text for document in read_all(plain)] == TEXTS
 
 
-def test_blank_lines_are_no_documents_but_in_txt(tmp_path: Path) -> None:
-    """Blank lines of jsonl and csv are skipped; in txt each line is a document, so rows align."""
+def test_blank_lines_are_documents_only_in_txt(tmp_path: Path) -> None:
     for kind, content in (
         ("jsonl", '\n{"text": "a"}\n  \n\n{"text": "b"}\n\n'),
         ("csv", "text\n\na\n\n\nb\n\n"),
@@ -196,15 +190,13 @@ def test_blank_lines_are_no_documents_but_in_txt(tmp_path: Path) -> None:
 
 
 def test_last_line_needs_no_newline(tmp_path: Path) -> None:
-    """A file that ends without a newline loses nothing."""
     for kind, write in INPUTS.items():
         (tmp_path / f"in.{kind}").write_text(write(["a", "b"]).removesuffix("\n"))
 
         assert [d.text for d in read_all(tmp_path / f"in.{kind}")] == ["a", "b"], kind
 
 
-def test_csv_quoting_is_understood(tmp_path: Path) -> None:
-    """Commas, doubled quotes and newlines inside quotes belong to the text."""
+def test_quoted_csv_fields_may_contain_commas_quotes_and_newlines(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text('text,id\n"a, ""b""\nc",1\nplain,2\n"",3\n')
 
     found = read_all(tmp_path / "in.csv")
@@ -213,8 +205,8 @@ def test_csv_quoting_is_understood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_open_quote_costs_its_own_line_only(newline: str, tmp_path: Path) -> None:
-    """What an unclosed quote swallowed is read again from the next line, with right numbers."""
+def test_open_quote_loses_only_its_own_line(newline: str, tmp_path: Path) -> None:
+    """The lines after an unclosed quote are parsed again, with the right line numbers."""
     lines = ["text", "a", '"open', "b", '"c\nc"', '"x"y', "d", '"end']
     (tmp_path / "in.csv").write_bytes(newline.join(lines).encode())
     reading = Reading()
@@ -228,15 +220,13 @@ def test_open_quote_costs_its_own_line_only(newline: str, tmp_path: Path) -> Non
 
 
 def test_broken_csv_header_is_an_input_error(tmp_path: Path) -> None:
-    """A header that is no CSV names line 1."""
     (tmp_path / "in.csv").write_text('"id,text\n1,a\n')
 
     with pytest.raises(InputError, match="line 1: not CSV"):
         read_all(tmp_path / "in.csv")
 
 
-def test_fields_are_chosen_by_name(small: Client, tmp_path: Path) -> None:
-    """--id-field and --text-field say where jsonl and csv keep what we need."""
+def test_field_options_name_id_and_text(small: Client, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", [{"key": "k", "body": "text", "id": "no", "text": "no"}])
     (tmp_path / "in.csv").write_text("text,body,key\nno,text,k\n")
     fields = Fields(id="key", text="body")
@@ -249,8 +239,7 @@ def test_fields_are_chosen_by_name(small: Client, tmp_path: Path) -> None:
         assert [item["id"] for item in items(output)] == ["k"]
 
 
-def test_broken_gzip_names_the_file(small: Client, tmp_path: Path) -> None:
-    """A download that stopped half way is no success; what was read is kept for the next run."""
+def test_truncated_gzip_is_an_error_and_can_be_resumed(small: Client, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl.gz"
     whole = gzip.compress("".join(json.dumps(d) + "\n" for d in documents(2_000)).encode())
     source.write_bytes(whole[: len(whole) // 2])
@@ -270,8 +259,7 @@ def test_broken_gzip_names_the_file(small: Client, tmp_path: Path) -> None:
         ("csv", "1,2,3", 50_000),
     ],
 )
-def test_bad_line_among_many_is_named(kind: str, bad: str, n_lines: int, tmp_path: Path) -> None:
-    """One broken line in the middle: fail names it, skip loses it and nothing else."""
+def test_bad_line_is_reported_or_skipped(kind: str, bad: str, n_lines: int, tmp_path: Path) -> None:
     source, at = tmp_path / f"in.{kind}", n_lines // 2
     line = '{{"id": {0}, "text": "t{0}"}}' if kind == "jsonl" else "{0},t{0}"
     with source.open("w") as out:
@@ -288,10 +276,9 @@ def test_bad_line_among_many_is_named(kind: str, bad: str, n_lines: int, tmp_pat
         list(read([str(source)], fields=Fields()))
 
 
-def test_skipped_lines_are_counted_by_the_command(
+def test_command_fails_on_or_skips_a_bad_line(
     worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """fail ends with 3 and names the line, skip ends with 0 and tells how many."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     source.write_text('{"text": "a"}\nbroken\n{"text": "b"}\n')
 
@@ -306,22 +293,21 @@ def test_skipped_lines_are_counted_by_the_command(
 
 
 def peak_rss_mb(redis: RedisProcess, folder: Path, n: int) -> float:
-    """Embed n short texts with the command; return the most memory that it had."""
+    """Embed n short texts with the command, and return its peak RSS in MB."""
     source = folder / f"{n}.txt"
     source.write_text("".join(f"a text of some words, number {i}\n" for i in range(n)))
     large = {"EMBEDQ_BATCH_TEXTS": "512", "EMBEDQ_MAX_IN_FLIGHT": "8"}
-    child = start(redis, "embed", source, "-o", folder / f"{n}.npy", "-q", **large)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    finish(child)
-    assert child.returncode == 0
+    process = start(redis, "embed", source, "-o", folder / f"{n}.npy", "-q", **large)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    finish(process)
+    assert process.returncode == 0
     return usage.ru_maxrss / 1e3
 
 
-def test_memory_of_the_command_does_not_grow_with_the_file(
+def test_memory_does_not_grow_with_the_input(
     worker: WorkerProcess, shared_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """Five times the texts take less than a tenth more memory."""
     few = peak_rss_mb(shared_redis, tmp_path, 6_000)  # more than a window of 4,096
     many = peak_rss_mb(shared_redis, tmp_path, 30_000)
 

@@ -1,4 +1,4 @@
-"""What a person gets wrong: one line that names it and the remedy, and an exit code."""
+"""User errors end with one line that names the cause and the remedy, and an exit code."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from embedq.testing import stub_vectors
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_file_is_one_line(arguments: list[str], message: str, command: Command) -> None:
-    """Each file that cannot be used is one line with its name and exit code 3, in a moment."""
+def test_unusable_file_is_reported_in_one_line(
+    arguments: list[str], message: str, command: Command
+) -> None:
     (command.folder / "folder.npy").mkdir()
     for name in ("in.txt", "in.josnl"):
         command.write(name, "a text")
@@ -51,8 +52,7 @@ def test_wrong_file_is_one_line(arguments: list[str], message: str, command: Com
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
-def test_unwritable_folder_is_one_line(command: Command) -> None:
-    """A read-only folder is named before anything is embedded."""
+def test_unwritable_folder_is_reported_in_one_line(command: Command) -> None:
     source = command.write("in.txt", "a text")
     (command.folder / "sealed").mkdir(mode=0o500)
 
@@ -88,10 +88,9 @@ def test_unwritable_folder_is_one_line(command: Command) -> None:
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
-def test_wrong_setting_is_told_by_name(
+def test_wrong_setting_is_reported_by_name(
     arguments: list[str], settings: dict[str, str], message: str, command: Command
 ) -> None:
-    """A typo in the name or value of a setting or option ends with exit code 2 and its remedy."""
     source = command.write("in.txt", "a text")
 
     done = command("embed", source, "-o", "out.npy", *arguments, **settings)
@@ -102,16 +101,16 @@ def test_wrong_setting_is_told_by_name(
     assert "secret" not in done.stderr
 
 
-def test_no_redis_is_one_line(command: Command) -> None:
-    """Without a Redis the command names the place, hides the password and the ways out; code 4."""
+def test_unreachable_redis_is_reported_in_one_line(command: Command) -> None:
+    """The line names the URL without its password, the setting and `--local`."""
     source = command.write("in.txt", "a text")
-    nowhere = {
+    unreachable = {
         "EMBEDQ_BROKER_URL": "redis://:secret@127.0.0.1:1/0",
         "EMBEDQ_RESULTS_URL": "redis://:secret@127.0.0.1:1/1",
         "EMBEDQ_STARTUP_TIMEOUT_S": "0",
     }
 
-    done = command("embed", source, "-o", "out.npy", **nowhere)
+    done = command("embed", source, "-o", "out.npy", **unreachable)
 
     line = one_line(done)
     assert done.returncode == 4
@@ -120,19 +119,17 @@ def test_no_redis_is_one_line(command: Command) -> None:
     assert "--local" in line
 
 
-def test_broker_that_is_gone_is_one_line(command: Command) -> None:
-    """A results Redis without its broker is told just as soon."""
+def test_unreachable_broker_is_reported_in_one_line(command: Command) -> None:
     source = command.write("in.txt", "a text")
-    gone = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_STARTUP_TIMEOUT_S": "0"}
+    unreachable = {"EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0", "EMBEDQ_STARTUP_TIMEOUT_S": "0"}
 
-    done = command("embed", source, "-o", "out.npy", **gone)
+    done = command("embed", source, "-o", "out.npy", **unreachable)
 
     assert done.returncode == 4
     assert "Redis cannot be reached at redis://127.0.0.1:1/0" in one_line(done)
 
 
-def test_no_worker_is_one_line(command: Command) -> None:
-    """A model that nobody serves is named with who serves what; code 4."""
+def test_model_without_a_worker_is_reported_in_one_line(command: Command) -> None:
     source = command.write("in.txt", "a text")
 
     done = command(
@@ -144,13 +141,12 @@ def test_no_worker_is_one_line(command: Command) -> None:
     assert "serving stub" in done.stderr
 
 
-def test_full_disk_keeps_what_is_written(command: Command) -> None:
-    """On a full disk the command says so; with more space the same command goes on."""
+def test_run_on_a_full_disk_can_be_resumed(command: Command) -> None:
     disk = command.folder / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", os.fspath(disk)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a disk of its own needs root and the right to mount")
+        pytest.skip("mounting a file system needs root")
     texts = [f"text {i}" for i in range(400)]
     source = command.write("in.txt", *texts)
     try:

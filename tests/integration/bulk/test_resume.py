@@ -1,4 +1,4 @@
-"""A run that was killed goes on: the same bytes, little done twice, nothing mixed up."""
+"""An interrupted `embedq embed` resumes and makes the same output as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from embedq.bulk.writers import sidecar_path
 from embedq.errors import InputError
 from embedq.testing import stub_vectors
 
-#: Texts a second of the slow worker, and texts of a long run: more than a second of work.
+#: Texts per second of the slow worker; texts of a run that takes it more than a second.
 SLOW, LONG = "2000", 3_000
 
 
 @pytest.fixture(scope="module")
 def slow_redis() -> Iterator[RedisProcess]:
-    """Run a Redis for the slow worker; take `slow` as well."""
+    """Run a Redis for the slow worker. Tests use the fixture `slow` as well."""
     folder = Path(tempfile.mkdtemp(prefix="eq-"))  # short enough for a unix socket
     server = RedisProcess(folder)
     yield server
@@ -56,7 +56,7 @@ def slow_redis() -> Iterator[RedisProcess]:
 
 @pytest.fixture(scope="module")
 def slow_worker(slow_redis: RedisProcess) -> Iterator[WorkerProcess]:
-    """Run a worker that takes its time; take `slow` instead."""
+    """Run a slow worker. Tests use the fixture `slow`."""
     folder = slow_redis.socket.parent
     with stub_worker(slow_redis, folder, "slow", EMBEDQ_STUB_TEXTS_PER_S=SLOW) as worker:
         yield worker
@@ -64,29 +64,24 @@ def slow_worker(slow_redis: RedisProcess) -> Iterator[WorkerProcess]:
 
 @pytest.fixture
 def slow(slow_worker: WorkerProcess, slow_redis: RedisProcess) -> WorkerProcess:
-    """Lend the slow worker with empty queues."""
+    """Return the slow worker after emptying Redis."""
     delete_jobs(slow_redis)
     return slow_worker
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Write two hundred documents."""
     return write_jsonl(tmp_path / "in.jsonl", documents(200))
 
 
 def expected(source_documents: list[dict[str, Any]]) -> Any:
-    """Return the right vectors."""
     return stub_vectors([document["text"] for document in source_documents])
 
 
-def test_killed_command_goes_on(
+def test_killed_command_resumes(
     slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """After three kills at random moments vectors and sidecar are those of an undisturbed run.
-
-    No kill costs more than one window of batches, and Redis forgets the killed jobs.
-    """
+    """After three kills the output is bit-identical; each kill repeats at most one window."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(LONG))
     whole, output = tmp_path / "whole.npy", tmp_path / "out.npy"
     choose = random.Random()
@@ -95,9 +90,9 @@ def test_killed_command_goes_on(
         work = Work(client, slow)
 
         for third in range(3):
-            child = start(slow_redis, "embed", source, "-o", output)
+            process = start(slow_redis, "embed", source, "-o", output)
             least = LONG * third // 3 + choose.randrange(LONG // 6)
-            kill_at(child, output, max(safe_rows(output) + 1, least))
+            kill_at(process, output, max(safe_rows(output) + 1, least))
         code, _, stderr = command(slow_redis, "embed", source, "-o", output)
         n_computed = work.texts()
 
@@ -112,10 +107,9 @@ def test_killed_command_goes_on(
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_kill_between_any_two_steps_is_survived(
+def test_run_killed_before_any_file_operation_can_be_resumed(
     ending: str, small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """Whichever fsync, rename or deletion was the last, the same command makes the same output."""
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     write_jsonl(source, documents(70))
@@ -163,7 +157,7 @@ def test_changed_setting_is_refused_by_name(
     source: Path,
     tmp_path: Path,
 ) -> None:
-    """What shapes the vectors, the split or the reading may not change under an output."""
+    """A setting that affects vectors, batches or reading may not change between two runs."""
     output = tmp_path / "out.npy"
     embed(small, source, output) if complete else unfinished(small, source, output)
     before = manifest_path(output).read_bytes()
@@ -204,21 +198,20 @@ CHANGES: dict[str, Any] = {
 def test_changed_input_is_refused(
     name: str, complete: bool, small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """Documents that are in the output already may not change; nothing is written then."""
+    """Documents that are in the output may not change; the output is not modified."""
     output = tmp_path / "out.npy"
     embed(small, source, output) if complete else unfinished(small, source, output, step=14)
-    before = promise(output)
+    before = manifest_without_job(output)
     assert before.rows > 30
     write_jsonl(source, CHANGES[name](documents(200)))
 
     with pytest.raises(InputChanged, match="--restart"):
         embed(small, source, output)
 
-    assert promise(output) == before
+    assert manifest_without_job(output) == before
 
 
-def promise(output: Path) -> Manifest:
-    """Return what the manifest vouches for, whichever job works on it."""
+def manifest_without_job(output: Path) -> Manifest:
     manifest = Manifest.load(manifest_path(output))
     assert manifest is not None
     return replace(manifest, job="")
@@ -227,7 +220,7 @@ def promise(output: Path) -> Manifest:
 def test_documents_appended_to_an_unfinished_input_are_embedded(
     small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """What is behind the safe rows may change: the output is that of the longer input."""
+    """Documents after the last confirmed row may change."""
     output = tmp_path / "out.npy"
     unfinished(small, source, output)
     write_jsonl(source, documents(230))
@@ -238,10 +231,10 @@ def test_documents_appended_to_an_unfinished_input_are_embedded(
     assert np.array_equal(vectors(output), expected(documents(230)))
 
 
-def test_appending_to_a_complete_input_names_update(
+def test_longer_input_of_a_complete_output_is_refused(
     small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """A finished output is never silently older than its input."""
+    """The error names `--update`."""
     output = tmp_path / "out.npy"
     embed(small, source, output)
     write_jsonl(source, documents(201))
@@ -250,10 +243,9 @@ def test_appending_to_a_complete_input_names_update(
         embed(small, source, output)
 
 
-def test_complete_output_is_left_alone(
+def test_complete_output_is_not_computed_again(
     small: Client, worker: WorkerProcess, source: Path, tmp_path: Path
 ) -> None:
-    """The same command once more embeds nothing and says so."""
     output, display = tmp_path / "out.npy", RecordedNotes()
     embed(small, source, output)
     before, work = output.stat(), Work(small, worker)
@@ -266,8 +258,9 @@ def test_complete_output_is_left_alone(
     assert display.notes == [f"{output} is already complete; nothing to embed."]
 
 
-def test_lost_output_is_not_called_complete(small: Client, source: Path, tmp_path: Path) -> None:
-    """A manifest without its output is refused with the next step."""
+def test_manifest_without_its_output_is_refused(
+    small: Client, source: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.npy"
     embed(small, source, output)
     output.unlink()
@@ -276,8 +269,7 @@ def test_lost_output_is_not_called_complete(small: Client, source: Path, tmp_pat
         embed(small, source, output)
 
 
-def test_cut_output_is_not_called_complete(small: Client, source: Path, tmp_path: Path) -> None:
-    """Vectors that something else cut are no finished output, whatever the manifest says."""
+def test_truncated_output_is_refused(small: Client, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
     embed(small, source, output)
     output.write_bytes(output.read_bytes()[:-1])
@@ -286,10 +278,10 @@ def test_cut_output_is_not_called_complete(small: Client, source: Path, tmp_path
         embed(small, source, output)
 
 
-def test_restart_starts_over(
+def test_restart_replaces_the_output(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """--restart takes a changed input, a changed setting and a damaged manifest alike."""
+    """--restart accepts a changed input, a changed setting and a damaged manifest."""
     output = tmp_path / "out.npy"
     unfinished(small, source, output)
     write_jsonl(source, documents(50))
@@ -304,10 +296,9 @@ def test_restart_starts_over(
     assert len(items(output)) == 50
 
 
-def test_restart_drops_the_killed_job(
+def test_restart_cancels_the_killed_job(
     slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """What a killed run left in the queue is not computed after a restart."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(LONG))
     output = tmp_path / "out.npy"
     kill_at(start(slow_redis, "embed", source, "-o", output), output, 1)
@@ -324,7 +315,6 @@ def test_restart_drops_the_killed_job(
 def test_truncated_spool_is_refused(
     spool: str, small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """Rows that the manifest vouches for and something else cut are missed."""
     output = tmp_path / "out.npy"
     unfinished(small, source, output)
     path = tmp_path / f"out.npy.{spool}.partial"
@@ -334,8 +324,8 @@ def test_truncated_spool_is_refused(
         embed(small, source, output)
 
 
-def embedded(client: Client, source: Path, output: Path) -> None:
-    """Leave an output as a run does that is killed when every row is in the spools."""
+def interrupt_before_finalize(client: Client, source: Path, output: Path) -> None:
+    """Leave the spools of a run that was killed when they contained every row."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writers, "finalize", _killed)
         with pytest.raises(Killed):
@@ -349,12 +339,11 @@ def _killed(*_: Any) -> None:
 
 @pytest.mark.parametrize("spool", ["vectors", "items"])
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
-def test_truncated_spool_becomes_no_output(
+def test_truncated_spool_of_a_finished_run_is_refused(
     ending: str, spool: str, small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """Rows that were cut off after the last of them was embedded are missed just as well."""
     output = tmp_path / f"out.{ending}"
-    embedded(small, source, output)
+    interrupt_before_finalize(small, source, output)
     path = tmp_path / f"out.{ending}.{spool}.partial"
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -365,14 +354,14 @@ def test_truncated_spool_becomes_no_output(
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
-def test_restart_that_is_killed_at_once_leaves_no_empty_output(
+def test_output_is_computed_after_a_restart_was_killed_at_once(
     ending: str, small: Client, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Spools that --restart has emptied are never taken for those that the old manifest means."""
+    """The manifest of the first run does not apply to spools that --restart has emptied."""
     output = tmp_path / f"out.{ending}"
-    embedded(small, source, output)
+    interrupt_before_finalize(small, source, output)
     with monkeypatch.context() as patch:
-        patch.setattr(Client, "window", _killed)  # the first thing that a run does with open spools
+        patch.setattr(Client, "window", _killed)  # called first after the spools are open
         with pytest.raises(Killed):
             embed(small, source, output, restart=True)
 
@@ -382,8 +371,7 @@ def test_restart_that_is_killed_at_once_leaves_no_empty_output(
     assert np.array_equal([row["vector"] for row in rows(output)], expected(documents(200)))
 
 
-def test_bad_line_may_be_skipped_after_all(small: Client, tmp_path: Path) -> None:
-    """What the error about a bad line advises works: nothing that was embedded is lost."""
+def test_run_that_failed_on_a_bad_line_resumes_with_skip(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, documents(2_000))
     with source.open("a") as lines:
@@ -398,8 +386,9 @@ def test_bad_line_may_be_skipped_after_all(small: Client, tmp_path: Path) -> Non
     assert np.array_equal(vectors(output), expected(documents(2_000)))
 
 
-def test_foreign_file_is_not_overwritten(small: Client, source: Path, tmp_path: Path) -> None:
-    """A file that no run of ours made is refused, and replaced only by --restart."""
+def test_file_of_another_program_is_not_overwritten(
+    small: Client, source: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.npy"
     output.write_bytes(b"precious")
 
@@ -410,18 +399,17 @@ def test_foreign_file_is_not_overwritten(small: Client, source: Path, tmp_path: 
     assert embed(small, source, output, restart=True).total == 200
 
 
-def test_second_command_on_an_output_is_refused(
+def test_concurrent_command_for_an_output_is_refused(
     slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """Two runs never write one output, whatever the second wants; the first is not disturbed."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(LONG))
     output = tmp_path / "out.npy"
     first = start(slow_redis, "embed", source, "-o", output)
     wait_for(lambda: safe_rows(output), "the first run to save rows")
 
-    wishes: list[dict[str, Any]] = [{}, {"restart": True}, {"update": True}]
+    commands: list[dict[str, Any]] = [{}, {"restart": True}, {"update": True}]
     with Client(settings=slow_redis.settings(**SMALL)) as client:
-        for options in wishes:
+        for options in commands:
             with pytest.raises(InputError, match="another embedq is writing this output"):
                 embed(client, source, output, **options)
     code, _, stderr = finish(first)
@@ -431,17 +419,16 @@ def test_second_command_on_an_output_is_refused(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_command_says_how_to_go_on(
+def test_interrupted_command_names_the_next_step(
     number: signal.Signals, slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """Ctrl-C and SIGTERM end with 130 and one line; nothing is left behind, and it goes on."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(2_000))
     output = tmp_path / "out.npy"
-    child = start(slow_redis, "embed", source, "-o", output)
+    process = start(slow_redis, "embed", source, "-o", output)
     wait_for(lambda: safe_rows(output), "rows to be saved")
 
-    child.send_signal(number)
-    code, stdout, stderr = finish(child)
+    process.send_signal(number)
+    code, stdout, stderr = finish(process)
 
     assert (code, stdout) == (130, "")
     sentence = (
@@ -456,36 +443,35 @@ def test_interrupted_command_says_how_to_go_on(
     assert np.array_equal(vectors(output), expected(documents(2_000)))
 
 
-def test_restart_that_is_interrupted_before_it_begins_says_how_to_go_on(
+def test_restart_interrupted_before_its_first_batch_names_the_next_step(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """The old output is whole still: without --restart it would be called complete."""
+    """The old output is still complete, so the command must be repeated with --restart."""
     output = tmp_path / "out.npy"
     embed(small, source, output)
-    child = start(
+    process = start(
         shared_redis, "embed", source, "-o", output, "--restart", EMBEDQ_MODEL="not/there"
     )
-    assert child.stderr is not None
-    told = child.stderr.readline()  # it waits for a worker with that model
+    assert process.stderr is not None
+    notice = process.stderr.readline()  # it waits for a worker with that model
 
-    child.send_signal(signal.SIGINT)
-    code, _, stderr = finish(child)
+    process.send_signal(signal.SIGINT)
+    code, _, stderr = finish(process)
 
-    assert code == 130, told
+    assert code == 130, notice
     assert "are saved; the same command continues." in stderr
 
 
-def test_interrupted_restart_says_how_to_go_on(
+def test_interrupted_restart_names_the_command_without_restart(
     slow: WorkerProcess, slow_redis: RedisProcess, tmp_path: Path
 ) -> None:
-    """The same command would start over once more; without --restart it goes on."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(2_000))
     output = tmp_path / "out.npy"
-    child = start(slow_redis, "embed", source, "-o", output, "--restart")
+    process = start(slow_redis, "embed", source, "-o", output, "--restart")
     wait_for(lambda: safe_rows(output), "rows to be saved")
 
-    child.send_signal(signal.SIGINT)
-    code, _, stderr = finish(child)
+    process.send_signal(signal.SIGINT)
+    code, _, stderr = finish(process)
     saved = safe_rows(output)
     done = command(slow_redis, "embed", source, "-o", output)
 
@@ -494,10 +480,7 @@ def test_interrupted_restart_says_how_to_go_on(
     assert f"{saved:,} resumed" in done[1]
 
 
-def test_manifest_forgets_its_job_when_complete(
-    small: Client, source: Path, tmp_path: Path
-) -> None:
-    """A finished manifest names no job, so that no later run looks for one."""
+def test_complete_manifest_names_no_job(small: Client, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
 
     embed(small, source, output)

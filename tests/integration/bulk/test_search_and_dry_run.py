@@ -1,4 +1,4 @@
-"""`embedq search` and `embedq embed --dry-run`: right answers, and nothing written."""
+"""`embedq search` and `embedq embed --dry-run`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ from embedq.testing import stub_vectors
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Write two hundred documents."""
     return write_jsonl(tmp_path / "in.jsonl", documents(200))
 
 
-def test_search_finds_what_brute_force_finds(
+def test_search_agrees_with_brute_force(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """The command's top ten are those of a plain product over all rows, best first, by id."""
     output, query = tmp_path / "out.npy", "a question"
     embed(small, source, output)
     scores = vectors(output) @ stub_vectors([query])[0]
@@ -47,10 +45,9 @@ def test_search_finds_what_brute_force_finds(
     assert [hit["score"] for hit in hits] == pytest.approx(scores[best].tolist(), abs=1e-6)
 
 
-def test_search_finds_a_text_itself(
+def test_search_prints_scores_and_ids(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """Lines for a person: score and id, the text's own row first."""
     output = tmp_path / "out.npy"
     embed(small, source, output)
 
@@ -62,8 +59,7 @@ def test_search_finds_a_text_itself(
     assert len(second.split()) == 2
 
 
-def test_failed_rows_never_match(small: Client, tmp_path: Path) -> None:
-    """A row without a vector is not among the nearest, however many are asked for."""
+def test_search_skips_failed_rows(small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "\0"}, {"text": "b"}])
     output = tmp_path / "out.npy"
     embed(small, source, output)
@@ -73,23 +69,21 @@ def test_failed_rows_never_match(small: Client, tmp_path: Path) -> None:
     assert [hit.row for hit in hits] == [0, 2]
 
 
-def test_search_reads_more_than_one_chunk(
+def test_chunk_size_does_not_change_the_hits(
     small: Client, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows are compared in pieces of any size, with the same hits."""
     output = tmp_path / "out.npy"
     embed(small, source, output)
     query = stub_vectors(["a question"])[0]
-    whole = nearest_rows(output, query, 20)
+    expected = nearest_rows(output, query, 20)
 
     monkeypatch.setattr("embedq.bulk.search.CHUNK_ROWS", 7)
 
-    pieces = nearest_rows(output, query, 20)
-    assert [hit.id for hit in pieces] == [hit.id for hit in whole]
+    found = nearest_rows(output, query, 20)
+    assert [hit.id for hit in found] == [hit.id for hit in expected]
 
 
-def test_search_in_an_empty_output(small: Client, tmp_path: Path) -> None:
-    """No rows, no hits, no error."""
+def test_search_in_an_empty_output_finds_nothing(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     source.write_text("")
     embed(small, source, output)
@@ -97,10 +91,9 @@ def test_search_in_an_empty_output(small: Client, tmp_path: Path) -> None:
     assert nearest_rows(output, stub_vectors(["a"])[0], 5) == []
 
 
-def test_search_refuses_another_model(
+def test_search_refuses_vectors_of_another_model(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """Vectors of two models are never compared; both are named."""
     output = tmp_path / "out.npy"
     embed(small, source, output)
     manifest = Manifest.load(manifest_path(output))
@@ -114,10 +107,9 @@ def test_search_refuses_another_model(
     assert "was made with other/model (ffffffffffff); the worker serves stub" in stderr
 
 
-def test_search_refuses_what_is_no_finished_npy(
+def test_search_refuses_everything_but_a_complete_npy(
     small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """An unfinished output, another format, a stray file and no file: each with its reason."""
     part, lines, stray = tmp_path / "part.npy", tmp_path / "out.jsonl", tmp_path / "stray.npy"
     unfinished(small, source, part)
     embed(small, source, lines)
@@ -133,24 +125,22 @@ def test_search_refuses_what_is_no_finished_npy(
         load_manifest(tmp_path / "none.npy")
 
 
-@pytest.mark.parametrize("left", [0, 300, 5_000])
+@pytest.mark.parametrize("n_bytes", [0, 300, 5_000])
 @pytest.mark.parametrize("name", ["out.npy", "out.items.jsonl"])
-def test_search_refuses_what_was_cut(
-    name: str, left: int, small: Client, source: Path, tmp_path: Path
+def test_search_refuses_a_truncated_output(
+    name: str, n_bytes: int, small: Client, source: Path, tmp_path: Path
 ) -> None:
-    """An output or a sidecar that is not whole is one sentence with the next step."""
     output, path = tmp_path / "out.npy", tmp_path / name
     embed(small, source, output)
     n_rows = len(np.load(output))
-    path.write_bytes(path.read_bytes()[:left])
+    path.write_bytes(path.read_bytes()[:n_bytes])
 
     with pytest.raises(InputError, match=rf"{name}: lacks the format.*--restart"):
         nearest_rows(output, small.encode("a query"), n_rows)
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "x"])
-def test_search_refuses_a_senseless_number(top: str, tmp_path: Path) -> None:
-    """-k must be one or more; the option is named."""
+def test_search_refuses_an_invalid_number_of_hits(top: str, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from embedq.cli.main import cli
@@ -161,10 +151,9 @@ def test_search_refuses_a_senseless_number(top: str, tmp_path: Path) -> None:
     assert "'-k'" in result.output
 
 
-def test_dry_run_counts_exactly_and_writes_nothing(
+def test_dry_run_of_a_small_input_is_exact_and_writes_nothing(
     small: Client, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """Texts and bytes are exact, an input below the sample is known exactly, no file appears."""
     source = write_jsonl(source, [*documents(200), {"text": "word " * 300}, {"text": "\0"}])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -182,21 +171,18 @@ def test_dry_run_counts_exactly_and_writes_nothing(
 
 
 def prose() -> list[str]:
-    """Return the docstrings of a few packages that every Python has, a thousand or more."""
+    """Return the docstrings of packages of the standard library, a thousand or more."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     names = ("asyncio", "concurrent", "email", "http", "json", "logging", "multiprocessing")
     paths = sorted(path for name in names for path in (folder / name).rglob("*.py"))
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    workers = (worker for path in paths for worker in ast.walk(ast.parse(path.read_bytes())))
-    return [
-        doc
-        for worker in workers
-        if isinstance(worker, kinds) and (doc := ast.get_docstring(worker))
-    ]
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_bytes())))
+    return [doc for node in nodes if isinstance(node, kinds) and (doc := ast.get_docstring(node))]
 
 
-def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> None:
-    """From 256 docstrings of a thousand the tokens of all are known within ten percent."""
+def test_dry_run_estimates_tokens_of_prose_within_ten_percent(
+    small: Client, tmp_path: Path
+) -> None:
     texts = prose()
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts])
     tokens = sum(min(len(text.split()) + 2, 256) for text in texts)
@@ -209,10 +195,10 @@ def test_dry_run_guesses_tokens_of_real_prose(small: Client, tmp_path: Path) -> 
     assert found.redis_bytes > 0
 
 
-def test_dry_run_of_the_command(
+def test_dry_run_command_prints_the_estimate(
     worker: WorkerProcess, shared_redis: RedisProcess, source: Path, tmp_path: Path
 ) -> None:
-    """--dry-run prints the estimate, also of an empty input, and leaves the output alone."""
+    """An empty input is estimated as well; an existing output is not changed."""
     output, empty = tmp_path / "out.npy", tmp_path / "empty.txt"
     empty.write_text("")
     output.write_bytes(b"precious")
@@ -229,8 +215,7 @@ def test_dry_run_of_the_command(
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "empty.txt", "out.npy"}
 
 
-def test_search_sees_the_rows_of_an_update(small: Client, source: Path, tmp_path: Path) -> None:
-    """After an update, ids and vectors of a hit belong together."""
+def test_search_finds_rows_after_an_update(small: Client, source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npy"
     embed(small, source, output)
     write_jsonl(source, [{"id": "new", "text": "new"}, *documents(200)[50:]])

@@ -1,4 +1,4 @@
-"""--update: what is unchanged is kept byte for byte, the rest is embedded, the counts are right."""
+"""`--update` copies unchanged rows, embeds the others and counts both."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from embedq.bulk.writers import sidecar_path
 from embedq.errors import InputError
 from embedq.testing import stub_vectors
 
-#: Descriptor of the pipe that is an input; bash begins with it, too.
+#: File descriptor of an input pipe; the first that bash uses for `<(command)`.
 PIPE = 63
 
 
 def changed(before: Documents) -> tuple[Documents, dict[str, int]]:
-    """Return the documents with some new, changed and removed and all in another order."""
+    """Return other documents in another order, and how many are new, changed, removed and kept."""
     after = [document for at, document in enumerate(before) if at % 10]
     for document in after[::7]:
         document["text"] += " changed"
@@ -54,19 +54,11 @@ def changed(before: Documents) -> tuple[Documents, dict[str, int]]:
     return after, {**counts, "kept": len(after) - 13 - n_changed}
 
 
-def comparable(found: Documents) -> Documents:
-    """Make ids comparable: Parquet keeps them as text."""
-    return [{**item, "id": str(item["id"])} for item in found]
-
-
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_updated_output_is_that_of_a_fresh_run(
+def test_updated_output_equals_a_new_one(
     ending: str, small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
-    """New, changed, removed and reordered documents: rows and items equal those made from nothing.
-
-    Only new and changed texts reach a worker.
-    """
+    """Only new and changed texts are computed."""
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     source = write_jsonl(tmp_path / "in.jsonl", documents(300))
@@ -86,10 +78,9 @@ def test_updated_output_is_that_of_a_fresh_run(
     assert embed(small, source, output).resumed == len(after)  # a run without --update agrees
 
 
-def test_unchanged_rows_are_not_computed_again(
+def test_update_without_changes_computes_nothing(
     small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
-    """An update without changes embeds nothing and changes no byte."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(100))
     output = tmp_path / "out.npy"
     embed(small, source, output)
@@ -105,8 +96,7 @@ def test_unchanged_rows_are_not_computed_again(
     assert after.keys() == before.keys()
 
 
-def test_kept_vectors_are_the_old_bytes(small: Client, tmp_path: Path) -> None:
-    """A kept row is copied, not computed: a mark made in it by hand is still there."""
+def test_unchanged_vectors_are_copied(small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", documents(50))
     output = tmp_path / "out.npy"
     embed(small, source, output)
@@ -120,10 +110,10 @@ def test_kept_vectors_are_the_old_bytes(small: Client, tmp_path: Path) -> None:
     assert np.array_equal(vectors(output)[1:], marked)
 
 
-def test_lines_without_ids_are_known_by_their_text(
+def test_lines_without_ids_are_matched_by_text(
     small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
-    """A text that moved to another line is kept and has the number of its line as its id."""
+    """The id of a line is its new line number."""
     source, output = tmp_path / "in.txt", tmp_path / "out.npy"
     source.write_text("".join(f"line {i}\n" for i in range(100)))
     embed(small, source, output)
@@ -149,8 +139,8 @@ DUPLICATES: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize("name", DUPLICATES)
-def test_equal_lines_are_counted_one_by_one(name: str, small: Client, tmp_path: Path) -> None:
-    """Equal texts without ids are matched row by row, and share a row when there are too few."""
+def test_equal_lines_are_matched_row_by_row(name: str, small: Client, tmp_path: Path) -> None:
+    """Surplus lines share a row."""
     before, after, counts = DUPLICATES[name]
     source, output = tmp_path / "in.txt", tmp_path / "out.npy"
     source.write_text("".join(f"{line}\n" for line in before))
@@ -163,8 +153,7 @@ def test_equal_lines_are_counted_one_by_one(name: str, small: Client, tmp_path: 
     assert np.array_equal(vectors(output), stub_vectors(after))
 
 
-def test_documents_of_one_id_are_counted_one_by_one(small: Client, tmp_path: Path) -> None:
-    """An id that is there twice: each document has its own vector, and no count goes below zero."""
+def test_duplicate_ids_are_matched_document_by_document(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, [{"id": "a", "text": "one"}, {"id": "b", "text": "b"}])
     embed(small, source, output)
@@ -180,7 +169,6 @@ def test_documents_of_one_id_are_counted_one_by_one(small: Client, tmp_path: Pat
 
 
 def test_same_text_under_another_id_is_new(small: Client, tmp_path: Path) -> None:
-    """By id and text: a document that only looks like another is not taken for it."""
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, [{"id": 1, "text": "same"}])
     embed(small, source, output)
@@ -192,24 +180,24 @@ def test_same_text_under_another_id_is_new(small: Client, tmp_path: Path) -> Non
     assert [item["id"] for item in items(output)] == [2]
 
 
-def test_failed_text_is_tried_again(small: Client, tmp_path: Path) -> None:
-    """A row without a vector is never kept, and fails again if nothing mended it."""
+def test_update_retries_failed_texts(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, [{"id": "a", "text": "x\0y"}, {"id": "b", "text": "b\0"}])
     embed(small, source, output)
-    write_jsonl(source, [{"id": "a", "text": "mended"}, {"id": "b", "text": "b\0"}])
+    write_jsonl(source, [{"id": "a", "text": "fixed"}, {"id": "b", "text": "b\0"}])
 
     summary = embed(small, source, output, update=True)
 
     assert (summary.ok, summary.failed) == (1, 1)
     assert summary.updated == {"new": 0, "changed": 2, "kept": 0, "removed": 0}
-    assert np.array_equal(vectors(output)[:1], stub_vectors(["mended"]))
+    assert np.array_equal(vectors(output)[:1], stub_vectors(["fixed"]))
     assert np.isnan(vectors(output)[1]).all()
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_everything_may_go_and_come_back(ending: str, small: Client, tmp_path: Path) -> None:
-    """An output is updated to nothing, and from nothing to something."""
+def test_output_can_be_updated_to_empty_and_back(
+    ending: str, small: Client, tmp_path: Path
+) -> None:
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     source, output = tmp_path / "in.jsonl", tmp_path / f"out.{ending}"
@@ -229,8 +217,7 @@ def test_everything_may_go_and_come_back(ending: str, small: Client, tmp_path: P
     assert rows(output) == whole
 
 
-def test_ids_that_are_no_utf8_are_matched(small: Client, tmp_path: Path) -> None:
-    """Half of a surrogate pair in an id, or a byte that is no UTF-8, survives an update."""
+def test_ids_that_are_not_utf8_are_matched(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_jsonl(source, [{"id": "\ud800", "text": "a"}, {"id": "é🦀", "text": "b"}])
     embed(small, source, output)
@@ -241,8 +228,7 @@ def test_ids_that_are_no_utf8_are_matched(small: Client, tmp_path: Path) -> None
     assert [row["id"] for row in rows(output)] == ["\ud800", "é🦀"]
 
 
-def test_other_files_and_fields_may_be_given(small: Client, tmp_path: Path) -> None:
-    """The input may move: names of files and fields are not part of what is compared."""
+def test_update_accepts_other_files_and_fields(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, documents(40))
     embed(small, source, output)
@@ -276,7 +262,6 @@ def test_update_with_other_settings_is_refused(
     shared_redis: RedisProcess,
     tmp_path: Path,
 ) -> None:
-    """Vectors of two settings never meet in one output; it stays as it was."""
     source = write_jsonl(tmp_path / "in.jsonl", documents(20))
     output = tmp_path / "out.npy"
     embed(small, source, output)
@@ -291,8 +276,7 @@ def test_update_with_other_settings_is_refused(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_update_needs_a_finished_output(small: Client, tmp_path: Path) -> None:
-    """Without an output, or with an unfinished one, the next step is the command itself."""
+def test_update_without_a_complete_output_is_refused(small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", documents(100))
     output = tmp_path / "out.npy"
 
@@ -307,8 +291,7 @@ def test_update_needs_a_finished_output(small: Client, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
-def test_changed_output_is_refused(ending: str, small: Client, tmp_path: Path) -> None:
-    """An output that something else rewrote is not mixed with new rows."""
+def test_update_of_a_modified_output_is_refused(ending: str, small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", documents(5))
     output = tmp_path / f"out.{ending}"
     embed(small, source, output)
@@ -329,8 +312,7 @@ DAMAGE: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_sidecar_is_refused(name: str, small: Client, tmp_path: Path) -> None:
-    """Items that something else spoiled are one sentence with the next step."""
+def test_update_of_a_damaged_sidecar_is_refused(name: str, small: Client, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", documents(5))
     output = tmp_path / "out.npy"
     embed(small, source, output)
@@ -342,8 +324,7 @@ def test_damaged_sidecar_is_refused(name: str, small: Client, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("spare_kib", [60, 600, 1000])
-def test_update_on_a_full_disk_keeps_what_is_written(spare_kib: int, command: Command) -> None:
-    """Whatever it is that fills the disk, an update says so; with more space it goes on."""
+def test_update_on_a_full_disk_can_be_resumed(spare_kib: int, command: Command) -> None:
     disk = command.folder / "disk"
     disk.mkdir()
     source = command.write("in.txt", *(f"text {i}" for i in range(3000)))
@@ -354,7 +335,7 @@ def test_update_on_a_full_disk_keeps_what_is_written(spare_kib: int, command: Co
     size_kib = sum(path.stat().st_size for path in made) // 1024 + spare_kib
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib}k", "tmpfs", os.fspath(disk)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a disk of its own needs root and the right to mount")
+        pytest.skip("mounting a file system needs root")
     try:
         for path in made:
             shutil.copy(path, disk)
@@ -372,10 +353,9 @@ def test_update_on_a_full_disk_keeps_what_is_written(spare_kib: int, command: Co
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl"])
-def test_kill_between_any_two_steps_of_an_update_is_survived(
+def test_update_killed_before_any_file_operation_can_be_resumed(
     ending: str, small: Client, tmp_path: Path
 ) -> None:
-    """Old and new rows never mix, wherever an update is killed: run again, it is right."""
     before = write_jsonl(tmp_path / "before.jsonl", documents(40))
     after = write_jsonl(tmp_path / "after.jsonl", changed(documents(40))[0])
     whole, finished = tmp_path / f"whole.{ending}", tmp_path / "finished"
@@ -401,8 +381,7 @@ def test_kill_between_any_two_steps_of_an_update_is_survived(
     assert step > 20
 
 
-def test_killed_update_that_only_removes_is_survived(small: Client, tmp_path: Path) -> None:
-    """Without a text to embed, too, every kill leaves something that the same command ends."""
+def test_killed_update_that_only_removes_can_be_resumed(small: Client, tmp_path: Path) -> None:
     before = write_jsonl(tmp_path / "before.jsonl", documents(40))
     after = write_jsonl(tmp_path / "after.jsonl", documents(40)[::2])
     finished = tmp_path / "finished"
@@ -424,8 +403,8 @@ def test_killed_update_that_only_removes_is_survived(small: Client, tmp_path: Pa
     assert step > 20
 
 
-def test_killed_update_of_a_glob_is_survived(small: Client, tmp_path: Path) -> None:
-    """What a killed update leaves beside the output is no input of the next one."""
+def test_killed_update_of_a_glob_can_be_resumed(small: Client, tmp_path: Path) -> None:
+    """The glob does not match the files of the killed update."""
     finished = tmp_path / "finished"
     finished.mkdir()
     write_jsonl(finished / "a.jsonl", documents(40)[:20])
@@ -447,7 +426,7 @@ def test_killed_update_of_a_glob_is_survived(small: Client, tmp_path: Path) -> N
 
 
 def piped(text: str) -> Iterator[list[str]]:
-    """Yield the name of a pipe that holds a text, as `<(command)` gives one; always the same."""
+    """Yield the name of a pipe that contains a text, like that of `<(command)`; always the same."""
     source, sink = os.pipe()
     os.write(sink, text.encode())
     os.close(sink)
@@ -457,8 +436,10 @@ def piped(text: str) -> Iterator[list[str]]:
     os.close(PIPE)
 
 
-def test_killed_update_from_a_pipe_loses_nothing(small: Client, tmp_path: Path) -> None:
-    """What can be read only once is read once: the update is right, or refused and then right."""
+def test_killed_update_from_a_pipe_succeeds_or_asks_to_run_again(
+    small: Client, tmp_path: Path
+) -> None:
+    """A pipe can be read only once, so the first try after a kill may be refused."""
     source, finished = tmp_path / "in.txt", tmp_path / "finished"
     source.write_text("".join(f"line {i}\n" for i in range(60)))
     after = [f"line {i}" for i in range(10, 80)]
@@ -489,8 +470,8 @@ def test_killed_update_from_a_pipe_loses_nothing(small: Client, tmp_path: Path) 
     assert refused > 0
 
 
-def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: Path) -> None:
-    """After kill -9 in its middle an update embeds at most one window twice and leaves no trace."""
+def test_killed_update_resumes(redis: RedisProcess, short_dir: Path, tmp_path: Path) -> None:
+    """The kill repeats at most one window of batches and leaves no files."""
     before = write_jsonl(tmp_path / "before.jsonl", documents(500))
     after = [*documents(500)[::2], *({"id": f"n{i}", "text": f"new {i}"} for i in range(2000))]
     source = write_jsonl(tmp_path / "after.jsonl", after)
@@ -502,13 +483,13 @@ def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: P
             update = ("embed", source, "-o", output, "--update", "--json")
 
             delta = output.with_name("out.npy.update.npy")
-            safe = kill_at(start(redis, *update), delta, 500)
+            confirmed = kill_at(start(redis, *update), delta, 500)
             code, stdout, stderr = command(redis, *update)
 
             assert code == 0, stderr
             counts = {"new": 2000, "changed": 0, "kept": 250, "removed": 250}
             assert json.loads(stdout)["updated"] == counts
-            assert json.loads(stdout)["resumed"] == safe
+            assert json.loads(stdout)["resumed"] == confirmed
             assert 2000 <= work.texts() <= 2000 + SMALL["max_in_flight"] * SMALL["batch_texts"]
         wait_until_redis_is_empty(redis)
     assert np.array_equal(vectors(output), stub_vectors([d["text"] for d in after]))
@@ -519,8 +500,7 @@ def test_killed_update_goes_on(redis: RedisProcess, short_dir: Path, tmp_path: P
     }
 
 
-def test_update_keeps_the_count_of_bad_lines(small: Client, tmp_path: Path) -> None:
-    """Bad lines are counted in the manifest of an update as in that of a first run."""
+def test_update_counts_bad_lines(small: Client, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
     write_jsonl(source, documents(5))
     embed(small, source, output, skip_bad_lines=True)
