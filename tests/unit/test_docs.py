@@ -1,4 +1,4 @@
-"""README.md and docs/ agree with the code: tables, diagrams, links and file names.
+"""Tests that README.md and docs/ agree with the code: tables, diagrams, links and file names.
 
 `python tests/unit/test_docs.py` rewrites the generated tables and diagrams.
 """
@@ -86,14 +86,14 @@ def command_table(command: click.Command) -> str:
             shown = value_name(param)
         default = param.default
         has_default = isinstance(default, str | int | float) and not isinstance(default, bool)
-        given = (
+        shown_default = (
             f"`{default}`"
             if has_default and default != ""
             else "required"
             if param.required
             else ""
         )
-        lines.append(f"| `{shown}` | {given} | {meaning} |")
+        lines.append(f"| `{shown}` | {shown_default} | {meaning} |")
     return "\n".join(lines)
 
 
@@ -197,7 +197,7 @@ def codes_after(page: str, marker: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "marker"), GENERATED)
-def test_generated_block_is_what_the_code_says(page: str, marker: str) -> None:
+def test_generated_block_is_up_to_date(page: str, marker: str) -> None:
     assert block_after(read(page), marker) == GENERATED[page, marker]()
 
 
@@ -262,15 +262,14 @@ def test_relative_links_resolve(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_named_exist(page: Path) -> None:
-    """Paths in code marks that begin with a folder of the repository lead to something."""
+def test_named_files_exist(page: Path) -> None:
     names = re.findall(r"`((?:ops|tests|docs|producer|worker)/[\w./-]*\w)", page.read_text("utf-8"))
 
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_settings_named_exist(page: Path) -> None:
+def test_named_settings_exist(page: Path) -> None:
     if page.name == "CHANGELOG.md":
         return  # names old settings on purpose
     known = ProducerSettings.variables() | WorkerSettings.variables()
@@ -288,7 +287,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def rewrite() -> None:
-    """Write every generated block anew."""
+    """Write every generated block again."""
     for (page, marker), wanted in GENERATED.items():
         head, found, rest = read(page).partition(marker + "\n")
         assert found, f"{page}: no line {marker}"

@@ -1,4 +1,4 @@
-"""Imports go from heavy to light: who may load what, read from the source and seen in a process."""
+"""Tests of which packages and libraries each module may import."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WORKER = Path(embedq_worker.__file__).parent
 CHAOS = Path(__file__).parents[2] / "ops" / "chaos"
 #: What a producer must never load.
 HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "huggingface_hub")
-#: Package or module -> packages and modules of ours that it may import.
-WALLS: dict[str, str] = {
+#: Package or module -> packages and modules of this project that it may import.
+ALLOWED_IMPORTS: dict[str, str] = {
     "embedq.errors": "",
     "embedq.protocol": "embedq.errors",
     "embedq.settings": "embedq.errors embedq.protocol",
@@ -49,9 +49,8 @@ WALLS: dict[str, str] = {
     "embedq_worker.inference": "embedq.testing embedq_worker.engines embedq_worker.model "
     "embedq_worker.device embedq_worker.settings embedq_worker.files embedq_worker.errors",
     # Never engines or inference: an NPU context does not survive a fork. Celery's `include` makes
-    # the main process import pool_process.tasks all the same; what keeps the runtimes out of it is
-    # that factory.py and opener.py import them inside functions. test_engine_workers.py reads
-    # /proc/PID/maps.
+    # the main process import pool_process.tasks; it loads no runtime because factory.py and
+    # opener.py import runtimes inside functions. test_engine_workers.py reads /proc/PID/maps.
     "embedq_worker.main_process": "embedq.store embedq_worker.device embedq_worker.model "
     "embedq_worker.settings embedq_worker.files embedq_worker.process embedq_worker.errors "
     "embedq_worker.exit_codes",
@@ -66,7 +65,7 @@ WALLS: dict[str, str] = {
     "embedq_worker.__main__": "embedq_worker.cli embedq_worker.main_process",
 }
 #: What every module of the worker may import.
-OPEN_TO_WORKER = {"embedq.errors", "embedq.settings", "embedq.protocol"}
+ALLOWED_IN_WORKER = {"embedq.errors", "embedq.settings", "embedq.protocol"}
 #: Library -> the only files that may import it.
 LIBRARIES: dict[str, str] = {
     "celery": "jobs/publisher main_process/app main_process/bootsteps main_process/consumer "
@@ -100,8 +99,8 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
-def place_of(module: str) -> str:
-    """Return the sub-package, or the module beside the sub-packages, that a name lies in."""
+def package_of(module: str) -> str:
+    """Return the first two parts of a dotted name: a package, or a module beside the packages."""
     return ".".join(module.split(".")[:2])
 
 
@@ -123,22 +122,21 @@ def files_importing(package: str, folder: Path) -> set[str]:
     }
 
 
-def is_ours(name: str) -> bool:
-    """Tell the project's modules from libraries."""
+def is_project_module(name: str) -> bool:
     return name.partition(".")[0] in ("embedq", "embedq_worker")
 
 
 def loaded_after(code: str) -> set[str]:
     """Return the top-level packages in sys.modules after running code in a fresh process."""
     code = f"{code}\nimport sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         env=environment(),
         capture_output=True,
         text=True,
         check=True,
     )
-    return set(done.stdout.splitlines()[-1].split())
+    return set(completed.stdout.splitlines()[-1].split())
 
 
 def requirements(*extras: str) -> set[str]:
@@ -157,8 +155,7 @@ def requirements(*extras: str) -> set[str]:
     return found
 
 
-def test_who_computes_on_the_cpu_installs_no_openvino() -> None:
-    """The extra [cpu] and the SDK do without; [npu] brings it, and the reference beside it."""
+def test_extra_cpu_installs_no_openvino() -> None:
     assert "onnxruntime" in requirements("cpu")
     assert not {"openvino", "openvino-telemetry"} & requirements("cpu", "local", "parquet")
     assert not {"onnxruntime", "openvino", "onnx", "tokenizers"} & requirements()
@@ -167,44 +164,45 @@ def test_who_computes_on_the_cpu_installs_no_openvino() -> None:
 
 @pytest.mark.parametrize("package", HEAVY)
 def test_sdk_imports_nothing_heavy(package: str) -> None:
-    """No file of the SDK imports the worker or a runtime, not even inside a function."""
     assert files_importing(package, SDK) == set()
 
 
-@pytest.mark.parametrize("place", sorted(WALLS))
-def test_package_imports_only_what_its_wall_allows(place: str) -> None:
-    allowed = {place, *WALLS[place].split()}
-    if place.startswith("embedq_worker."):
-        allowed |= OPEN_TO_WORKER
+@pytest.mark.parametrize("package", sorted(ALLOWED_IMPORTS))
+def test_package_imports_only_what_is_allowed(package: str) -> None:
+    allowed = {package, *ALLOWED_IMPORTS[package].split()}
+    if package.startswith("embedq_worker."):
+        allowed |= ALLOWED_IN_WORKER
 
     found = {
-        place_of(name)
+        package_of(name)
         for module, path in sources().items()
-        if place_of(module) == place
+        if package_of(module) == package
         for name in imported_modules(path)
-        if is_ours(name) and "." in name
+        if is_project_module(name) and "." in name
     }
 
     assert found <= allowed
 
 
-def test_every_module_has_a_wall() -> None:
-    modules = {place_of(module) for module in sources()}
+def test_every_package_has_its_allowed_imports() -> None:
+    modules = {package_of(module) for module in sources()}
 
-    assert modules - {"embedq.__init__", "embedq_worker.__init__"} == set(WALLS)
+    assert modules - {"embedq.__init__", "embedq_worker.__init__"} == set(ALLOWED_IMPORTS)
 
 
-def test_no_package_imports_another_in_a_circle() -> None:
+def test_packages_have_no_import_cycle() -> None:
     order: list[str] = []
-    left = {place: set(allowed.split()) - {place} for place, allowed in WALLS.items()}
+    left = {
+        package: set(allowed.split()) - {package} for package, allowed in ALLOWED_IMPORTS.items()
+    }
     while left:
-        free = [place for place, needs in left.items() if not needs & set(left)]
-        assert free, f"a circle among {sorted(left)}"
+        free = [package for package, needs in left.items() if not needs & set(left)]
+        assert free, f"an import cycle among {sorted(left)}"
         order += free
-        left = {place: needs for place, needs in left.items() if place not in free}
+        left = {package: needs for package, needs in left.items() if package not in free}
 
 
-def test_no_file_imports_another_in_a_circle() -> None:
+def test_files_have_no_import_cycle() -> None:
     modules = {**sources(), **{f"ops.chaos.{path.stem}": path for path in CHAOS.glob("*.py")}}
     needs = {
         module: {
@@ -217,7 +215,7 @@ def test_no_file_imports_another_in_a_circle() -> None:
     }
     while needs:
         free = {module for module, wanted in needs.items() if not wanted & set(needs)}
-        assert free, f"a circle among {sorted(needs)}"
+        assert free, f"an import cycle among {sorted(needs)}"
         needs = {module: wanted for module, wanted in needs.items() if module not in free}
 
 
@@ -228,36 +226,33 @@ def test_library_is_imported_by_its_own_files_only(library: str) -> None:
     assert found == set(LIBRARIES[library].split())
 
 
-def test_init_files_only_hand_out_names() -> None:
-    """`import embedq.observability.exporter` loads neither Celery nor numpy, because of this."""
+def test_init_files_of_packages_hold_only_a_docstring() -> None:
+    # Therefore `import embedq.observability.exporter` loads neither Celery nor numpy.
     for folder in (SDK, WORKER):
         for path in folder.glob("*/__init__.py"):
             statements = ast.parse(path.read_text(encoding="utf-8")).body
             assert [type(statement) for statement in statements] == [ast.Expr], path
 
 
-def test_import_of_the_package_costs_next_to_nothing() -> None:
-    """`import embedq` alone loads neither Celery nor numpy."""
+def test_import_embedq_loads_neither_celery_nor_numpy() -> None:
     assert not loaded_after("import embedq") & {*HEAVY, "celery", "kombu", "numpy", "redis"}
 
 
 def test_client_loads_no_runtime() -> None:
-    """The SDK, ready to use, has loaded neither the worker nor a runtime."""
     loaded = loaded_after("import embedq; embedq.Client(broker_url='redis://127.0.0.1:1/0')")
 
     assert "celery" in loaded
     assert not loaded & set(HEAVY)
 
 
-def test_help_of_both_commands_loads_no_runtime() -> None:
-    """`--help` answers without Celery, numpy or a runtime."""
+def test_help_of_both_commands_loads_neither_runtime_nor_celery() -> None:
     for module in ("embedq.cli.main", "embedq_worker.cli.main"):
         loaded = loaded_after(f"from {module} import cli; cli(['--help'], standalone_mode=False)")
         assert not loaded & {*HEAVY[1:], "celery", "kombu"}, module
 
 
-def test_health_check_loads_the_standard_library_only() -> None:
-    """A container asks it every few seconds, so it answers without click, pydantic or msgpack."""
+def test_health_check_loads_only_the_standard_library() -> None:
+    # A container runs it every few seconds.
     code = (
         "from embedq_worker import __main__;"
         "from embedq_worker.main_process import liveness; liveness.main([])"
@@ -268,8 +263,7 @@ def test_health_check_loads_the_standard_library_only() -> None:
     assert not loaded & {*HEAVY[1:], "celery", "click", "msgpack", "numpy", "pydantic", "redis"}
 
 
-def test_exporter_loads_no_celery() -> None:
-    """The exporter reads Redis and speaks HTTP, and needs neither Celery nor numpy."""
+def test_exporter_loads_neither_celery_nor_numpy() -> None:
     loaded = loaded_after("import embedq.observability.exporter")
 
     assert not loaded & {*HEAVY, "celery", "kombu", "numpy"}
