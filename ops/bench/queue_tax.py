@@ -20,12 +20,12 @@ from harness import Table, by_precision, client_of, find_model, options, parsed,
 from embedq.local.fleet import LocalFleet
 from embedq.protocol.contract import Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
-from embedq_worker.engines.base import available_cores
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import available_cores
 
 FLOOR = 0.97
 

@@ -3,9 +3,8 @@
     ops/bench/roofline.py [--texts 1024] [--precisions f32 bf16] [--quick]
 
 The engine infers ready token batches, with as many callers as it likes. Only the work on real
-tokens counts: 24 times layers times width squared and 4 times layers, width and length, a token,
-less 6 times width squared where the first layer looks up; padding, embeddings, norms and GELU are
-not counted. The product is the fastest of several shapes,
+tokens counts: 24 times layers times width squared and 4 times layers, width and length, a token;
+padding, embeddings, norms and GELU are not counted. The product is the fastest of several shapes,
 through the same runtime in the same precision, in turn with the engine in the same run.
 """
 
@@ -23,13 +22,13 @@ from corpus import CORPORA
 from harness import Table, by_precision, find_model, in_turn, options, parsed, ratio, report
 
 from embedq.protocol.contract import Precision
-from embedq_worker.engines.base import Engine, TokenBatch, available_cores
+from embedq_worker.engines.base import Engine, TokenBatch
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.inference.embedder import build_groups
 from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET
 from embedq_worker.inference.tokenizer import Tokenizer
-from embedq_worker.model.bert import fits_table
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import available_cores
 
 FLOOR = 0.75
 #: Rows, inner and columns of the products: those of the model at its best, and larger ones.
@@ -42,8 +41,6 @@ def flops_of(lengths: np.ndarray, config: Mapping[str, Any]) -> float:
     """Add up the products that an encoder makes for texts of these lengths."""
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     linear = 2 * layers * (4 * width * width + 2 * width * config["intermediate_size"])
-    if fits_table(config):
-        linear -= 6 * width * width
     attention = 4 * layers * width
     return float((lengths * (linear + attention * lengths)).sum())
 

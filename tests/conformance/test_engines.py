@@ -16,12 +16,13 @@ from tests.support.npu_emulation import EngineProcess, RemoteEngine, target_of
 
 from embedq.protocol.contract import Device, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import AnyTokenizer, Engine, RowSpec, TokenBatch
 from embedq_worker.engines.factory import ENGINES, open_engine
 from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, InferFailed, ModelError
 from embedq_worker.inference import selftest
-from embedq_worker.inference.embedder import Embedder, Vectors
+from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.packing import build_padded, build_rows
 from embedq_worker.inference.planning import ChunkSchedule, plan_rows
 from embedq_worker.inference.tokenizer import Tokenizer

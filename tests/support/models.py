@@ -27,10 +27,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from embedq.settings import cache_home
+from embedq.settings import DEFAULT_MODEL, cache_home
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import DEFAULT_MODEL, Model, load_model, resolve
+from embedq_worker.model.resolve import Model, load_model, resolve
 from embedq_worker.model.sources import WHEEL_FOLDER
 
 Array = npt.NDArray[np.float32]

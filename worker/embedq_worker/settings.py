@@ -120,6 +120,13 @@ def contradictions(settings: WorkerSettings) -> Iterator[str]:
         )
 
 
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS has no affinity
+
+
 def default_lock_dir() -> Path:
     """Return a folder that all users of this machine share, as they share its devices."""
     system = Path("/run/lock")
@@ -403,8 +410,4 @@ class WorkerSettings(RedisSettings):
 
     def cores(self) -> int:
         """Return the number of cores the engine may use."""
-        if self.threads:
-            return self.threads
-        if hasattr(os, "sched_getaffinity"):
-            return len(os.sched_getaffinity(0))
-        return os.cpu_count() or 1
+        return self.threads or available_cores()

@@ -13,8 +13,8 @@ from tests.support.workers import stub_worker
 
 from embedq import Client
 from embedq.protocol.contract import Device, Outcome, Precision
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.openvino_runtime import CPU, Runtime
-from embedq_worker.inference.embedder import Vectors
 from embedq_worker.model.resolve import Model
 
 TEXTS = [" ".join(WORDS[i % 5 : i % 12]) + " x" * (i % 7) for i in range(60)]

@@ -24,6 +24,7 @@ from embedq.errors import InputError, SettingsError
 from embedq.jobs.batches import Document
 from embedq.protocol.contract import Accuracy, VectorSpec, refusal
 from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.model_cache import (
     NAME_LENGTH,
@@ -44,7 +45,6 @@ from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
 
-Vectors = npt.NDArray[np.float32]
 #: Receives lines of progress.
 Progress = Callable[[str], None]
 

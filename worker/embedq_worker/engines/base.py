@@ -6,7 +6,6 @@ library, so that packing and the stub engine need neither.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -222,13 +221,6 @@ class TokenBatch:
     def n_texts(self) -> int:
         """Count the texts in the batch."""
         return int(np.count_nonzero(self.members >= 0))
-
-
-def available_cores() -> int:
-    """Count the cores that this process may use; on macOS, all cores of the machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def round_up_to_simd(width: int) -> int:

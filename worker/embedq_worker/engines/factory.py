@@ -7,8 +7,9 @@ from typing import Final
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Precision
-from embedq_worker.engines.base import Engine, available_cores
+from embedq_worker.engines.base import Engine
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import available_cores
 
 __all__ = ["ENGINES", "Engine", "open_engine"]
 

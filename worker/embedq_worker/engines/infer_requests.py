@@ -17,12 +17,10 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
-
-Vectors = npt.NDArray[np.float32]
-
 
 #: Inputs that change with every token batch; ``segments`` is constant for a shape.
 CHANGING: Final = ("input_ids", "position_ids", "segment_ids")

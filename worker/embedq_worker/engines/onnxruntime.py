@@ -10,11 +10,12 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from embedq.protocol.contract import Device, Precision
-from embedq_worker.engines.base import RowSpec, TokenBatch, available_cores
+from embedq_worker.engines.base import RowSpec, TokenBatch
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import available_cores
 
 
 class OnnxRuntimeEngine:

@@ -120,7 +120,7 @@ def _compile(
         "ENABLE_CPU_PINNING": "NO",
     }
     properties = {key: value for key, value in wanted.items() if key in runtime.supported}
-    graph = build_graph(model, precompute_first_layer=True) if quantized is None else quantized
+    graph = build_graph(model) if quantized is None else quantized
     compiled = runtime.compile(graph, properties)
     found = compiled.get("INFERENCE_PRECISION_HINT")
     if found != hint:

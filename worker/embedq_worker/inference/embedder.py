@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from embedq.protocol.contract import Code, Device, OnLong, Status
 from embedq.protocol.message import EmbedBatch
-from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable
+from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable, Vectors
 from embedq_worker.engines.base import (
     AnyTokenizer,
     Engine,
@@ -92,9 +92,6 @@ class Canary:
                 f"{MIN_COSINE}. The device computes wrong vectors.",
                 FailureReason.WRONG_CANARY,
             )
-
-
-Vectors = npt.NDArray[np.float32]
 
 
 class RowSink(Protocol):

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from embedq.errors import EmbedqError
 from embedq.protocol.contract import Accuracy, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import Vectors
 from embedq_worker.inference.embedder import CANARY_TEXT, Embedder
 from embedq_worker.model.resolve import Model
 
@@ -56,9 +56,6 @@ GOLDEN: Final[Sequence[str]] = (
     _SENTENCE * 3,
     _SENTENCE * 40,
 )
-
-
-Vectors = npt.NDArray[np.float32]
 
 
 #: Largest deviation of a component in f32 between alone and in company, and from published

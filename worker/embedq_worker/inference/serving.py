@@ -10,10 +10,11 @@ from typing import Protocol
 
 from embedq.protocol.contract import Accuracy, Device, Precision
 from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import Vectors
 from embedq.protocol.worker import ModelInfo
 from embedq_worker.engines.base import Engine
 from embedq_worker.errors import NotQuantized
-from embedq_worker.inference.embedder import Embedder, Vectors
+from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.selection import CpuConfig
 from embedq_worker.inference.selftest import MIN_COSINES, Report
 

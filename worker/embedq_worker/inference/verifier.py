@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from embedq.protocol.contract import Accuracy
 from embedq.protocol.message import EmbedBatch
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import Engine
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.errors import EngineError, FailureReason, InferFailed, ModelError
@@ -44,9 +44,6 @@ from embedq_worker.model.resolve import Model
 from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
-
-
-Vectors = npt.NDArray[np.float32]
 
 
 #: Bytes of the checksum that a file begins with.

@@ -88,25 +88,13 @@ def _tensor(data: npt.NDArray[np.uint8], name: str, entry: Any) -> npt.NDArray[n
     return np.asarray(flat, np.float32).reshape(shape)
 
 
-#: Raised whenever the graph changes, so that compiled copies of an older one are not used.
-GRAPH_VERSION: Final = 1
-
-
 #: Operator set: the first with Gelu. Tested with onnxruntime 1.32 and OpenVINO 2026.4.
 OPSET: Final = 20
-
-
-#: Most bytes of the table by which the first layer looks up what it would multiply: enough for
-#: 30,522 words of 384 components (141 MB), and not for 250,000 words or 768 components.
-MAX_TABLE_BYTES: Final = 200 * 2**20
 
 
 #: Added to the score of a token of another text. Not -3.4e38: that is -inf in fp16 and bf16, and a
 #: row that is all padding becomes NaN. exp(-1e4) is already 0 in float32.
 MASK: Final = -1e4
-
-
-__all__ = ["GRAPH_VERSION", "OnnxModel", "adapt_onnx", "build_encoder", "build_graph"]
 
 
 Floats = npt.NDArray[np.float32]
@@ -115,46 +103,28 @@ Floats = npt.NDArray[np.float32]
 Tensors = dict[str, Floats]
 
 
-#: The graphs that somebody holds, by the model's identity and whether they look up.
-_held: WeakValueDictionary[tuple[str, bool], OnnxModel] = WeakValueDictionary()
+#: Graphs that an engine still uses, by the model's identity.
+_cache: WeakValueDictionary[str, OnnxModel] = WeakValueDictionary()
 
 
-_EMBEDDED_NORM: Final = "embeddings.LayerNorm"
-
-
-def build_graph(model: Model, *, precompute_first_layer: bool = False) -> OnnxModel:
-    """Build or adapt the graph of a model, or return it while an engine still reads its weights.
-
-    So the engines of two accuracy classes share their tables: the second opened in 0.15 s and
-    47 MB instead of 0.4 to 0.6 s and 268 MB (two Zen 4 cores, measured 2026-11-28).
-
-    Args:
-        model: its files.
-        look_up: take the first layer's queries, keys and values from a table by words where that
-            is not too large, and a device has the memory; else they are products, as everywhere.
+def build_graph(model: Model) -> OnnxModel:
+    """Build or adapt the graph of a model; engines of two accuracy classes share one graph.
 
     Raises:
         ModelError: the weights are damaged, or do not fit the configuration.
     """
-    key = (model.identity, precompute_first_layer)
-    graph = _held.get(key)
+    graph = _cache.get(model.identity)
     if graph is None:
-        graph = _held[key] = _build(model, precompute_first_layer)
+        graph = _cache[model.identity] = _build(model)
     return graph
 
 
-def _build(model: Model, precompute_first_layer: bool) -> OnnxModel:
+def _build(model: Model) -> OnnxModel:
     if not model.packable:
         return adapt_onnx(model.weights, model.pooling, model.normalize)
     tensors = load_tensors(model.weights)
     try:
-        return build_encoder(
-            tensors,
-            model.config,
-            model.pooling,
-            model.normalize,
-            precompute_first_layer=precompute_first_layer,
-        )
+        return build_encoder(tensors, model.config, model.pooling, model.normalize)
     except (KeyError, ValueError) as error:
         raise ModelError(
             f"{model.weights} does not fit its config.json: {error.args[0]}. "
@@ -163,12 +133,7 @@ def _build(model: Model, precompute_first_layer: bool) -> OnnxModel:
 
 
 def build_encoder(
-    tensors: Tensors,
-    config: Mapping[str, Any],
-    pooling: str,
-    normalize: bool,
-    *,
-    precompute_first_layer: bool = False,
+    tensors: Tensors, config: Mapping[str, Any], pooling: str, normalize: bool
 ) -> OnnxModel:
     """Build a BERT encoder with pooling and normalization inside.
 
@@ -177,7 +142,6 @@ def build_encoder(
         config: as Model.config.
         pooling: ``mean`` or ``cls``.
         normalize: scale vectors to unit length.
-        look_up: as for build_graph.
 
     Raises:
         KeyError, ValueError: a tensor is missing, or has the wrong shape.
@@ -186,26 +150,15 @@ def build_encoder(
     """
     g = OnnxBuilder(OPSET)
     w = _Weights(tensors, config)
-    embedded = _embed(g, w)  # [B, T, D]
-    hidden = _layer_norm(g, w, _EMBEDDED_NORM, embedded)
+    hidden = _layer_norm(g, w, "embeddings.LayerNorm", _embed(g, w))  # [B, T, D]
     mask = _attention_mask(g)  # [B, 1, T, T]
-    precompute_first_layer = precompute_first_layer and fits_table(config)
     for layer in range(config["num_hidden_layers"]):
         name = f"encoder.layer.{layer}."
-        if precompute_first_layer and layer == 0:
-            merged = _precomputed_first_layer(g, w, name, embedded)
-        else:
-            weight, bias = _merged_weights(w, name)
-            merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
+        weight, bias = _merged_weights(w, name)
+        merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
         hidden = _layer(g, w, name, hidden, _attend(g, w, name, merged, mask))
     pool(g, hidden, pooling, normalize)  # [B, T, D] -> [B, S, D]
     return g.graph(w.dim)
-
-
-def fits_table(config: Mapping[str, Any]) -> bool:
-    """Say whether the first layer may look up what it would multiply."""
-    table_bytes: int = 3 * 4 * config["hidden_size"] * config["vocab_size"]
-    return table_bytes <= MAX_TABLE_BYTES
 
 
 class _Weights:
@@ -237,48 +190,14 @@ class _Weights:
 
 def _embed(g: OnnxBuilder, w: _Weights) -> str:
     """Look up and sum the embeddings, [B, T] -> [B, T, D]."""
-    words, places = _embeddings(w)
-    word = g.op("Gather", g.constant(words), "input_ids")
-    return g.op("Add", word, g.op("Gather", g.constant(places), "position_ids"))
-
-
-def _embeddings(w: _Weights) -> tuple[Floats, Floats]:
-    """Return the embeddings of words and of places."""
-    config = w.config
-    words = w.get("embeddings.word_embeddings.weight", config["vocab_size"], w.dim)
-    places = w.get(
-        "embeddings.position_embeddings.weight", config["max_position_embeddings"], w.dim
+    words = w.get("embeddings.word_embeddings.weight", w.config["vocab_size"], w.dim)
+    positions = w.get(
+        "embeddings.position_embeddings.weight", w.config["max_position_embeddings"], w.dim
     )
-    # Every token is of type 0, so its embedding is added to each position once and for all.
+    # Every token is of type 0, so the embedding of that type is added to every position here.
     types = w.get("embeddings.token_type_embeddings.weight", -1, w.dim)
-    return words, places + types[0]
-
-
-def _precomputed_first_layer(g: OnnxBuilder, w: _Weights, name: str, embedded: str) -> str:
-    """Take the first layer's queries, keys and values from tables, [B, T] -> [B, T, 3D].
-
-    What this layer multiplies is LayerNorm(word + place). All of it but the division by a token's
-    deviation is linear, so that the products of every word and of every place are made here, once.
-    It saves 4 % of the products of six layers: 1.02 to 1.04 times the speed for titles, docstrings
-    and long chunks, in f32 and in bf16 (two Zen 4 cores, measured 2026-11-28), for 141 MB and 0.2 s
-    of a start.
-    """
-    words, places = _embeddings(w)
-    scale, shift = (w.get(f"{_EMBEDDED_NORM}.{part}", w.dim) for part in ("weight", "bias"))
-    weight, bias = _merged_weights(w, name)
-    scaled = scale[:, None] * weight
-    scaled -= scaled.mean(axis=0)  # LayerNorm takes the mean off its input
-    word = g.op("Gather", g.constant(words @ scaled), "input_ids")
-    place = g.op("Gather", g.constant(places @ scaled), "position_ids")
-    centred = g.op("Sub", embedded, _mean(g, embedded))
-    variance = _mean(g, g.op("Mul", centred, centred))
-    deviation = g.op("Sqrt", g.op("Add", variance, g.constant(w.config["layer_norm_eps"])))
-    product = g.op("Mul", g.op("Add", word, place), g.op("Reciprocal", deviation))
-    return g.op("Add", product, g.constant(shift @ weight + bias))
-
-
-def _mean(g: OnnxBuilder, value: str) -> str:
-    return g.op("ReduceMean", value, g.constant([-1], np.int64), keepdims=1)
+    word = g.op("Gather", g.constant(words), "input_ids")
+    return g.op("Add", word, g.op("Gather", g.constant(positions + types[0]), "position_ids"))
 
 
 def _attention_mask(g: OnnxBuilder) -> str:

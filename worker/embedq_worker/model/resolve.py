@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedq.protocol.worker import ModelInfo
+from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import sources
 from embedq_worker.model.config import ModelConfig, load_json, read_architecture, read_model_config
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
-#: The model everyone starts with.
-DEFAULT_MODEL: Final = "sentence-transformers/all-MiniLM-L6-v2"
-
-
-#: The commit of it that we tested.
+#: Commit of the default model that embedq is tested with.
 DEFAULT_REVISION: Final = "8b3219a92973c328a8e22fadcfa821b5dc75636a"
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from embedq_worker.engines import compiler as loading
-from embedq_worker.engines import model_cache
 from embedq_worker.engines.base import RowSpec
 from embedq_worker.engines.compiler import (
     CompiledModelLoader,
@@ -132,8 +131,3 @@ def test_missing_npu_error_lists_the_available_devices(model: Model, tmp_path: P
 
     with pytest.raises(NoDevice, match="CPU"):
         open_npu(model, NpuOptions(DeviceTarget()), tmp_path)
-
-
-def test_cache_uses_the_version_of_the_graph() -> None:
-    # The cache repeats the number because importing model.bert would load onnx.
-    assert model_cache.GRAPH_VERSION == bert.GRAPH_VERSION

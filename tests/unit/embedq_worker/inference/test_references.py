@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from tests.support.models import tiny_model
 
+from embedq.protocol.values import Vectors
 from embedq_worker.inference import verifier
 from embedq_worker.inference.selftest import GOLDEN
-from embedq_worker.inference.verifier import Vectors
 from embedq_worker.model.resolve import Model
 
 

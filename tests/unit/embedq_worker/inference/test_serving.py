@@ -10,10 +10,10 @@ import pytest
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Precision
+from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import TokenBatch
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, EngineError, FailureReason
-from embedq_worker.inference.embedder import Vectors
 from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.selection import Candidate, TuningCache
 from embedq_worker.inference.serving import EngineSet

@@ -300,21 +300,6 @@ def test_damaged_quantized_model_is_refused(tmp_path: Path, damaged: bytes) -> N
         OpenVinoCpuEngine(tiny_model(tmp_path), Precision.INT8, threads=1, quantized=damaged)
 
 
-def test_first_layer_becomes_a_lookup_only_within_the_table_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model(tmp_path)
-
-    def products() -> int:
-        weights = build_graph(model, precompute_first_layer=True).weights.values()
-        return sum(weight.shape == (32, 96) for weight in weights)
-
-    assert products() == 1
-    bytes_of_table = 4 * TINY["vocab_size"] * 96
-    monkeypatch.setattr("embedq_worker.model.bert.MAX_TABLE_BYTES", bytes_of_table - 1)
-    assert products() == 2
-
-
 def test_gelu_is_the_erf_form(tmp_path: Path) -> None:
     x = 2.0
     exact = x * 0.5 * (1 + math.erf(x / math.sqrt(2)))

@@ -16,11 +16,12 @@ import pytest
 from huggingface_hub import constants
 from tests.support.models import write_tiny
 
+from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model import sources
-from embedq_worker.model.resolve import DEFAULT_MODEL, DEFAULT_REVISION, PINNED
+from embedq_worker.model.resolve import DEFAULT_REVISION, PINNED
 from embedq_worker.model.sources import WHEEL_FOLDER
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
