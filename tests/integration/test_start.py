@@ -108,7 +108,7 @@ def test_crash_loop_keeps_the_worker_off(redis: RedisProcess, short_dir: Path) -
         assert worker.process.wait(DEADLINE_S) == exit_codes.CRASH_LOOP
     finally:
         worker.stop()
-    assert len(worker.lines("worker_crash_loop", "deaths=5")) == 1
+    assert len(worker.lines("worker_crash_loop", "crashes=5")) == 1
 
 
 def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path) -> None:
@@ -374,7 +374,7 @@ def test_all_without_an_npu_is_one_worker_on_the_cpu(
         )
     try:
         wait_for(lambda: "serving worker=both-cpu" in log_path.read_text(), "the worker on the CPU")
-        wait_for(lambda: "node_ended worker=npu exit_code=6" in log_path.read_text(), "the other")
+        wait_for(lambda: "worker_ended worker=npu exit_code=6" in log_path.read_text(), "the other")
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0

@@ -69,7 +69,8 @@ ALLOWED_IN_WORKER = {"embedq.errors", "embedq.settings", "embedq.protocol"}
 #: Library -> the only files that may import it.
 LIBRARIES: dict[str, str] = {
     "celery": "jobs/publisher main_process/app main_process/bootsteps main_process/consumer "
-    "main_process/rerouting pool_process/process pool_process/commit",
+    "main_process/rerouting pool_process/process pool_process/commit "
+    "pool_process/tasks",
     "kombu": "jobs/publisher main_process/app main_process/transport",
     "openvino": "engines/openvino_runtime",
     "onnxruntime": "engines/onnxruntime",

@@ -1,13 +1,12 @@
-"""Keep a worker running: start it, start it again when it crashes, pass signals on.
+"""Start a worker's main process, restart it when it crashes, and forward signals to it.
 
-The worker is a fork of this process, which has imported next to nothing: it costs no second start
-of Python, and every restart begins as fresh as the first. The worker leads a process group of its
-own, so that Ctrl-C reaches it once, through here, and what it leaves behind can be ended as a
-whole.
+The main process is a fork of this one, which imports almost nothing, so a restart is as clean as
+the first start. It leads its own process group: Ctrl-C reaches it once, through the supervisor, and
+what it leaves behind is killed as a whole.
 
-    supervisor          10 MB; reaps everything, also as process 1 of a container
-    └─ worker             Celery's parent; the kernel kills it when the supervisor dies
-       └─ child         owns the device; the kernel kills it when the worker dies
+    supervisor          10 MB; reaps every process, also as process 1 of a container
+    └─ main process     Celery; the kernel kills it when the supervisor dies
+       └─ pool process  owns the device; the kernel kills it when the main process dies
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from collections.abc import Callable
 
 from embedq_worker import exit_codes
 
-#: A worker that died this often within this many seconds is in a crash loop.
+#: Crashes within a period, seconds, that are a crash loop.
 CRASHES, WINDOW_S = 5, 60.0
 
-
-#: First and longest pause before a worker is started again, in seconds.
+#: First and longest delay before a restart, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
-
-#: Signals that end a worker in good order, and what the worker gets for each.
+#: Signals that stop a worker -> the signal that the main process gets.
 STOPS = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGTERM,
@@ -38,32 +35,32 @@ STOPS = {
 }
 
 
-#: Both ends of a pipe whose end tells a worker that the supervisor died; on Linux the kernel tells.
+#: Both ends of a pipe that closes when the supervisor dies; empty on Linux, where the kernel kills
+#: the main process.
 _parent_pipe: list[int] = []
 
-
-#: Runs a worker with these further arguments in the process of its own; never returns.
+#: Runs the main process with these additional arguments; never returns.
 Run = Callable[[list[str]], object]
 
 
 class SupervisedProcess:
-    """One worker and what became of it."""
+    """The main process of one worker."""
 
     def __init__(self, run: Run, arguments: tuple[str, ...] = ()) -> None:
         self._run = run
         self._arguments = arguments
-        self._deaths: list[float] = []
+        self._crashes: list[float] = []
         self._starts = 0
-        self._off = False
+        self._npu_off = False
         self.name = arguments[-1] if arguments else "worker"
         self.pid = 0
         self.due_at = 0.0
         self.code: int | None = None
 
     def start(self) -> None:
-        """Fork the worker."""
+        """Fork the main process."""
         arguments = [*self._arguments, "--attempt", str(self._starts)]
-        if self._off:
+        if self._npu_off:
             arguments += ["--npu-off"]
         self._starts += 1
         supervisor = os.getpid()
@@ -72,40 +69,40 @@ class SupervisedProcess:
             _become_worker(supervisor)
             self._run(arguments)
             os._exit(exit_codes.FAILURE)  # a run that returns must not become a second supervisor
-        _quietly(os.setpgid, self.pid, self.pid)  # in the worker too: whoever is first
+        _quietly(os.setpgid, self.pid, self.pid)  # in both processes, as either may run first
 
     def send(self, number: int) -> None:
-        """Pass a signal on to the worker."""
+        """Forward a signal."""
         if self.pid:
             _quietly(os.kill, self.pid, number)
 
     def ended(self, status: int, stopping: bool) -> None:
-        """Take note of the worker's end, and decide whether it starts again."""
-        _quietly(os.killpg, self.pid, signal.SIGKILL)  # what it left behind
+        """Handle the exit of the process, and decide whether it is restarted."""
+        _quietly(os.killpg, self.pid, signal.SIGKILL)  # the rest of its process group
         self.pid = 0
         code = os.waitstatus_to_exitcode(status)
         if stopping:
-            asked = code in (-signal.SIGTERM, -signal.SIGINT)  # before it could handle them
-            self.code = exit_codes.OK if asked else code if code >= 0 else 128 - code
+            by_signal = code in (-signal.SIGTERM, -signal.SIGINT)  # before its handlers were set
+            self.code = exit_codes.OK if by_signal else code if code >= 0 else 128 - code
         elif code == exit_codes.CRASH_LOOP:
             self._without_npu(code)
         elif code in exit_codes.FINAL:
             self.code = code
-            if code and self.name != "worker":  # the other part may go on for days
-                _log("ERROR", f"node_ended worker={self.name} exit_code={code}")
+            if code and self.name != "worker":  # the other worker of --all may run on
+                _log("ERROR", f"worker_ended worker={self.name} exit_code={code}")
         else:
             self._crashed(code)
 
     def _crashed(self, code: int) -> None:
         now = time.monotonic()
-        self._deaths = [at for at in self._deaths if now - at < WINDOW_S] + [now]
-        deaths = len(self._deaths)
+        self._crashes = [at for at in self._crashes if now - at < WINDOW_S] + [now]
+        crashes = len(self._crashes)
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if deaths >= CRASHES:
-            _log("ERROR", f"worker_crash_loop worker={self.name} deaths={deaths} last={why!r}")
+        if crashes >= CRASHES:
+            _log("ERROR", f"worker_crash_loop worker={self.name} crashes={crashes} last={why!r}")
             self._without_npu(exit_codes.CRASH_LOOP)
             return
-        pause_s = min(FIRST_PAUSE_S * 2 ** (deaths - 1), LONGEST_PAUSE_S)
+        pause_s = min(FIRST_PAUSE_S * 2 ** (crashes - 1), LONGEST_PAUSE_S)
         self.due_at = now + pause_s
         _log(
             "WARNING",
@@ -113,14 +110,18 @@ class SupervisedProcess:
         )
 
     def _without_npu(self, code: int) -> None:
-        """Start once more on the CPU; the worker itself refuses if it has no NPU or is strict."""
-        if self._off:
+        """Restart on the CPU once; a worker without an NPU, or a strict one, then exits."""
+        if self._npu_off:
             self.code = code
-        self._off, self._deaths, self.due_at = True, [], 0.0
+        self._npu_off, self._crashes, self.due_at = True, [], 0.0
 
 
 def supervise(workers: list[SupervisedProcess]) -> int:
-    """Run workers until they have ended for good; return the exit code of the one that decides."""
+    """Run workers until none is to be restarted.
+
+    Returns:
+        The first exit code that is not 0, of the workers that ran when the first signal arrived.
+    """
     wakeup = _signals_as_bytes()
     if sys.platform != "linux":
         _parent_pipe.extend(os.pipe())
@@ -132,10 +133,10 @@ def supervise(workers: list[SupervisedProcess]) -> int:
                 worker.start()
         for number in _wait(wakeup, workers):
             if number in STOPS:
-                if not stopping:  # one that had ended before is no news now
+                if not stopping:
                     deciding = [worker for worker in workers if worker.code is None]
                 stopping += 1
-                # Celery's own rule: once ends in good order, twice ends now.
+                # As in Celery: the first Ctrl-C is a warm shutdown, the second a cold one.
                 again = number == signal.SIGINT and stopping > 1
                 _stop(workers, signal.SIGQUIT if again else STOPS[signal.Signals(number)])
             elif number == signal.SIGUSR1:
@@ -148,12 +149,12 @@ def supervise(workers: list[SupervisedProcess]) -> int:
 def _stop(workers: list[SupervisedProcess], number: int) -> None:
     for worker in workers:
         if not worker.pid and worker.code is None:
-            worker.code = exit_codes.OK  # it was waiting for its restart, with nothing in hand
+            worker.code = exit_codes.OK  # it was waiting for its restart and holds no batch
         worker.send(number)
 
 
 def _wait(wakeup: int, workers: list[SupervisedProcess]) -> bytes:
-    """Sleep until a signal comes or a worker is due; return the signals."""
+    """Sleep until a signal arrives or a restart is due; return the signals."""
     due = [worker.due_at for worker in workers if worker.code is None and not worker.pid]
     timeout_s = max(0.0, min(due) - time.monotonic()) if due else None
     ready, _, _ = select.select([wakeup], [], [], timeout_s)
@@ -161,7 +162,7 @@ def _wait(wakeup: int, workers: list[SupervisedProcess]) -> bytes:
 
 
 def _reap(workers: list[SupervisedProcess], stopping: bool) -> None:
-    """Take the status of every process that ended, also of orphans that process 1 inherits."""
+    """Reap every process that ended, including orphans that process 1 inherits."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -175,7 +176,7 @@ def _reap(workers: list[SupervisedProcess], stopping: bool) -> None:
 
 
 def _signals_as_bytes() -> int:
-    """Turn signals into bytes on a pipe, and return the end to read."""
+    """Write signals as bytes into a pipe; return its read end."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -185,25 +186,27 @@ def _signals_as_bytes() -> int:
 
 
 def _become_worker(supervisor: int) -> None:
-    """Undo what makes a supervisor, and arrange to die with it."""
+    """Reset signals and process group, and arrange to die with the supervisor."""
     signal.set_wakeup_fd(-1)
     for number in (*STOPS, signal.SIGCHLD, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setpgid(0, 0)
     if _parent_pipe:
-        _die_at_its_end(*_parent_pipe)
+        _die_when_closed(*_parent_pipe)
     else:
-        from embedq_worker.process import die_with_parent  # here: the supervisor does without
+        from embedq_worker.process import (
+            die_with_parent,
+        )  # imported here to keep the supervisor small
 
         die_with_parent()
     if os.getppid() != supervisor:  # it died before the line above
         os._exit(exit_codes.FAILURE)
 
 
-def _die_at_its_end(reader: int, writer: int) -> None:
-    """Kill this group when the supervisor's end of the pipe closes, where no kernel does it."""
-    import threading  # here: the supervisor does without
+def _die_when_closed(reader: int, writer: int) -> None:
+    """Kill this process group when the supervisor's end of the pipe closes."""
+    import threading  # imported here to keep the supervisor small
 
     def watch() -> None:
         os.read(reader, 1)
@@ -221,7 +224,7 @@ def _quietly(call: Callable[[int, int], None], pid: int, value: int) -> None:
 
 
 def _log(level: str, event: str) -> None:
-    """Log as embedq_worker.process does; the logging package would double this process."""
+    """Log in the format of embedq_worker.process; importing logging would double this process."""
     now = time.time()
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
     os.write(2, f"{at},{int(now * 1000) % 1000:03d} {level} {os.getpid()} {event}\n".encode())

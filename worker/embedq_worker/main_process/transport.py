@@ -1,14 +1,13 @@
-"""Kombu transport that validates messages.
+"""Kombu's Redis transport with validation: no message in a queue can stop a worker.
 
-What may be handed to Celery at all: pure checks on the bytes of a message.
+Kombu parses a message right after it is popped, and an exception there ends the worker's event
+loop. This transport validates each message first. It drops an invalid one and logs its size and
+digest, never its content.
 
-Celery and kombu take the shape of a message for granted, in the process that serves all others.
-
-Kombu's Redis transport, hardened: nothing that lies in a queue can stop a worker.
-
-Kombu parses what it pops before anybody may look at it, and an exception there ends the worker's
-event loop. Here every pop from a queue of batches is checked first; what is not a message of ours
-is dropped with a line in the log that gives its size and digest, never its content.
+It overrides private methods of kombu and redis-py: `_brpop_read`, `_size`, `_put`,
+`_handle_message`, `_get_client`, `_remove_from_indices` and `BaseParser.EXCEPTION_CLASSES`.
+pyproject.toml bounds both libraries for that reason. `main_process/consumer.py` overrides two more,
+`Connection._ensure_connection` and the pool's `did_start_ok`.
 """
 
 from __future__ import annotations
@@ -31,28 +30,27 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from embedq.protocol.contract import MAX_RAW_BYTES, TASK_NAME, Queue
 
-#: Most bytes of one message in Redis: the largest batch, incompressible, in base64, and headers.
-MAX_MESSAGE_BYTES: Final = MAX_RAW_BYTES * 4 // 3 + 256 * 1024
+log = logging.getLogger(__name__)
 
+#: Largest message in Redis, bytes: the largest batch, incompressible, in base64, and headers.
+MAX_MESSAGE_BYTES: Final = MAX_RAW_BYTES * 4 // 3 + 256 * 1024
 
 #: The only serializer a batch may use.
 CONTENT_TYPE: Final = "application/x-msgpack"
 
-
-#: Most characters of a name or an id.
+#: Longest name or id, characters.
 MAX_NAME: Final = 256
 
-
-#: Most levels of maps and lists in a message; ours have three. One of 750 was read here and could
-#: not be pickled for the child: it ended every worker, one after the other (measured 2026-11-28).
+#: Deepest nesting of maps and lists; embedq's messages have three levels. A message of 750 can be
+#: parsed, but not pickled for the pool process, and would end one worker after another.
 MAX_LEVELS: Final = 8
 
 
 def validate_message(raw: bytes) -> str | None:
-    """Say why bytes of a queue are not a message of ours, or None if they are.
+    """Return why a message of a queue is not a valid batch, or None if it is.
 
-    Checks everything that kombu and Celery rely on before the task itself runs. The answer quotes
-    nothing of the message.
+    Checks everything that kombu and Celery rely on before the task runs. The reason quotes nothing
+    of the message.
     """
     if len(raw) > MAX_MESSAGE_BYTES:
         return f"it is larger than {MAX_MESSAGE_BYTES:,} bytes"
@@ -71,9 +69,9 @@ def validate_message(raw: bytes) -> str | None:
 
 
 def validate_broadcast(raw: bytes) -> str | None:
-    """Say why bytes that were published to all workers are not remote control, or None if they are.
+    """Return why a message to all workers is not a valid remote control command, or None.
 
-    Kombu looks for these parts in the event loop of each worker.
+    Kombu reads these parts in the event loop of each worker.
     """
     try:
         message = json.loads(raw)
@@ -126,7 +124,7 @@ def _headers(headers: Mapping[str, Any]) -> str | None:
 def _body(body: str) -> str | None:
     try:
         payload = msgpack.unpackb(binascii.a2b_base64(body, strict_mode=True))
-    # kombu reads the body again with the same limits, so what passes here passes there.
+    # kombu decodes the body again with the same limits.
     except (ValueError, binascii.Error, msgpack.UnpackException, RecursionError):
         return "its body is not msgpack in base64"
     if not isinstance(payload, list) or len(payload) != 3:
@@ -147,7 +145,7 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    # Redis takes no lone surrogate, which JSON can hold and nobody can print.
+    # JSON may contain a lone surrogate, which redis-py cannot encode.
     return isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
 
 
@@ -163,49 +161,42 @@ def _is_absent(value: object) -> bool:
     return not value
 
 
-#: Headers that Celery acts upon, and what embedq lets them be.
+#: Headers that Celery acts upon -> whether a value is allowed.
 _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     **dict.fromkeys(("root_id", "parent_id", "origin", "lang", "shadow"), _is_name_or_none),
     **dict.fromkeys(("argsrepr", "kwargsrepr"), _is_name_or_none),
     **dict.fromkeys(("retries", "replaced_task_nesting"), _is_count),
     **dict.fromkeys(("chain", "callbacks", "errbacks", "chord"), _is_absent),
     **dict.fromkeys(("group", "group_index"), _is_absent),
-    # A batch waits in its queue and nowhere else: an eta would park it in a worker's hand.
+    # A batch waits in its queue only: with an eta a worker would hold it until then.
     **dict.fromkeys(("eta", "expires", "stamps", "stamped_headers"), _is_absent),
     "timelimit": lambda value: value in (None, [None, None]),
     "ignore_result": lambda value: value is True,
 }
 
 
-log = logging.getLogger(__name__)
+#: Redis lists that hold batches; kombu adds a suffix for each priority but the first.
+_BATCH_QUEUES: Final = frozenset(str(queue).encode() for queue in Queue)
+_PRIORITY_SEPARATOR: Final = b"\x06\x16"
 
-
-#: The lists of Redis that carry batches; kombu adds a suffix for each priority but the first.
-_BATCHES: Final = frozenset(str(queue).encode() for queue in Queue)
-
-
-_PRIORITY: Final = b"\x06\x16"
-
-
-#: What Redis says to whoever waits for a message when it becomes a replica, and when it cannot
-#: write to its disk: then even to the ping with which a client looks whether it is there.
+#: Errors of a Redis that has become a replica while a client waits for a message, and of one that
+#: cannot write to its disk, which then refuses even a ping.
 _NO_WRITES: Final = ("UNBLOCKED", "MISCONF")
 
-
-#: What Redis says of a key that holds something else than a list: Celery ends the worker over it.
+#: Error of a key that is not a list; Celery would end the worker.
 _WRONG_TYPE: Final = "WRONGTYPE"
 
 
 class _CheckedClient(redis.Redis):
-    """A Redis client that lets a pop of a batch through only if it is a message of ours."""
+    """A Redis client whose pops return valid batches only."""
 
     def parse_response(self, connection: Any, command_name: str, **options: Any) -> Any:
-        """Parse a reply; a refused pop looks like one that timed out."""
+        """Parse a reply; the pop of an invalid message looks like one that timed out."""
         reply = super().parse_response(connection, command_name, **options)  # type: ignore[no-untyped-call] # untyped in redis-py
         if command_name != "BRPOP" or not reply:
             return reply
         queue, raw = reply
-        if queue.partition(_PRIORITY)[0] not in _BATCHES:
+        if queue.partition(_PRIORITY_SEPARATOR)[0] not in _BATCH_QUEUES:
             return reply
         reason = validate_message(raw)
         if reason is None:
@@ -221,19 +212,19 @@ class _CheckedClient(redis.Redis):
 
 
 class QoS(kombu_redis.QoS):
-    """The messages in hand, which can be acknowledged while Redis is full."""
+    """Unacknowledged messages, which can be acknowledged while Redis is full."""
 
     def _remove_from_indices(self, delivery_tag: Any, pipe: Any = None) -> Any:
         if pipe is None:
-            # A full Redis refuses whatever comes in a transaction, and frees nothing meanwhile.
-            # Last the index, so that what a crash leaves in between is swept.
+            # No transaction, which a full Redis refuses. The index comes last: a crash in between
+            # leaves an entry that kombu's search for expired leases removes.
             with self.channel.conn_or_acquire() as client:  # type: ignore[attr-defined] # not in types
                 pipe = client.pipeline(transaction=False)
         return pipe.hdel(self.unacked_key, delivery_tag).zrem(self.unacked_index_key, delivery_tag)
 
 
 class Channel(kombu_redis.Channel):
-    """A channel whose pops are checked, and whose batches go to the head of their queue."""
+    """A channel that validates messages and requeues batches at the head of their queue."""
 
     QoS = QoS
 
@@ -248,7 +239,7 @@ class Channel(kombu_redis.Channel):
             raise Empty from None
 
     def _size(self, queue: str) -> int:
-        """Count the messages of a queue; what is no list at its key is dropped."""
+        """Return the length of a queue; a key that is not a list is deleted."""
         try:
             return int(super()._size(queue))
         except ResponseError as error:
@@ -256,13 +247,13 @@ class Channel(kombu_redis.Channel):
                 raise
         with self.conn_or_acquire() as client:
             for priority in self.priority_steps:
-                _drop_unless_list(client, self._q_for_pri(queue, priority))  # type: ignore[attr-defined] # not in types
+                _delete_unless_list(client, self._q_for_pri(queue, priority))  # type: ignore[attr-defined] # not in types
         return 0
 
     def _put(self, queue: str, message: Any, **kwargs: Any) -> Any:
-        # What a worker publishes has waited its turn already: a batch that lost its child, or is
-        # handed on. At the tail it would wait for the whole backlog once more.
-        if queue.encode() not in _BATCHES or kwargs.get("_publish_batch") is not None:
+        # A worker publishes only batches that have waited already: rerouted, or of a pool process
+        # that died. At the tail they would wait for the whole backlog again.
+        if queue.encode() not in _BATCH_QUEUES or kwargs.get("_publish_batch") is not None:
             return super()._put(queue, message, **kwargs)
         priority = self._get_message_priority(message, reverse=False)
         with self.conn_or_acquire() as client:
@@ -270,25 +261,25 @@ class Channel(kombu_redis.Channel):
             return client.rpush(key, dumps(message))
 
     def _handle_message(self, client: Any, r: Any) -> dict[str, Any]:
-        heard: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[misc] # not in types
-        if bytes(heard["type"]).endswith(b"message") and heard["data"]:
-            reason = validate_broadcast(heard["data"])
+        message: dict[str, Any] = super()._handle_message(client, r)  # type: ignore[misc] # not in types
+        if bytes(message["type"]).endswith(b"message") and message["data"]:
+            reason = validate_broadcast(message["data"])
             if reason is not None:
-                log.error("broadcast_refused bytes=%d reason=%s", len(heard["data"]), reason)
-                heard["data"] = None  # as kombu has it for nothing
-        return heard
+                log.error("broadcast_refused bytes=%d reason=%s", len(message["data"]), reason)
+                message["data"] = None  # kombu ignores it
+        return message
 
     def _get_client(self) -> Any:
         return _CheckedClient
 
 
-def _drop_unless_list(client: Any, key: str) -> None:
+def _delete_unless_list(client: Any, key: str) -> None:
     try:
         client.llen(key)
     except ResponseError as error:
         if not str(error).startswith(_WRONG_TYPE):
             raise
-        log.error("queue_refused queue=%s reason=it is no list", key)
+        log.error("queue_refused queue=%s reason=the key is not a list", key)
         client.delete(key)
 
 
@@ -296,8 +287,8 @@ class Transport(kombu_redis.Transport):
     """The Redis transport of a worker."""
 
     Channel = Channel
-    # A full Redis, or one that takes no writes, is waited for like one that is gone; otherwise
-    # Celery ends the worker, and a fail-over of ten seconds is a crash loop (measured 2026-11-28).
+    # A full Redis and a read-only one are waited for like one that is away. Otherwise Celery ends
+    # the worker, and a fail-over of ten seconds becomes a crash loop.
     connection_errors = (
         *kombu_redis.Transport.connection_errors,
         OutOfMemoryError,
@@ -306,18 +297,18 @@ class Transport(kombu_redis.Transport):
 
 
 def _refuse(_: bytes) -> NoReturn:
-    raise ValueError("embedq accepts no message compression of kombu's.")
+    raise ValueError("embedq refuses messages that kombu compressed.")
 
 
 def install() -> None:
-    """Make every Redis URL of this process lead here, and kombu refuse compressed messages.
+    """Use this transport for every Redis URL, and refuse compressed messages.
 
-    The setting `broker_transport` is not enough: a URL of a unix socket names its transport itself.
+    The setting `broker_transport` is not enough: the URL of a unix socket names its transport.
     """
     for scheme in ("redis", "rediss"):
         transport.TRANSPORT_ALIASES[scheme] = "embedq_worker.main_process.transport:Transport"
-    # Not where commands are sent: a worker that takes no batch only listens, and pings (measured).
+    # In the parser, as a worker that consumes nothing only pings and would not see these errors.
     BaseParser.EXCEPTION_CLASSES.update(dict.fromkeys(_NO_WRITES, ReadOnlyError))
-    # Kombu would inflate them without any limit.
+    # Kombu would decompress without a size limit.
     for content_type in compression.encoders():
         compression.register(_refuse, _refuse, content_type)

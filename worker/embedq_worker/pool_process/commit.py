@@ -1,11 +1,7 @@
-"""Upload and commit results.
+"""Upload the vectors of a batch while it is computed, and commit them to the ledger.
 
-The vectors of a batch on their way to Redis while the rest of it is still computed.
-
-The result backend: commits a batch's vectors to the ledger, and reads them back by task id.
-
-Celery's own storing is switched off: `store_result` writes nothing. A batch is done when its commit
-is in the ledger, and the ledger takes the first commit only.
+ResultCommitter is Celery's result backend, but `store_result` writes nothing: a batch is done when
+its commit is in the ledger, which accepts the first commit only.
 """
 
 from __future__ import annotations
@@ -34,115 +30,111 @@ from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-
-#: Values below which a batch is small enough to be written by its commit.
+#: Number of values from which a batch is uploaded in parts; a smaller one is sent by its commit.
 MIN_VALUES: Final = 3
+
+#: Delay before requeueing a batch that this process cannot serve, seconds. Without it a broken
+#: engine receives the same batch dozens of times per second.
+REQUEUE_DELAY_S = 1.0
+
+#: Time to retry an operation on the results Redis before the batch is requeued, seconds.
+COMMIT_TIMEOUT_S = 600.0
+
+T = TypeVar("T")
 
 
 class ResultUploader:
-    """Encodes each value of a batch once its rows are final, and stages it.
+    """Encodes and stages each value of a batch as soon as its rows are final.
 
-    What goes wrong here is of no consequence: the commit sends whatever is not staged.
+    Failures here are harmless: the commit sends every value that is not staged.
     """
 
     def __init__(self, batch: EmbedBatch, staging: StagedValues, thread: Executor) -> None:
-        """Prepare for a batch.
+        """Prepare the upload of a batch.
 
         Args:
-            batch: what is embedded.
-            staging: of this execution.
-            thread: one, which waits for Redis so that nobody else does.
+            batch: the batch.
+            staging: staged values of this attempt.
+            thread: a single thread, which waits for Redis while the engine computes.
         """
         self._fingerprint, self._dtype = batch.spec.fingerprint(), batch.spec.dtype
         self._pieces = list(split_rows(len(batch.texts), batch.spec.dim, self._dtype)) or [(0, 0)]
         self._starts = np.array([start for start, _ in self._pieces], np.intp)
         self._missing = np.array([stop - start for start, stop in self._pieces], np.intp)
         self._staging, self._thread = staging, thread
-        self._wanted = len(self._pieces) >= MIN_VALUES
+        self._is_active = len(self._pieces) >= MIN_VALUES
         self._sent: list[Future[None]] = []
 
-    def on_rows_final(self, answer: BatchResultBuilder, rows: Indices) -> None:
-        """Note that these rows are final, and send the values that they complete."""
-        if not self._wanted:
+    def on_rows_final(self, builder: BatchResultBuilder, rows: Indices) -> None:
+        """Stage the values that are complete now that these rows are final."""
+        if not self._is_active:
             return
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         before = self._missing > 0
         self._missing -= np.bincount(parts, minlength=len(self._missing))
         for part in np.nonzero(before & (self._missing == 0))[0].tolist():
-            self._sent.append(self._thread.submit(self._send, answer, part))
+            self._sent.append(self._thread.submit(self._send, builder, part))
 
     def values(self, vectors: Vectors, outcomes: OutcomeTable) -> list[bytes | str]:
-        """Return every value of the batch: its key where it is staged, else itself.
+        """Return for each value of the batch its staged key, or the encoded value.
 
         Args:
             vectors: float32 [n, D].
             outcomes: n outcomes.
         """
-        self._wait()
+        self._join()
         staged = self._staging.keys
         return [
             staged.get(part) or self._encode(vectors, outcomes.rows(start, stop), start, stop)
             for part, (start, stop) in enumerate(self._pieces)
         ]
 
-    def forget(self) -> None:
-        """Note that what was staged has left Redis, so that the values themselves are sent."""
+    def forget_staged(self) -> None:
+        """Send every value with the commit, as the staged ones have expired."""
         self._staging.keys.clear()
 
     def discard(self) -> None:
-        """Delete what is staged, if Redis lets us; else it fades."""
-        self._wanted = False
-        self._wait()
+        """Delete the staged values; if Redis refuses, they expire."""
+        self._is_active = False
+        self._join()
         try:
             self._staging.discard()
         except RedisError as error:
             log.info("staged_values_left reason=%s", type(error).__name__)
 
-    def _send(self, answer: BatchResultBuilder, part: int) -> None:
+    def _send(self, builder: BatchResultBuilder, part: int) -> None:
         start, stop = self._pieces[part]
-        if not self._wanted:
+        if not self._is_active:
             return
-        value = self._encode(answer.vectors, answer.outcomes(start, stop), start, stop)
+        value = self._encode(builder.vectors, builder.outcomes(start, stop), start, stop)
         try:
-            self._wanted = self._staging.write(part, value)
+            self._is_active = self._staging.write(part, value)
         except RedisError as error:
-            # Full, or away: the commit waits for it, which is not done under a deadline.
-            self._wanted = False
+            # Redis is full or away. The commit retries; this thread must not, as the engine's
+            # timeout runs.
+            self._is_active = False
             log.info("staging_stopped reason=%s", type(error).__name__)
 
     def _encode(self, vectors: Vectors, outcomes: OutcomeTable, start: int, stop: int) -> bytes:
         return encode(vectors[start:stop], outcomes, self._fingerprint, self._dtype)
 
-    def _wait(self) -> None:
+    def _join(self) -> None:
         for sent in self._sent:
             sent.result()
         self._sent.clear()
 
 
-T = TypeVar("T")
-
-
-#: Seconds that a child which may not or cannot serve holds a batch before it goes back to its
-#: queue: without it a broken engine asked for the same batch 46 times a second, and one whose Redis
-#: refuses 150 times (measured 2026-11-28).
-REQUEUE_DELAY_S = 1.0
-
-
-#: Time to retry an operation on the results Redis before the batch is requeued, seconds.
-COMMIT_TIMEOUT_S = 600.0
-
-
 def requeue_after_delay(reason: str) -> Reject:
-    """Pause, so that another worker may ask, and return what gives the batch back to its queue.
+    """Sleep REQUEUE_DELAY_S, and return the exception that requeues the running batch.
 
-    Any other error would be acknowledged as a failure, and the batch would be gone.
+    Celery acknowledges a batch that fails with any other exception, and the batch would be lost.
     """
     time.sleep(REQUEUE_DELAY_S)
     return Reject(reason, requeue=True)
 
 
 class ResultCommitter(BaseBackend):
-    """Celery's view of the ledger."""
+    """Celery's result backend, which commits to the ledger."""
 
     def __init__(self, app: Any, url: str | None = None, **options: Any) -> None:
         super().__init__(app, url=url, **options)
@@ -155,13 +147,13 @@ class ResultCommitter(BaseBackend):
         return RedisConnection.open(self.settings.results_url, retry_timeout_s=COMMIT_TIMEOUT_S)
 
     def start_attempt(self, job: str, index: int) -> tuple[Attempt, int]:
-        """Ask the ledger whether a batch still wants computing; see Ledger.start_attempt."""
+        """Count an attempt and return whether to compute the batch; see Ledger.start_attempt."""
         verdict, tries = self.call(lambda: Ledger(self.redis.client, job).start_attempt(index))
         COUNTERS["redelivered"] += tries > 1
         return verdict, tries
 
     def undo_attempt(self, job: str, index: int) -> None:
-        """Take back the count of a delivery that a device ended; tried once, for it may fail."""
+        """Undo the count of an attempt that a device failure ended; not retried."""
         try:
             Ledger(self.redis.client, job).undo_attempt(index)
         except RedisError as error:
@@ -170,7 +162,7 @@ class ResultCommitter(BaseBackend):
             )
 
     def upload(self, batch: EmbedBatch) -> ResultUploader:
-        """Prepare to send the vectors of a batch while they are computed."""
+        """Prepare to upload the vectors of a batch while it is computed."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "embedq-upload")
         return ResultUploader(
@@ -187,13 +179,13 @@ class ResultCommitter(BaseBackend):
         """Commit the vectors of a batch; see Ledger.commit.
 
         Args:
-            batch: what was embedded.
+            batch: the batch.
             vectors: float32 [n, D].
             outcomes: n outcomes.
-            upload: what has sent some of them ahead.
+            upload: has staged some of the values; None sends them all with the commit.
 
         Raises:
-            Reject: Redis stayed away too long; the batch goes back to its queue.
+            Reject: Redis was away for COMMIT_TIMEOUT_S; the batch is requeued.
         """
         upload = upload or self.upload(batch)
         ledger = Ledger(self.redis.client, batch.job)
@@ -205,22 +197,22 @@ class ResultCommitter(BaseBackend):
         try:
             committed = commit()
         except StagedValuesExpired:
-            upload.forget()
+            upload.forget_staged()
             committed = commit()
         COUNTERS["duplicates"] += committed is False
         return committed
 
     def commit_failure(self, job: str, index: int, code: str, detail: str) -> bool | None:
-        """Commit the refusal of a whole batch, so that its producer gets an answer."""
+        """Commit a batch as failed, so that its producer gets an outcome for each text."""
         COUNTERS["refused"] += 1
         value = encode_failure(code, detail)
         return self.call(lambda: Ledger(self.redis.client, job).commit(index, [value]))
 
     def store_result(self, *args: Any, **kwargs: Any) -> None:
-        """Write nothing: the task has committed already."""
+        """Write nothing: the task has committed the batch."""
 
     def get_task_meta(self, task_id: str, cache: bool = True) -> dict[str, Any]:
-        """Say what the ledger knows of a task, in Celery's words."""
+        """Return the state of a task as Celery expects it, from the ledger."""
         job, _, rest = task_id.partition(":")
         index = rest.partition(":")[0]
         done = index.isdigit() and self.call(

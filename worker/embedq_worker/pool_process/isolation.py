@@ -1,12 +1,13 @@
-"""Isolation mode: one text at a time, for a batch that stopped the processes that tried it.
+"""Isolation mode: embed a batch text by text, to find the text that kills the process.
 
-Before each text its offset is noted in the ledger, so that a process that dies leaves behind which
-text it was at. A text is charged in full for a failure of its own: the engine raised on it and not
-on a harmless text, or the process ended itself, as by SIGSEGV or the watchdog. A process that was
-ended from outside may have been killed over anything, so it counts for little. A text that has
-failed twice is tried once more, alone, on the CPU; after that it is set aside, and the rest of the
-batch is embedded as if it were not there: together, because sums of other groups differ in the last
-bit, and a batch that was merely unlucky must give the bytes of any other run.
+The offset of each text is written to the ledger before the text is computed, so the next process
+knows where its predecessor died. A text gets full points for a failure of its own: the engine
+raised on it but not on a control text, or the process crashed, by SIGSEGV or its watchdog. A
+process killed from outside counts little, as anything may have killed it. After two failures the
+text is tried once on the CPU, and after that it is dead-lettered.
+
+The remaining texts are then embedded together, as in any batch: other groupings differ in the last
+bit, and a batch that was isolated by accident must give the same bytes as any other run.
 """
 
 from __future__ import annotations
@@ -33,26 +34,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-#: The delivery of a batch at which it runs in isolation mode.
+#: Attempt at which a batch runs in isolation mode.
 ISOLATE_AT_ATTEMPT = 3
 
-
-#: Points for a failure of a text's own, for a process ended from outside (kill -9, a dead worker,
-#: the kernel out of memory), and those at which a text is set aside: three of the former, or twelve
-#: of the latter in a row. Nothing but the text is likely to end a process twelve times at one text.
+#: Points of a text for a failure of its own, for a process killed from outside (kill -9, a dead
+#: worker, the kernel out of memory), and the points at which it is dead-lettered: three of the
+#: former, or twelve of the latter in a row.
 OWN_POINTS, OUTSIDE_POINTS, MAX_POINTS = 4, 1, 12
 
-
-#: What a sound engine embeds without fail.
+#: A text that every working engine embeds.
 CONTROL_TEXT = "A harmless text."
 
 
 class DeviceFault(Exception):
-    """A device failed, which is never a text's doing.
+    """A device failed; no text is to blame.
 
     Attributes:
-        error: what it raised.
+        error: the exception of the engine.
     """
 
     def __init__(self, error: Exception) -> None:
@@ -60,73 +58,73 @@ class DeviceFault(Exception):
         self.error = error
 
 
-#: Embeds a batch; the flag asks for the engine on the CPU.
+#: Embeds a batch; the second argument requests the engine on the CPU.
 Embed = Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]
 
 
-class Notes(Protocol):
-    """What is noted of each text, out of reach of a dying process."""
+class Attempts(Protocol):
+    """The attempts at each text of a batch, stored where a process that dies cannot lose them."""
 
-    def charges(self) -> dict[int, int]:
-        """Charge the text that the last process did not survive, and return offset -> points."""
+    def points(self) -> dict[int, int]:
+        """Add points for the texts at which processes died, and return offset -> points."""
 
     def start(self, offset: int) -> None:
-        """Note that a text is tried."""
+        """Record that a text is about to be computed."""
 
     def end(self, offset: int, *, cleared: bool) -> None:
-        """Note that the process survived a text; a cleared one has its vector."""
+        """Record that the process survived a text; `cleared` if its vector was computed."""
 
-    def charge(self, offset: int, points: int) -> None:
-        """Charge a text with a failure."""
+    def add_points(self, offset: int, points: int) -> None:
+        """Add points to a text."""
 
     def dead_letter(self, offset: int, reason: str) -> None:
-        """Keep a text for a person to look at."""
+        """Store a text among the dead letters, for an operator."""
 
 
-class LedgerNotes:
-    """The notes of isolation mode, in the ledger; see Notes."""
+class LedgerAttempts:
+    """Attempts in the results Redis."""
 
-    def __init__(self, backend: ResultCommitter, batch: EmbedBatch, died: str | None) -> None:
+    def __init__(self, backend: ResultCommitter, batch: EmbedBatch, crashed: str | None) -> None:
         self._backend = backend
         self._batch = batch
-        self._died = died
+        self._crashed = crashed
         self._process = process_name(backend.settings.name, os.getpid())
-        self._suspects = AttemptLog(backend.redis.client, batch.job)
+        self._log = AttemptLog(backend.redis.client, batch.job)
 
-    def charges(self) -> dict[int, int]:
-        """Charge the texts that processes did not survive, and return offset -> points."""
-        index, suspects, waiting = self._batch.index, self._suspects, self._backend.call
-        found = waiting(lambda: suspects.fetch(index))
+    def points(self) -> dict[int, int]:
+        """Add points for the texts at which processes died, and return offset -> points."""
+        index, attempts, call = self._batch.index, self._log, self._backend.call
+        found = call(lambda: attempts.fetch(index))
         for process, offset in {**found.missed, **found.started}.items():
-            if process == self._died:
+            if process == self._crashed:
                 self._add(found.charges, offset, OWN_POINTS)
-                waiting(lambda o=offset, p=process: suspects.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
+                call(lambda o=offset, p=process: attempts.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
             elif process in found.started:
                 self._add(found.charges, offset, OUTSIDE_POINTS)
-                waiting(lambda o=offset, p=process: suspects.mark_unfinished(index, o, p))  # type: ignore[misc] # as above
+                call(lambda o=offset, p=process: attempts.mark_unfinished(index, o, p))  # type: ignore[misc] # as above
         return found.charges
 
     def start(self, offset: int) -> None:
-        """Note that a text is tried."""
+        """Record that a text is about to be computed."""
         index, process = self._batch.index, self._process
-        self._backend.call(lambda: self._suspects.start(index, offset, process))
+        self._backend.call(lambda: self._log.start(index, offset, process))
 
     def end(self, offset: int, *, cleared: bool) -> None:
-        """Note that the process survived a text; a cleared one has its vector."""
-        end, index, process = self._suspects.end, self._batch.index, self._process
+        """Record that the process survived a text; `cleared` if its vector was computed."""
+        end, index, process = self._log.end, self._batch.index, self._process
         self._backend.call(lambda: end(index, offset, process, cleared=cleared))
 
-    def _add(self, charges: dict[int, int], offset: int, points: int) -> None:
-        self.charge(offset, points)
-        charges[offset] = charges.get(offset, 0) + points
+    def _add(self, points_of: dict[int, int], offset: int, points: int) -> None:
+        self.add_points(offset, points)
+        points_of[offset] = points_of.get(offset, 0) + points
 
-    def charge(self, offset: int, points: int) -> None:
-        """Charge a text with a failure."""
+    def add_points(self, offset: int, points: int) -> None:
+        """Add points to a text."""
         index = self._batch.index
-        self._backend.call(lambda: self._suspects.add_failure(index, offset, points))
+        self._backend.call(lambda: self._log.add_failure(index, offset, points))
 
     def dead_letter(self, offset: int, reason: str) -> None:
-        """Keep a text among the dead letters."""
+        """Store a text among the dead letters."""
         batch = self._batch
         COUNTERS["set_aside"] += 1
         log.error("text_dead_lettered job=%s index=%d offset=%d", batch.job, batch.index, offset)
@@ -143,17 +141,19 @@ class LedgerNotes:
         self._backend.call(lambda: dead_letters.add(self._backend.redis.client, letter))
 
 
-def embed_isolated(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vectors, OutcomeTable]:
+def embed_isolated(
+    batch: EmbedBatch, embed: Embed, attempts: Attempts
+) -> tuple[Vectors, OutcomeTable]:
     """Embed a batch text by text.
 
     Returns:
-        float32 [n, D], NaN for a text that was set aside or refused, and n outcomes.
+        float32 [n, D], NaN for a text that was dead-lettered or refused, and n outcomes.
 
     Raises:
-        EngineError: the engine fails a harmless text, so no text is to blame.
-        DeviceFault: an NPU failed; it does not tell whether a text was to blame.
+        EngineError: the engine fails on the control text, so no text is to blame.
+        DeviceFault: an NPU failed; whether a text is to blame is unknown.
     """
-    charges = notes.charges()
+    points_of = attempts.points()
     vectors = np.full((len(batch.texts), batch.spec.dim), np.nan, np.float32)
     outcomes: list[Outcome] = []
     refused = dict(batch.refused)
@@ -162,7 +162,7 @@ def embed_isolated(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vecto
             outcomes.append(Outcome(status=Status.FAILED, code=batch.refused[offset]))
             continue
         alone = replace(batch, texts=[text], refused={})
-        found = _embed_one(alone, offset, charges.get(offset, 0), embed, notes)
+        found = _embed_one(alone, offset, points_of.get(offset, 0), embed, attempts)
         if found is None:
             refused[offset] = Code.SET_ASIDE
             outcomes.append(Outcome(status=Status.FAILED, code=Code.SET_ASIDE))
@@ -170,63 +170,63 @@ def embed_isolated(batch: EmbedBatch, embed: Embed, notes: Notes) -> tuple[Vecto
             vectors[offset] = found[0][0]
             outcomes.append(found[1][0])
     rest = replace(batch, refused=refused)
-    return _embed_together(rest, charges, embed, notes) or (
+    return _embed_together(rest, points_of, embed, attempts) or (
         vectors,
         OutcomeTable.from_outcomes(outcomes),
     )
 
 
 def _embed_together(
-    batch: EmbedBatch, charges: Mapping[int, int], embed: Embed, notes: Notes
+    batch: EmbedBatch, points_of: Mapping[int, int], embed: Embed, attempts: Attempts
 ) -> tuple[Vectors, OutcomeTable] | None:
-    """Embed the texts that are good alone as any batch is, or return None if that is a risk.
+    """Embed the texts that succeeded alone as one batch, or return None if that is a risk.
 
-    It is noted like a text, behind the last one, so that a process which does not survive it is
-    the last to try.
+    This attempt is recorded like a text behind the last one: if the process dies, it is not
+    repeated.
 
     Raises:
         DeviceFault: an NPU failed.
     """
     together = len(batch.texts)
     good = [offset for offset in range(together) if offset not in batch.refused]
-    if not good or any(charges.get(offset, 0) >= OWN_POINTS for offset in [*good, together]):
+    if not good or any(points_of.get(offset, 0) >= OWN_POINTS for offset in [*good, together]):
         return None
-    notes.start(together)
+    attempts.start(together)
     try:
         return embed(batch, False)
-    except DeviceFault:  # what it gave for each text alone is not to be trusted either
+    except DeviceFault:  # the vectors of the single texts may be wrong as well
         raise
-    except Exception:  # each text alone has its vector: no reason to fail the batch
+    except Exception:  # every text has a vector from its own run
         return None
     finally:
-        notes.end(together, cleared=False)
+        attempts.end(together, cleared=False)
 
 
 def _embed_one(
-    alone: EmbedBatch, offset: int, points: int, embed: Embed, notes: Notes
+    alone: EmbedBatch, offset: int, points: int, embed: Embed, attempts: Attempts
 ) -> tuple[Vectors, OutcomeTable] | None:
-    """Embed one text, or return None when it has used up its chances."""
-    reason = "every process that tried it died or hung"
-    harmless = replace(alone, texts=[CONTROL_TEXT])
+    """Embed one text, or dead-letter it and return None at MAX_POINTS."""
+    reason = "every process that computed it died or hung"
+    control = replace(alone, texts=[CONTROL_TEXT])
     while points < MAX_POINTS:
         on_cpu = points >= MAX_POINTS - OWN_POINTS
         if points:
-            embed(harmless, on_cpu)  # a broken engine ends here, where nobody is charged
-        notes.start(offset)
+            embed(control, on_cpu)  # raises if the engine is broken
+        attempts.start(offset)
         try:
             found = embed(alone, on_cpu)
         except DeviceFault:
-            notes.end(offset, cleared=False)
+            attempts.end(offset, cleared=False)
             raise
         except Exception as error:
-            # An error that is not ours may quote the text.
+            # The message of any other exception may quote the text.
             reason = str(error) if isinstance(error, EngineError) else type(error).__name__
-            notes.end(offset, cleared=False)
-            embed(harmless, on_cpu)
+            attempts.end(offset, cleared=False)
+            embed(control, on_cpu)
             points += OWN_POINTS
-            notes.charge(offset, OWN_POINTS)
+            attempts.add_points(offset, OWN_POINTS)
         else:
-            notes.end(offset, cleared=bool(points))
+            attempts.end(offset, cleared=bool(points))
             return found
-    notes.dead_letter(offset, reason)
+    attempts.dead_letter(offset, reason)
     return None

@@ -1,10 +1,12 @@
-"""The one task: a batch comes in, its vectors are committed to the ledger."""
+"""The Celery task `embedq.embed_batch`: embed a batch and commit its vectors to the ledger."""
 
 from __future__ import annotations
 
 import logging
 import time
 from typing import Any
+
+from celery.exceptions import Reject
 
 from embedq.errors import ContractError
 from embedq.observability import tracing
@@ -23,9 +25,9 @@ from embedq_worker.main_process.rerouting import CRASHED_PROCESS_HEADER, BatchTa
 from embedq_worker.pool_process.commit import ResultCommitter, requeue_after_delay
 from embedq_worker.pool_process.isolation import (
     ISOLATE_AT_ATTEMPT,
+    Attempts,
     DeviceFault,
-    LedgerNotes,
-    Notes,
+    LedgerAttempts,
     embed_isolated,
 )
 from embedq_worker.pool_process.process import this_process
@@ -38,13 +40,13 @@ log = logging.getLogger(__name__)
     name=TASK_NAME,
     bind=True,
     ignore_result=True,
-    # A lost child's batch comes back at once, as often as it takes: the ledger counts, and careful
-    # mode ends it. The defaults are three times, three minutes apart.
+    # The batch of a pool process that died is retried at once and without limit; the ledger counts
+    # the attempts, and isolation mode ends them. Celery's default is three, three minutes apart.
     max_retries=None,
     default_retry_delay=0,
 )
 def embed_batch(self: Any, body: object) -> dict[str, Any]:
-    """Embed one batch and commit it; every way out leaves an answer or the batch in its queue."""
+    """Embed one batch and commit it, or requeue or reroute it."""
     began = time.monotonic()
     backend: ResultCommitter = self.backend
     address = Header.address(body)
@@ -60,29 +62,30 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         return {"skipped": str(verdict)}
     stats, upload = EngineStats(), None
     try:
-        batch = _accept(body, worker)
-        proven = _engine_for(worker, batch.spec)
-        notes = None
+        batch = _decode(body, worker)
+        verified = _engine_for(worker, batch.spec)
+        attempts = None
         if tries >= ISOLATE_AT_ATTEMPT:
-            died = getattr(self.request, CRASHED_PROCESS_HEADER, None)
-            notes = LedgerNotes(backend, batch, died)
+            crashed = getattr(self.request, CRASHED_PROCESS_HEADER, None)
+            attempts = LedgerAttempts(backend, batch, crashed)
         else:
             upload = backend.upload(batch)
-        vectors, outcomes = _embed(batch, worker, proven, stats, notes, upload)
+        vectors, outcomes = _embed(batch, worker, verified, stats, attempts, upload)
     except _Refused as refused:
         log.error("batch_failed job=%s index=%d code=%s", job, index, refused.code)
         backend.commit_failure(job, index, refused.code, refused.detail)
         return {"failed": refused.code}
     except DeviceFault as fault:
-        why = this_process().record_failure(
-            fault.error
-        )  # first of all, so that the parent takes nothing more
+        # First, so that the main process stops consuming.
+        why = this_process().record_failure(fault.error)
         backend.undo_attempt(job, index)
         if upload is not None:
             upload.discard()
         rerouting.reroute_or_requeue(self, body, *why)
-    except Exception as error:  # Celery would acknowledge it, and the batch would be gone
-        # An error that is not ours may quote a text.
+    except Reject:
+        raise
+    except Exception as error:  # Celery would acknowledge the batch, which would be lost
+        # The message of any other exception may quote a text.
         reason = str(error) if isinstance(error, EngineError) else type(error).__name__
         if upload is not None:
             upload.discard()
@@ -93,7 +96,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     with tracing.span("embedq.commit", index=index):
         committed = backend.commit(batch, vectors, outcomes, upload)
     task_s = time.monotonic() - began
-    proven.embedder.meter.add(
+    verified.embedder.meter.add(
         texts=len(batch.texts),
         tokens=stats.tokens,
         computed_tokens=stats.computed_tokens,
@@ -105,9 +108,9 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         "committed=%s",
         job,
         index,
-        proven.engine.name,
-        proven.engine.device,
-        proven.engine.precision,
+        verified.engine.name,
+        verified.engine.device,
+        verified.engine.precision,
         len(batch.texts),
         int(outcomes.n_tokens.sum()),
         stats.inferences,
@@ -121,7 +124,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
 
 
 class _Refused(Exception):
-    """A batch that is answered as failed instead of computed."""
+    """A batch is committed as failed instead of computed."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(code)
@@ -129,7 +132,7 @@ class _Refused(Exception):
 
 
 def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
-    """Return what to embed with, or give the batch away: it did nothing wrong."""
+    """Return the engines, or reroute or requeue the batch if this process must not serve it."""
     queue = (task.request.delivery_info or {}).get("routing_key", "")
     worker = this_process().engines
     if worker is not None and may_answer(queue, worker.standard.engine.device):
@@ -143,14 +146,13 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
 
 
 def _engine_for(worker: EngineSet, spec: VectorSpec) -> VerifiedEngine:
-    """Return what serves the class of a job; raise _Refused where that is not to be had here."""
+    """Return the engine of the job's accuracy class; raise _Refused if this worker has none."""
     if spec.quantized != (worker.model_info.quantized if spec.accuracy is Accuracy.INT8 else ""):
         raise _Refused(
             NotQuantized.code,
             f"The job asks for the quantized model {spec.quantized or '(none)'}; the worker has "
-            f"{worker.model_info.quantized or 'none'}. Quantize once and copy the cache to each "
-            f"worker, "
-            "start the workers again, and run the job anew.",
+            f"{worker.model_info.quantized or 'none'}. Quantize once, copy the cache to each "
+            "worker, restart the workers, and run the job again.",
         )
     try:
         return worker.engine_for(spec.accuracy)
@@ -161,44 +163,43 @@ def _engine_for(worker: EngineSet, spec: VectorSpec) -> VerifiedEngine:
 def _embed(
     batch: EmbedBatch,
     worker: EngineSet,
-    proven: VerifiedEngine,
+    verified: VerifiedEngine,
     stats: EngineStats,
-    notes: Notes | None,
+    attempts: Attempts | None,
     sink: RowSink | None,
 ) -> tuple[Vectors, OutcomeTable]:
-    """Embed a batch, text by text if it has notes: it has stopped processes before.
+    """Embed a batch; in isolation mode if `attempts` is given.
 
     Raises:
-        DeviceFault: the NPU failed, or gave what it should not have.
+        DeviceFault: the NPU failed or its vectors are wrong.
     """
-    if notes is None:
-        return _ask(proven, worker, batch, stats, sink)
+    if attempts is None:
+        return _infer(verified, worker, batch, stats, sink)
     log.warning(
         "isolation_started job=%s index=%d texts=%d", batch.job, batch.index, len(batch.texts)
     )
 
     def embed_one(alone: EmbedBatch, on_cpu: bool) -> tuple[Vectors, OutcomeTable]:
-        elsewhere = on_cpu and this_process().on_npu
-        return _ask(
-            worker.engine_for(Accuracy.EXACT) if elsewhere else proven, worker, alone, stats
-        )
+        use_cpu = on_cpu and this_process().on_npu
+        engine = worker.engine_for(Accuracy.EXACT) if use_cpu else verified
+        return _infer(engine, worker, alone, stats)
 
-    return embed_isolated(batch, embed_one, notes)
+    return embed_isolated(batch, embed_one, attempts)
 
 
-def _ask(
-    proven: VerifiedEngine,
+def _infer(
+    verified: VerifiedEngine,
     worker: EngineSet,
     batch: EmbedBatch,
     stats: EngineStats,
     sink: RowSink | None = None,
 ) -> tuple[Vectors, OutcomeTable]:
-    """Ask an engine for a batch; one on an NPU is watched closely, and what it gives is checked."""
-    on_npu = this_process().on_npu and proven.engine is worker.standard.engine
+    """Run the engine on a batch; on an NPU, check the vectors and the duration."""
+    on_npu = this_process().on_npu and verified.engine is worker.standard.engine
     inferences, busy_s = stats.inferences, stats.busy_s
     try:
         with this_process().engine_call(), tracing.span("embedq.engine", texts=len(batch.texts)):
-            vectors, outcomes = proven.embedder.embed(batch, stats, sink)
+            vectors, outcomes = verified.embedder.embed(batch, stats, sink)
             if on_npu:
                 worker.check(batch, vectors)
     except Exception as error:
@@ -210,8 +211,8 @@ def _ask(
     return vectors, outcomes
 
 
-def _accept(body: object, worker: EngineSet) -> EmbedBatch:
-    """Decode a batch that this worker can answer; raise _Refused with the reason otherwise."""
+def _decode(body: object, worker: EngineSet) -> EmbedBatch:
+    """Decode a batch; raise _Refused if it is malformed or for another model."""
     try:
         batch = EmbedBatch.from_message(body)
     except ContractError as error:
@@ -219,10 +220,9 @@ def _accept(body: object, worker: EngineSet) -> EmbedBatch:
     if batch.spec.model != worker.model_info.identity:
         raise _Refused(
             "wrong_model",
-            f"The job asks for model {batch.spec.model[:12]}; worker serves "
-            f"{worker.model_info.label} "
-            f"({worker.model_info.identity[:12]}). Start a worker with the job's model, or run "
-            f"the job anew.",
+            f"The job asks for model {batch.spec.model[:12]}; this worker serves "
+            f"{worker.model_info.label} ({worker.model_info.identity[:12]}). Start a worker with "
+            "the job's model, or run the job again.",
         )
     if (batch.spec.dim, batch.spec.max_length) != (
         worker.model_info.dim,

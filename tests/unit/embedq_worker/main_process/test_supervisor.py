@@ -250,7 +250,7 @@ def run(arguments):
     )
     with supervised(body, workers) as process:
         assert {next_line(process), next_line(process)} == {"npu ends", "cpu up"}
-        assert "node_ended worker=npu exit_code=6" in next_log_line(process)
+        assert "worker_ended worker=npu exit_code=6" in next_log_line(process)
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0

@@ -180,5 +180,7 @@ def test_every_redis_url_uses_the_validating_transport(url: str, installed: None
 
 def test_compressed_messages_are_not_decompressed(installed: None) -> None:
     for name in ("gzip", "zlib", "bzip2", "lzma", "zstd", *compression.encoders()):
-        with pytest.raises((ValueError, KeyError), match=r"no message compression|zstd|lzma"):
+        with pytest.raises(
+            (ValueError, KeyError), match=r"refuses messages that kombu compressed|zstd|lzma"
+        ):
             compression.decompress(b"x", name)

@@ -30,25 +30,25 @@ TEXTS = ["first", "second", "third"]
 BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})
 
 
-class MemoryNotes:
-    """Isolation notes in memory."""
+class Attempts:
+    """Attempts in memory."""
 
-    def __init__(self, charges: dict[int, int] | None = None) -> None:
-        self.points = charges or {}
+    def __init__(self, points: dict[int, int] | None = None) -> None:
+        self.points_of = points or {}
         self.dead_lettered: list[int] = []
 
-    def charges(self) -> dict[int, int]:
-        return dict(self.points)
+    def points(self) -> dict[int, int]:
+        return dict(self.points_of)
 
     def start(self, offset: int) -> None:
         pass
 
     def end(self, offset: int, *, cleared: bool) -> None:
         if cleared:
-            self.points.pop(offset, None)
+            self.points_of.pop(offset, None)
 
-    def charge(self, offset: int, points: int) -> None:
-        self.points[offset] = self.points.get(offset, 0) + points
+    def add_points(self, offset: int, points: int) -> None:
+        self.points_of[offset] = self.points_of.get(offset, 0) + points
 
     def dead_letter(self, offset: int, reason: str) -> None:
         self.dead_lettered.append(offset)
@@ -77,38 +77,40 @@ def embed_function(
 
 
 def test_text_that_always_fails_is_dead_lettered() -> None:
-    notes = MemoryNotes()
+    attempts = Attempts()
 
-    vectors, outcomes = embed_isolated(BATCH, embed_function(lambda text: text == "second"), notes)
+    vectors, outcomes = embed_isolated(
+        BATCH, embed_function(lambda text: text == "second"), attempts
+    )
 
-    assert notes.dead_lettered == [1]
+    assert attempts.dead_lettered == [1]
     assert outcomes[1].code == Code.SET_ASIDE
     assert np.array_equal(vectors[[0, 2]], stub_vectors(["first", "third"]) / np.float32(2))
 
 
 def test_no_text_is_charged_when_every_text_fails() -> None:
-    notes = MemoryNotes()
+    attempts = Attempts()
 
     with pytest.raises(EngineError):
-        embed_isolated(BATCH, embed_function(lambda text: True), notes)
+        embed_isolated(BATCH, embed_function(lambda text: True), attempts)
 
-    assert notes.points == {}
-    assert notes.dead_lettered == []
+    assert attempts.points_of == {}
+    assert attempts.dead_lettered == []
 
 
 def test_successful_text_is_cleared() -> None:
-    notes = MemoryNotes({0: MAX_POINTS - OUTSIDE_POINTS})
+    attempts = Attempts({0: MAX_POINTS - OUTSIDE_POINTS})
 
-    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), attempts)
 
-    assert notes.points == {}
+    assert attempts.points_of == {}
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
 def test_isolated_batch_is_bit_identical() -> None:
     expected, _ = embed_function(lambda text: False)(BATCH, False)
 
-    vectors, outcomes = embed_isolated(BATCH, embed_function(lambda text: False), MemoryNotes())
+    vectors, outcomes = embed_isolated(BATCH, embed_function(lambda text: False), Attempts())
 
     assert vectors.tobytes() == expected.tobytes()
     assert outcomes.count_failed() == 0
@@ -116,9 +118,9 @@ def test_isolated_batch_is_bit_identical() -> None:
 
 @pytest.mark.parametrize("offset", [1, len(TEXTS)])
 def test_text_or_batch_that_ended_a_process_is_embedded_one_by_one(offset: int) -> None:
-    notes = MemoryNotes({offset: OWN_POINTS})
+    attempts = Attempts({offset: OWN_POINTS})
 
-    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), notes)
+    vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), attempts)
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
@@ -131,7 +133,7 @@ def test_texts_that_only_fail_together_get_their_vectors() -> None:
             raise EngineError("It failed.")
         return working(batch, on_cpu)
 
-    vectors, _ = embed_isolated(BATCH, embed, MemoryNotes())
+    vectors, _ = embed_isolated(BATCH, embed, Attempts())
 
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
@@ -145,7 +147,7 @@ def test_device_fault_of_the_whole_batch_propagates() -> None:
         return working(batch, on_cpu)
 
     with pytest.raises(DeviceFault):
-        embed_isolated(BATCH, embed, MemoryNotes())
+        embed_isolated(BATCH, embed, Attempts())
 
 
 @pytest.mark.model
@@ -157,7 +159,7 @@ def test_isolated_batch_of_a_real_engine_is_bit_identical() -> None:
     batch = EmbedBatch("job", 0, [" ".join(WORDS[: 1 + i % 10]) for i in range(40)], spec)
     expected, _ = embedder.embed(batch)
 
-    isolated, outcomes = embed_isolated(batch, lambda each, _: embedder.embed(each), MemoryNotes())
+    isolated, outcomes = embed_isolated(batch, lambda each, _: embedder.embed(each), Attempts())
     alone = np.concatenate([embedder.embed(replace(batch, texts=[t]))[0] for t in batch.texts])
     embedder.close()
     engine.close()
@@ -169,8 +171,8 @@ def test_isolated_batch_of_a_real_engine_is_bit_identical() -> None:
 
 
 def test_text_that_ended_three_processes_is_dead_lettered_untried() -> None:
-    notes = MemoryNotes({2: 3 * OWN_POINTS})
+    attempts = Attempts({2: 3 * OWN_POINTS})
 
-    embed_isolated(BATCH, embed_function(lambda text: text == "third"), notes)
+    embed_isolated(BATCH, embed_function(lambda text: text == "third"), attempts)
 
-    assert notes.dead_lettered == [2]
+    assert attempts.dead_lettered == [2]
