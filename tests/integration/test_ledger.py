@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
-from tests.support.redis import JOB_TTL_S, RedisProcess
+from tests.support.redis import JOB_TTL_S, RedisProcess, job_keys
 
 from embedq.store.connection import retryable_reason
 from embedq.store.dead_letters import AttemptLog, TextAttempts
 from embedq.store.ledger import JOBS_KEY, Attempt, Commit, Ledger
-
-
-def keys_of_job(results: Redis) -> set[bytes]:
-    """Return the keys of every job."""
-    return set(results.scan_iter("embedq:{*"))
 
 
 def test_forgiven_try_is_not_counted(ledger: Ledger) -> None:
@@ -36,7 +31,7 @@ def test_batch_of_a_gone_job_is_forgiven_without_a_trace(ledger: Ledger, results
 
     ledger.undo_attempt(0)
 
-    assert keys_of_job(results) == set()
+    assert job_keys(results) == set()
 
 
 def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
@@ -88,7 +83,7 @@ def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -
     AttemptLog(results, "job").start(1, 5, "worker:7")
     ledger.invalidate(ledger.read_commits(count=1, block_ms=1)[0])
 
-    lives = {key: results.ttl(key) for key in keys_of_job(results)}
+    lives = {key: results.ttl(key) for key in job_keys(results)}
 
     assert len(lives) == 6
     assert all(ttl > 0 for ttl in lives.values()), lives
@@ -121,7 +116,7 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
 
     assert ledger.start_attempt(0) == (Attempt.JOB_EXPIRED, 0)
     assert ledger.commit(0, [b"late"]) is None
-    assert keys_of_job(results) == set()
+    assert job_keys(results) == set()
 
 
 @pytest.mark.parametrize("action", ["invalidate", "keep_alive", "drop"])
@@ -132,7 +127,7 @@ def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis
 
     getattr(ledger, action)(*arguments.get(action, []))
 
-    assert keys_of_job(results) == set()
+    assert job_keys(results) == set()
     assert results.zrange(JOBS_KEY, 0, -1) == []
 
 
@@ -143,7 +138,7 @@ def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
 
     ledger.drop()
 
-    assert keys_of_job(results) == set()
+    assert job_keys(results) == set()
 
 
 def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
@@ -181,14 +176,14 @@ def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Re
     """Under memory pressure the commit writes no byte, says why, and succeeds later."""
     values = [bytes(100_000)] * 3
     ledger.commit(0, values)
-    before = {key: results.dump(key) for key in keys_of_job(results)}
+    before = {key: results.dump(key) for key in job_keys(results)}
     results.config_set("maxmemory", 1)
 
     with pytest.raises(ResponseError) as caught:
         ledger.commit(1, values)
 
     assert retryable_reason(caught.value) == "Redis is full (maxmemory)"
-    assert {key: results.dump(key) for key in keys_of_job(results)} == before
+    assert {key: results.dump(key) for key in job_keys(results)} == before
     results.config_set("maxmemory", 0)
     assert ledger.commit(1, values) is True
 

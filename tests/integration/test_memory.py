@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.support.forged_messages import batch_of, queued
+from tests.support.forged_messages import queued
 from tests.support.models import docstrings
 from tests.support.redis import RedisProcess, wait_for, wait_until_acknowledged
+from tests.support.stub_batches import stub_batch
 from tests.support.workers import WorkerProcess
 
 from embedq import Client
@@ -59,7 +60,7 @@ def test_message_is_smaller_than_its_texts(shared_redis: RedisProcess) -> None:
     """Of English prose a message, envelope and all, is at most 0.6 of the texts in UTF-8."""
     texts = docstrings()[:512]
 
-    message = len(json.dumps(queued(shared_redis, batch_of(texts))))
+    message = len(json.dumps(queued(shared_redis, stub_batch(texts))))
 
     share = message / sum(len(text.encode()) for text in texts)
     print(f"{message} bytes, {share:.3f} of the texts")

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from celery import Celery
-from tests.support.forged_messages import MARKER, batch_of, push, queued, with_body
+from tests.support.forged_messages import MARKER, push, queued, with_body
 from tests.support.redis import RedisProcess, wait_for
+from tests.support.stub_batches import stub_batch
 from tests.support.workers import WorkerProcess, stopped_worker
 
 from embedq import Client
@@ -80,7 +81,7 @@ def captured_commands(redis: RedisProcess) -> Iterator[list[str]]:
 
 def test_message_in_redis_holds_text_in_its_body_only(redis: RedisProcess) -> None:
     """Whatever Celery writes beside the body is free of text; the body itself is msgpack."""
-    message = queued(redis, batch_of(TEXTS))
+    message = queued(redis, stub_batch(TEXTS))
 
     body = base64.b64decode(message.pop("body"))
 
@@ -181,7 +182,7 @@ def test_undecodable_message_is_logged_by_its_size(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
     """A body that does not decode appears in the log as a number of bytes and a digest."""
-    message = queued(shared_redis, batch_of(TEXTS))
+    message = queued(shared_redis, stub_batch(TEXTS))
 
     push(shared_redis, with_body(message, MARKER.encode() * 100), Queue.NPU)
     client.encode(["after"])

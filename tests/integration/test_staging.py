@@ -7,18 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from redis import Redis
-from tests.support.redis import JOB_TTL_S, RedisProcess
+from tests.support.redis import JOB_TTL_S, RedisProcess, job_keys
+from tests.support.stub_batches import STUB_SPEC, stub_batch
 
-from embedq.protocol.contract import VectorSpec
-from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import decode, split_rows
 from embedq.store.ledger import STAGED_TTL_S, Ledger, StagedValues, StagedValuesExpired
 from embedq.testing import stub_vectors
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_model_info
+from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.pool_process.commit import ResultUploader
-
-SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 
 
 def staged(
@@ -29,11 +26,6 @@ def staged(
     for part, value in enumerate(values):
         assert staging.write(part, value)
     return staging
-
-
-def keys_of_job(results: Redis) -> set[bytes]:
-    """Return the keys of the job."""
-    return set(results.scan_iter("embedq:{job}:*"))
 
 
 def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Redis) -> None:
@@ -48,7 +40,7 @@ def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Red
     assert 0 < results.ttl("embedq:{job}:v:0:0") <= JOB_TTL_S
     ledger.acknowledge([commit])
     left = {b"embedq:{job}:" + name for name in (b"meta", b"bits", b"commits")}
-    assert keys_of_job(results) == left
+    assert job_keys(results) == left
 
 
 def test_staged_values_are_no_commit(ledger: Ledger, results: Redis) -> None:
@@ -92,7 +84,7 @@ def test_drop_deletes_what_is_staged(ledger: Ledger, results: Redis) -> None:
 
     ledger.drop()
 
-    assert keys_of_job(results) == set()
+    assert job_keys(results) == set()
 
 
 @pytest.mark.parametrize("end", ["drop", "commit"])
@@ -107,7 +99,7 @@ def test_values_that_nobody_wants_are_not_kept(end: str, ledger: Ledger, results
     wanted = staging.write(2, b"late")
 
     assert not wanted
-    assert not [key for key in keys_of_job(results) if b":s:" in key or b"staged" in key]
+    assert not [key for key in job_keys(results) if b":s:" in key or b"staged" in key]
 
 
 def test_full_redis_commits_what_is_staged(ledger: Ledger, results: Redis) -> None:
@@ -127,7 +119,7 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
     Texts that are refused, or too long for their job, hold up no value.
     """
     texts = [f"text {i}" for i in range(700)]
-    batch = EmbedBatch("job", 0, texts, SPEC, {5: "nul_character"})
+    batch = stub_batch(texts, refused={5: "nul_character"})
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
     with ThreadPoolExecutor(1) as thread:
         upload = ResultUploader(batch, StagedValues(results, "job", 0), thread)
@@ -136,13 +128,13 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
         values = upload.values(vectors, outcomes)
     embedder.close()
 
-    pieces = list(split_rows(len(texts), SPEC.dim))
+    pieces = list(split_rows(len(texts), STUB_SPEC.dim))
     assert len(values) == len(pieces) >= 3
     assert all(isinstance(value, str) for value in values)
     assert ledger.commit(0, values) is True
     [commit] = ledger.read_commits(count=10, block_ms=1)
     fetched = [value for value in ledger.fetch_values(commit) if value]
-    found = [decode(value, SPEC.fingerprint()).vectors for value in fetched]
+    found = [decode(value, STUB_SPEC.fingerprint()).vectors for value in fetched]
     expected = stub_vectors(texts)
     expected[5] = np.nan
     assert np.concatenate(found).tobytes() == expected.tobytes()
@@ -151,7 +143,7 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
 def test_upload_without_redis_leaves_all_to_the_commit(redis: RedisProcess) -> None:
     """A Redis that is away while the batch is embedded costs nothing but the head start."""
     texts = [f"text {i}" for i in range(700)]
-    batch = EmbedBatch("job", 0, texts, SPEC)
+    batch = stub_batch(texts)
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
     with redis.open() as results, ThreadPoolExecutor(1) as thread:
         redis.stop()

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from tests.support.forged_messages import (
     MARKER,
-    batch_of,
     open_job,
     payload,
     push,
@@ -29,6 +28,7 @@ from tests.support.forged_messages import (
     without_header,
 )
 from tests.support.redis import RedisProcess, wait_for
+from tests.support.stub_batches import stub_batch
 from tests.support.workers import WorkerProcess, stub_worker
 
 from embedq import Client
@@ -119,7 +119,7 @@ RAW: dict[str, Forge] = {
 @pytest.fixture
 def message(shared_redis: RedisProcess, worker: WorkerProcess) -> Message:
     """A good message, to be forged."""
-    return queued(shared_redis, batch_of([MARKER]))
+    return queued(shared_redis, stub_batch([MARKER], job="forged"))
 
 
 @pytest.mark.parametrize("name", RAW)

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import msgpack
 from tests.support.redis import RedisProcess
+from tests.support.stub_batches import STUB_SPEC
 
 from embedq.jobs.publisher import Publisher
 from embedq.protocol.contract import Queue, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq.store.ledger import Ledger
-from embedq.testing import STUB_DIM
-from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 
 #: Text that no log, header or event may contain.
 MARKER = "Kundengeheimnis"
 #: A Redis database that no worker consumes.
 UNUSED_DB = 7
-#: Specification that the stub serves.
-SPEC = VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH)
-
-
-def batch_of(texts: Sequence[str], *, job: str = "forged", index: int = 0) -> EmbedBatch:
-    return EmbedBatch(job, index, texts, SPEC)
 
 
 def queued(redis: RedisProcess, batch: EmbedBatch, queue: Queue = Queue.CPU) -> dict[str, Any]:
@@ -70,7 +62,7 @@ def without_header(message: dict[str, Any], name: str) -> dict[str, Any]:
     return {**message, "headers": headers}
 
 
-def open_job(redis: RedisProcess, job: str, spec: VectorSpec = SPEC) -> Ledger:
+def open_job(redis: RedisProcess, job: str, spec: VectorSpec = STUB_SPEC) -> Ledger:
     ledger = Ledger(redis.open(), job)
     ledger.open(fingerprint=spec.fingerprint(), ttl_s=600)
     return ledger

@@ -107,6 +107,11 @@ def delete_jobs(redis: RedisProcess) -> None:
                     client.unlink(key)
 
 
+def job_keys(results: Redis) -> set[bytes]:
+    """Return the keys of all jobs."""
+    return set(results.scan_iter("embedq:{*"))
+
+
 def answers(client: Redis) -> bool:
     try:
         return bool(client.ping())

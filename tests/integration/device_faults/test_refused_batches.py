@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.forged_messages import MARKER, SPEC, batch_of, push, queued
+from tests.support.forged_messages import MARKER, push, queued
 from tests.support.redis import RedisProcess, wait_for, wait_until_acknowledged
+from tests.support.stub_batches import STUB_SPEC, stub_batch
 from tests.support.workers import WorkerProcess
 
 from embedq import Client
@@ -19,7 +20,7 @@ from embedq.store.ledger import Ledger
 from embedq.testing import stub_vectors
 from embedq_worker.pool_process.commit import REQUEUE_DELAY_S
 
-SPECIFICATION = list(SPEC)
+SPECIFICATION = list(STUB_SPEC)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "newer schema": ("unknown_schema", {"v": SCHEMA + 1}),
@@ -31,7 +32,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "texts are not bytes": ("malformed_message", {"texts": MARKER}),
     "counts do not add up": ("malformed_message", {"n": 2}),
     "another model": ("wrong_model", {"spec": ["ab" * 32, *SPECIFICATION[1:]]}),
-    "another dimension": ("wrong_model", {"spec": [SPEC.model, 768, *SPECIFICATION[2:]]}),
+    "another dimension": ("wrong_model", {"spec": [STUB_SPEC.model, 768, *SPECIFICATION[2:]]}),
     "specification of text": ("malformed_message", {"spec": [MARKER] * 7}),
 }
 
@@ -62,7 +63,7 @@ def test_refused_batch_fails_with_a_code(
 def test_batch_without_a_job_is_skipped(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    message = queued(shared_redis, batch_of([MARKER], job="missing"))
+    message = queued(shared_redis, stub_batch([MARKER], job="missing"))
 
     push(shared_redis, message)
     client.encode(["after"], accuracy="exact")
@@ -82,7 +83,7 @@ def test_producer_ignores_an_unknown_batch_index(
 
     def open_and_forge(self: Ledger, **options: Any) -> None:
         open_at_first(self, **options)
-        forged = queued(shared_redis, batch_of(["x"], job=self._job, index=999))
+        forged = queued(shared_redis, stub_batch(["x"], job=self._job, index=999))
         push(shared_redis, forged)
 
     with monkeypatch.context() as patch:
@@ -101,7 +102,7 @@ def test_batch_that_redis_refuses_is_requeued_after_a_delay(
     with shared_redis.open() as redis:
         redis.set("embedq:{broken}:meta", "not a hash")
         before = len(worker.lines("batch_requeued"))
-        push(shared_redis, queued(shared_redis, batch_of(["x"], job="broken")))
+        push(shared_redis, queued(shared_redis, stub_batch(["x"], job="broken")))
 
         wait_for(lambda: len(worker.lines("batch_requeued")) > before, "the first refusal")
         started = time.monotonic()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.stub_batches import stub_batch
 
 from embedq.errors import SettingsError
-from embedq.protocol.contract import Device, Outcome, Precision, VectorSpec
-from embedq.protocol.message import EmbedBatch
+from embedq.protocol.contract import Device, Outcome, Precision
 from embedq.testing import stub_hashes, stub_vectors, vectors_of_hashes
 from embedq_worker.engines.base import RaggedTokens, TokenBatch
 from embedq_worker.engines.factory import open_engine
@@ -20,8 +20,6 @@ from embedq_worker.engines.stub import EXIT_STATUS, StubEngine, StubTokenizer, s
 from embedq_worker.errors import InferFailed
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.packing import build_padded
-
-SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 
 
 def infer(texts: list[str], engine: StubEngine | None = None) -> np.ndarray:
@@ -113,7 +111,7 @@ def test_embedded_batch_is_bit_identical_to_stub_vectors() -> None:
     texts = [f"text {i} " * (i % 50) for i in range(700)]
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=512)
 
-    vectors, outcomes = embedder.embed(EmbedBatch("job", 0, texts, SPEC))
+    vectors, outcomes = embedder.embed(stub_batch(texts))
     embedder.close()
 
     assert vectors.tobytes() == stub_vectors(texts).tobytes()

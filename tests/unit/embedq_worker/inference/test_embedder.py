@@ -11,18 +11,17 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.stub_batches import stub_batch
 
-from embedq.protocol.contract import Code, Device, OnLong, Outcome, Precision, Status, VectorSpec
-from embedq.protocol.message import EmbedBatch
-from embedq.testing import stub_vectors
+from embedq.protocol.contract import Code, Device, OnLong, Outcome, Precision, Status
+from embedq.testing import STUB_DIM, stub_vectors
 from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
-from embedq_worker.engines.stub import StubEngine, StubTokenizer, stub_model_info
+from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import DeviceLost, EngineError, FailureReason, InferFailed
 from embedq_worker.inference.embedder import CANARY_TEXT, Canary, Embedder
 from embedq_worker.inference.planning import ChunkSchedule
 from embedq_worker.inference.stats import EngineStats
 
-SPEC = VectorSpec(stub_model_info().identity, stub_model_info().dim, stub_model_info().max_length)
 OK = Outcome(device=Device.STUB, precision=Precision.F32)
 
 
@@ -52,12 +51,6 @@ def embedder() -> Iterator[Embedder]:
     embedder.close()
 
 
-def batch_of(texts: list[str], **options: object) -> EmbedBatch:
-    refused = options.pop("refused", {})
-    rerouted = bool(options.pop("rerouted", False))
-    return EmbedBatch("job", 0, texts, SPEC._replace(**options), refused, rerouted)  # type: ignore[arg-type]
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
 def test_vectors_are_in_the_order_of_the_texts(texts: list[str]) -> None:
@@ -65,10 +58,10 @@ def test_vectors_are_in_the_order_of_the_texts(texts: list[str]) -> None:
         StubTokenizer(), WideStub(), token_budget=32, pace=ChunkSchedule(7, 2, 20, 3)
     )
 
-    vectors, outcomes = embedder.embed(batch_of(texts))
+    vectors, outcomes = embedder.embed(stub_batch(texts))
     embedder.close()
 
-    assert vectors.shape == (len(texts), SPEC.dim)
+    assert vectors.shape == (len(texts), STUB_DIM)
     assert vectors.tobytes() == stub_vectors(texts).tobytes()
     assert len(outcomes) == len(texts)
 
@@ -82,7 +75,7 @@ def test_token_batches_depend_on_the_batch_alone() -> None:
         embedder = Embedder(
             StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(25, 2, 50, 10)
         )
-        embedder.embed(batch_of(texts))
+        embedder.embed(stub_batch(texts))
         embedder.close()
         token_batches.append(sorted(engine.token_batches))
 
@@ -90,15 +83,15 @@ def test_token_batches_depend_on_the_batch_alone() -> None:
 
 
 def test_empty_batch_gives_no_vectors(embedder: Embedder) -> None:
-    vectors, outcomes = embedder.embed(batch_of([]))
+    vectors, outcomes = embedder.embed(stub_batch([]))
 
-    assert vectors.shape == (0, SPEC.dim)
+    assert vectors.shape == (0, STUB_DIM)
     assert len(outcomes) == 0
 
 
 def test_refused_text_gets_nan_and_its_code(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(
-        batch_of(["one", "", "two"], refused={1: Code.NUL_CHARACTER})
+        stub_batch(["one", "", "two"], refused={1: Code.NUL_CHARACTER})
     )
 
     assert np.isnan(vectors[1]).all()
@@ -109,7 +102,7 @@ def test_refused_text_gets_nan_and_its_code(embedder: Embedder) -> None:
 
 def test_batch_of_refused_texts_gets_nan_and_codes(embedder: Embedder) -> None:
     vectors, outcomes = embedder.embed(
-        batch_of(["", ""], refused={0: Code.NOT_UNICODE, 1: Code.TEXT_TOO_LARGE})
+        stub_batch(["", ""], refused={0: Code.NOT_UNICODE, 1: Code.TEXT_TOO_LARGE})
     )
 
     assert np.isnan(vectors).all()
@@ -117,7 +110,7 @@ def test_batch_of_refused_texts_gets_nan_and_codes(embedder: Embedder) -> None:
 
 
 def test_truncated_text_has_flag_and_token_counts(embedder: Embedder) -> None:
-    _, outcomes = embedder.embed(batch_of(["short", "word " * 300]))
+    _, outcomes = embedder.embed(stub_batch(["short", "word " * 300]))
 
     assert outcomes[0].n_tokens == 3
     assert not outcomes[0].truncated
@@ -126,7 +119,7 @@ def test_truncated_text_has_flag_and_token_counts(embedder: Embedder) -> None:
 
 
 def test_too_long_text_fails_with_on_long_error(embedder: Embedder) -> None:
-    vectors, outcomes = embedder.embed(batch_of(["short", "word " * 300], on_long=OnLong.ERROR))
+    vectors, outcomes = embedder.embed(stub_batch(["short", "word " * 300], on_long=OnLong.ERROR))
 
     assert np.isnan(vectors[1]).all()
     assert vectors[0].tobytes() == stub_vectors(["short"]).tobytes()
@@ -136,33 +129,33 @@ def test_too_long_text_fails_with_on_long_error(embedder: Embedder) -> None:
 
 
 def test_prompt_is_prepended_to_every_text(embedder: Embedder) -> None:
-    vectors, _ = embedder.embed(batch_of(["a", "b"], prompt="query: "))
+    vectors, _ = embedder.embed(stub_batch(["a", "b"], prompt="query: "))
 
     assert vectors.tobytes() == stub_vectors(["query: a", "query: b"]).tobytes()
 
 
 def test_outcomes_of_a_rerouted_batch_have_the_flag(embedder: Embedder) -> None:
-    _, outcomes = embedder.embed(batch_of(["a", "b"], rerouted=True))
+    _, outcomes = embedder.embed(stub_batch(["a", "b"], rerouted=True))
 
     assert [outcome.rerouted for outcome in outcomes] == [True, True]
 
 
 def test_outcome_has_device_and_precision(embedder: Embedder) -> None:
-    _, outcomes = embedder.embed(batch_of(["one two"]))
+    _, outcomes = embedder.embed(stub_batch(["one two"]))
 
     assert outcomes[0] == Outcome(n_tokens=4, device=Device.STUB, precision=Precision.F32)
 
 
 def test_vector_that_is_not_finite_fails_the_batch(embedder: Embedder) -> None:
     with pytest.raises(InferFailed, match=r"1 of 3 vectors that are not finite"):
-        embedder.embed(batch_of(["a", "embedq-fault:nan", "b"]))
+        embedder.embed(stub_batch(["a", "embedq-fault:nan", "b"]))
 
 
 def test_embedder_is_usable_after_a_failed_inference(embedder: Embedder) -> None:
     with pytest.raises(InferFailed):
-        embedder.embed(batch_of(["embedq-fault:raise", *map(str, range(50))]))
+        embedder.embed(stub_batch(["embedq-fault:raise", *map(str, range(50))]))
 
-    vectors, _ = embedder.embed(batch_of(["after"]))
+    vectors, _ = embedder.embed(stub_batch(["after"]))
 
     assert vectors.tobytes() == stub_vectors(["after"]).tobytes()
 
@@ -175,7 +168,7 @@ def test_device_lost_propagates() -> None:
     embedder = Embedder(StubTokenizer(), Lost(), token_budget=64)
 
     with pytest.raises(DeviceLost, match="gone"):
-        embedder.embed(batch_of(["a"]))
+        embedder.embed(stub_batch(["a"]))
     embedder.close()
 
 
@@ -187,7 +180,7 @@ def test_tokenizer_error_propagates() -> None:
     embedder = Embedder(Broken(), StubEngine(), token_budget=64)
 
     with pytest.raises(EngineError, match="no tokens"):
-        embedder.embed(batch_of(["a"]))
+        embedder.embed(stub_batch(["a"]))
     embedder.close()
 
 
@@ -196,7 +189,7 @@ def test_concurrent_batches_do_not_mix(embedder: Embedder) -> None:
 
     def embed(name: str) -> None:
         texts = [f"{name} {i}" for i in range(100)]
-        found[name] = embedder.embed(batch_of(texts))[0].tobytes()
+        found[name] = embedder.embed(stub_batch(texts))[0].tobytes()
 
     callers = [threading.Thread(target=embed, args=(name,)) for name in "ab"]
     for caller in callers:
@@ -228,7 +221,7 @@ def test_static_rows_and_canary_give_every_text_its_vector(
 ) -> None:
     embedder = static_embedder(row_spec)
 
-    vectors, outcomes = embedder.embed(batch_of(texts))
+    vectors, outcomes = embedder.embed(stub_batch(texts))
     embedder.close()
 
     assert vectors.tobytes() == stub_vectors(texts).tobytes()
@@ -241,7 +234,7 @@ def test_static_rows_omit_failed_texts(row_spec: RowSpec) -> None:
     texts = ["one", "", "word " * 300, "two"]
 
     vectors, outcomes = embedder.embed(
-        batch_of(texts, refused={1: Code.NUL_CHARACTER}, on_long=OnLong.ERROR)
+        stub_batch(texts, refused={1: Code.NUL_CHARACTER}, on_long=OnLong.ERROR)
     )
     embedder.close()
 
@@ -254,7 +247,7 @@ def test_batch_of_refused_texts_runs_no_inference() -> None:
     engine = WideStub()
     embedder = static_embedder(ROW_SPECS[0], engine)
 
-    embedder.embed(batch_of([""], refused={0: Code.NOT_UNICODE}))
+    embedder.embed(stub_batch([""], refused={0: Code.NOT_UNICODE}))
     embedder.close()
 
     assert engine.token_batches == []
@@ -284,7 +277,7 @@ def test_wrong_canary_fails_the_batch(factor: float, reason: FailureReason) -> N
     embedder = static_embedder(ROW_SPECS[0], WrongCanaryStub(factor))
 
     with pytest.raises(InferFailed) as caught:
-        embedder.embed(batch_of(["a", "b", "c"]))
+        embedder.embed(stub_batch(["a", "b", "c"]))
     embedder.close()
 
     assert caught.value.reason is reason
@@ -294,12 +287,12 @@ def test_stats_add_up_tokens_and_computed_tokens(embedder: Embedder) -> None:
     packed = static_embedder(RowSpec.packed(100))
     stats = EngineStats()
 
-    packed.embed(batch_of(["word " * 48] * 3), stats)
+    packed.embed(stub_batch(["word " * 48] * 3), stats)
     packed.close()
 
     assert (stats.inferences, stats.tokens, stats.computed_tokens) == (2, 150, 200)
     assert stats.pack_fill_ratio == 0.75
-    embedder.embed(batch_of(["word " * 48] * 2), stats)
+    embedder.embed(stub_batch(["word " * 48] * 2), stats)
     assert (stats.tokens, stats.inferences) == (250, 4)
 
 
@@ -331,8 +324,8 @@ def test_stats_of_concurrent_callers_are_separate() -> None:
     short, long = EngineStats(), EngineStats()
 
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(embedder.embed, batch_of(["word " * 20]), long)
-        embedder.embed(batch_of(["a"]), short)
+        second = pool.submit(embedder.embed, stub_batch(["word " * 20]), long)
+        embedder.embed(stub_batch(["a"]), short)
         engine_s = embedder.meter.totals().busy_s
         engine.end_short()
         second.result()
@@ -358,7 +351,7 @@ def test_static_rows_depend_on_the_batch_alone() -> None:
     for _ in range(2):
         engine = WideStub()
         embedder = static_embedder(ROW_SPECS[0], engine)
-        embedder.embed(batch_of(texts))
+        embedder.embed(stub_batch(texts))
         embedder.close()
         token_batches.append(sorted(engine.token_batches))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.support.stub_batches import stub_batch
 
-from embedq.protocol.contract import Accuracy, Device, OnLong, VectorSpec
-from embedq.protocol.message import EmbedBatch
+from embedq.protocol.contract import Device
 from embedq.testing import STUB_DIM, stub_vectors
-from embedq_worker.engines.stub import STUB_IDENTITY, StubEngine, StubTokenizer
+from embedq_worker.engines.stub import StubEngine, StubTokenizer
 from embedq_worker.errors import CompileFailed, EngineError, FailureReason, ModelError
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import Embedder
@@ -16,12 +16,7 @@ from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.verifier import ShadowCheck
 
 TEXTS = ["one", "two", "three"]
-BATCH = EmbedBatch(
-    "job",
-    0,
-    TEXTS,
-    VectorSpec(STUB_IDENTITY, STUB_DIM, 256, "", OnLong.TRUNCATE, Accuracy.STANDARD),
-)
+BATCH = stub_batch(TEXTS)
 
 
 def reference() -> VerifiedEngine:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tests.support.models import WORDS, real_model
+from tests.support.stub_batches import stub_batch
 
 from embedq.protocol.contract import Code, Device, Outcome, Precision, Status, VectorSpec
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import OutcomeTable, Vectors
-from embedq.testing import STUB_DIM, stub_vectors
+from embedq.testing import stub_vectors
 from embedq_worker.engines.factory import open_engine
-from embedq_worker.engines.stub import STUB_IDENTITY, STUB_MAX_LENGTH
 from embedq_worker.errors import EngineError, FailureReason, InferFailed
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from embedq_worker.pool_process.isolation import (
 )
 
 TEXTS = ["first", "second", "third"]
-BATCH = EmbedBatch("job", 0, TEXTS, VectorSpec(STUB_IDENTITY, STUB_DIM, STUB_MAX_LENGTH), {})
+BATCH = stub_batch(TEXTS)
 
 
 class Attempts:
