@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Final
 
 from embedq.errors import InputError, writing
 from embedq.protocol.contract import Dtype
-from embedq.protocol.values import DESCRIPTIONS, Vectors
+from embedq.protocol.values import NUMPY_DTYPES, Vectors
 
 #: Version of the manifest; newer versions are refused.
 MANIFEST_VERSION: Final = 1
@@ -216,7 +216,7 @@ class PartialWriter(PartialFiles):
         """
         super().__init__(output)
         fresh = manifest.batches == 0
-        self._description = DESCRIPTIONS[manifest.dtype]
+        self._description = NUMPY_DTYPES[manifest.dtype]
         self._vectors = _open_at(self.vectors_path, 0 if fresh else manifest.vectors_bytes)
         try:
             self._items = _open_at(self.items_path, 0 if fresh else manifest.items_bytes)
@@ -253,7 +253,7 @@ def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
     Source: numpy.lib.format, "Format Version 1.0".
     """
     shape = (
-        f"{{'descr': '{DESCRIPTIONS[dtype]}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+        f"{{'descr': '{NUMPY_DTYPES[dtype]}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
     )
     body = shape.ljust(NPY_HEADER_BYTES - 11) + "\n"
     return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body.encode("ascii")

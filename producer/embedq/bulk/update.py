@@ -38,7 +38,7 @@ from embedq.client import Client
 from embedq.errors import InputError, writing
 from embedq.jobs.batches import Document
 from embedq.protocol.contract import VectorSpec
-from embedq.protocol.values import DESCRIPTIONS, ITEM_BYTES, Vectors
+from embedq.protocol.values import ITEM_BYTES, NUMPY_DTYPES, Vectors
 
 #: Returned instead of a row for a document that must be embedded.
 TO_EMBED: Final = -1
@@ -343,7 +343,7 @@ def _merge_rows(
     ):
         while chunk := plan.read(_PLAN_ENTRY.size * CHUNK_ROWS):
             shape = (len(chunk) // _PLAN_ENTRY.size, dim)
-            merged: Vectors = np.empty(shape, DESCRIPTIONS[manifest.dtype])
+            merged: Vectors = np.empty(shape, NUMPY_DTYPES[manifest.dtype])
             lines = []
             for at, (row, number) in enumerate(_PLAN_ENTRY.iter_unpack(chunk)):
                 if row == TO_EMBED:

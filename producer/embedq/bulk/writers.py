@@ -18,7 +18,7 @@ from embedq.bulk.checkpoint import NPY_HEADER_BYTES, PartialFiles, npy_header
 from embedq.bulk.readers import STDIN
 from embedq.errors import InputError, did_you_mean, writing
 from embedq.protocol.contract import Dtype
-from embedq.protocol.values import DESCRIPTIONS, ITEM_BYTES, Vectors
+from embedq.protocol.values import ITEM_BYTES, NUMPY_DTYPES, Vectors
 
 #: Number of rows converted at a time.
 CHUNK_ROWS: Final = 4_096
@@ -162,7 +162,7 @@ def open_rows(output: Path, folder: Path, dim: int, dtype: Dtype = Dtype.FLOAT32
     read = {"jsonl": _read_jsonl, "parquet": _read_parquet}[format_of(output)]
     unpacked = Unpacked(folder / "old.npy", folder / "old.items.jsonl")
     rows = 0
-    row_type = DESCRIPTIONS[dtype]
+    row_type = NUMPY_DTYPES[dtype]
     failed = np.full(dim, np.nan, row_type)
     with (
         writing(output),
@@ -267,7 +267,7 @@ def _chunks(
             raw = vectors.read(ITEM_BYTES[dtype] * dim * len(lines))
             yield (
                 [json.loads(line) for line in lines],
-                np.frombuffer(raw, DESCRIPTIONS[dtype]).reshape(len(lines), dim),
+                np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(len(lines), dim),
             )
 
 

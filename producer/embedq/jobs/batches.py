@@ -20,7 +20,7 @@ from embedq.protocol.contract import (
     VectorSpec,
     refusal,
 )
-from embedq.protocol.values import DESCRIPTIONS, OutcomeTable, Value, Vectors, decode
+from embedq.protocol.values import NUMPY_DTYPES, OutcomeTable, Value, Vectors, decode
 
 #: Bytes of UTF-8 per token of English prose, without special tokens.
 BYTES_PER_TOKEN = 5.2
@@ -151,7 +151,7 @@ class VectorBuffer:
             spec: dimension and dtype of the vectors.
             planned: number of vectors; None if unknown.
         """
-        self._buffer: Vectors = np.empty((planned or 0, spec.dim), DESCRIPTIONS[spec.dtype])
+        self._buffer: Vectors = np.empty((planned or 0, spec.dim), NUMPY_DTYPES[spec.dtype])
         self._n = 0
 
     def append(self, vectors: Vectors) -> None:
@@ -203,7 +203,7 @@ def decode_result(
     parts = [decode(value, fingerprint) for value in values if value is not None]
     if parts[0].failure:
         return _failed(piece, parts[0].failure, spec)
-    row = (spec.dim, np.dtype(DESCRIPTIONS[spec.dtype]))
+    row = (spec.dim, np.dtype(NUMPY_DTYPES[spec.dtype]))
     if any((part.vectors.shape[1], part.vectors.dtype) != row for part in parts):
         raise CorruptValue(
             f"A batch has rows of the wrong shape, expected {spec.dim} x {spec.dtype}."
@@ -233,7 +233,7 @@ def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:
 def _failed(piece: TextBatch, failure: tuple[str, str], spec: VectorSpec) -> BatchResult:
     outcome = Outcome(status=Status.FAILED, code=failure[0])
     outcomes = OutcomeTable.from_outcomes([outcome] * len(piece))
-    vectors: Vectors = np.full((len(piece), spec.dim), np.nan, DESCRIPTIONS[spec.dtype])
+    vectors: Vectors = np.full((len(piece), spec.dim), np.nan, NUMPY_DTYPES[spec.dtype])
     return BatchResult(piece, vectors, outcomes, failure)
 
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from embedq.observability.status import FleetStatus, JobStatus
-from embedq.protocol.worker import WorkerStatus
+from embedq.protocol.worker import WorkerState, WorkerStatus
 
 #: Maximum number of workers with series of their own, by name; embedq_workers counts all workers.
 MAX_WORKER_SERIES: Final = 256
@@ -29,7 +29,7 @@ OTHER_JOBS: Final = "others"
 
 
 #: Values of the label `state` for workers with a heartbeat.
-STATES: Final = ("starting", "healthy", "degraded", "probing", "failed")
+STATES: Final = tuple(map(str, WorkerState))
 
 
 #: Value of the label `state` for workers whose heartbeat expired without deregistration.

@@ -17,7 +17,7 @@ from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from embedq.protocol.contract import Queue
-from embedq.protocol.worker import LARGEST, WorkerStatus, strip_control_chars
+from embedq.protocol.worker import MAX_NUMBER, WorkerStatus, strip_control_chars
 from embedq.store.dead_letters import DEAD_KEY
 from embedq.store.fleet import (
     FORGET_S,
@@ -236,7 +236,7 @@ def _number(raw: bytes | None) -> float:
         number = float(raw or 0)
     except ValueError:
         return 0.0
-    return number if abs(number) <= LARGEST else 0.0
+    return number if abs(number) <= MAX_NUMBER else 0.0
 
 
 def _key(job: str, name: str) -> str:

@@ -1,1 +1,1 @@
-"""What producer and worker agree on: enums, limits, codecs. No Redis, no Celery, no files."""
+"""Defines what producer and worker agree on. Pure: no Redis, no Celery, no files."""

@@ -1,6 +1,6 @@
-"""The words and limits that producer and worker agree on; messages are built of them elsewhere.
+"""Defines the enums, limits and value types that producer and worker agree on.
 
-Every customer imports this file, so it stays small: no Celery, no Redis, no runtime.
+Every user of the SDK imports this module: no Celery, no Redis, no runtime.
 """
 
 from __future__ import annotations
@@ -12,40 +12,40 @@ from typing import Final, NamedTuple
 
 import msgpack
 
-#: Version of the message. A worker answers an older one it still knows and refuses a newer one.
+#: Version of the message format. A worker rejects messages of a newer version.
 SCHEMA: Final = 1
 
 
-#: Name of the one Celery task.
+#: Name of the Celery task.
 TASK_NAME: Final = "embedq.embed_batch"
 
 
-#: Header of a message with the Unix time at which it was published.
+#: Message header with the Unix time of the publish, seconds.
 PUBLISHED_HEADER: Final = "published"
 
 
-#: Most texts in one batch.
+#: Maximum number of texts in a batch.
 MAX_BATCH_TEXTS: Final = 4_096
 
 
-#: Most bytes of UTF-8 text in one batch, before compression.
+#: Maximum UTF-8 size of all texts of a batch before compression, bytes.
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
 
-#: Most bytes of one text; a longer one fails alone with code ``text_too_large``.
+#: Maximum UTF-8 size of a text, bytes; a larger one fails alone with code ``text_too_large``.
 MAX_TEXT_BYTES: Final = 1024 * 1024
 
 
-#: Most batches in one job: keeps the bitmap of a job below 4 MiB.
+#: Maximum number of batches in a job; limits the job's bitmap of commits to 4 MiB.
 MAX_BATCHES: Final = 2**25
 
 
-#: Most bytes of the raw texts field, framing included.
+#: Maximum size of the texts field before compression, lengths included, bytes.
 MAX_RAW_BYTES: Final = MAX_BATCH_BYTES + 8 * MAX_BATCH_TEXTS
 
 
 class Queue(StrEnum):
-    """The queues of Redis that carry batches."""
+    """Redis list that carries batches."""
 
     NPU = "embed.npu"
     CPU = "embed.cpu"
@@ -62,14 +62,14 @@ class Accuracy(StrEnum):
 
 
 class Dtype(StrEnum):
-    """How vectors travel, are kept in Redis and reach the caller."""
+    """Type of the vectors in Redis and in results."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
 
 
 class Device(StrEnum):
-    """What an engine runs on."""
+    """Device that an engine runs on."""
 
     NPU = "npu"
     CPU = "cpu"
@@ -77,7 +77,7 @@ class Device(StrEnum):
 
 
 class Precision(StrEnum):
-    """The arithmetic that made a vector."""
+    """Arithmetic that computes a vector."""
 
     F32 = "f32"
     BF16 = "bf16"
@@ -86,21 +86,21 @@ class Precision(StrEnum):
 
 
 class OnLong(StrEnum):
-    """What happens to a text of more tokens than the model takes."""
+    """Policy for a text with more tokens than the model accepts."""
 
     TRUNCATE = "truncate"
     ERROR = "error"
 
 
 class Status(StrEnum):
-    """How a text ended."""
+    """Result of one text."""
 
     OK = "ok"
     FAILED = "failed"
 
 
 class Code(StrEnum):
-    """Why a text failed."""
+    """Reason why a text failed."""
 
     NONE = ""
     TEXT_TOO_LARGE = "text_too_large"
@@ -113,17 +113,17 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one text.
+    """Result of one text, beside its vector.
 
     Attributes:
         status: ok or failed.
         truncated: tokens were dropped to fit the model.
-        rerouted: the batch was handed from an NPU to the CPU queue.
-        n_tokens: tokens embedded, special tokens included.
-        n_tokens_dropped: tokens that did not fit.
-        device: what computed it.
-        precision: the arithmetic that computed it.
-        code: why it failed; empty when it did not.
+        rerouted: the batch was moved from an NPU to the CPU queue.
+        n_tokens: number of embedded tokens, special tokens included.
+        n_tokens_dropped: number of tokens that did not fit.
+        device: device that computed the vector; empty if none did.
+        precision: arithmetic that computed the vector; empty if none did.
+        code: reason of the failure; empty if the text did not fail.
     """
 
     status: Status = Status.OK
@@ -137,17 +137,17 @@ class Outcome:
 
 
 class VectorSpec(NamedTuple):
-    """Everything beside the text that shapes a vector.
+    """Everything except the text that determines a vector.
 
     Attributes:
-        model: identity of the model, sha256 in hex of weights, tokenizer and configuration.
-        dim: components of a vector.
-        max_length: tokens the model takes, special tokens included.
-        prompt: put before every text.
-        on_long: policy for texts of more tokens.
+        model: identity of the model: sha256 of weights, tokenizer and configuration, in hex.
+        dim: number of components of a vector.
+        max_length: maximum number of tokens of a text, special tokens included.
+        prompt: prefix of every text.
+        on_long: policy for texts with more than max_length tokens.
         accuracy: accuracy class of the job.
-        dtype: how vectors travel and are kept; they are computed in float32 whatever it is.
-        quantized: name of the quantized model that class ``int8`` computes with; else empty.
+        dtype: type of the stored and returned vectors.
+        quantized: name of the quantized model for accuracy class ``int8``; otherwise empty.
     """
 
     model: str
@@ -159,25 +159,25 @@ class VectorSpec(NamedTuple):
     dtype: Dtype = Dtype.FLOAT32
     quantized: str = ""
 
-    def plain(self) -> list[object]:
-        """Return the fields in their order, as msgpack takes them."""
+    def as_list(self) -> list[object]:
+        """Return the fields in order, as types that msgpack can encode."""
         return [str(value) if isinstance(value, StrEnum) else value for value in self]
 
     def fingerprint(self) -> bytes:
-        """Return 8 bytes that differ whenever two specs may give different vectors."""
-        packed: bytes = msgpack.packb([SCHEMA, *self.plain()])
+        """Return an 8-byte hash of the schema version and all fields."""
+        packed: bytes = msgpack.packb([SCHEMA, *self.as_list()])
         return hashlib.sha256(packed).digest()[:8]
 
 
 def refusal(text: object) -> Code:
-    """Say why a text cannot be embedded, or ``Code.NONE`` if it can.
+    """Return why a text cannot be embedded, or ``Code.NONE`` if it can.
 
-    An empty text is embedded, as sentence-transformers does. NUL marks binary content, which no
-    tokenizer was trained on, so it fails rather than giving a vector that means nothing.
+    An empty text is embedded, as in sentence-transformers. A text with a NUL character fails:
+    it is binary content, and its vector would be meaningless.
     """
     if not isinstance(text, str):
         return Code.NOT_A_STRING
-    # The characters bound the bytes from both sides, so most texts are never encoded here.
+    # Cheap checks first: most texts need no encoding to be accepted or rejected.
     if len(text) > MAX_TEXT_BYTES:
         return Code.TEXT_TOO_LARGE
     if "\0" in text:

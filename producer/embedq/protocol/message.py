@@ -1,10 +1,7 @@
-"""The message of one batch: encode, validate, decode.
+"""Encodes, validates and decodes the message of one batch.
 
-The header of a message: every field but its texts, checked before anything is inflated.
-
-The message between producer and worker: the texts of a batch, framed, compressed and named.
-
-Every producer imports this file: no Celery, no Redis, no runtime.
+Every field is checked before the texts are decompressed.
+Every user of the SDK imports this module: no Celery, no Redis, no runtime.
 """
 
 from __future__ import annotations
@@ -34,6 +31,11 @@ from embedq.protocol.contract import (
     refusal,
 )
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -42,12 +44,13 @@ _DIGEST = re.compile(r"[0-9a-f]{32,64}")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The part of a message that can be checked without touching its texts.
+    """Validated fields of a message, before its texts are decompressed.
 
     Attributes:
-        job, index, n, spec, refused, rerouted: as in EmbedBatch; ``n`` counts the texts.
-        raw_bytes: declared size of the texts field once inflated.
-        packed: the compressed texts field.
+        job, index, spec, refused, rerouted: as in EmbedBatch.
+        n: number of texts.
+        raw_bytes: declared size of the decompressed texts field.
+        packed: compressed texts field.
     """
 
     job: str
@@ -61,7 +64,7 @@ class Header:
 
     @staticmethod
     def address(body: object) -> tuple[str, int] | None:
-        """Return job and index of a message however broken the rest is, or None."""
+        """Return job id and batch index, or None; the other fields may be invalid."""
         if not isinstance(body, Mapping):
             return None
         job, index = body.get("job"), body.get("i")
@@ -73,33 +76,36 @@ class Header:
 
     @classmethod
     def from_message(cls, body: object) -> Header:
-        """Check every field but the texts.
+        """Check every field except the content of the texts.
 
         Raises:
-            UnknownSchema, BatchTooLarge, MalformedMessage: as EmbedBatch.from_message.
+            UnknownSchema, BatchTooLarge, MalformedMessage: as in EmbedBatch.from_message.
         """
         if not isinstance(body, Mapping):
-            raise MalformedMessage(f"A message is a map, not {type(body).__name__}.")
+            raise MalformedMessage(f"The message is of type {type(body).__name__}, expected a map.")
         schema = body.get("v")
         if type(schema) is not int or schema < 1:
-            raise MalformedMessage("The message names no schema.")
+            raise MalformedMessage("The message has no schema version (field 'v').")
         if schema > SCHEMA:
             raise UnknownSchema(
-                f"The message has schema {schema}; this worker speaks up to {SCHEMA}. "
-                "Upgrade embedq on the worker, workers before producers."
+                f"The message has schema version {schema}; this worker supports up to {SCHEMA}. "
+                "Upgrade embedq on the worker; always upgrade workers before producers."
             )
         address = cls.address(body)
         if address is None:
-            raise MalformedMessage("The message has no usable job id and batch index.")
+            raise MalformedMessage("The message has no valid job id and batch index.")
         n = _bounded(body, "n", MAX_BATCH_TEXTS)
         raw_bytes = _bounded(body, "raw", MAX_RAW_BYTES)
         packed = body.get("texts")
         if not isinstance(packed, bytes):
-            raise MalformedMessage("The texts field is not bytes.")
-        # zstd may expand incompressible input a little; anything larger than that is forged.
+            raise MalformedMessage(
+                f"The texts field is of type {type(packed).__name__}, expected bytes."
+            )
+        # zstd expands incompressible input by a little at most.
         if len(packed) > raw_bytes + raw_bytes // 128 + 1024:
             raise BatchTooLarge(
-                f"The compressed texts have {len(packed):,} bytes for {raw_bytes:,} declared."
+                f"The compressed texts have {len(packed):,} bytes, but the message declares "
+                f"{raw_bytes:,} bytes uncompressed."
             )
         return cls(
             job=address[0],
@@ -116,7 +122,7 @@ class Header:
 def _bounded(body: Mapping[str, object], key: str, limit: int) -> int:
     value = body.get(key)
     if type(value) is not int or value < 0:
-        raise MalformedMessage(f"Field {key!r} is not a count.")
+        raise MalformedMessage(f"Field {key!r} is not an integer from 0.")
     if value > limit:
         raise BatchTooLarge(f"Field {key!r} is {value:,}; the limit is {limit:,}.")
     return value
@@ -124,7 +130,9 @@ def _bounded(body: Mapping[str, object], key: str, limit: int) -> int:
 
 def _spec(value: object) -> VectorSpec:
     if not isinstance(value, list | tuple) or len(value) != len(VectorSpec._fields):
-        raise MalformedMessage("The vector specification has the wrong number of fields.")
+        raise MalformedMessage(
+            f"The vector specification is not a list of {len(VectorSpec._fields)} fields."
+        )
     model, dim, max_length, prompt, on_long, accuracy, dtype, quantized = value
     try:
         spec = VectorSpec(
@@ -138,8 +146,8 @@ def _spec(value: object) -> VectorSpec:
             quantized,
         )
     except ValueError as error:
-        raise MalformedMessage(f"The vector specification is unknown: {error}.") from None
-    right_types = (
+        raise MalformedMessage(f"The vector specification has an unknown value: {error}.") from None
+    is_valid = (
         isinstance(model, str)
         and _DIGEST.fullmatch(model)
         and type(dim) is int
@@ -151,32 +159,28 @@ def _spec(value: object) -> VectorSpec:
         and isinstance(quantized, str)
         and len(quantized) <= 64
     )
-    if not right_types:
-        raise MalformedMessage("The vector specification has a value of the wrong type or size.")
+    if not is_valid:
+        raise MalformedMessage("The vector specification has a field of the wrong type or size.")
     return spec
 
 
 def _refused(value: object, n: int) -> dict[int, str]:
     if not isinstance(value, Mapping) or len(value) > n:
-        raise MalformedMessage("The refused texts are not a map of offsets.")
+        raise MalformedMessage(f"Field 'refused' is not a map with at most {n:,} entries.")
     refused = {}
     for offset, code in value.items():
         if not (isinstance(offset, str) and offset.isascii() and offset.isdigit()):
-            raise MalformedMessage("A refused text has no offset.")
+            raise MalformedMessage("Field 'refused' has a key that is not an offset.")
         if len(offset) > 5 or int(offset) >= n or not isinstance(code, str) or len(code) > 64:
-            raise MalformedMessage("A refused text is outside the batch.")
+            raise MalformedMessage(
+                f"Field 'refused' has an offset beyond {n - 1:,} or an invalid code."
+            )
         refused[int(offset)] = code
     return refused
 
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
-
-#: Level 3 costs the producer a third of gzip and packs prose as well. Without a checksum a flipped
-#: bit often gives other texts of the same lengths, and they would be embedded.
+#: Options of the compression of texts. Without a checksum, a flipped bit often decodes to other
+#: texts of the same lengths.
 ZSTD_OPTIONS: Final[Mapping[int, int]] = {
     zstd.CompressionParameter.compression_level: 3,
     zstd.CompressionParameter.checksum_flag: 1,
@@ -185,15 +189,15 @@ ZSTD_OPTIONS: Final[Mapping[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class EmbedBatch:
-    """One wire message: the texts of one task run, where they belong, and how to embed them.
+    """Texts of one message, with their position in the job and their vector specification.
 
     Attributes:
         job: id of the job, ``[A-Za-z0-9_-]{1,64}``.
-        index: position of this batch in the job.
-        texts: the texts in the caller's order; a refused one is an empty string.
-        spec: what shapes the vectors.
-        refused: offset of each text that the producer refused -> its code.
-        rerouted: the batch was handed over from an NPU worker.
+        index: number of the batch in the job, from 0.
+        texts: texts in the caller's order; a refused text is an empty string.
+        spec: vector specification.
+        refused: offset of a text that cannot be embedded -> code.
+        rerouted: the batch was moved from an NPU worker.
     """
 
     job: str
@@ -205,11 +209,11 @@ class EmbedBatch:
 
     @property
     def task_id(self) -> str:
-        """The Celery task id: the same content at the same place always has the same one."""
+        """Celery task id; equal for equal content at the same position of the same job."""
         return f"{self.job}:{self.index}:{self.digest()}"
 
     def digest(self) -> str:
-        """Name the content: 32 hex characters of everything that shapes these vectors."""
+        """Return 32 hex characters of a hash of the texts and their specification."""
         state = hashlib.sha256(self.spec.fingerprint())
         for offset, text in enumerate(self.texts):
             raw = text.encode()
@@ -219,10 +223,10 @@ class EmbedBatch:
         return state.hexdigest()[:32]
 
     def to_message(self) -> dict[str, Any]:
-        """Encode the batch as a map of msgpack types; the texts are framed and compressed.
+        """Encode the batch as a map of msgpack types; the texts are compressed.
 
         Raises:
-            BatchTooLarge: more texts or bytes than the contract allows.
+            BatchTooLarge: the batch has more texts or bytes than one message may have.
         """
         if len(self.texts) > MAX_BATCH_TEXTS:
             raise BatchTooLarge(
@@ -241,7 +245,7 @@ class EmbedBatch:
             "job": self.job,
             "i": self.index,
             "n": len(encoded),
-            "spec": self.spec.plain(),
+            "spec": self.spec.as_list(),
             "refused": {str(offset): str(code) for offset, code in self.refused.items()},
             "rerouted": self.rerouted,
             "raw": len(raw),
@@ -250,33 +254,36 @@ class EmbedBatch:
 
     @classmethod
     def from_message(cls, body: object) -> EmbedBatch:
-        """Check and decode a message; nothing is inflated before its size is bounded.
+        """Check and decode a message; at most the declared size is decompressed.
 
-        A text that is not UTF-8 is not an error of the batch: it comes back as refused.
+        A text that cannot be embedded, for example because it is not UTF-8, is marked as refused;
+        it does not fail the batch.
 
         Raises:
-            UnknownSchema: the message is newer than this code.
-            BatchTooLarge: it declares or holds more than the contract allows.
-            MalformedMessage: anything else is wrong with it.
+            UnknownSchema: the message has a newer schema version.
+            BatchTooLarge: the message declares or contains more texts or bytes than allowed.
+            MalformedMessage: the message is invalid in another way.
         """
         header = Header.from_message(body)
-        raw = _inflate(header.packed, header.raw_bytes)
-        framed = 4 * header.n <= len(raw)
-        lengths = struct.unpack_from(f"<{header.n}I", raw) if framed else ()
-        if not framed or 4 * header.n + sum(lengths) != len(raw):
-            raise MalformedMessage("The lengths of the texts do not add up to the declared size.")
+        raw = _decompress(header.packed, header.raw_bytes)
+        has_lengths = 4 * header.n <= len(raw)
+        lengths = struct.unpack_from(f"<{header.n}I", raw) if has_lengths else ()
+        if not has_lengths or 4 * header.n + sum(lengths) != len(raw):
+            raise MalformedMessage(
+                f"The lengths of the texts do not add up to the declared {len(raw):,} bytes."
+            )
         refused = dict(header.refused)
         texts: list[str] = []
         at = 4 * header.n
-        # Asked of all texts at once: nearly always it is so, and a device may be waiting for them.
-        sound = max(lengths, default=0) <= MAX_TEXT_BYTES and raw.find(b"\0", at) < 0
+        # One check of all texts: a check of each text would delay the device.
+        all_valid = max(lengths, default=0) <= MAX_TEXT_BYTES and raw.find(b"\0", at) < 0
         for offset, length in enumerate(lengths):
             text = ""
             try:
                 text = raw[at : at + length].decode()
             except UnicodeDecodeError:
                 refused.setdefault(offset, Code.NOT_UNICODE)
-            if not sound and (code := refusal(text)):
+            if not all_valid and (code := refusal(text)):
                 refused.setdefault(offset, code)
             texts.append("" if offset in refused else text)
             at += length
@@ -284,34 +291,30 @@ class EmbedBatch:
 
 
 def message_headers(body: Mapping[str, Any], published: float) -> dict[str, Any]:
-    """Return the options of Celery that keep texts out of headers, events and Flower.
+    """Return Celery options with the publish time, and without texts in headers, events and Flower.
 
     Args:
-        body: a message, as from EmbedBatch.to_message.
-        published: Unix time in seconds; tells how long a message waits, and which may be lost.
+        body: message from EmbedBatch.to_message.
+        published: Unix time of the publish, seconds; used to find lost batches and queue ages.
     """
     return {
-        # Celery's own repr would copy the first kilobyte of the arguments.
+        # Celery's default repr contains the start of the texts.
         "argsrepr": f"<{body['n']} texts, {body['raw'] / 1000:.0f} kB>",
         "kwargsrepr": "{}",
         "headers": {PUBLISHED_HEADER: published},
     }
 
 
-def _inflate(packed: bytes, size: int) -> bytes:
-    """Inflate within the declared size; one byte more is a forgery.
-
-    The frame header says how much memory a decoder would need, so a window larger than the
-    contract allows is refused by zstd itself before it allocates.
-    """
+def _decompress(packed: bytes, size: int) -> bytes:
     window = zstd.DecompressionParameter.window_log_max
+    # zstd rejects a frame with a window above 2**23 bytes before it allocates memory.
     decoder = zstd.ZstdDecompressor(options={window: 23})
     try:
         raw: bytes = decoder.decompress(packed, max_length=size + 1)
     except zstd.ZstdError:
-        raise MalformedMessage("The texts field is not zstd, or is damaged.") from None
+        raise MalformedMessage("The texts field is not a valid zstd frame.") from None
     if len(raw) != size or not decoder.eof or decoder.unused_data:
         raise MalformedMessage(
-            f"The texts field does not inflate to the {size:,} bytes that it declares."
+            f"The texts field does not decompress to the declared {size:,} bytes."
         )
     return raw

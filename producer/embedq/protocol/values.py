@@ -1,10 +1,7 @@
-"""The result of one batch: vectors and outcomes as bytes.
+"""Encodes and decodes the vectors and outcomes of a batch.
 
-The value that holds vectors in Redis: a 32-byte header, raw little-endian rows, their outcomes.
-
-One batch is stored as values of at most 256 KiB, each with as many rows as fit.
-
-The outcomes of a batch as columns: 10 bytes a text on the wire instead of an object each.
+A batch is stored in Redis as values of at most 256 KiB. A value consists of a 32-byte header, some
+rows of vectors (little endian), and the outcomes of these rows, stored by column.
 """
 
 from __future__ import annotations
@@ -22,51 +19,53 @@ import numpy.typing as npt
 from embedq.errors import CorruptValue
 from embedq.protocol.contract import Dtype, Outcome, Status
 
-#: float32, or float16 where a job asks for it.
+#: Vectors [n, D]; float32, or float16 if the job's dtype is float16.
 Vectors = npt.NDArray[np.float32]
 
 
 _MAGIC: Final = b"EQV1"
 
 
-#: magic, dtype, flags, reserved, dim, rows, bytes of outcomes, fingerprint, crc32 of all the rest.
+#: Magic, dtype, flags, reserved, dim, rows, bytes of outcomes, fingerprint, crc32 of the value.
 _HEADER: Final = struct.Struct("<4sBBHIII8sI")
 
 
-#: Type of the components -> its number in the header, and its name in numpy.
-_NUMBERS: Final = {Dtype.FLOAT32: 1, Dtype.FLOAT16: 2}
+#: Dtype -> code in the header.
+_DTYPE_CODES: Final = {Dtype.FLOAT32: 1, Dtype.FLOAT16: 2}
 
 
-DESCRIPTIONS: Final = {Dtype.FLOAT32: "<f4", Dtype.FLOAT16: "<f2"}
+#: Dtype -> type description of numpy, little endian.
+NUMPY_DTYPES: Final = {Dtype.FLOAT32: "<f4", Dtype.FLOAT16: "<f2"}
 
 
-#: Bytes of a component.
+#: Dtype -> size of a component, bytes.
 ITEM_BYTES: Final = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2}
 
 
+#: Header flag of a value that says why the whole batch failed.
 _BATCH_FAILED: Final = 1
 
 
-#: Bytes of one value at most: large enough to be few, small enough to fetch a piece at a time.
+#: Maximum size of a value, bytes; a batch then has few values, and a reader needs little memory.
 MAX_VALUE_BYTES: Final = 256 * 1024
 
 
-#: Bytes of the outcome of one row.
+#: Size of the outcome of one row, bytes.
 _OUTCOME_BYTES: Final = 10
 
 
-#: Bytes reserved in a value for the distinct kinds of its outcomes.
+#: Space reserved in a value for the distinct kinds of its outcomes, bytes.
 _KINDS_BYTES: Final = 74
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One decoded value: some rows of a batch, or the reason why the batch was refused.
+    """Decoded value: some rows of a batch, or the reason why the whole batch failed.
 
     Attributes:
-        vectors: float32 or float16 [rows, D]; failed texts are NaN.
-        outcomes: one per row.
-        failure: (code, detail) when the whole batch was refused; then there are no rows.
+        vectors: float32 or float16 [rows, D]; NaN for failed texts.
+        outcomes: one outcome per row.
+        failure: (code, detail) if the whole batch failed; then there are no rows.
     """
 
     vectors: Vectors
@@ -85,43 +84,46 @@ def encode(
     Args:
         vectors: float32 [n, D].
         outcomes: n outcomes.
-        fingerprint: 8 bytes of the specification that made them.
-        dtype: what they are stored as. float16 rounds a component of a unit vector by at most
-            2**-12, and the cosine of two of them by less than 2**-10 (IEEE 754: 11 bits).
+        fingerprint: fingerprint of the vector specification, 8 bytes.
+        dtype: stored type. float16 changes a component of a unit vector by at most 2**-12, and
+            the cosine of two unit vectors by less than 2**-10 (IEEE 754: 11 bits).
     """
     rows, dim = vectors.shape
     tail = outcomes.to_bytes()
-    body = np.ascontiguousarray(vectors, DESCRIPTIONS[dtype]).data.cast("B") if rows else b""
-    return _assemble(_NUMBERS[dtype], 0, dim, rows, len(tail), fingerprint, (body, tail))
+    body = np.ascontiguousarray(vectors, NUMPY_DTYPES[dtype]).data.cast("B") if rows else b""
+    return _assemble(_DTYPE_CODES[dtype], 0, dim, rows, len(tail), fingerprint, (body, tail))
 
 
 def encode_failure(code: str, detail: str) -> bytes:
-    """Encode the refusal of a whole batch; it is made under no specification."""
+    """Encode the reason why a whole batch failed; the value has no fingerprint."""
     tail = f"{code}\n{detail}".encode()[:4096]
-    return _assemble(_NUMBERS[Dtype.FLOAT32], _BATCH_FAILED, 0, 0, len(tail), bytes(8), (tail,))
+    return _assemble(_DTYPE_CODES[Dtype.FLOAT32], _BATCH_FAILED, 0, 0, len(tail), bytes(8), (tail,))
 
 
 def decode(value: bytes, fingerprint: bytes) -> Value:
     """Check and decode one value; the vectors share its memory and are read-only.
 
     Raises:
-        CorruptValue: wrong size, checksum or type, or made under another specification.
+        CorruptValue: the size, checksum, dtype or fingerprint is wrong.
     """
     if len(value) < _HEADER.size:
-        raise CorruptValue(f"A value of {len(value)} bytes is shorter than its header.")
-    magic, number, flags, _, dim, rows, tail_bytes, made_by, checksum = _HEADER.unpack_from(value)
-    dtype = next((kind for kind, known in _NUMBERS.items() if known == number), Dtype.FLOAT32)
+        raise CorruptValue(
+            f"A value of {len(value)} bytes is shorter than the header of {_HEADER.size} bytes."
+        )
+    header = _HEADER.unpack_from(value)
+    magic, dtype_code, flags, _, dim, rows, tail_bytes, stored, checksum = header
+    dtype = next((name for name, code in _DTYPE_CODES.items() if code == dtype_code), Dtype.FLOAT32)
     size = _HEADER.size + ITEM_BYTES[dtype] * dim * rows + tail_bytes
-    if magic != _MAGIC or number != _NUMBERS[dtype] or size != len(value):
+    if magic != _MAGIC or dtype_code != _DTYPE_CODES[dtype] or size != len(value):
         raise CorruptValue(f"A value of {len(value):,} bytes does not match its header.")
     if _checksum(value[: _HEADER.size], (memoryview(value)[_HEADER.size :],)) != checksum:
         raise CorruptValue(f"A value of {len(value):,} bytes fails its checksum.")
-    # A refusal counts whatever was asked for: the worker may not have been able to read it.
-    if made_by != fingerprint and not flags & _BATCH_FAILED:
+    # A failure has no fingerprint: perhaps the worker could not decode the specification.
+    if stored != fingerprint and not flags & _BATCH_FAILED:
         raise CorruptValue(
-            f"A value was made under specification {made_by.hex()}, expected {fingerprint.hex()}."
+            f"A value has the fingerprint {stored.hex()}, expected {fingerprint.hex()}."
         )
-    vectors = np.frombuffer(value, DESCRIPTIONS[dtype], rows * dim, _HEADER.size).reshape(rows, dim)
+    vectors = np.frombuffer(value, NUMPY_DTYPES[dtype], rows * dim, _HEADER.size).reshape(rows, dim)
     tail = memoryview(value)[size - tail_bytes :]
     if flags & _BATCH_FAILED:
         code, _, detail = bytes(tail).decode(errors="replace").partition("\n")
@@ -130,19 +132,15 @@ def decode(value: bytes, fingerprint: bytes) -> Value:
 
 
 def split_rows(n: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Iterator[tuple[int, int]]:
-    """Cut n rows into values of at most MAX_VALUE_BYTES, each with as many rows as fit.
-
-    Yields:
-        (start, stop) of each value.
-    """
+    """Yield (start, stop) of each value of n rows; each has at most MAX_VALUE_BYTES."""
     per_row = ITEM_BYTES[dtype] * dim + _OUTCOME_BYTES
-    most = max(1, (MAX_VALUE_BYTES - _HEADER.size - _KINDS_BYTES) // per_row)
-    for start in range(0, n, most):
-        yield start, min(start + most, n)
+    max_rows = max(1, (MAX_VALUE_BYTES - _HEADER.size - _KINDS_BYTES) // per_row)
+    for start in range(0, n, max_rows):
+        yield start, min(start + max_rows, n)
 
 
 def _assemble(
-    number: int,
+    dtype_code: int,
     flags: int,
     dim: int,
     rows: int,
@@ -150,7 +148,7 @@ def _assemble(
     fingerprint: bytes,
     parts: tuple[bytes | memoryview, ...],
 ) -> bytes:
-    fields = (_MAGIC, number, flags, 0, dim, rows, tail_bytes, fingerprint)
+    fields = (_MAGIC, dtype_code, flags, 0, dim, rows, tail_bytes, fingerprint)
     checksum = _checksum(_HEADER.pack(*fields, 0), parts)
     return b"".join((_HEADER.pack(*fields, checksum), *parts))
 
@@ -162,10 +160,11 @@ def _checksum(header: bytes, parts: tuple[bytes | memoryview, ...]) -> int:
     return checksum
 
 
+#: Flags of an outcome.
 TRUNCATED, REROUTED = 1, 2
 
 
-#: Most kinds of outcomes in a batch: each is a number of one byte.
+#: Maximum number of kinds of outcomes in a batch; the index of a kind is stored in one byte.
 MAX_KINDS = 256
 
 
@@ -174,11 +173,11 @@ class OutcomeTable:
     """One outcome per text, stored by column.
 
     Attributes:
-        kinds: the distinct (status, device, precision, code) of the batch, at most 256.
+        kinds: distinct (status, device, precision, code) of the batch, at most MAX_KINDS.
         kind: uint8 [n], index into kinds.
-        flags: uint8 [n], sum of TRUNCATED and REROUTED.
-        n_tokens: uint32 [n], tokens embedded, special tokens included.
-        n_dropped: uint32 [n], tokens that did not fit.
+        flags: uint8 [n], bits TRUNCATED and REROUTED.
+        n_tokens: uint32 [n], number of embedded tokens, special tokens included.
+        n_dropped: uint32 [n], number of tokens that did not fit.
     """
 
     kinds: Sequence[tuple[str, str, str, str]]
@@ -189,7 +188,7 @@ class OutcomeTable:
 
     @classmethod
     def from_outcomes(cls, outcomes: Sequence[Outcome]) -> OutcomeTable:
-        """Turn outcome objects into columns."""
+        """Build the table from outcome objects."""
         kinds: dict[tuple[str, str, str, str], int] = {}
         kind = [
             kinds.setdefault((str(o.status), o.device, o.precision, o.code), len(kinds))
@@ -225,7 +224,7 @@ class OutcomeTable:
         return (self[row] for row in range(len(self)))
 
     def as_dicts(self) -> Iterator[dict[str, str | bool | int]]:
-        """Yield what `asdict` would give of each outcome, at a tenth of its price."""
+        """Yield each outcome as a dict, without creating an Outcome."""
         columns = (self.kind, self.flags, self.n_tokens, self.n_dropped)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for kind, flags, n_tokens, n_dropped in rows:
@@ -242,20 +241,20 @@ class OutcomeTable:
             }
 
     def count_failed(self) -> int:
-        """Count the texts that have no vector."""
+        """Return the number of failed texts."""
         return sum(n for kind, n in self.count_kinds() if kind[0] != Status.OK)
 
     def count_kinds(self) -> Iterator[tuple[tuple[str, str, str, str], int]]:
-        """Yield each kind with the number of its texts."""
+        """Yield each kind and its number of texts."""
         counts = np.bincount(self.kind, minlength=len(self.kinds))
         return zip(self.kinds, counts.tolist(), strict=True)
 
     def count_flag(self, flag: int) -> int:
-        """Count the texts that carry TRUNCATED or REROUTED."""
+        """Return the number of texts with the flag TRUNCATED or REROUTED."""
         return int(np.count_nonzero(self.flags & flag))
 
     def rows(self, start: int, stop: int) -> OutcomeTable:
-        """Return the outcomes of rows start to stop, sharing their memory."""
+        """Return the outcomes of rows start to stop; they share memory with this table."""
         return OutcomeTable(
             self.kinds,
             self.kind[start:stop],
@@ -266,17 +265,19 @@ class OutcomeTable:
 
     @classmethod
     def concatenate(cls, tables: Sequence[OutcomeTable]) -> OutcomeTable:
-        """Join tables end to end.
+        """Concatenate tables.
 
         Raises:
-            CorruptValue: together they have more kinds than a worker ever gives.
+            CorruptValue: the tables have more than MAX_KINDS kinds.
         """
         kinds: dict[tuple[str, str, str, str], int] = {}
         renumbered = []
         for table in tables:
             numbers = [kinds.setdefault(kind, len(kinds)) for kind in table.kinds]
             if len(kinds) > MAX_KINDS:
-                raise CorruptValue(f"The outcomes of a batch are of {len(kinds)} kinds or more.")
+                raise CorruptValue(
+                    f"A batch has {len(kinds)} kinds of outcomes; the limit is {MAX_KINDS}."
+                )
             renumbered.append(np.array(numbers, np.uint8)[table.kind])
         return cls(
             list(kinds),
@@ -287,7 +288,7 @@ class OutcomeTable:
         )
 
     def to_bytes(self) -> bytes:
-        """Encode as a length, the kinds in msgpack, then the columns, little endian."""
+        """Encode as length of the kinds, kinds in msgpack, then columns, little endian."""
         kinds: bytes = msgpack.packb(list(self.kinds))
         return b"".join(
             (
@@ -305,7 +306,7 @@ class OutcomeTable:
         """Decode the outcomes of n texts.
 
         Raises:
-            CorruptValue: the bytes do not hold n outcomes.
+            CorruptValue: the bytes are not n outcomes.
         """
         try:
             (size,) = struct.unpack_from("<I", raw)
@@ -318,7 +319,7 @@ class OutcomeTable:
             if n and int(kind.max()) >= len(kinds):
                 raise ValueError("kind out of range")
         except (struct.error, ValueError, TypeError, msgpack.UnpackException) as error:
-            raise CorruptValue(f"The outcomes of {n:,} texts are unreadable.") from error
+            raise CorruptValue(f"The outcomes of {n:,} texts cannot be decoded.") from error
         return cls(kinds, kind, flags, n_tokens, n_dropped)
 
 

@@ -1,4 +1,4 @@
-"""What a worker publishes about itself: the model it serves and its status.
+"""Defines what a worker publishes about itself: the model it serves and its status.
 
 Both are read from Redis by processes that may be older or newer than their writer, so every field
 is checked for its type and texts are stripped of control characters. Pure: no I/O, no clock.
@@ -16,12 +16,12 @@ import msgpack
 
 from embedq.errors import MalformedMessage
 
-#: Longest text field kept, characters.
-LONGEST: Final = 2_000
+#: Maximum length of a text field, characters; the rest is cut off.
+MAX_FIELD_CHARS: Final = 2_000
 
 
-#: Largest absolute value of a number; times in seconds stay within the range of calendars.
-LARGEST: Final = 1e12
+#: Maximum absolute value of a number; keeps Unix times within the range of calendars.
+MAX_NUMBER: Final = 1e12
 
 
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -36,8 +36,8 @@ _TYPES: Final[Mapping[object, tuple[type, ...]]] = {
 
 
 def strip_control_chars(text: str) -> str:
-    """Replace control characters, which could move a terminal's cursor, and cut to LONGEST."""
-    return _CONTROLS.sub(" ", text[:LONGEST])
+    """Replace control characters, which a terminal would execute, and truncate."""
+    return _CONTROLS.sub(" ", text[:MAX_FIELD_CHARS])
 
 
 def validate_fields(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,22 +49,22 @@ def validate_fields(kind: Any, body: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError: a field has the wrong type or a number is out of bounds.
     """
-    found = {}
+    checked = {}
     for known in fields(kind):
         if known.name not in body:
             continue
         value = body[known.name]
         if not isinstance(value, _TYPES.get(known.type, (object,))):
             raise TypeError(f"{known.name} is {type(value).__name__}, expected {known.type}.")
-        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
             raise TypeError(f"{known.name} is out of bounds.")
-        found[known.name] = (
+        checked[known.name] = (
             strip_control_chars(value) if isinstance(value, str) and known.repr else value
         )
-    return found
+    return checked
 
 
-#: Most components of a vector.
+#: Maximum number of components of a vector.
 MAX_DIM: Final = 65_536
 
 
@@ -73,15 +73,15 @@ class ModelInfo:
     """The model that a worker serves. The SDK reads it here and needs no model file.
 
     Attributes:
-        label: the worker's ``EMBEDQ_MODEL`` with its revision; for display, never an identity.
-        identity: sha256 in hex of weights, tokenizer and configuration.
-        dim: components of a vector.
-        max_length: longest input in tokens, special tokens included.
+        label: the worker's ``EMBEDQ_MODEL`` with its revision; for display only.
+        identity: sha256 of weights, tokenizer and configuration, in hex.
+        dim: number of components of a vector.
+        max_length: maximum number of tokens of a text, special tokens included.
         pooling: ``mean`` or ``cls``.
         normalized: vectors have unit length.
-        prompts: name -> text put before each input.
-        default_prompt: name of the prompt used when the caller names none; empty for none.
-        quantized: name of the quantized model that serves class ``int8``; empty for none.
+        prompts: name of a prompt -> prefix of each text.
+        default_prompt: name of the prompt if the caller chooses none; empty for no prompt.
+        quantized: name of the quantized model for accuracy class ``int8``; empty for none.
     """
 
     label: str
@@ -126,13 +126,14 @@ class ModelInfo:
             raise TypeError("A prompt is not a text.")
         if not 0 < model_info.dim <= MAX_DIM or model_info.max_length < 1:
             raise TypeError(
-                f"A vector of {model_info.dim:,} components, {model_info.max_length:,} tokens."
+                f"dim is {model_info.dim:,}, expected 1 to {MAX_DIM:,}; max_length is "
+                f"{model_info.max_length:,}, expected at least 1."
             )
         return model_info
 
 
 class WorkerState(StrEnum):
-    """States of a worker; docs/device-health.md draws the transitions."""
+    """State of a worker; docs/device-health.md describes the transitions."""
 
     STARTING = "starting"
     HEALTHY = "healthy"
@@ -155,12 +156,13 @@ class WorkerStatus:
         pool_pid: process id of the pool process; 0 for none.
         pid: process id of the main process.
         at: Unix time of the heartbeat, seconds.
-        reason, code: why the worker is not healthy, as a sentence and as one word.
-        device, engine, precision: where batches are computed; empty while none are.
-        assigned_device: device the worker was started for; differs from `device` while degraded.
+        reason: why the worker is not healthy, as a sentence; empty if it is healthy.
+        code: why the worker is not healthy, as a reason code; empty if it is healthy.
+        device, engine, precision: where batches are computed; empty while no engine is open.
+        assigned_device: device of a healthy worker; differs from `device` while degraded.
         will_retry: a degraded NPU will be probed again.
         model_info: the model served, or None while no engine is open.
-        failure_count: how often the NPU has failed in a row.
+        failure_count: number of consecutive NPU failures.
         next_probe_at: Unix time of the next probe, seconds; 0 while none is scheduled.
         busy_since: monotonic time at which the running engine call started, seconds; 0 for none.
         inference_s: duration of an NPU inference when the device was new, seconds; 0 if unknown.
