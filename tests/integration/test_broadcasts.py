@@ -1,4 +1,4 @@
-"""What is published to all workers at once, and none of them may end over."""
+"""Invalid broadcasts do not end a worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.workers import stub_worker
 
 
 def message(body: str, headers: object = None) -> str:
-    """Return a broadcast with a body of one's own."""
+    """Return a broadcast with this body."""
     info = {"exchange": "celery.pidbox", "routing_key": ""}
     properties = {"body_encoding": "base64", "delivery_tag": "tag", "delivery_info": info}
     encoded = base64.b64encode(body.encode()).decode()
@@ -26,23 +26,24 @@ def message(body: str, headers: object = None) -> str:
     )
 
 
-def test_no_broadcast_ends_a_worker(redis: RedisProcess, short_dir: Path) -> None:
-    """Each is refused with a line; a worker reads them in the loop that serves everything else."""
+def test_invalid_broadcasts_are_refused_with_a_log_line(
+    redis: RedisProcess, short_dir: Path
+) -> None:
     deep = "[" * 2000 + "]" * 2000
-    bad = ["[]", "7", "{}", deep, "no JSON", message(deep), message("no JSON")]
-    bad += [message("{}", headers) for headers in ([1], "text", 7)]
-    with stub_worker(redis, short_dir, "hearer") as worker, redis.open(0) as broker:
+    invalid = ["[]", "7", "{}", deep, "not JSON", message(deep), message("not JSON")]
+    invalid += [message("{}", headers) for headers in ([1], "text", 7)]
+    with stub_worker(redis, short_dir, "listener") as worker, redis.open(0) as broker:
         before = worker.pids()
 
-        for raw in bad:
+        for raw in invalid:
             broker.publish("/0.celery.pidbox", raw)
 
         wait_for(
             lambda: (
-                len(worker.lines("broadcast_refused")) == len(bad)
+                len(worker.lines("broadcast_refused")) == len(invalid)
                 or worker.lines("worker_process_exited")
             ),
-            "the worker to refuse them",
+            "one log line per broadcast",
         )
         assert worker.pids() == before
         assert not worker.lines("worker_process_exited")

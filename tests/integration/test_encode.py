@@ -1,4 +1,4 @@
-"""Texts through a real Redis and a real worker, and back."""
+"""`Client.encode` and jobs of the SDK with a real Redis and worker."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from embedq.testing import STUB_DIM, stub_vectors
 TEXTS = ["plain", "", "emoji 🦀🎉", "שלום עולם", "مرحبا", "a" * 50_000, "日本語"]
 
 
-def test_list_comes_back_in_order(client: Client) -> None:
-    """A list gives float32 [n, D], row i for text i, exactly as the stub computes it."""
+def test_list_gives_one_row_per_text_in_order(client: Client) -> None:
     vectors = client.encode(TEXTS)
 
     assert vectors.dtype == np.float32
@@ -33,7 +32,6 @@ def test_list_comes_back_in_order(client: Client) -> None:
 
 
 def test_single_text_gives_one_vector(client: Client) -> None:
-    """A bare string gives [D], not [1, D] and not one row a character."""
     vector = client.encode("only one")
 
     assert vector.shape == (STUB_DIM,)
@@ -41,22 +39,19 @@ def test_single_text_gives_one_vector(client: Client) -> None:
 
 
 def test_empty_list_gives_no_rows(client: Client) -> None:
-    """An empty list gives [0, D]."""
     vectors = client.encode([])
 
     assert vectors.shape == (0, STUB_DIM)
     assert vectors.dtype == np.float32
 
 
-def test_generator_is_read_once(client: Client) -> None:
-    """Any iterable is taken as it comes."""
+def test_encode_accepts_a_generator(client: Client) -> None:
     vectors = client.encode(f"text {i}" for i in range(10))
 
     assert np.array_equal(vectors, stub_vectors([f"text {i}" for i in range(10)]))
 
 
-def test_order_holds_over_many_batches(client: Client) -> None:
-    """Twenty thousand texts in many batches come back in the caller's order."""
+def test_order_is_kept_over_many_batches(client: Client) -> None:
     texts = [f"text {i} {'word ' * (i % 40)}" for i in range(20_000)]
 
     vectors = client.encode(texts)
@@ -64,43 +59,39 @@ def test_order_holds_over_many_batches(client: Client) -> None:
     assert np.array_equal(vectors, stub_vectors(texts))
 
 
-def test_prompt_is_put_before_each_text(client: Client) -> None:
-    """A prompt shapes the vector as if it were part of the text."""
+def test_prompt_is_prepended_to_each_text(client: Client) -> None:
     vectors = client.encode(["one", "two"], prompt="query: ")
 
     assert np.array_equal(vectors, stub_vectors(["query: one", "query: two"]))
 
 
-def test_bytes_are_refused_with_the_next_step(client: Client) -> None:
-    """Bytes are no text, and not a list of numbers either."""
+def test_bytes_are_refused(client: Client) -> None:
     with pytest.raises(ContractError, match="Decode them first"):
         client.encode(b"bytes")  # type: ignore[arg-type] # the mistake under test
 
 
 @pytest.mark.parametrize("text", ["a text", b"a text"])
 @pytest.mark.parametrize("name", ["submit", "stream"])
-def test_one_text_is_not_many(name: str, text: Any, client: Client) -> None:
-    """A job of one text by mistake is refused; it would have a vector for each character."""
+def test_single_text_is_refused_by_submit_and_stream(name: str, text: Any, client: Client) -> None:
+    """A string is iterable, so it would become one text per character."""
     with pytest.raises(ContractError, match=rf"takes many texts, .* list: {name}\(\[text\]\)"):
         getattr(client, name)(text)
 
 
-def test_bad_texts_fail_alone(client: Client) -> None:
-    """Each text that cannot be embedded is named with its code; the others have vectors."""
-    bad = {1: "nul_character", 3: "not_unicode", 4: "text_too_large", 6: "not_a_string"}
+def test_invalid_texts_fail_and_the_others_are_embedded(client: Client) -> None:
+    invalid = {1: "nul_character", 3: "not_unicode", 4: "text_too_large", 6: "not_a_string"}
     texts = ["a", "x\0y", "b", "\ud800", "x" * (MAX_TEXT_BYTES + 1), "c", 7, "d"]
 
     with pytest.raises(TextsFailed) as caught:
         client.encode(texts)  # type: ignore[arg-type] # the mistake under test
 
-    good = [i for i in range(len(texts)) if i not in bad]
-    assert caught.value.failures == bad
-    assert np.isnan(caught.value.vectors[list(bad)]).all()
+    good = [i for i in range(len(texts)) if i not in invalid]
+    assert caught.value.failures == invalid
+    assert np.isnan(caught.value.vectors[list(invalid)]).all()
     assert np.array_equal(caught.value.vectors[good], stub_vectors("abcd"))
 
 
-def test_text_of_the_largest_size_is_embedded(client: Client) -> None:
-    """Exactly 1 MiB of UTF-8 is allowed, one byte more is not."""
+def test_text_of_maximum_size_is_embedded(client: Client) -> None:
     largest = "é" * (MAX_TEXT_BYTES // 2)
 
     vectors = client.encode([largest])
@@ -108,8 +99,7 @@ def test_text_of_the_largest_size_is_embedded(client: Client) -> None:
     assert np.array_equal(vectors, stub_vectors([largest]))
 
 
-def test_long_text_may_be_an_error(client: Client) -> None:
-    """With on_long="error" a text of more tokens than the model takes fails with its code."""
+def test_on_long_error_fails_a_long_text(client: Client) -> None:
     texts = ["short", "word " * 300]
 
     with pytest.raises(TextsFailed) as caught:
@@ -118,29 +108,27 @@ def test_long_text_may_be_an_error(client: Client) -> None:
     assert caught.value.failures == {1: "too_many_tokens"}
 
 
-def test_exact_job_travels_on_the_cpu_queue(client: Client) -> None:
-    """The exact class is served by the same worker through embed.cpu."""
+def test_exact_job_is_served(client: Client) -> None:
     vectors = client.encode(["exact"], accuracy="exact")
 
     assert np.array_equal(vectors, stub_vectors(["exact"]))
 
 
-def test_batch_that_was_not_published_is_not_forgotten(
+def test_wait_publishes_a_batch_whose_publish_failed(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waits again after Redis stayed away too long gets every vector."""
     texts = [f"text {i}" for i in range(30)]
     slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
     job = client.job(slices, client.spec())
     publish = Publisher.publish
 
-    def stay_away(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
+    def fail(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
         if batch.index == 1:
             raise QueueUnavailable("Redis stayed away.")
         publish(publisher, batch, *others)
 
-    with monkeypatch.context() as away:
-        away.setattr(Publisher, "publish", stay_away)
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", fail)
         with pytest.raises(QueueUnavailable):
             job.wait()
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
@@ -151,10 +139,10 @@ def test_batch_that_was_not_published_is_not_forgotten(
     assert np.array_equal(vectors, stub_vectors(texts))
 
 
-def test_job_survives_a_redis_that_begins_anew_in_the_past(
+def test_job_survives_an_emptied_redis_with_an_earlier_clock(
     worker: WorkerProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Entries of a stream are numbered by the clock of Redis; an empty one may be behind."""
+    """Ids of stream entries are times of Redis; those of an emptied one may start earlier."""
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     texts = [f"text {i}" for i in range(20)]
     slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
@@ -177,9 +165,8 @@ def test_job_survives_a_redis_that_begins_anew_in_the_past(
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))
 
 
-@pytest.mark.parametrize("how", ["wait", "results", "stream"])
-def test_texts_that_end_with_an_error_are_not_all_texts(how: str, client: Client) -> None:
-    """A caller's generator that raises ends the job; asking again never makes it a shorter one."""
+@pytest.mark.parametrize("method", ["wait", "results", "stream"])
+def test_job_whose_texts_raise_never_looks_complete(method: str, client: Client) -> None:
 
     def texts() -> Iterator[str]:
         yield from (f"text {i}" for i in range(700))
@@ -189,9 +176,9 @@ def test_texts_that_end_with_an_error_are_not_all_texts(how: str, client: Client
     stream = client.stream(texts())
 
     def read() -> object:
-        if how == "wait":
+        if method == "wait":
             return job.wait(timeout_s=20)
-        return list(job.results() if how == "results" else stream)
+        return list(job.results() if method == "results" else stream)
 
     with pytest.raises(OSError, match="went away"):
         read()
@@ -200,21 +187,20 @@ def test_texts_that_end_with_an_error_are_not_all_texts(how: str, client: Client
 
 
 @pytest.mark.parametrize("kind", ["job", "stream"])
-def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
+def test_failed_job_never_looks_complete(
     kind: str, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who asks it for more results gets the reason, not the end of a list that lacks some."""
     job = client.job([TextBatch(0, 0, ["text"], {})], client.spec())
     stream = client.stream(["text"])
 
     def read() -> list[Any]:
         return list(job.results() if kind == "job" else stream)
 
-    def stay_away(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise QueueUnavailable("Redis stayed away.")
 
-    with monkeypatch.context() as away:
-        away.setattr(Publisher, "publish", stay_away)
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", fail)
         with pytest.raises(QueueUnavailable):
             read()
 
@@ -222,23 +208,23 @@ def test_job_that_ended_with_an_error_does_not_seem_to_be_done(
         read()
 
 
-def test_batch_in_hand_when_redis_goes_away_is_not_lost(
+def test_batch_returned_during_a_failed_publish_is_not_lost(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next batch cannot be published while one is handed out: both come with the next wait."""
+    """The publish of the next batch fails while one is returned; the next wait returns both."""
     texts = [f"text {i}" for i in range(400)]
     slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
     job = client.job(slices, client.spec())
     job.start()
-    first_behind, publish = job.progress().published, Publisher.publish
+    next_index, publish = job.progress().published, Publisher.publish
 
-    def stay_away(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
-        if batch.index == first_behind:
+    def fail(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
+        if batch.index == next_index:
             raise QueueUnavailable("Redis stayed away.")
         publish(publisher, batch, *others)
 
-    with monkeypatch.context() as away:
-        away.setattr(Publisher, "publish", stay_away)
+    with monkeypatch.context() as patch:
+        patch.setattr(Publisher, "publish", fail)
         with pytest.raises(QueueUnavailable):
             job.wait()
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
@@ -248,9 +234,8 @@ def test_batch_in_hand_when_redis_goes_away_is_not_lost(
     assert np.array_equal([e.vector for e in job.results()], stub_vectors(texts))
 
 
-@pytest.mark.parametrize("how", ["wait", "results", "stream"])
-def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> None:
-    """Ctrl-C while the caller's texts are pulled ends the job as an error does, not as its end."""
+@pytest.mark.parametrize("method", ["wait", "results", "stream"])
+def test_interrupted_job_never_looks_complete(method: str, client: Client) -> None:
 
     def texts() -> Iterator[str]:
         yield from (f"text {i}" for i in range(700))
@@ -260,9 +245,9 @@ def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> N
     stream = client.stream(texts())
 
     def read() -> object:
-        if how == "wait":
+        if method == "wait":
             return job.wait(timeout_s=20)
-        return list(job.results() if how == "results" else stream)
+        return list(job.results() if method == "results" else stream)
 
     with pytest.raises(KeyboardInterrupt):
         read()
@@ -270,10 +255,9 @@ def test_interrupted_job_does_not_seem_to_be_done(how: str, client: Client) -> N
         read()
 
 
-def test_batch_whose_commit_left_redis_is_computed_again(
+def test_batch_whose_commit_entry_was_evicted_is_computed_again(
     worker: WorkerProcess, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A Redis that evicts the stream of commits and keeps the bits hides no batch for ever."""
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_AFTER_S", 0.1)
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     with Client(settings=shared_redis.settings()) as client, shared_redis.open() as redis:
@@ -287,13 +271,12 @@ def test_batch_whose_commit_left_redis_is_computed_again(
         assert np.array_equal([e.vector for e in job.results()], stub_vectors(["one", "two"]))
 
 
-def test_closed_client_leaves_no_descriptor(
+def test_closed_client_leaves_no_file_descriptor(
     worker: WorkerProcess, shared_redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A program that opens a client for each of many Redis keeps none of their connections."""
     before = len(list(Path("/proc/self/fd").iterdir()))
 
-    for number in range(3):  # an address of its own for each, as local fleets have
+    for number in range(3):  # a different address each time
         socket = short_dir / f"{number}.sock"
         socket.symlink_to(shared_redis.socket)
         urls = {
@@ -304,26 +287,25 @@ def test_closed_client_leaves_no_descriptor(
             client.encode(["text"])
     gc.collect()
 
-    assert (
-        len(list(Path("/proc/self/fd").iterdir())) <= before + 2
-    )  # what a first client opens for good
+    # The first client opens two for the life of the process.
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 @pytest.mark.parametrize("pipelined", [False, True])
-def test_interrupted_command_leaves_its_answer_to_no_other(
+def test_answer_of_an_interrupted_command_is_discarded(
     pipelined: bool, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After Ctrl-C the answer that is still to come is not taken for that of the next command."""
+    """The next command on the connection gets its own answer."""
 
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with shared_redis.open() as redis:
         redis.set("key", "value", ex=60)
-        asked = redis.pipeline(transaction=False) if pipelined else redis
+        client = redis.pipeline(transaction=False) if pipelined else redis
         with monkeypatch.context() as early, pytest.raises(KeyboardInterrupt):
             early.setattr(Redis, "parse_response", interrupt)
-            asked.xread({"none": "0-0"}, block=500)
-            asked.execute()
+            client.xread({"none": "0-0"}, block=500)
+            client.execute()
 
         assert redis.get("key") == b"value"

@@ -1,4 +1,4 @@
-"""What Prometheus gets to see of a fleet, from a real Redis through a real port."""
+"""Metrics of the exporter, read from a real Redis and scraped over HTTP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @contextmanager
 def exporting(redis: RedisProcess) -> Iterator[str]:
-    """Run an exporter and give its address."""
+    """Run an exporter and yield its URL."""
     broker, results = (
         open_redis(url, connect_timeout_s=CONNECT_TIMEOUT_S, timeout_s=ANSWER_TIMEOUT_S)
         for url in (redis.broker_url(), redis.results_url())
@@ -62,7 +62,7 @@ def scrape(address: str) -> Series:
 
 
 def one(series: Series, name: str, **labels: str) -> float:
-    """Return the one series with this name and these labels among its labels."""
+    """Return the value of the only series with this name and these labels."""
     wanted = set(labels.items())
     [value] = [v for (n, found), v in series.items() if n == name and wanted <= set(found)]
     return value
@@ -70,15 +70,11 @@ def one(series: Series, name: str, **labels: str) -> float:
 
 @pytest.fixture
 def broker(redis: RedisProcess) -> Iterator[Redis]:
-    """A client of the broker's database."""
     with redis.open(0) as client:
         yield client
 
 
-def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -> None:
-    """What waits and what workers hold have their number, and the age of the oldest since
-    publish.
-    """
+def test_queues_have_length_and_age(redis: RedisProcess, broker: Redis) -> None:
     add_messages(broker, Queue.NPU, [90.0, 20.0], size=200_000)
     add_unacked_messages(broker, [500.0, 7.0], lease_s=3.0)
 
@@ -95,8 +91,8 @@ def test_queues_are_told_by_length_and_age(redis: RedisProcess, broker: Redis) -
     assert one(series, "embedq_unacked_oldest_lease_age_seconds") == pytest.approx(3, abs=5)
 
 
-def test_degraded_worker_is_told_with_since_and_code(redis: RedisProcess, results: Redis) -> None:
-    """State, code, time and counters of a worker have its name; the sentence is in no label."""
+def test_degraded_worker_has_state_code_and_time(redis: RedisProcess, results: Redis) -> None:
+    """The reason, a free text, is in no label."""
     totals = {"texts": 40.0, "infer_s": 2.5, "inferences": 4, "news": 1}
     degraded = {"state": "degraded", "assigned_device": "npu", "reason": "It is gone: text?"}
     add_workers(results, 1, **degraded, code="device_lost", totals=totals)
@@ -128,18 +124,16 @@ def test_degraded_worker_is_told_with_since_and_code(redis: RedisProcess, result
         ({"state": "degraded", "reason": "x", "code": "c" * 41}, "other"),
     ],
 )
-def test_reason_is_a_word_of_ours(
+def test_unknown_reason_code_becomes_other(
     redis: RedisProcess, results: Redis, fields: dict[str, object], shown: str
 ) -> None:
-    """Whatever a worker sends as its code, the label is a short word."""
     add_workers(results, 1, **fields)
 
     with exporting(redis) as address:
         assert one(scrape(address), "embedq_worker_reason", reason=shown) == 1
 
 
-def test_silent_worker_is_down(redis: RedisProcess, results: Redis) -> None:
-    """A worker that went without taking leave is down and counted as silent."""
+def test_worker_without_a_heartbeat_is_down_and_silent(redis: RedisProcess, results: Redis) -> None:
     add_workers(results, 2)
     results.delete("embedq:worker:worker-001")
 
@@ -152,8 +146,7 @@ def test_silent_worker_is_down(redis: RedisProcess, results: Redis) -> None:
     assert one(series, "embedq_workers", state="healthy") == 1
 
 
-def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis) -> None:
-    """A job shows what was published, committed and not taken, and its plan where it is known."""
+def test_job_has_batches_and_texts(redis: RedisProcess, results: Redis) -> None:
     add_jobs(results, 1, batches=3, planned=77)
 
     with exporting(redis) as address:
@@ -168,8 +161,7 @@ def test_jobs_are_told_in_batches_and_texts(redis: RedisProcess, results: Redis)
     assert "secret" not in str(series)
 
 
-def test_labels_are_bounded(redis: RedisProcess, results: Redis) -> None:
-    """More workers and jobs than have series of their own are counted, and jobs summed."""
+def test_number_of_series_is_bounded(redis: RedisProcess, results: Redis) -> None:
     add_workers(results, MAX_WORKER_SERIES + 5)
     add_jobs(results, MAX_JOB_SERIES + 5, batches=2)
 
@@ -183,10 +175,7 @@ def test_labels_are_bounded(redis: RedisProcess, results: Redis) -> None:
     assert one(series, "embedq_jobs") == MAX_JOB_SERIES + 5
 
 
-def test_every_metric_of_the_table_is_there(redis: RedisProcess, results: Redis) -> None:
-    """A fleet with a worker and a job has a series of each metric that README lists, and no
-    other.
-    """
+def test_scrape_has_every_documented_metric(redis: RedisProcess, results: Redis) -> None:
     add_workers(results, 1)
     add_jobs(results, 1)
     results.set(PAUSED_KEY, "1")
@@ -199,14 +188,13 @@ def test_every_metric_of_the_table_is_there(redis: RedisProcess, results: Redis)
     assert one(series, "embedq_up") == 1
 
 
-def test_exporter_outlives_redis(redis: RedisProcess) -> None:
-    """A Redis that hangs or is gone is a 0 within the time of a scrape, and 1 again when it is."""
+def test_exporter_reports_a_redis_that_hangs_or_is_gone(redis: RedisProcess) -> None:
     with exporting(redis) as address:
         before = scrape(address)
         os.kill(redis.pid, signal.SIGSTOP)
-        began = time.monotonic()
+        started = time.monotonic()
         hung = scrape(address)
-        took_s = time.monotonic() - began
+        elapsed_s = time.monotonic() - started
         os.kill(redis.pid, signal.SIGCONT)
         back = scrape(address)
         redis.stop()
@@ -217,11 +205,11 @@ def test_exporter_outlives_redis(redis: RedisProcess) -> None:
         assert one(without, "embedq_up") == 0
         assert one(without, "embedq_redis_up", instance="broker") == 0
         assert ("embedq_paused", ()) not in without
-    assert took_s < 5  # what Prometheus gives up after
+    assert elapsed_s < 5  # the scrape timeout of Prometheus
 
 
-def test_refused_look_is_told_from_a_dead_redis(redis: RedisProcess, results: Redis) -> None:
-    """With a Redis that answers but refuses the look, it is up and the exporter is not."""
+def test_redis_that_refuses_a_command_is_up(redis: RedisProcess, results: Redis) -> None:
+    """The exporter is down, Redis is not."""
     results.set(WORKERS_KEY, "not a sorted set")
 
     with exporting(redis) as address:
@@ -231,8 +219,7 @@ def test_refused_look_is_told_from_a_dead_redis(redis: RedisProcess, results: Re
     assert one(series, "embedq_redis_up", instance="results") == 1
 
 
-def test_health_check_asks_nothing_of_redis(redis: RedisProcess) -> None:
-    """/healthz answers without Redis, and a stranger's path is not found."""
+def test_health_check_needs_no_redis(redis: RedisProcess) -> None:
     with exporting(redis) as address:
         redis.stop()
         with urlopen(f"{address}/healthz", timeout=5) as answer:
@@ -242,8 +229,8 @@ def test_health_check_asks_nothing_of_redis(redis: RedisProcess) -> None:
         refused.value.close()
 
 
-def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
-    """The tables name silent and degraded workers with their reason, and jobs with their share."""
+def test_status_shows_workers_and_jobs(results: Redis, broker: Redis) -> None:
+    """`embedq status` prints the state of workers with its reason and the progress of jobs."""
     add_workers(results, 2, state="degraded", reason="Its NPU is gone.")
     results.delete("embedq:worker:worker-001")
     add_jobs(results, 1, batches=3, planned=60)
@@ -267,10 +254,9 @@ def test_status_draws_the_same_truth(results: Redis, broker: Redis) -> None:
     ],
     ids=repr,
 )
-def test_forged_job_hides_no_other(
+def test_invalid_job_does_not_hide_others(
     fields: dict[Any, Any], results: Redis, broker: Redis, ledger: Ledger
 ) -> None:
-    """A job with senseless fields, or under a name that is no text, is shown as far as it goes."""
     results.hset("embedq:{forged}:meta", mapping=fields)
     results.set("embedq:{wrong}:meta", "not a hash")
     names: dict[Any, float] = {"forged": 1, "wrong": 2, b"\xff": 3}

@@ -1,4 +1,4 @@
-"""What a job costs in Redis, and that nothing of it is left."""
+"""Memory that a job needs in Redis, and keys that it leaves there."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ RAW_BYTES = 4 * STUB_DIM
 
 @pytest.fixture
 def wide_client(worker: WorkerProcess, shared_redis: RedisProcess) -> Iterator[Client]:
-    """Open a client that has a whole job under way at once."""
+    """Open a client whose window contains a whole job."""
     with Client(settings=shared_redis.settings(max_in_flight=1024)) as opened:
         yield opened
 
 
-def test_vectors_fill_what_they_occupy(wide_client: Client, shared_redis: RedisProcess) -> None:
-    """Values and stream entries take at most 2 % more than the vectors, and Redis 5 % more."""
+def test_results_need_little_more_memory_than_the_vectors(
+    wide_client: Client, shared_redis: RedisProcess
+) -> None:
+    """Values and stream entries add at most 2 % to the vectors, and Redis at most 5 %."""
     texts = [f"text {i} {'word ' * (i % 50)}" for i in range(5_000)]
     spec = wide_client.spec()
     slices = list(wide_client.split(texts, spec))
@@ -56,8 +58,8 @@ def test_vectors_fill_what_they_occupy(wide_client: Client, shared_redis: RedisP
     assert occupied <= 1.05 * RAW_BYTES * len(texts)
 
 
-def test_message_is_smaller_than_its_texts(shared_redis: RedisProcess) -> None:
-    """Of English prose a message, envelope and all, is at most 0.6 of the texts in UTF-8."""
+def test_message_is_at_most_six_tenths_of_its_texts(shared_redis: RedisProcess) -> None:
+    """For English prose, including the envelope of the message."""
     texts = docstrings()[:512]
 
     message = len(json.dumps(queued(shared_redis, stub_batch(texts))))
@@ -67,24 +69,22 @@ def test_message_is_smaller_than_its_texts(shared_redis: RedisProcess) -> None:
     assert share <= 0.6
 
 
-def test_nothing_is_left_once_results_were_taken(
+def test_finished_job_leaves_no_key(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """After a job no key of it, no queued and no unacknowledged message is left in Redis."""
     client.encode([f"text {i}" for i in range(3_000)])
 
     wait_until_acknowledged(shared_redis)
     with shared_redis.open(1) as results:
         assert list(results.scan_iter("embedq:{*")) == []
         assert results.zcard("embedq:jobs") == 0
-        strangers = [key for key in results.scan_iter() if not key.startswith(b"embedq:worker")]
-        assert strangers == []
+        others = [key for key in results.scan_iter() if not key.startswith(b"embedq:worker")]
+        assert others == []
 
 
-def test_nothing_is_left_of_a_job_that_was_abandoned(
+def test_abandoned_job_leaves_no_key(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """A caller who stops in the middle leaves nothing, not even what was under way."""
     spec = client.spec()
     job = client.job(client.split((f"text {i}" for i in range(20_000)), spec), spec)
 
@@ -100,9 +100,7 @@ def test_nothing_is_left_of_a_job_that_was_abandoned(
 def test_damaged_and_lost_vectors_are_computed_again(
     wide_client: Client, shared_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
-    """A value changed or evicted in Redis never reaches the caller, however fast the workers
-    are.
-    """
+    """With `at_once` the batch is committed again before `publish` returns."""
     texts = [f"text {i}" for i in range(600)]
     spec = wide_client.spec()
     slices = list(wide_client.split(texts, spec))
@@ -115,13 +113,13 @@ def test_damaged_and_lost_vectors_are_computed_again(
         redis.delete(second)
         publish = BatchSender.publish
 
-        def publish_and_wait(pump: BatchSender, piece: TextBatch, recomputes: int = 0) -> None:
-            publish(pump, piece, recomputes)
+        def publish_and_wait(sender: BatchSender, batch: TextBatch, recomputes: int = 0) -> None:
+            publish(sender, batch, recomputes)
             bits = f"embedq:{{{job.id}}}:bits"
-            wait_for(lambda: redis.getbit(bits, piece.index), "the commit of what was published")
+            wait_for(lambda: redis.getbit(bits, batch.index), "the commit of the batch")
 
         if at_once:
             monkeypatch.setattr(BatchSender, "publish", publish_and_wait)
-        vectors = [batch.vectors for batch in job.batches(timeout_s=20)]
+        vectors = [result.vectors for result in job.batches(timeout_s=20)]
 
     assert np.array_equal(np.concatenate(vectors), stub_vectors(texts))

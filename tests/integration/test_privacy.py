@@ -1,4 +1,4 @@
-"""No text outside the payload: not in headers, events, logs, or what Celery tells an operator."""
+"""Texts appear only in the payload of messages: not in headers, events, logs or inspection."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from embedq import Client
 from embedq.errors import TextsFailed
 from embedq.protocol.contract import Queue
 
-#: Short enough that zstd leaves it as it is: what quotes the message quotes the text.
+#: Too short for zstd to compress, so that the body of a message contains them as they are.
 TEXTS = [f"{MARKER} {i}" for i in range(3)]
 PASSWORD = "correct-horse-battery"
 
 
 @contextmanager
 def remote(redis: RedisProcess) -> Iterator[Celery]:
-    """Open an app as an operator's Celery or Flower would."""
+    """Open a Celery app as an operator does."""
     app = Celery("operator", broker=redis.broker_url(), set_as_current=False)
     try:
         yield app
@@ -38,7 +38,7 @@ def remote(redis: RedisProcess) -> Iterator[Celery]:
 
 @contextmanager
 def captured_events(app: Celery) -> Iterator[list[dict[str, Any]]]:
-    """Collect every event of the fleet while the block lasts, as Flower does."""
+    """Collect all Celery events during the block, as Flower does."""
     events: list[dict[str, Any]] = []
     listening = threading.Event()
 
@@ -60,7 +60,7 @@ def captured_events(app: Celery) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def captured_commands(redis: RedisProcess) -> Iterator[list[str]]:
-    """Collect every command that Redis is sent while the block lasts."""
+    """Collect all Redis commands during the block."""
     commands: list[str] = []
     with redis.open() as client, client.monitor() as monitor:
 
@@ -79,8 +79,7 @@ def captured_commands(redis: RedisProcess) -> Iterator[list[str]]:
             thread.join()
 
 
-def test_message_in_redis_holds_text_in_its_body_only(redis: RedisProcess) -> None:
-    """Whatever Celery writes beside the body is free of text; the body itself is msgpack."""
+def test_message_contains_text_only_in_its_body(redis: RedisProcess) -> None:
     message = queued(redis, stub_batch(TEXTS))
 
     body = base64.b64decode(message.pop("body"))
@@ -91,10 +90,9 @@ def test_message_in_redis_holds_text_in_its_body_only(redis: RedisProcess) -> No
     assert message["content-type"] == "application/x-msgpack"
 
 
-def test_events_and_logs_tell_of_batches_without_text(
+def test_events_and_logs_contain_no_text(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """Flower sees each batch sent, received, started and done, and no word of it."""
     with remote(shared_redis) as app, captured_events(app) as events:
         client.encode(TEXTS)
         with pytest.raises(TextsFailed):
@@ -108,14 +106,14 @@ def test_events_and_logs_tell_of_batches_without_text(
     assert MARKER not in worker.log()
 
 
-def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: Path) -> None:
-    """Any Celery can inspect a busy worker, and sees a description instead of the arguments."""
+def test_inspection_shows_no_text(redis: RedisProcess, short_dir: Path) -> None:
+    """Celery's inspection of a busy worker shows a description instead of the arguments."""
     with (
         stopped_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="20") as worker,
         Client(settings=redis.settings()) as client,
         remote(redis) as app,
     ):
-        # With a limit the answer is there as soon as the worker has spoken.
+        # With a limit the call returns as soon as one worker has answered.
         inspect = app.control.inspect(timeout=5, limit=1)
         job = client.job(client.split(TEXTS * 20, client.spec()), client.spec())
         job.start()
@@ -132,8 +130,7 @@ def test_inspection_shows_batches_without_text(redis: RedisProcess, short_dir: P
     assert MARKER not in worker.log()
 
 
-def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
-    """Neither log nor inspection shows the password that Redis asks for."""
+def test_log_and_inspection_show_no_password(short_dir: Path) -> None:
     redis = RedisProcess(short_dir, password=PASSWORD)
     try:
         with stopped_worker(redis, short_dir) as worker, remote(redis) as app:
@@ -146,10 +143,10 @@ def test_password_of_redis_is_shown_nowhere(short_dir: Path) -> None:
     assert PASSWORD not in worker.log()
 
 
-def test_batch_put_back_by_a_dead_child_carries_no_text(
+def test_batch_requeued_after_a_crash_contains_no_text(
     redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A batch that kills its child is sent again by Celery: without text in headers and events."""
+    """Celery publishes a batch again whose pool process died."""
     with (
         stopped_worker(redis, short_dir) as worker,
         Client(settings=redis.settings()) as client,
@@ -162,26 +159,16 @@ def test_batch_put_back_by_a_dead_child_carries_no_text(
 
         wait_for(lambda: [e for e in events if e["type"] == "task-retried"][3:], "the retries")
 
-    assert (
-        len(
-            [
-                command
-                for command in commands
-                if command.startswith(("LPUSH embed.", "RPUSH embed."))
-            ]
-        )
-        > 4
-    )
-    # Bodies are base64, so a readable word is in a header or a key. A dead letter keeps its text.
+    assert sum(c.startswith(("LPUSH embed.", "RPUSH embed.")) for c in commands) > 4
+    # Bodies are base64, so a readable word is in a header or key. A dead letter contains its text.
     assert not [c for c in commands if MARKER in c and not c.startswith("HSETNX embedq:dead")]
     assert MARKER not in repr(events)
     assert MARKER not in worker.log()
 
 
-def test_undecodable_message_is_logged_by_its_size(
+def test_undecodable_message_is_logged_with_size_and_digest(
     worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """A body that does not decode appears in the log as a number of bytes and a digest."""
     message = queued(shared_redis, stub_batch(TEXTS))
 
     push(shared_redis, with_body(message, MARKER.encode() * 100), Queue.NPU)

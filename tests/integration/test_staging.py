@@ -1,4 +1,4 @@
-"""Values written ahead of their commit: nobody sees them before it, and none of them stays."""
+"""Values staged before their commit are invisible until then and are never left in Redis."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ from embedq_worker.inference.embedder import Embedder
 from embedq_worker.pool_process.commit import ResultUploader
 
 
-def staged(
-    results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")
-) -> StagedValues:
-    """Stage values of a batch."""
+def stage(results: Redis, index: int = 0, values: tuple[bytes, ...] = (b"a", b"b")) -> StagedValues:
     staging = StagedValues(results, "job", index)
     for part, value in enumerate(values):
         assert staging.write(part, value)
     return staging
 
 
-def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Redis) -> None:
-    """Values ahead and values in the commit itself make one batch, and no key is left over."""
-    keys = staged(results).keys
+def test_staged_and_inline_values_are_committed_in_order(ledger: Ledger, results: Redis) -> None:
+    keys = stage(results).keys
 
     committed = ledger.commit(0, [keys[1], b"inline", keys[0]])
 
@@ -43,21 +39,21 @@ def test_staged_values_are_committed_in_their_order(ledger: Ledger, results: Red
     assert job_keys(results) == left
 
 
-def test_staged_values_are_no_commit(ledger: Ledger, results: Redis) -> None:
-    """Before the commit the batch is outstanding, and what is staged has a life of minutes."""
-    staging = staged(results)
+def test_staged_values_expire_and_do_not_commit_the_batch(ledger: Ledger, results: Redis) -> None:
+    staging = stage(results)
 
     assert not ledger.is_committed(0)
     assert ledger.read_commits(count=10, block_ms=1) == []
-    lives = [results.ttl(key) for key in [*staging.keys.values(), "embedq:{job}:staged"]]
-    assert all(0 < life <= STAGED_TTL_S for life in lives), lives
+    ttls = [results.ttl(key) for key in [*staging.keys.values(), "embedq:{job}:staged"]]
+    assert all(0 < ttl <= STAGED_TTL_S for ttl in ttls), ttls
 
 
 @pytest.mark.parametrize("end", ["committed", "dropped"])
-def test_late_commit_takes_its_values_with_it(end: str, ledger: Ledger, results: Redis) -> None:
-    """The second of two writers, and one whose job is gone, leave nothing behind."""
-    staging = staged(results)
-    results.srem("embedq:{job}:staged", *staging.keys.values())  # as if written after the drop
+def test_late_commit_deletes_its_staged_values(end: str, ledger: Ledger, results: Redis) -> None:
+    """The second writer of a batch, or one whose job was deleted, leaves no keys."""
+    staging = stage(results)
+    # As if written after the end of the job.
+    results.srem("embedq:{job}:staged", *staging.keys.values())
     ledger.commit(0, [b"first"]) if end == "committed" else ledger.drop()
 
     answer = ledger.commit(0, list(staging.keys.values()))
@@ -66,9 +62,8 @@ def test_late_commit_takes_its_values_with_it(end: str, ledger: Ledger, results:
     assert not results.exists(*staging.keys.values())
 
 
-def test_faded_values_are_told_before_anything_is_written(ledger: Ledger, results: Redis) -> None:
-    """A commit whose staged values left Redis writes nothing and says so."""
-    staging = staged(results)
+def test_commit_of_expired_values_writes_nothing(ledger: Ledger, results: Redis) -> None:
+    staging = stage(results)
     results.unlink(staging.keys[0])
 
     with pytest.raises(StagedValuesExpired):
@@ -78,9 +73,8 @@ def test_faded_values_are_told_before_anything_is_written(ledger: Ledger, result
     assert not results.exists("embedq:{job}:v:0:0")
 
 
-def test_drop_deletes_what_is_staged(ledger: Ledger, results: Redis) -> None:
-    """A batch that is still computed when its job ends leaves nothing in Redis."""
-    staged(results)
+def test_drop_deletes_staged_values(ledger: Ledger, results: Redis) -> None:
+    stage(results)
 
     ledger.drop()
 
@@ -88,23 +82,21 @@ def test_drop_deletes_what_is_staged(ledger: Ledger, results: Redis) -> None:
 
 
 @pytest.mark.parametrize("end", ["drop", "commit"])
-def test_values_that_nobody_wants_are_not_kept(end: str, ledger: Ledger, results: Redis) -> None:
-    """A worker that stages for a job that has ended is told, and nothing of it stays."""
-    staging = staged(results)
+def test_values_for_an_ended_job_are_not_staged(end: str, ledger: Ledger, results: Redis) -> None:
+    staging = stage(results)
     if end == "commit":
         ledger.commit(0, [b"x"])
     else:
         ledger.drop()
 
-    wanted = staging.write(2, b"late")
+    accepted = staging.write(2, b"late")
 
-    assert not wanted
+    assert not accepted
     assert not [key for key in job_keys(results) if b":s:" in key or b"staged" in key]
 
 
-def test_full_redis_commits_what_is_staged(ledger: Ledger, results: Redis) -> None:
-    """What lies in Redis already needs no room, so a full one does not hold up its commit."""
-    keys = staged(results).keys
+def test_full_redis_accepts_the_commit_of_staged_values(ledger: Ledger, results: Redis) -> None:
+    keys = stage(results).keys
     results.config_set("maxmemory", 1)
 
     committed = ledger.commit(0, list(keys.values()))
@@ -113,11 +105,8 @@ def test_full_redis_commits_what_is_staged(ledger: Ledger, results: Redis) -> No
     results.config_set("maxmemory", 0)
 
 
-def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> None:
-    """While a batch is embedded all its values are staged, and the commit puts them in place.
-
-    Texts that are refused, or too long for their job, hold up no value.
-    """
+def test_upload_stages_every_value_before_the_commit(ledger: Ledger, results: Redis) -> None:
+    """A text that is refused does not delay a value."""
     texts = [f"text {i}" for i in range(700)]
     batch = stub_batch(texts, refused={5: "nul_character"})
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)
@@ -140,8 +129,7 @@ def test_upload_stages_all_but_nothing_else(ledger: Ledger, results: Redis) -> N
     assert np.concatenate(found).tobytes() == expected.tobytes()
 
 
-def test_upload_without_redis_leaves_all_to_the_commit(redis: RedisProcess) -> None:
-    """A Redis that is away while the batch is embedded costs nothing but the head start."""
+def test_upload_without_redis_leaves_every_value_to_the_commit(redis: RedisProcess) -> None:
     texts = [f"text {i}" for i in range(700)]
     batch = stub_batch(texts)
     embedder = Embedder(StubTokenizer(), StubEngine(), token_budget=256)

@@ -1,4 +1,4 @@
-"""`embedq-worker start` with real processes: restarts, ends, refusals, strict jobs."""
+"""`embedq-worker start` with real processes: restarts, exit codes, refused starts, strict jobs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from embedq.store.fleet import list_live_workers
 from embedq.testing import stub_vectors
 from embedq_worker import exit_codes
 
-#: A stub that takes the queues of an NPU.
-AS_NPU = {"EMBEDQ_STUB_DEVICE": "npu"}
+#: Settings of a stub that serves the queues of an NPU.
+NPU = {"EMBEDQ_STUB_DEVICE": "npu"}
 TEXTS = [f"text {i}" for i in range(50)]
 
 
 @pytest.fixture(scope="module")
 def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the settings of a worker that serves the tiny model, from a cache of their own."""
+    """Return the settings of a worker that serves the tiny model from an empty cache."""
     folder = tmp_path_factory.mktemp("tiny")
     folder.chmod(0o700)
     tiny_model(folder)
@@ -49,7 +49,7 @@ def tiny_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself."""
+    """Run `embedq-worker` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "embedq_worker", *arguments],
         env=environment(**settings),
@@ -61,7 +61,7 @@ def run_command(*arguments: str, **settings: str) -> subprocess.CompletedProcess
 
 @contextmanager
 def encoding(redis: RedisProcess) -> Iterator[list[object]]:
-    """Encode beside the block; the vectors are in the list when it is left."""
+    """Encode in a thread during the block; the vectors are appended to the list."""
     results: list[object] = []
 
     def encode() -> None:
@@ -76,17 +76,17 @@ def encoding(redis: RedisProcess) -> Iterator[list[object]]:
         thread.join()
 
 
-def test_killed_worker_comes_back_with_its_name(redis: RedisProcess, short_dir: Path) -> None:
-    """kill -9 of the worker ends its child too; the supervisor starts both again and they serve."""
+def test_supervisor_restarts_a_killed_worker(redis: RedisProcess, short_dir: Path) -> None:
+    """The pool process ends with the main process."""
     with stub_worker(redis, short_dir, "phoenix") as worker:
         before = worker.pids()
         os.kill(before[0], signal.SIGKILL)
 
-        def reborn() -> bool:
+        def restarted() -> bool:
             pids = worker.pids()
             return not {0, *before} & set(pids)
 
-        wait_for(reborn, "the worker to come back")
+        wait_for(restarted, "the worker to restart")
         with Client(settings=redis.settings()) as client:
             vectors = client.encode(TEXTS)
 
@@ -95,8 +95,7 @@ def test_killed_worker_comes_back_with_its_name(redis: RedisProcess, short_dir: 
         assert len(worker.lines("worker_process_exited", "signal 9")) == 1
 
 
-def test_crash_loop_keeps_the_worker_off(redis: RedisProcess, short_dir: Path) -> None:
-    """Five deaths in a minute end the command with a code of its own and one line that says so."""
+def test_supervisor_exits_after_a_crash_loop(redis: RedisProcess, short_dir: Path) -> None:
     worker = WorkerProcess(redis, short_dir, "doomed")
     children = Path(f"/proc/{worker.process.pid}/task/{worker.process.pid}/children")
     try:
@@ -111,8 +110,7 @@ def test_crash_loop_keeps_the_worker_off(redis: RedisProcess, short_dir: Path) -
     assert len(worker.lines("worker_crash_loop", "crashes=5")) == 1
 
 
-def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path) -> None:
-    """A worker that is told to end commits what it computes, and exits 0."""
+def test_worker_commits_its_batch_after_sigterm(redis: RedisProcess, short_dir: Path) -> None:
     with (
         stub_worker(redis, short_dir, "leaving", EMBEDQ_STUB_TEXTS_PER_S="50") as worker,
         redis.open() as results,
@@ -126,15 +124,15 @@ def test_sigterm_finishes_the_batch_in_hand(redis: RedisProcess, short_dir: Path
     assert len(worker.lines("batch_done")) == 1
 
 
-def test_sigterm_ends_a_worker_whose_device_never_opens(
+def test_sigterm_ends_a_worker_whose_device_hangs_at_the_start(
     redis: RedisProcess, short_dir: Path
 ) -> None:
-    """It holds nothing yet, so nobody waits for a compiler that takes minutes or hangs."""
+    """It has no batch yet, so there is nothing to wait for."""
     script = short_dir / "faults"
     script.write_text("init=hang\n")
     worker = WorkerProcess(redis, short_dir, "slow", EMBEDQ_STUB_FAULTS=os.fspath(script))
     try:
-        wait_for(lambda: worker.pool_pid() and worker.lines("ready."), "the child to start")
+        wait_for(lambda: worker.pool_pid() and worker.lines("ready."), "the pool process to start")
         wait_for(script.with_name("faults.struck").exists, "its device to hang")
 
         worker.process.terminate()
@@ -144,14 +142,13 @@ def test_sigterm_ends_a_worker_whose_device_never_opens(
         worker.stop()
 
 
-def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
-    """kill -9 of the supervisor ends worker and child, for nobody would restart them."""
+def test_worker_ends_with_its_supervisor(redis: RedisProcess, short_dir: Path) -> None:
     with stub_worker(redis, short_dir, "orphans") as worker:
         pids = worker.pids()
         worker.process.kill()
         worker.process.wait()
 
-        wait_for(lambda: not any(map(is_running, pids)), "worker and child to end")
+        wait_for(lambda: not any(map(is_running, pids)), "main process and pool process to end")
 
 
 @pytest.mark.parametrize(
@@ -162,22 +159,21 @@ def test_killed_supervisor_leaves_nothing(redis: RedisProcess, short_dir: Path) 
         ({"EMBEDQ_DEVICE": "cpu", "EMBEDQ_MODEL": "/nowhere"}, exit_codes.MODEL, "/nowhere"),
     ],
 )
-def test_start_that_cannot_work_ends_with_its_code(
+def test_start_with_wrong_settings_exits_without_a_restart(
     settings: dict[str, str], code: int, words: str, short_dir: Path
 ) -> None:
-    """Each cause has a code and a sentence, and nothing is tried twice."""
-    run = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+    done = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
 
-    assert run.returncode == code
-    assert words in run.stderr
-    assert "worker_process_exited" not in run.stderr
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "worker_process_exited" not in done.stderr
 
 
-def test_second_worker_of_a_name_is_refused(redis: RedisProcess, short_dir: Path) -> None:
-    """It would take the first one's child for its own, and end the worker over its own mistakes."""
+def test_second_worker_with_the_same_name_is_refused(redis: RedisProcess, short_dir: Path) -> None:
+    """Both would write the same status file."""
     with stub_worker(redis, short_dir, "twin") as worker:
         before = worker.pids()
-        run = run_command(
+        done = run_command(
             "start",
             EMBEDQ_NAME="twin",
             EMBEDQ_DEVICE="stub",
@@ -186,21 +182,21 @@ def test_second_worker_of_a_name_is_refused(redis: RedisProcess, short_dir: Path
             EMBEDQ_RUNTIME_DIR=os.fspath(worker.runtime_dir),
         )
 
-        assert run.returncode == exit_codes.SETTINGS
-        assert "A worker twin already runs on this machine" in run.stderr
-        assert "--name NAME" in run.stderr
+        assert done.returncode == exit_codes.SETTINGS
+        assert "A worker twin already runs on this machine" in done.stderr
+        assert "--name NAME" in done.stderr
         assert worker.pids() == before
 
 
 @pytest.mark.parametrize("which", ["BROKER", "RESULTS"])
-def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
-    """Trying again would end the same way; the message names the variable, not the password."""
+def test_start_with_a_wrong_password_exits(which: str, short_dir: Path) -> None:
+    """The message names the variable and does not contain the password."""
     redis = RedisProcess(short_dir, password="right")
     urls = {"BROKER": redis.broker_url(), "RESULTS": redis.results_url()}
     urls[which] = urls[which].replace("right", "wr0ng")
     settings = {f"EMBEDQ_{name}_URL": url for name, url in urls.items()}
     try:
-        run = run_command(
+        done = run_command(
             "start",
             EMBEDQ_DEVICE="stub",
             EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"),
@@ -209,21 +205,19 @@ def test_wrong_password_ends_a_start(which: str, short_dir: Path) -> None:
     finally:
         redis.stop()
 
-    assert run.returncode == exit_codes.SETTINGS
-    assert f"EMBEDQ_{which}_URL: Redis at" in run.stderr
-    assert "refused the password" in run.stderr
-    assert "wr0ng" not in run.stderr
+    assert done.returncode == exit_codes.SETTINGS
+    assert f"EMBEDQ_{which}_URL: Redis at" in done.stderr
+    assert "refused the password" in done.stderr
+    assert "wr0ng" not in done.stderr
 
 
 @pytest.mark.parametrize(
     ("fault", "code"), [("raise", exit_codes.ENGINE), ("exit", exit_codes.CRASH_LOOP)]
 )
-def test_worker_that_gives_up_says_so(
+def test_last_heartbeat_of_a_failed_worker_reports_failed(
     fault: str, code: int, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """Its last heartbeat is what EmbedqWorkerFailed fires on; nobody takes it for one that
-    serves.
-    """
+    """The alert EmbedqWorkerFailed depends on it."""
     script = short_dir / "faults"
     script.write_text(f"init={fault}\n")
     worker = WorkerProcess(redis, short_dir, "lost", EMBEDQ_STUB_FAULTS=os.fspath(script))
@@ -240,45 +234,39 @@ def test_worker_that_gives_up_says_so(
 
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
 @pytest.mark.parametrize("settings", [{"EMBEDQ_DEVICE": "npu"}, {"EMBEDQ_STRICT": "1"}])
-def test_start_without_the_npu_that_was_asked_for(
-    settings: dict[str, str], short_dir: Path
-) -> None:
-    """Who asks for an NPU gets one or a code."""
-    run = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
+def test_start_without_the_required_npu_exits(settings: dict[str, str], short_dir: Path) -> None:
+    done = run_command("start", EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"), **settings)
 
-    assert run.returncode == exit_codes.DEVICE
-    assert "NPU" in run.stderr
+    assert done.returncode == exit_codes.DEVICE
+    assert "NPU" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--strict", "--device=cpu"])
-def test_all_is_refused_with_options_that_mean_one_worker(option: str, short_dir: Path) -> None:
-    """Two workers side by side are neither strict nor on one device."""
-    run = run_command("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
+def test_all_and_options_for_one_worker_exclude_each_other(option: str, short_dir: Path) -> None:
+    done = run_command("start", "--all", option, EMBEDQ_RUNTIME_DIR=os.fspath(short_dir / "run"))
 
-    assert run.returncode == exit_codes.SETTINGS
-    assert re.search("--all and EMBEDQ_(STRICT|DEVICE=cpu) exclude each other", run.stderr)
+    assert done.returncode == exit_codes.SETTINGS
+    assert re.search("--all and EMBEDQ_(STRICT|DEVICE=cpu) exclude each other", done.stderr)
 
 
 def test_help_names_every_exit_code() -> None:
-    """The epilog is where an operator looks them up."""
-    run = run_command("start", "--help")
+    done = run_command("start", "--help")
 
     codes = {
         value for name, value in vars(exit_codes).items() if name.isupper() and name != "EPILOG"
     }
     numbers = {code for code in codes if isinstance(code, int)} - {exit_codes.FAILURE}
-    assert run.returncode == 0
-    assert all(f"{code} " in run.stdout for code in numbers)
+    assert done.returncode == 0
+    assert all(f"{code} " in done.stdout for code in numbers)
 
 
-def test_strict_job_is_served_by_an_npu_alone(
+def test_strict_job_is_served_by_the_npu_worker_only(
     worker: WorkerProcess, shared_redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A worker of the CPU beside it stays idle while the NPU's worker takes the strict batch."""
     wait_until_acknowledged(shared_redis)
     before = len(worker.lines("batch_"))
     with (
-        stub_worker(shared_redis, short_dir, "npu", **AS_NPU) as npu,
+        stub_worker(shared_redis, short_dir, "npu", **NPU) as npu,
         Client(settings=shared_redis.settings(strict=True)) as client,
     ):
         vectors = client.encode(TEXTS)
@@ -289,12 +277,9 @@ def test_strict_job_is_served_by_an_npu_alone(
         assert len(worker.lines("batch_")) == before
 
 
-def test_strict_job_fails_with_the_reason_when_no_npu_comes(
+def test_strict_job_fails_without_an_npu_worker(
     worker: WorkerProcess, shared_redis: RedisProcess
 ) -> None:
-    """After EMBEDQ_STARTUP_TIMEOUT_S without an NPU the caller hears why; no CPU touched the
-    batch.
-    """
     wait_until_acknowledged(shared_redis)
     before = len(worker.lines("batch_"))
     with (
@@ -305,13 +290,11 @@ def test_strict_job_fails_with_the_reason_when_no_npu_comes(
 
     assert len(worker.lines("batch_")) == before
     with shared_redis.open(0) as broker:
-        assert (
-            broker.llen(str(Queue.NPU_STRICT)) == 1
-        )  # dropped by whoever takes it: its job is gone
+        # The worker that receives it skips it, because its job is gone.
+        assert broker.llen(str(Queue.NPU_STRICT)) == 1
 
 
-def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_dir: Path) -> None:
-    """`devices` and `check` answer as start does, for people and for scripts."""
+def test_devices_check_and_warm_agree_with_start(redis: RedisProcess, short_dir: Path) -> None:
     settings = {
         "EMBEDQ_BROKER_URL": redis.broker_url(),
         "EMBEDQ_RESULTS_URL": redis.results_url(),
@@ -330,34 +313,33 @@ def test_devices_and_check_say_what_start_would_do(redis: RedisProcess, short_di
 
 
 @pytest.mark.parametrize(
-    ("settings", "red"),
+    ("settings", "failed"),
     [
         ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_BROKER_URL": "redis://127.0.0.1:1/0"}, "broker"),
         ({"EMBEDQ_MODEL": "/nowhere", "EMBEDQ_DEVICE": "cpu"}, "model"),
         ({"EMBEDQ_DEVICE": "stub", "EMBEDQ_RUNTIME_DIR": "/proc/1/no"}, "folders"),
     ],
 )
-def test_every_red_line_of_check_has_a_next_step(
-    settings: dict[str, str], red: str, redis: RedisProcess, short_dir: Path
+def test_failed_check_has_a_detail_and_a_fix(
+    settings: dict[str, str], failed: str, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """A script that reads `check --json` finds what was looked at, what is wrong, what to do."""
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     folders = {f"EMBEDQ_{name}_DIR": f"{short_dir}/{name}" for name in ("RUNTIME", "CACHE")}
 
-    run = run_command("check", "--json", **{**urls, **folders, **settings})
+    done = run_command("check", "--json", **{**urls, **folders, **settings})
 
-    found = json.loads(run.stdout)
-    assert (run.returncode, found["ok"]) == (exit_codes.CHECK, False)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"]) == (exit_codes.CHECK, False)
     [line] = [line for line in found["checks"] if line["level"] == "fail"]
-    assert line["name"] == red
+    assert line["name"] == failed
     assert line["detail"] and line["fix"]
 
 
 @pytest.mark.skipif(Path("/dev/accel").exists(), reason="this machine may have an NPU")
-def test_all_without_an_npu_is_one_worker_on_the_cpu(
+def test_all_without_an_npu_serves_on_the_cpu(
     redis: RedisProcess, short_dir: Path, tiny_settings: dict[str, str]
 ) -> None:
-    """The NPU's worker ends and says why; the other serves on, and ends well when it is told to."""
+    """The NPU worker exits; the CPU worker serves and exits with 0 after SIGTERM."""
     log_path = short_dir / "all.log"
     settings = {
         "EMBEDQ_BROKER_URL": redis.broker_url(),
@@ -374,7 +356,10 @@ def test_all_without_an_npu_is_one_worker_on_the_cpu(
         )
     try:
         wait_for(lambda: "serving worker=both-cpu" in log_path.read_text(), "the worker on the CPU")
-        wait_for(lambda: "worker_ended worker=npu exit_code=6" in log_path.read_text(), "the other")
+        wait_for(
+            lambda: "worker_ended worker=npu exit_code=6" in log_path.read_text(),
+            "the NPU worker to exit",
+        )
         process.terminate()
 
         assert process.wait(DEADLINE_S) == 0
@@ -384,13 +369,13 @@ def test_all_without_an_npu_is_one_worker_on_the_cpu(
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
-def test_npu_that_cannot_be_proven(
+def test_worker_whose_npu_does_not_compile(
     strict: str,
     redis: RedisProcess,
     short_dir: Path,
     tiny_settings: dict[str, str],
 ) -> None:
-    """A worker whose compiler hangs goes on without its NPU; a strict one ends with its code."""
+    """It degrades; a strict worker exits."""
     pytest.importorskip("openvino")
     hanging = {
         "EMBEDQ_DEVICE": "npu",

@@ -1,4 +1,4 @@
-"""Jobs and streams of the SDK: handles, order, laziness, and points to go on from."""
+"""Jobs and streams of the SDK: order, window, cancellation and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from embedq.jobs.batches import Document
 from embedq.jobs.stream import AnyDocument
 from embedq.testing import stub_vectors
 
-#: Texts of one batch and of a full window of a small client.
+#: Texts of one batch, and of a full window, of the fixture `small`.
 BATCH, WINDOW = SMALL["batch_texts"], SMALL["max_in_flight"] * SMALL["batch_texts"]
 
 
@@ -31,21 +31,22 @@ def texts(n: int) -> list[str]:
     return [f"text {i}" for i in range(n)]
 
 
-class Counted:
-    """An iterable that counts how far it was pulled."""
+class CountedReads:
+    """An iterable that counts the values read from it."""
 
     def __init__(self, values: Iterable[object]) -> None:
-        self.pulled = 0
+        self.n_read = 0
         self._values = values
 
     def __iter__(self) -> Iterator[object]:
         for value in self._values:
-            self.pulled += 1
+            self.n_read += 1
             yield value
 
 
-def test_job_gives_results_in_order(small: Client, shared_redis: RedisProcess) -> None:
-    """A submitted job hands out every vector at its position, and is gone from Redis then."""
+def test_job_returns_results_in_order_and_leaves_no_key(
+    small: Client, shared_redis: RedisProcess
+) -> None:
     job = small.submit(texts(500))
 
     results = list(job.results())
@@ -57,20 +58,18 @@ def test_job_gives_results_in_order(small: Client, shared_redis: RedisProcess) -
 
 
 def test_submit_publishes_one_window(small: Client) -> None:
-    """submit() returns with the first batches on their way and pulls no text beyond its window."""
-    source = Counted(texts(5_000))
+    source = CountedReads(texts(5_000))
 
     job = small.submit(source)  # type: ignore[arg-type] # any iterable of texts
     progress = job.progress()
     job.cancel()
 
     assert progress.published == SMALL["max_in_flight"]
-    assert source.pulled <= WINDOW + 1  # a batch ends where the next text does not fit
+    assert source.n_read <= WINDOW + 1  # a batch ends where the next text does not fit
     assert (progress.texts, progress.finished) == (0, False)
 
 
-def test_progress_counts_what_was_handed_out(small: Client) -> None:
-    """texts, failed and truncated grow with the results; finished comes last."""
+def test_progress_counts_returned_results(small: Client) -> None:
     job = small.submit([*texts(90), "bad \0", "long " * 300])
 
     results = job.results()
@@ -85,8 +84,7 @@ def test_progress_counts_what_was_handed_out(small: Client) -> None:
     assert (after.texts, after.failed, after.truncated, after.finished) == (92, 1, 1, True)
 
 
-def test_wait_keeps_the_results(small: Client) -> None:
-    """After wait() all results are there, without Redis."""
+def test_results_are_available_after_wait(small: Client) -> None:
     job = small.submit(texts(100))
 
     progress = job.wait(timeout_s=20)
@@ -96,8 +94,7 @@ def test_wait_keeps_the_results(small: Client) -> None:
     assert np.array_equal([result.vector for result in results], stub_vectors(texts(100)))
 
 
-def test_wait_that_times_out_loses_nothing(redis: RedisProcess, short_dir: Path) -> None:
-    """ResultTimeout is raised in time, and the job can be waited for again."""
+def test_wait_can_be_repeated_after_a_timeout(redis: RedisProcess, short_dir: Path) -> None:
     with (
         stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="200") as worker,
         Client(settings=redis.settings(**SMALL)) as client,
@@ -115,8 +112,7 @@ def test_wait_that_times_out_loses_nothing(redis: RedisProcess, short_dir: Path)
         assert work.texts() == 200
 
 
-def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> None:
-    """cancel() empties Redis, and the worker drops the queued batches without computing them."""
+def test_cancel_deletes_keys_and_skips_queued_batches(redis: RedisProcess, short_dir: Path) -> None:
     with (
         stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="100") as worker,
         Client(settings=redis.settings(batch_texts=64, max_in_flight=16)) as client,
@@ -132,13 +128,14 @@ def test_cancelled_job_leaves_nothing(redis: RedisProcess, short_dir: Path) -> N
         wait_until_redis_is_empty(redis)
         wait_for(
             lambda: len(worker.lines("batch_done")) + len(worker.lines("batch_skipped")) >= 16,
-            "the worker to drop the rest",
+            "the worker to skip the rest",
         )
-        assert len(worker.lines("batch_done")) <= done + 1  # the one that was under way
+        assert len(worker.lines("batch_done")) <= done + 1  # the one that was being computed
 
 
-def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProcess) -> None:
-    """Leaving the loop over results early is a cancel."""
+def test_leaving_the_loop_over_results_cancels_the_job(
+    small: Client, shared_redis: RedisProcess
+) -> None:
     for result in small.submit(texts(2_000)).results():
         if result.id == 10:
             break
@@ -146,50 +143,43 @@ def test_abandoned_results_cancel_the_job(small: Client, shared_redis: RedisProc
     wait_until_redis_is_empty(shared_redis)
 
 
-def test_stream_keeps_order_and_ids(small: Client) -> None:
-    """Pairs, documents and bare texts come back in order under their own names."""
+def test_stream_returns_order_and_ids_of_the_documents(small: Client) -> None:
     documents: list[AnyDocument] = [("a", "one"), (7, "two"), Document("c", "three"), "four"]
 
-    embedded = list(small.stream(documents))
+    results = list(small.stream(documents))
 
-    assert [item.id for item in embedded] == ["a", 7, "c", 3]
-    vectors = [item.vector for item in embedded]
+    assert [item.id for item in results] == ["a", 7, "c", 3]
+    vectors = [item.vector for item in results]
     assert np.array_equal(vectors, stub_vectors(["one", "two", "three", "four"]))
 
 
-def test_unordered_stream_names_what_it_hands_out(small: Client) -> None:
-    """In any order each vector is under the id of its text, and each comes once."""
+def test_unordered_stream_returns_each_id_with_its_vector(small: Client) -> None:
     documents = [(f"d{i}", f"text {i}") for i in range(1_000)]
 
-    embedded = {item.id: item.vector for item in small.stream(documents, ordered=False)}
+    results = {item.id: item.vector for item in small.stream(documents, ordered=False)}
 
-    assert len(embedded) == 1_000
-    vectors = np.array([embedded[name] for name, _ in documents])
+    assert len(results) == 1_000
+    vectors = np.array([results[name] for name, _ in documents])
     assert np.array_equal(vectors, stub_vectors([text for _, text in documents]))
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-def test_stream_pulls_no_further_than_its_window(ordered: bool, small: Client) -> None:
-    """However long the iterable, only a window and the batch in hand is ahead of the reader.
-
-    Unordered, what is ready does not keep the next from being published: that is a window more.
-    """
-    source = Counted(texts(5_000))
+def test_stream_reads_at_most_one_window_ahead(ordered: bool, small: Client) -> None:
+    """Unordered, results that wait for the reader add a second window."""
+    source = CountedReads(texts(5_000))
     ahead = 0
 
     stream = small.stream(source, ordered=ordered)  # type: ignore[arg-type] # as a generator
-    untouched = source.pulled
-    for handed_out, _ in enumerate(stream, 1):
-        ahead = max(ahead, source.pulled - handed_out)
+    n_read_before = source.n_read
+    for n_returned, _ in enumerate(stream, 1):
+        ahead = max(ahead, source.n_read - n_returned)
 
-    assert untouched == 0
-    assert source.pulled == 5_000
+    assert n_read_before == 0
+    assert source.n_read == 5_000
     assert ahead <= (1 if ordered else 2) * WINDOW + BATCH + 1
 
 
-def test_endless_stream_may_be_closed(small: Client, shared_redis: RedisProcess) -> None:
-    """A generator without end can be read for a while; close() leaves nothing in Redis."""
-
+def test_closed_endless_stream_leaves_no_key(small: Client, shared_redis: RedisProcess) -> None:
     def endless() -> Iterator[str]:
         number = 0
         while True:
@@ -204,8 +194,7 @@ def test_endless_stream_may_be_closed(small: Client, shared_redis: RedisProcess)
     wait_until_redis_is_empty(shared_redis)
 
 
-def test_failed_texts_come_with_their_reason(small: Client) -> None:
-    """A text that cannot be embedded has its outcome and no vector; the others have theirs."""
+def test_failed_text_has_a_code_and_no_vector(small: Client) -> None:
     good, bad = small.stream([("good", "text"), ("bad", "\0")])
 
     assert (good.outcome.status, good.outcome.code) == ("ok", "")
@@ -213,18 +202,17 @@ def test_failed_texts_come_with_their_reason(small: Client) -> None:
     assert np.isnan(bad.vector).all()
 
 
-def test_id_that_json_does_not_know_is_refused(small: Client) -> None:
-    """An id must survive a checkpoint; the message has the next step."""
+def test_id_that_json_cannot_encode_is_refused(small: Client) -> None:
+    """Ids are stored in the checkpoint."""
     documents: list[Any] = [("good", "text"), (uuid.uuid4(), "text")]
 
     with pytest.raises(ContractError, match=r"Document 1 has an id of type UUID; .* Use str\(id\)"):
         list(small.stream(documents))
 
 
-def test_committed_documents_are_not_embedded_again(
+def test_stream_resumes_after_the_last_commit(
     small: Client, worker: WorkerProcess, tmp_path: Path
 ) -> None:
-    """A program that starts again goes on behind the last commit, and gets all that follows."""
     checkpoint = tmp_path / "sink.json"
     stream = small.stream(texts(300), checkpoint=checkpoint)
     seen = [next(stream).id for _ in range(123)]
@@ -233,12 +221,12 @@ def test_committed_documents_are_not_embedded_again(
     stream.close()
     work = Work(small, worker)
 
-    again = small.stream(texts(300), checkpoint=checkpoint)
-    rest = list(again)
-    again.commit()
+    resumed = small.stream(texts(300), checkpoint=checkpoint)
+    rest = list(resumed)
+    resumed.commit()
 
     assert seen == list(range(123))
-    assert again.resumed == 123
+    assert resumed.resumed == 123
     assert [item.id for item in rest] == list(range(123, 300))
     vectors = [item.vector for item in rest]
     assert np.array_equal(vectors, stub_vectors(texts(300)[123:]))
@@ -246,7 +234,7 @@ def test_committed_documents_are_not_embedded_again(
     assert list(small.stream(texts(300), checkpoint=checkpoint)) == []
 
 
-#: Streams numbered texts into a file that is its sink, with a commit every 50, until it is killed.
+#: Streams numbered texts into a file, its sink, with a commit after every 50.
 PROGRAM = """
 import os, sys
 from embedq import Client
@@ -254,8 +242,8 @@ sink = open(sys.argv[1], "a")
 with Client() as client:
     stream = client.stream((f"text {i}" for i in range(2000)), checkpoint=sys.argv[2])
     sink.truncate(int(open(sys.argv[3]).read()) if os.path.exists(sys.argv[3]) else 0)
-    for n, embedded in enumerate(stream, 1):
-        sink.write(f"{embedded.id} {embedded.vector.tobytes().hex()}\\n")
+    for n, result in enumerate(stream, 1):
+        sink.write(f"{result.id} {result.vector.tobytes().hex()}\\n")
         if n % 50 == 0:
             sink.flush(); os.fsync(sink.fileno())
             with open(sys.argv[3] + ".tmp", "w") as out: out.write(str(sink.tell()))
@@ -265,8 +253,7 @@ sink.close()
 """
 
 
-def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir: Path) -> None:
-    """After kill -9 the next run hands out what follows the last commit: nothing lost, mixed up."""
+def test_killed_program_resumes_at_its_last_commit(redis: RedisProcess, short_dir: Path) -> None:
     sink, checkpoint, safe = (short_dir / name for name in ("sink", "checkpoint", "safe"))
     settings = {
         "EMBEDQ_BROKER_URL": redis.broker_url(),
@@ -278,18 +265,18 @@ def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir
     program = [sys.executable, "-c", PROGRAM, str(sink), str(checkpoint), str(safe)]
 
     with stub_worker(redis, short_dir, EMBEDQ_STUB_TEXTS_PER_S="1500"):
-        child = subprocess.Popen(program, env=environment(**settings))
+        process = subprocess.Popen(program, env=environment(**settings))
         wait_for(lambda: safe.exists() and int(safe.read_text() or 0) > 500_000, "some commits")
-        child.kill()
-        assert child.wait() < 0
-        killed_at = len(sink.read_text().splitlines())
-        again = subprocess.run(program, env=environment(**settings), timeout=60)
+        process.kill()
+        assert process.wait() < 0
+        n_lines = len(sink.read_text().splitlines())
+        resumed = subprocess.run(program, env=environment(**settings), timeout=60)
 
-    assert again.returncode == 0
-    assert 0 < killed_at < 2000
+    assert resumed.returncode == 0
+    assert 0 < n_lines < 2000
     lines = [line.split() for line in sink.read_text().splitlines()]
     names = [int(name) for name, _ in lines]
-    # A kill between the two commits hands out one group twice: at least once, never less.
+    # A kill between the commits of sink and checkpoint repeats one group of 50.
     assert sorted(set(names)) == list(range(2000))
     assert len(names) <= 2050
     expected = stub_vectors(texts(2000))
@@ -306,10 +293,9 @@ def test_killed_program_goes_on_where_its_sink_is(redis: RedisProcess, short_dir
         (texts(99), {"accuracy": "exact"}, "other settings"),
     ],
 )
-def test_checkpoint_that_does_not_fit_is_refused(
+def test_checkpoint_of_other_documents_or_settings_is_refused(
     changed: list[str], options: dict[str, str], reason: str, small: Client, tmp_path: Path
 ) -> None:
-    """Other documents or settings than those that were committed are not mixed in."""
     checkpoint = tmp_path / "sink.json"
     stream = small.stream(texts(99), checkpoint=checkpoint)
     for _ in range(50):
@@ -321,8 +307,7 @@ def test_checkpoint_that_does_not_fit_is_refused(
         small.stream(changed, checkpoint=checkpoint, **options)  # type: ignore[arg-type] # options are texts
 
 
-def test_damaged_checkpoint_is_refused(small: Client, tmp_path: Path) -> None:
-    """A file that is no checkpoint is neither believed nor overwritten."""
+def test_damaged_checkpoint_is_refused_and_not_overwritten(small: Client, tmp_path: Path) -> None:
     checkpoint = tmp_path / "sink.json"
     checkpoint.write_text('{"documents": 3}')
 
@@ -332,30 +317,30 @@ def test_damaged_checkpoint_is_refused(small: Client, tmp_path: Path) -> None:
     assert checkpoint.read_text() == '{"documents": 3}'
 
 
-def test_checkpoint_needs_order(small: Client, tmp_path: Path) -> None:
-    """A checkpoint counts documents from the first, so unordered streams have none."""
+def test_checkpoint_needs_an_ordered_stream(small: Client, tmp_path: Path) -> None:
+    """A checkpoint is a count of documents."""
     with pytest.raises(InputError, match="ordered=True"):
         small.stream(texts(5), ordered=False, checkpoint=tmp_path / "sink.json")
     with pytest.raises(InputError, match="checkpoint='PATH'"):
         small.stream(texts(5)).commit()
 
 
-def test_wait_and_cancel_end_without_redis(redis: RedisProcess, short_dir: Path) -> None:
-    """Who waits for a second is not kept for the hour that a job waits for its Redis."""
+def test_wait_and_cancel_return_without_redis(redis: RedisProcess, short_dir: Path) -> None:
+    """The timeout of the call applies, not the longer one of the job."""
     with stub_worker(redis, short_dir), Client(settings=redis.settings(**SMALL)) as client:
         job = client.submit(texts(5_000))
         redis.stop()
-        began = time.monotonic()
+        started = time.monotonic()
 
         with pytest.raises(QueueUnavailable):
             job.wait(timeout_s=0.5)
         job.cancel()
 
-        assert time.monotonic() - began < DEADLINE_S
+        assert time.monotonic() - started < DEADLINE_S
 
 
-def test_submit_that_fails_leaves_nothing(small: Client, shared_redis: RedisProcess) -> None:
-    """Without a handle nobody could cancel what was published before the texts raised."""
+def test_failed_submit_leaves_no_key(small: Client, shared_redis: RedisProcess) -> None:
+    """The caller has no Job to cancel."""
 
     def failing() -> Iterator[str]:
         yield from texts(2 * BATCH)

@@ -1,6 +1,4 @@
-"""One trace from submit to result, over a real worker and its official instrumentation of
-Celery.
-"""
+"""Traces of a batch from submit to result, with OpenTelemetry's instrumentation of Celery."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ with Client() as client:
 
 
 def spans(text: str) -> list[dict[str, Any]]:
-    """Return the spans that the console exporter has written into a text."""
+    """Parse the spans in the output of the console exporter."""
     found, at, decoder = [], 0, json.JSONDecoder()
     while (at := text.find('{\n    "name"', at)) >= 0:
         span, at = decoder.raw_decode(text, at)
@@ -39,17 +37,17 @@ def spans(text: str) -> list[dict[str, Any]]:
 
 
 def worker_spans(worker: WorkerProcess) -> dict[str, dict[str, Any]]:
-    """Return the spans of a worker's child by name, once it has sent that of its task."""
+    """Return the spans of a pool process by name, once that of the task is exported."""
 
-    def look() -> dict[str, dict[str, Any]]:
+    def with_task() -> dict[str, dict[str, Any]]:
         found = {span["name"]: span for span in spans(worker.log())}
         return found if "run/embedq.embed_batch" in found else {}
 
-    return wait_for(look, "the worker's spans")
+    return wait_for(with_task, "the worker's spans")
 
 
 def run_program(redis: RedisProcess) -> str:
-    """Run the traced program to its end, and return what it printed: its spans."""
+    """Run the traced program and return its output, which contains its spans."""
     urls = {"EMBEDQ_BROKER_URL": redis.broker_url(), "EMBEDQ_RESULTS_URL": redis.results_url()}
     return subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -61,13 +59,13 @@ def run_program(redis: RedisProcess) -> str:
 
 
 def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir: Path) -> None:
-    """Publish, run, engine, commit and collect are one tree below submit; no span holds a text."""
+    """No span contains a text."""
     with stub_worker(redis, short_dir, **TRACED) as worker:
         printed = run_program(redis)
-        there = worker_spans(worker)
+        remote = worker_spans(worker)
 
-    here = {span["name"]: span for span in spans(printed)}
-    by_name = {**here, **there}
+    local = {span["name"]: span for span in spans(printed)}
+    by_name = {**local, **remote}
     ids = {span["context"]["span_id"]: name for name, span in by_name.items()}
     parents = {name: ids.get(span["parent_id"] or "") for name, span in by_name.items()}
     assert len({span["context"]["trace_id"] for span in by_name.values()}) == 1
@@ -83,27 +81,26 @@ def test_batch_is_one_trace_from_submit_to_result(redis: RedisProcess, short_dir
 
 
 @pytest.mark.parametrize("fault", ["device_lost", "hang", "exit"])
-def test_batch_that_moves_stays_in_its_trace(
+def test_rerouted_or_requeued_batch_stays_in_its_trace(
     fault: str, redis: RedisProcess, short_dir: Path
 ) -> None:
-    """Re-routed by the child, by the parent, or published again after a death: one trace."""
+    """Rerouted by the pool process or the main process, or requeued after a crash."""
     script = FaultScript(short_dir / "faults")
     script.replace()
-    as_npu = {"EMBEDQ_STUB_DEVICE": "npu", "EMBEDQ_STUB_FAULTS": os.fspath(short_dir / "faults")}
-    with stub_worker(redis, short_dir, **TRACED, **as_npu, EMBEDQ_ENGINE_TIMEOUT_S="2") as worker:
+    npu = {"EMBEDQ_STUB_DEVICE": "npu", "EMBEDQ_STUB_FAULTS": os.fspath(short_dir / "faults")}
+    with stub_worker(redis, short_dir, **TRACED, **npu, EMBEDQ_ENGINE_TIMEOUT_S="2") as worker:
         script.replace(f"infer={fault} first=1")
         printed = run_program(redis)
-        there = wait_for(
-            lambda: [one for one in spans(worker.log()) if one["name"] == "embedq.commit"],
+        remote = wait_for(
+            lambda: [span for span in spans(worker.log()) if span["name"] == "embedq.commit"],
             "the span of the commit",
         )
 
-    [submit] = [one for one in spans(printed) if one["name"] == "embedq.submit"]
-    assert {one["context"]["trace_id"] for one in there} == {submit["context"]["trace_id"]}
+    [submit] = [span for span in spans(printed) if span["name"] == "embedq.submit"]
+    assert {span["context"]["trace_id"] for span in remote} == {submit["context"]["trace_id"]}
 
 
-def test_unknown_exporter_is_a_setting_that_is_wrong() -> None:
-    """A misspelt exporter is named with the known ones; nothing is traced into the void."""
+def test_unknown_exporter_is_a_settings_error() -> None:
     program = subprocess.run(
         [sys.executable, "-c", "import embedq; embedq.Client()"],
         env=environment(**{**TRACED, "OTEL_TRACES_EXPORTER": "consol"}),
@@ -114,14 +111,13 @@ def test_unknown_exporter_is_a_setting_that_is_wrong() -> None:
     assert "SettingsError: OTEL_TRACES_EXPORTER: expected one of console" in program.stderr
 
 
-def test_nothing_of_opentelemetry_is_loaded_without_the_setting() -> None:
-    """Neither a client nor the app of a worker traces or touches Celery."""
-    # Its metrics may be there: redis-py loads them where they are installed.
+def test_opentelemetry_is_not_loaded_without_the_setting() -> None:
+    # Except its metrics, which redis-py imports.
     program = """
 import embedq, embedq_worker.main_process.app, sys
-OURS = ('opentelemetry.sdk.trace', 'opentelemetry.instrumentation')
+TRACING = ('opentelemetry.sdk.trace', 'opentelemetry.instrumentation')
 embedq.Client(broker_url='redis://127.0.0.1:1/0')
-print([name for name in sys.modules if name.startswith(OURS)])
+print([name for name in sys.modules if name.startswith(TRACING)])
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

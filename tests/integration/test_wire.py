@@ -1,4 +1,4 @@
-"""Whatever lies in a queue, the worker goes on, says one line, and quotes nothing."""
+"""Invalid messages in a queue: the worker goes on, logs one line each, and quotes nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Forge = Callable[[Message], object]
 
 
 class _Pickled:
-    """Leaves a trace if anybody unpickles it."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, trace: str) -> None:
         self._trace = trace
@@ -48,7 +48,7 @@ class _Pickled:
         return os.mkdir, (self._trace,)
 
 
-def _bomb(message: Message) -> Message:
+def _gzip_bomb(message: Message) -> Message:
     body = gzip.compress(bytes(64 * 1024 * 1024))
     return with_headers(with_body(message, body), compression="application/x-gzip")
 
@@ -76,7 +76,7 @@ RAW: dict[str, Forge] = {
     },
     "JSON content": lambda m: {**m, "content-type": "application/json"},
     "other encoding": lambda m: {**m, "content-encoding": "utf-16"},
-    "gzip bomb": _bomb,
+    "gzip bomb": _gzip_bomb,
     "zstd header": lambda m: with_headers(m, compression="application/zstd"),
     "unknown task": lambda m: with_headers(m, task=MARKER),
     "no task": lambda m: without_header(m, "task"),
@@ -118,7 +118,6 @@ RAW: dict[str, Forge] = {
 
 @pytest.fixture
 def message(shared_redis: RedisProcess, worker: WorkerProcess) -> Message:
-    """A good message, to be forged."""
     return queued(shared_redis, stub_batch([MARKER], job="forged"))
 
 
@@ -126,34 +125,34 @@ def message(shared_redis: RedisProcess, worker: WorkerProcess) -> Message:
 def test_forged_message_is_refused_with_one_line(
     name: str, message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """Parent and child live on, the next batch is served, one line says so without content."""
+    """Main and pool process keep running, and the next batch is served."""
     before = worker.pids(), len(worker.lines("ERROR"))
 
     push(shared_redis, RAW[name](message))
-    # An exact job takes the same queue, so the forged message is behind us when it is done.
+    # An exact job uses the same queue, so the forged message is consumed before it.
     vectors = client.encode(["after"], accuracy="exact", timeout_s=20)
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
     assert worker.pids() == before[0]
-    [line] = wait_for(lambda: worker.lines("ERROR")[before[1] :], "a line in the log")
+    [line] = wait_for(lambda: worker.lines("ERROR")[before[1] :], "the log line")
     assert "message_refused" in line
     assert MARKER not in worker.log()
 
 
-def test_pickle_is_never_opened(
+def test_pickle_is_never_loaded(
     message: Message,
     worker: WorkerProcess,
     client: Client,
     shared_redis: RedisProcess,
     short_dir: Any,
 ) -> None:
-    """A pickled body is refused under its own name, and not opened under that of msgpack either."""
+    """Neither with the content type of pickle nor with that of msgpack."""
     trace = short_dir / "opened"
     forged = with_body(message, pickle.dumps(_Pickled(os.fspath(trace))))
-    named = {**forged, "content-type": "application/x-python-serialize"}
+    pickled = {**forged, "content-type": "application/x-python-serialize"}
     before = len(worker.lines("message_refused"))
 
-    push(shared_redis, named)
+    push(shared_redis, pickled)
     push(shared_redis, forged)
     client.encode(["after"], accuracy="exact", timeout_s=20)
 
@@ -164,10 +163,9 @@ def test_pickle_is_never_opened(
 GARBAGE: tuple[object, ...] = (MARKER, 7, -1.5, True, None, [MARKER], [[1], 2], {MARKER: {"a": 1}})
 
 
-def test_no_field_of_the_envelope_can_stop_a_worker(
+def test_worker_survives_garbage_in_any_field_of_the_envelope(
     message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """Every header and property is replaced by every kind of garbage; the worker takes no harm."""
     before, traces = worker.pids(), worker.lines("Traceback")
     more = ("stamped_headers", "stamps", "chord", "replaced_task_nesting", "reply_to", "priority")
     forged = []
@@ -177,8 +175,8 @@ def test_no_field_of_the_envelope_can_stop_a_worker(
     for key in message:
         forged += [{**message, key: value} for value in GARBAGE]
 
-    for one in forged:
-        push(shared_redis, one)
+    for forged_message in forged:
+        push(shared_redis, forged_message)
     vectors = client.encode(["after"], accuracy="exact", timeout_s=60)
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
@@ -187,10 +185,9 @@ def test_no_field_of_the_envelope_can_stop_a_worker(
     assert worker.lines("Traceback") == traces  # those of earlier tests
 
 
-def test_no_field_of_the_batch_can_stop_a_worker(
+def test_garbage_in_any_field_of_a_batch_is_answered(
     message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """Every field of a batch is replaced by every kind of garbage, and every batch is answered."""
     before, traces = worker.pids(), worker.lines("Traceback")
     [batch], _, _ = payload(message)
     ledger = open_job(shared_redis, "forged")
@@ -204,16 +201,15 @@ def test_no_field_of_the_batch_can_stop_a_worker(
 
     assert np.array_equal(vectors, stub_vectors(["after"]))
     assert worker.pids() == before
-    asked = list(product(fields, values))
-    assert [one for index, one in enumerate(asked) if not ledger.is_committed(index)] == []
+    combinations = list(product(fields, values))
+    assert [pair for index, pair in enumerate(combinations) if not ledger.is_committed(index)] == []
     assert MARKER not in worker.log()
     assert worker.lines("Traceback") == traces  # those of earlier tests
 
 
-def test_other_encodings_of_a_good_message_are_equal(
+def test_base64_with_a_line_break_is_refused(
     message: Message, worker: WorkerProcess, client: Client, shared_redis: RedisProcess
 ) -> None:
-    """A body that is good base64 with a line break in it is refused, not guessed at."""
     before = len(worker.lines("message_refused"))
     body = base64.encodebytes(base64.b64decode(message["body"])).decode()
 
@@ -224,17 +220,19 @@ def test_other_encodings_of_a_good_message_are_equal(
 
 
 @pytest.mark.parametrize("key", ["embed.cpu.int8", "embed.cpu\x06\x163"])
-def test_queue_that_is_no_list_is_dropped(key: str, redis: RedisProcess, short_dir: Path) -> None:
-    """A producer may write a set where an empty queue was; it ended every worker of the fleet."""
+def test_queue_key_of_the_wrong_type_is_deleted(
+    key: str, redis: RedisProcess, short_dir: Path
+) -> None:
+    """A producer may write a set in place of an empty queue."""
     with stub_worker(redis, short_dir) as worker, Client(settings=redis.settings()) as client:
-        parent, _ = worker.pids()
+        main_pid, _ = worker.pids()
         with redis.open(0) as broker:
             broker.sadd(key, MARKER)
-            wait_for(lambda: not broker.exists(key), "the set to be dropped")
+            wait_for(lambda: not broker.exists(key), "the set to be deleted")
 
         vectors = client.encode(["one"], accuracy="exact", timeout_s=20)
 
         assert np.array_equal(vectors, stub_vectors(["one"]))
-        assert worker.pids()[0] == parent
+        assert worker.pids()[0] == main_pid
         assert worker.lines("queue_refused")
         assert MARKER not in worker.log()
