@@ -188,12 +188,14 @@ def test_engine_passes_the_self_test(subject: Subject) -> None:
 def test_vectors_agree_with_padded_onnxruntime_in_f32(subject: Subject) -> None:
     if subject.model is None:
         pytest.skip("the stub has no reference; its own tests compare it with the producer's")
-    trusted = open_engine("onnxruntime", subject.model, 2)
+    onnxruntime = open_engine("onnxruntime", subject.model, 2)
     tolerance = 2e-5 if subject.engine.precision is Precision.F32 else 5e-2
-    reference = Subject(trusted, subject.tokenizer, subject.model, tolerance, trusted.row_spec)
+    reference = Subject(
+        onnxruntime, subject.tokenizer, subject.model, tolerance, onnxruntime.row_spec
+    )
 
     found, expected = embed(subject, TEXTS), embed(reference, TEXTS)
-    trusted.close()
+    onnxruntime.close()
 
     assert np.abs(found - expected).max() <= tolerance
     assert (found * expected).sum(axis=1).min() >= 0.999

@@ -30,8 +30,10 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from embedq.settings import DEFAULT_MODEL, cache_home
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
+from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.model.resolve import Model, load_model, resolve
 from embedq_worker.model.sources import WHEEL_FOLDER
+from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 Array = npt.NDArray[np.float32]
 
@@ -81,6 +83,19 @@ def docstrings() -> list[str]:
     texts = list(itertools.islice(dict.fromkeys(itertools.islice(every, 3000)), 2048))
     random.Random(corpus["SEED"]).shuffle(texts)
     return texts
+
+
+def resolve_model(
+    name: str, folder: Path, revision: str | None = None, *, offline: bool = True
+) -> Model:
+    """Resolve a model with a digest cache below `folder`."""
+    return resolve(name, revision, cache_dir=folder / "cache", offline=offline)
+
+
+def cpu_opener(model: Model, cache: Path, **settings: Any) -> EngineOpener:
+    """Return an engine opener for a worker on the CPU."""
+    values = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2, **settings}
+    return EngineOpener(WorkerSettings(**values), model)
 
 
 def tiny_model(folder: Path, **options: Any) -> Model:

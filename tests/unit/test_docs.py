@@ -146,7 +146,7 @@ def imported_names(path: Path) -> Iterator[str]:
             )
 
 
-#: (page, marker before the block) -> what the block must be.
+#: (page, marker before the block) -> function that returns the block.
 GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("settings.md", "<!-- settings: embedq.settings.ProducerSettings -->"): lambda: settings_table(
         ProducerSettings, for_tests=False

@@ -18,7 +18,7 @@ import embedq_worker
 SDK = Path(embedq.__file__).parent
 WORKER = Path(embedq_worker.__file__).parent
 CHAOS = Path(__file__).parents[2] / "ops" / "chaos"
-#: What a producer must never load.
+#: Packages that a producer must never load.
 HEAVY = ("embedq_worker", "onnx", "onnxruntime", "openvino", "tokenizers", "huggingface_hub")
 #: Package or module -> packages and modules of this project that it may import.
 ALLOWED_IMPORTS: dict[str, str] = {
@@ -64,7 +64,7 @@ ALLOWED_IMPORTS: dict[str, str] = {
     "embedq_worker.exit_codes",
     "embedq_worker.__main__": "embedq_worker.cli embedq_worker.main_process",
 }
-#: What every module of the worker may import.
+#: Packages that every module of the worker may import.
 ALLOWED_IN_WORKER = {"embedq.errors", "embedq.settings", "embedq.protocol"}
 #: Library -> the only files that may import it.
 LIBRARIES: dict[str, str] = {
@@ -141,13 +141,13 @@ def loaded_after(code: str) -> set[str]:
 
 
 def requirements(*extras: str) -> set[str]:
-    """Return the packages that `embedq` with these extras asks for, extras of extras included."""
+    """Return the packages that `embedq` with these extras installs, nested extras included."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
-    asked, found = [*project["dependencies"]], set()
+    lines, found = [*project["dependencies"]], set()
     for extra in extras:
-        asked += project["optional-dependencies"][extra]
-    for line in asked:
+        lines += project["optional-dependencies"][extra]
+    for line in lines:
         name, _, inner = line.partition(";")[0].partition("[")
         if name == "embedq":
             found |= requirements(*inner.rstrip("]").split(","))

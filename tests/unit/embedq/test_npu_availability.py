@@ -49,21 +49,21 @@ def test_strict_job_waits_for_workers_with_a_usable_npu(
 
 
 def test_job_fails_with_the_state_of_the_npu_workers() -> None:
-    watch = NpuAvailability(lambda: [worker("degraded", device="cpu")], wait_s=0)
-    watch.check()
+    availability = NpuAvailability(lambda: [worker("degraded", device="cpu")], wait_s=0)
+    availability.check()
 
     with pytest.raises(StrictUnavailable, match=r"Worker n is degraded: Wrong vectors\.") as caught:
-        watch.check()
+        availability.check()
 
     assert isinstance(caught.value, NoWorker)
     assert "EMBEDQ_STARTUP_TIMEOUT_S" in str(caught.value)
 
 
 def test_available_npu_restarts_the_wait() -> None:
-    watch = NpuAvailability(lambda: [worker("starting", device="")], wait_s=0)
+    availability = NpuAvailability(lambda: [worker("starting", device="")], wait_s=0)
 
     for _ in range(3):
-        watch.check()
+        availability.check()
 
 
 def test_redis_outage_does_not_count_as_missing_npu() -> None:
@@ -75,9 +75,9 @@ def test_redis_outage_does_not_count_as_missing_npu() -> None:
             raise answer
         return answer
 
-    watch = NpuAvailability(fetch, wait_s=0)
+    availability = NpuAvailability(fetch, wait_s=0)
     for _ in range(3):
-        watch.check()
+        availability.check()
 
 
 def test_settings_strict_and_exact_exclude_each_other() -> None:

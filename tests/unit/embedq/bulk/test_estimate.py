@@ -39,9 +39,9 @@ def test_small_input_is_sampled_completely(tmp_path: Path) -> None:
 
 
 def test_large_input_is_sampled_evenly_and_reproducibly(tmp_path: Path) -> None:
-    asked = request(tmp_path, 10_000)
+    large_request = request(tmp_path, 10_000)
 
-    sample = sample_of(asked, 256)
+    sample = sample_of(large_request, 256)
 
     chosen = [int(document.id) for document in sample.documents]
     assert len(set(chosen)) == SAMPLE
@@ -49,7 +49,7 @@ def test_large_input_is_sampled_evenly_and_reproducibly(tmp_path: Path) -> None:
         sum(start < at <= start + 2_500 for at in chosen) for start in range(0, 10_000, 2_500)
     ]
     assert min(quarters) > SAMPLE / 4 / 2
-    assert sample_of(asked, 256) == sample
+    assert sample_of(large_request, 256) == sample
 
 
 def test_counts_cover_the_whole_input(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def encoded_rows_of_many_kinds(name: str) -> bytes:
         "fewer",
         "more",
         "kinds",
-        "gone",
+        "expired",
         "none",
     ],
 )

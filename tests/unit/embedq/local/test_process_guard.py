@@ -15,12 +15,12 @@ import embedq.local.fleet
 from embedq.local.fleet import GUARD_MARGIN_S, ManagedProcess
 
 GUARD = Path(embedq.local.fleet.__file__).with_name("process_guard.py")
-#: Seconds after which a process that should be gone counts as left behind.
+#: Seconds after which a process that should have ended counts as left over.
 DEADLINE_S = 20.0
 
 
 def guard(grace_s: float, *command: str) -> subprocess.Popen[str]:
-    """Start a command under a guard whose stdin is ours."""
+    """Start a command under a guard whose stdin is a pipe of this process."""
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(GUARD), str(grace_s), "--", *command],
         stdin=subprocess.PIPE,
@@ -98,7 +98,7 @@ def test_command_that_ignores_sigterm_is_killed_after_the_grace_period() -> None
 
 
 def test_descendants_are_killed_when_the_command_ends() -> None:
-    reader, writer = os.pipe()  # at its end when no process of the group holds it any more
+    reader, writer = os.pipe()  # ends when no process of the group holds it
     script = "(trap '' TERM; sleep 600) & exit 3"
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(GUARD), "5", "--", "sh", "-c", script],

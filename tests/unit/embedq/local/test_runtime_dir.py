@@ -14,7 +14,7 @@ import pytest
 from embedq.errors import LocalStartFailed
 from embedq.local.fleet import MAX_SOCKET_PATH_BYTES, RESERVED_BYTES, RuntimeDir
 
-#: Makes a folder, says where, and is killed before it can remove it.
+#: Script that creates a folder, prints its path and is killed before it can remove it.
 KILLED_OWNER = """
 import os, signal
 from embedq.local.fleet import RuntimeDir

@@ -24,7 +24,7 @@ from embedq.protocol.worker import ModelInfo
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "שלום", "مرحبا", "日本語", "a" * 50_000, "line\nbreak"]
 
-#: Texts as a producer may send them: anything but what `refusal` refuses.
+#: Lists of texts that `refusal` accepts.
 texts = st.lists(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=50),
     max_size=20,

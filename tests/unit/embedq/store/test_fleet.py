@@ -119,14 +119,14 @@ def test_worker_silent_for_a_day_is_removed(results: Redis) -> None:
     assert results.zrange(WORKERS_KEY, 0, -1) == [b"worker"]
 
 
-@pytest.mark.parametrize("asked", ["org/model", "org/model@abc123", "ab" * 6, "ab" * 32])
-def test_model_is_found_by_label_or_identity(asked: str) -> None:
-    assert find_model([replace(WORKER, model_info=None), WORKER], asked) == MODEL_INFO
+@pytest.mark.parametrize("name", ["org/model", "org/model@abc123", "ab" * 6, "ab" * 32])
+def test_model_is_found_by_label_or_identity(name: str) -> None:
+    assert find_model([replace(WORKER, model_info=None), WORKER], name) == MODEL_INFO
 
 
-@pytest.mark.parametrize("asked", ["org", "model", "abab", "org/model@other", ""])
-def test_partial_or_other_model_name_finds_nothing(asked: str) -> None:
-    assert find_model([WORKER], asked) is None
+@pytest.mark.parametrize("name", ["org", "model", "abab", "org/model@other", ""])
+def test_partial_or_other_model_name_finds_nothing(name: str) -> None:
+    assert find_model([WORKER], name) is None
 
 
 def test_label_with_two_identities_is_refused_with_both() -> None:

@@ -25,19 +25,19 @@ from embedq_worker.errors import DeviceForbidden, NoDevice, SeveralDevices, Wron
 FIRST, SECOND = "0000:00:0b.0", "0001:03:1f.7"
 
 
-def npu(pci: str = FIRST, node: str = "/dev/accel/accel0") -> Npu:
-    return Npu(Path(node), pci, IDS["4000"])
+def npu(pci: str = FIRST, device_file: str = "/dev/accel/accel0") -> Npu:
+    return Npu(Path(device_file), pci, IDS["4000"])
 
 
 @pytest.mark.parametrize("architecture", IDS)
 def test_npu_is_found_with_device_file_address_and_architecture(
     tree: DeviceTree, architecture: str
 ) -> None:
-    node = tree.add(0, FIRST, device_id=IDS[architecture])
+    path = tree.add(0, FIRST, device_id=IDS[architecture])
 
     [found] = discover(tree.roots).visible
 
-    assert (found.device_file, found.pci, found.driver) == (node, FIRST, "intel_vpu")
+    assert (found.device_file, found.pci, found.driver) == (path, FIRST, "intel_vpu")
     assert found.architecture == architecture
     assert found.describe() == f"accel0 NPU {architecture} at {FIRST}"
 
@@ -64,9 +64,9 @@ def test_machine_without_sysfs_has_no_npu(tmp_path: Path) -> None:
 
 
 def test_npu_without_device_file_in_the_container_is_named(tree: DeviceTree) -> None:
-    node = tree.add(0, device_file=False)
+    path = tree.add(0, device_file=False)
 
-    with pytest.raises(NoDevice, match=f"not visible here.*{node}") as caught:
+    with pytest.raises(NoDevice, match=f"not visible here.*{path}") as caught:
         choose(discover(tree.roots))
 
     assert "`devices:" in str(caught.value)
@@ -141,9 +141,9 @@ def test_device_that_cannot_be_opened_has_the_matching_fix(
 
 
 def test_device_file_that_vanishes_raises_no_device(tree: DeviceTree) -> None:
-    node = tree.add(0)
+    path = tree.add(0)
     found = choose(discover(tree.roots))
-    node.unlink()
+    path.unlink()
 
     with pytest.raises(NoDevice, match="No such file"):
         discovery.check_access(found)

@@ -102,10 +102,10 @@ ORPHANING = """
 import json, os, signal, subprocess, sys
 from embedq_worker.engines.compiler import COMMAND
 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-child = subprocess.Popen(COMMAND, start_new_session=True, **pipes)
-child.stdin.write(json.dumps({**json.loads(sys.argv[1]), "parent": os.getpid()}).encode())
-child.stdin.close()
-print(child.pid, flush=True)
+process = subprocess.Popen(COMMAND, start_new_session=True, **pipes)
+process.stdin.write(json.dumps({**json.loads(sys.argv[1]), "parent": os.getpid()}).encode())
+process.stdin.close()
+print(process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

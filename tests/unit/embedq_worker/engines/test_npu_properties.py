@@ -10,7 +10,7 @@ from embedq_worker.engines.openvino_npu import npu_properties, precision_of
 from embedq_worker.engines.openvino_runtime import CPU, TARGETS
 from embedq_worker.settings import WorkerSettings
 
-#: What the plugin of OpenVINO 2026.4.1 knows with a device, in part.
+#: Some of the properties that the plugin of OpenVINO 2026.4.1 supports.
 KNOWN = {"PERFORMANCE_HINT", "INFERENCE_PRECISION_HINT", "NPU_TURBO"}
 
 
@@ -29,7 +29,7 @@ def test_unknown_property_is_not_sent_and_listed_as_ignored() -> None:
     assert found.details()["ignored"] == "FOO=1 NPU_COMMANDLIST_MODE=DEFAULT"
 
 
-def test_commandlist_mode_is_sent_to_a_plugin_that_knows_it() -> None:
+def test_commandlist_mode_is_sent_to_a_plugin_that_supports_it() -> None:
     found = npu_properties({*KNOWN, "NPU_COMMANDLIST_MODE"}, {}, "FORCE_COMMANDLIST_RECORDING_ONLY")
 
     assert found.applied["NPU_COMMANDLIST_MODE"] == "FORCE_COMMANDLIST_RECORDING_ONLY"

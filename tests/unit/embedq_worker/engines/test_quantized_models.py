@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.models import WORDS
+from tests.support.models import WORDS, cpu_opener
 
 from embedq.errors import InputError
 from embedq.protocol.contract import Accuracy, Precision
@@ -26,17 +26,12 @@ from embedq_worker.engines.factory import open_engine
 from embedq_worker.engines.model_cache import BLOB, QuantizationReport, QuantizedModelStore
 from embedq_worker.errors import NotQuantized
 from embedq_worker.inference.embedder import Embedder
-from embedq_worker.inference.opener import EngineOpener, open_serving
+from embedq_worker.inference.opener import open_serving
 from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 QUALITY = QuantizationReport(300, 1000, 0.997, 0.98, 0.94, ((7, 0.98, 0.5),), "NNCF 3.4.0")
-
-
-def opener(model: Model, cache: Path) -> EngineOpener:
-    values: dict[str, Any] = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2}
-    return EngineOpener(WorkerSettings(**values), model)
 
 
 def test_quantized_model_survives_storage(model: Model, tmp_path: Path) -> None:
@@ -105,7 +100,7 @@ def test_changed_quantized_model_is_not_served(model: Model, tmp_path: Path) -> 
     assert writable is None
     assert store.load() is None
     with pytest.raises(NotQuantized, match="embedq-worker quantize"):
-        opener(model, tmp_path / "cache").open_int8()
+        cpu_opener(model, tmp_path / "cache").open_int8()
 
 
 def test_comparison_has_cosines_overlap_and_changed_lines() -> None:
@@ -152,7 +147,7 @@ def test_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_worker_without_a_quantized_model_refuses_int8_only(model: Model, tmp_path: Path) -> None:
-    opened = opener(model, tmp_path)
+    opened = cpu_opener(model, tmp_path)
     standard = opened.open_cpu(Accuracy.STANDARD)
     worker = EngineSet(model.model_info(), standard, lambda: standard, opened.open_int8)
 
@@ -171,7 +166,7 @@ def test_quantized_graph_has_vectors_close_to_the_model(model: Model, tmp_path: 
         pytest.skip("pip install 'embedq[quantize]'")
     texts = [" ".join(WORDS[i % 5 : i % 12 + 1]) + " x" * (i % 7) for i in range(40)]
     lines = [Line(i, text) for i, text in enumerate(texts)]
-    exact = opener(model, tmp_path).open_cpu(Accuracy.EXACT)
+    exact = cpu_opener(model, tmp_path).open_cpu(Accuracy.EXACT)
 
     quantized = quantize_graph(model, lines)
     engine = open_engine("openvino", model, 2, Precision.INT8, quantized.graph)

@@ -18,7 +18,7 @@ from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.selftest import GOLDEN, run
 
 TEXTS = ["one", "two", "three"]
-#: Opens a stub with the script of its first argument and infers one text.
+#: Program that opens a stub with the fault script in its argument and infers one text.
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -84,8 +84,8 @@ def test_choice_is_read_from_the_cache_at_the_next_start(tmp_path: Path) -> None
 
     assert choose([BF16, F32], "key", cache, stopwatch) == (BF16, "kept")
     assert stopwatch.calls == 1
-    kept = json.loads((tmp_path / "cache" / FILE_NAME).read_text())["key"]
-    assert kept["seconds"] == {"openvino bf16": 1.0, "openvino f32": 2.0}
+    stored = json.loads((tmp_path / "cache" / FILE_NAME).read_text())["key"]
+    assert stored["seconds"] == {"openvino bf16": 1.0, "openvino f32": 2.0}
 
 
 def test_each_machine_key_is_measured_once(tmp_path: Path) -> None:

@@ -56,10 +56,10 @@ def test_correct_engine_passes() -> None:
 
 
 def test_nan_vector_fails() -> None:
-    def spoil(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+    def set_nan(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         vectors[0] = np.nan
 
-    report = run(AlteredStub(spoil))
+    report = run(AlteredStub(set_nan))
 
     assert not report.passed
     assert "not finite" in report.reason
@@ -76,11 +76,11 @@ def test_vector_without_unit_length_fails() -> None:
 
 
 def test_vector_that_depends_on_the_other_texts_fails() -> None:
-    def blur(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+    def perturb(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         if len(vectors) > 1:
             vectors[:, :, 0] += 1e-3
 
-    report = run(AlteredStub(blur))
+    report = run(AlteredStub(perturb))
 
     assert not report.passed
     assert "alone and in company" in report.reason
@@ -89,12 +89,12 @@ def test_vector_that_depends_on_the_other_texts_fails() -> None:
 
 @pytest.mark.parametrize(("shift", "passed"), [(0.01, True), (0.2, False)])
 def test_f16_engine_may_deviate_within_its_accuracy_class(shift: float, passed: bool) -> None:
-    def blur(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
+    def perturb(batch: TokenBatch, vectors: npt.NDArray[np.float32]) -> None:
         if len(vectors) > 1:
             vectors[:, :, 0] += shift
             vectors /= np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-9)
 
-    engine = AlteredStub(blur)
+    engine = AlteredStub(perturb)
     engine.precision = Precision.F16
 
     report = run(engine)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.support.models import cpu_opener
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Precision
@@ -18,12 +19,7 @@ from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.selection import Candidate, TuningCache
 from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model
-from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
-
-
-def opener(model: Model, cache: Path, **settings: object) -> EngineOpener:
-    values = {"device": DeviceChoice.CPU, "cache_dir": cache, "threads": 2, **settings}
-    return EngineOpener(WorkerSettings(**values), model)  # type: ignore[arg-type]
+from embedq_worker.settings import EngineChoice, PrecisionChoice
 
 
 def open_engine_set(opened: EngineOpener, model: Model) -> EngineSet:
@@ -33,7 +29,7 @@ def open_engine_set(opened: EngineOpener, model: Model) -> EngineSet:
 
 
 def test_f32_engine_serves_standard_and_exact(model: Model, tmp_path: Path) -> None:
-    engines = open_engine_set(opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
+    engines = open_engine_set(cpu_opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME), model)
 
     exact = engines.engine_for(Accuracy.EXACT)
     engines.close()
@@ -48,7 +44,7 @@ def test_f32_engine_serves_standard_and_exact(model: Model, tmp_path: Path) -> N
 def test_first_exact_batch_of_a_bf16_worker_opens_an_f32_engine(
     model: Model, tmp_path: Path
 ) -> None:
-    opened = opener(model, tmp_path, precision=PrecisionChoice.BF16)
+    opened = cpu_opener(model, tmp_path, precision=PrecisionChoice.BF16)
     try:
         engines = open_engine_set(opened, model)
     except CompileFailed:
@@ -65,8 +61,8 @@ def test_first_exact_batch_of_a_bf16_worker_opens_an_f32_engine(
 
 
 def test_engine_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
-    first = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
-    second = opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
+    first = cpu_opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
+    second = cpu_opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
 
     assert (first.why, second.why) == ("measured", "kept")
     assert (first.engine.name, first.engine.precision) == (
@@ -78,7 +74,7 @@ def test_engine_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
 
 
 def test_precision_int8_without_a_quantized_model_is_refused(model: Model, tmp_path: Path) -> None:
-    opened = opener(model, tmp_path, precision=PrecisionChoice.INT8)
+    opened = cpu_opener(model, tmp_path, precision=PrecisionChoice.INT8)
 
     with pytest.raises(SettingsError, match="EMBEDQ_PRECISION=int8"):
         opened.open_cpu(Accuracy.STANDARD)
@@ -95,7 +91,9 @@ def test_cached_engine_that_does_not_open_is_replaced_by_onnxruntime(
     )
     monkeypatch.setattr("embedq_worker.engines.openvino_cpu.OpenVinoCpuEngine.__init__", refuse)
 
-    verified = opener(model, tmp_path, precision=PrecisionChoice.F32).open_cpu(Accuracy.STANDARD)
+    verified = cpu_opener(model, tmp_path, precision=PrecisionChoice.F32).open_cpu(
+        Accuracy.STANDARD
+    )
     verified.close()
 
     assert (verified.engine.name, verified.why) == ("onnxruntime", "fallback")
@@ -112,12 +110,12 @@ def test_engine_with_wrong_vectors_is_refused(
     monkeypatch.setattr(OnnxRuntimeEngine, "infer", double)
 
     with pytest.raises(EngineError, match="unit length") as caught:
-        opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME).open_cpu(Accuracy.STANDARD)
+        cpu_opener(model, tmp_path, engine=EngineChoice.ONNXRUNTIME).open_cpu(Accuracy.STANDARD)
 
     assert caught.value.reason is FailureReason.SELFTEST_FAILED
 
 
-#: Opens an engine in a process of its own: model, cache, engine.
+#: Script that opens an engine; arguments: model folder, cache folder, engine.
 OPEN_CPU = """
 import sys
 from pathlib import Path

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as HfTokenizer
 from embedq_worker.inference import tokenizer
 from embedq_worker.inference.tokenizer import Tokenizer, WordCache, as_bytes
 
-#: What texts are put together from: words, all signs, special tokens, accents before and after
-#: their letters, scripts with and without spaces, blanks and controls that Python and the library
-#: see differently.
+#: Parts of test texts: words, punctuation, special tokens, combining accents, scripts with and
+#: without spaces, and whitespace and control characters that Python and the library classify
+#: differently.
 PIECES = st.one_of(
     st.sampled_from([*WORDS, "The", "QUEUE's", "caf\u00e9", "na\u00efve", "stra\u00dfe", "\u0130"]),
     st.sampled_from(["[SEP]", "[sep]", "[CLS", "]", "##s", "\u4e2d\u6587", "\u0e44\u0e17\u0e22"]),

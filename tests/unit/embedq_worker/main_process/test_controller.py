@@ -57,7 +57,7 @@ class Scenario:
         self.advance(state=WorkerState.HEALTHY, device="npu")
 
     def replace_pool(self, state: WorkerState, device: str) -> None:
-        """Replace the pool process that the controller wants to end."""
+        """Replace the pool process that the controller is ending."""
         pid = self.controller.kill_pid or self.controller.drain_pid
         assert pid == self.pool.pool_pid
         self.controller.replaced(pid)

@@ -56,7 +56,7 @@ def test_queues_follow_from_state_and_devices(
 
 
 def test_cpu_worker_with_a_quantized_model_consumes_the_int8_queue() -> None:
-    model_info = ModelInfo("m", "ab" * 32, 8, 16, quantized="copy")
+    model_info = ModelInfo("m", "ab" * 32, 8, 16, quantized="ab" * 8)
     on_cpu = replace(worker(WorkerState.HEALTHY, "cpu", "cpu"), model_info=model_info)
     on_npu = replace(worker(WorkerState.HEALTHY, "npu", "npu"), model_info=model_info)
 

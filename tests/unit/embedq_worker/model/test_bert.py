@@ -34,7 +34,7 @@ from embedq_worker.model.bert import build_graph, load_tensors
 from embedq_worker.model.onnx_graph import adapt_onnx, describe_onnx
 from embedq_worker.model.resolve import Kind, Model, load_model
 
-#: Largest difference of a component that two ways of computing the same may show in f32.
+#: Maximum difference of a component between two ways to compute the same vector in f32.
 TOLERANCE = 2e-5
 
 Texts = Sequence[Sequence[int]]

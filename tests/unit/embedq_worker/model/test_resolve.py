@@ -14,6 +14,7 @@ from tests.support.models import (
     TINY,
     TINY_MAX_LENGTH,
     real_model,
+    resolve_model,
     tiny_model,
     write_foreign,
     write_json,
@@ -28,19 +29,12 @@ from embedq_worker.model.config import read_model_config
 from embedq_worker.model.resolve import Kind, load_model
 
 
-def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
-    """Resolve offline, with a digest cache of this test."""
-    options.setdefault("offline", True)
-    revision = options.pop("revision", None)
-    return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
-
-
 def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
     write_tiny(tmp_path / "m", pooling="cls")
     usage = {"prompts": {"query": "query: ", "empty": ""}, "default_prompt_name": "query"}
     write_json(tmp_path / "m" / "config_sentence_transformers.json", usage)
 
-    model = resolve(str(tmp_path / "m"), tmp_path)
+    model = resolve_model(str(tmp_path / "m"), tmp_path)
 
     assert model.kind is Kind.BERT
     assert model.packable
@@ -139,7 +133,7 @@ def test_unsupported_model_is_refused_with_the_reason(
     write_json(tmp_path / "m" / file, content)
 
     with pytest.raises(ModelError, match=rf"(?s){re.escape(str(tmp_path))}.*{reason}"):
-        resolve(str(tmp_path / "m"), tmp_path)
+        resolve_model(str(tmp_path / "m"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +149,7 @@ def test_incomplete_folder_is_refused(tmp_path: Path, file: str, reason: str) ->
     (tmp_path / "m" / file).unlink()
 
     with pytest.raises(ModelError, match=reason):
-        resolve(str(tmp_path / "m"), tmp_path)
+        resolve_model(str(tmp_path / "m"), tmp_path)
 
 
 def test_damaged_json_is_refused_with_the_file_name(tmp_path: Path) -> None:
@@ -163,7 +157,7 @@ def test_damaged_json_is_refused_with_the_file_name(tmp_path: Path) -> None:
     (tmp_path / "m" / "modules.json").write_text("[{")
 
     with pytest.raises(ModelError, match=r"modules\.json is not readable JSON"):
-        resolve(str(tmp_path / "m"), tmp_path)
+        resolve_model(str(tmp_path / "m"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +177,12 @@ def test_json_of_unexpected_shape_is_refused_with_the_folder(
     write_json(tmp_path / "odd" / file, value)
 
     with pytest.raises(ModelError, match=r"A JSON file in .*odd holds what it should not"):
-        resolve(str(tmp_path / "odd"), tmp_path)
+        resolve_model(str(tmp_path / "odd"), tmp_path)
 
 
 def test_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no folder"):
-        resolve(str(tmp_path / "missing"), tmp_path)
+        resolve_model(str(tmp_path / "missing"), tmp_path)
 
 
 def test_identity_is_independent_of_label_and_path(tmp_path: Path) -> None:

