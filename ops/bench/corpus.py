@@ -1,4 +1,4 @@
-"""Texts that every machine has: the docstrings of Python's standard library, and what they make."""
+"""Generate texts that every machine has, from the docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-#: The order is shuffled, the same way everywhere.
+#: Seed of all random choices, so that every machine gets the same texts.
 SEED = 20261122
 
 
 def docstrings(n: int) -> list[str]:
-    """Return n distinct docstrings; with n beyond what there is, numbered repeats.
+    """Return n distinct docstrings, beyond the number of docstrings as numbered repeats.
 
-    Texts differ a little between versions of Python, so figures of two versions are not comparable.
+    Texts differ between versions of Python, so figures of two versions are not comparable.
     """
     found: dict[str, None] = {}
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
@@ -28,20 +28,20 @@ def docstrings(n: int) -> list[str]:
 
 
 def titles(n: int) -> list[str]:
-    """Return n first lines of docstrings: some ten words each."""
+    """Return n first lines of docstrings, about ten words each."""
     lines = dict.fromkeys(text.partition("\n")[0][:80] for text in docstrings(12_000))
     return _repeat(list(lines), n)
 
 
 def chunks(n: int) -> list[str]:
-    """Return n chunks of 1,000 to 1,500 characters, as a splitter of documents makes them."""
+    """Return n chunks of 1,000 to 1,500 characters, as document splitters produce them."""
     return _repeat(list(_joined(docstrings(12_000))), n)
 
 
 def mixed(n: int) -> list[str]:
-    """Return n texts of which two in three are not English: made-up words in ten alphabets.
+    """Return n texts, two thirds of them random words in ten other alphabets.
 
-    They mean nothing, but they cost the tokenizer and the wire what such scripts cost.
+    The words have no meaning, but cost tokenizer and wire as much as real texts in these scripts.
     """
     choose = random.Random(SEED)
     english = docstrings(n)
@@ -83,7 +83,6 @@ def _joined(texts: list[str]) -> Iterator[str]:
 
 
 def _repeat(texts: list[str], n: int) -> list[str]:
-    """Return n of the texts; with more than there are, numbered repeats."""
     rounds = -(-n // len(texts))
     return [f"{text} ({at})" if at else text for at in range(rounds) for text in texts][:n]
 
@@ -95,21 +94,21 @@ def _of_file(path: Path) -> list[str]:
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    # Whole docstrings of a sentence or more: shorter ones are titles, not prose.
+    # Shorter docstrings are titles, not prose.
     return [doc for node in nodes if (doc := ast.get_docstring(node)) and len(doc) >= 60]
 
 
 def sized(n: int, tokens: int) -> list[str]:
-    """Return n texts of about as many WordPiece tokens, special ones included, no two alike."""
+    """Return n distinct texts of about this many WordPiece tokens, special tokens included."""
     words = [word for word in " ".join(docstrings(2000)).split() if word.isalpha()]
     choose = random.Random(SEED)
-    # Two special tokens and three of the number; a word is 1.14 tokens on average.
+    # Two special tokens, and three for the number; a word has 1.14 tokens on average.
     length = max(1, round((tokens - 5) / 1.14))
     starts = [choose.randrange(len(words) - length) for _ in range(n)]
     return [f"{' '.join(words[at : at + length])} {number}" for number, at in enumerate(starts)]
 
 
-#: Name of each corpus -> what makes n texts of it.
+#: Generators of n texts, by name of the corpus.
 CORPORA: Final[Mapping[str, Callable[[int], list[str]]]] = {
     "titles": titles,
     "docstrings": docstrings,

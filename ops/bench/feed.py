@@ -1,11 +1,10 @@
-"""Is a fast device kept busy? A stub of a given speed behind Celery and Redis, real tokens.
+"""Measure the share of time in which the pipeline keeps a device of a given speed busy.
 
     ops/bench/feed.py [--rates 2000 4000] [--seconds 30] [--quick]
 
-The stub takes as long as a device of that many texts a second would, and is fed by the real
-tokenizer through a real worker: one child, one task at a time. The busy ratio is what the device
-needed at least over what passed between the first send and the last vector in the producer, start
-and end included.
+A stub simulates the speed of the device; Celery, Redis, worker and tokenizer are real. The busy
+ratio is the time that the device needs for the texts, divided by the time from the first publish
+to the last vector in the producer.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from __future__ import annotations
 import statistics
 import time
 
+from common import Table, find_model, options, parse, report, stub_client
 from corpus import sized
-from harness import Table, find_model, options, parsed, report, stub_client
 
-#: Busy ratio that a device of this speed must reach.
+#: Target of the busy ratio, by texts per second of the device.
 FLOORS = {2000: 0.98, 4000: 0.96}
-#: Tokens of a text, about.
+#: Approximate number of tokens of a text.
 TOKENS = 64
 
 
 def measure(rate: int, seconds: float, rounds: int) -> tuple[list[float], list[str]]:
-    """Return the busy ratio of each round, and the worker's own figures for its batches."""
+    """Return the busy ratio of each round and the worker's log lines about batches."""
     texts = sized(int(rate * seconds), TOKENS)
     ratios, log = [], list[str]()
     with stub_client(find_model().tokenizer_path, rate, log) as client:
@@ -38,10 +37,12 @@ def measure(rate: int, seconds: float, rounds: int) -> tuple[list[float], list[s
 def main() -> None:
     """Run the command line."""
     parser = options("feed", __doc__ or "", rounds=3)
-    parser.add_argument("--rates", type=int, nargs="+", default=list(FLOORS), help="texts a second")
-    parser.add_argument("--seconds", type=float, default=30, help="of the device, a round")
-    parser.add_argument("--verbose", action="store_true", help="the worker's lines as well")
-    args = parsed(parser)
+    parser.add_argument(
+        "--rates", type=int, nargs="+", default=list(FLOORS), help="texts per second of the device"
+    )
+    parser.add_argument("--seconds", type=float, default=30, help="seconds per round")
+    parser.add_argument("--verbose", action="store_true", help="print the worker's log lines")
+    args = parse(parser)
     rows: list[list[str | float]] = []
     for rate in args.rates:
         ratios, lines = measure(rate, 2 if args.quick else args.seconds, args.rounds)
@@ -50,8 +51,8 @@ def main() -> None:
         if args.verbose:
             print("\n".join(lines))
     table = Table(
-        "How busy a device is kept, 64-token texts, first send to last vector",
-        ["device", "busy ratio", "lowest", "highest", "to reach"],
+        "Share of time in which the device is busy, 64-token texts",
+        ["device", "busy ratio", "lowest", "highest", "target"],
         rows,
         plot="busy ratio",
     )

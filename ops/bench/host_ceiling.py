@@ -1,10 +1,10 @@
-"""How many texts a second pass through everything but a device, against tokenizing alone.
+"""Measure the throughput of the whole pipeline with a free device, against tokenizing alone.
 
     ops/bench/host_ceiling.py [--texts 20480] [--quick]
 
-A stub that costs nothing behind Celery and Redis, fed by the real tokenizer, against the library
-`tokenizers` called alone in this process with all cores, which is what every in-process embedder
-spends at least. Our own tokenizer alone, which remembers words, is shown beside it. 64-token texts.
+The stub engine costs nothing; Celery, Redis, worker and tokenizer are real. The reference is the
+library `tokenizers` in this process on all cores, which every in-process embedder needs at least.
+embedq's own tokenizer, which caches words, is measured too. Texts have 64 tokens.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import time
 from collections.abc import Callable
 
 import tokenizers
+from common import Table, find_model, in_turn, options, parse, ratio, report, stub_client
 from corpus import sized
-from harness import Table, find_model, in_turn, options, parsed, ratio, report, stub_client
 
 from embedq_worker.inference.tokenizer import Tokenizer
 
-#: Of the library alone.
+#: Target relative to the library alone.
 FLOOR = 0.75
+#: Row of the reference.
 LIBRARY = "tokenizers alone"
-#: Texts of one call of the tokenizer, as workers do it.
+#: Number of texts per call of the tokenizer, as in a worker.
 CALL_TEXTS = 512
 
 
 def main() -> None:
     """Run the command line."""
     parser = options("host_ceiling", __doc__ or "", rounds=5)
-    parser.add_argument("--texts", type=int, default=20_480, help="a round (%(default)s)")
-    args = parsed(parser)
+    parser.add_argument("--texts", type=int, default=20_480, help="texts per round (%(default)s)")
+    args = parse(parser)
     texts = sized(2_048 if args.quick else args.texts, 64)
     model = find_model()
-    ours = Tokenizer(model.tokenizer_path, model.max_length)
+    own_tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     library = tokenizers.Tokenizer.from_file(str(model.tokenizer_path))
     library.no_padding()
     library.enable_truncation(model.max_length)
@@ -44,34 +45,34 @@ def main() -> None:
             tokenize(texts[at : at + CALL_TEXTS])
         return len(texts) / (time.perf_counter() - began)
 
-    def with_library() -> float:
+    def library_alone() -> float:
         return alone(lambda group: [found.ids for found in library.encode_batch_fast(group)])
 
     with stub_client(model.tokenizer_path) as client:
 
-        def through_everything() -> float:
+        def end_to_end() -> float:
             began = time.perf_counter()
             client.encode(texts)
             return len(texts) / (time.perf_counter() - began)
 
         client.encode(texts[:512])
-        ways = {
-            LIBRARY: with_library,
-            "ours alone": lambda: alone(ours.tokenize),
-            "end to end": through_everything,
+        runs = {
+            LIBRARY: library_alone,
+            "embedq's tokenizer alone": lambda: alone(own_tokenizer.tokenize),
+            "end to end": end_to_end,
         }
-        found = in_turn(args.rounds, ways)
+        found = in_turn(args.rounds, runs)
     rows: list[list[str | float]] = [
         [name, statistics.median(rates), ratio(rates, found[LIBRARY])]
         for name, rates in found.items()
     ]
     table = Table(
-        "Texts a second with a device that costs nothing, against tokenizing alone",
-        ["what", "texts/s", "of tokenizers alone"],
+        "Texts per second with a free device, against tokenizing alone",
+        ["run", "texts/s", "share of tokenizers alone"],
         rows,
-        plot="of tokenizers alone",
+        plot="share of tokenizers alone",
         floor=FLOOR,
-        more={"rounds": found, "texts": len(texts), "to_reach": FLOOR},
+        more={"rounds": found, "texts": len(texts), "target": FLOOR},
     )
     report(args, table)
 

@@ -1,11 +1,11 @@
-"""embedq end to end, through Celery and Redis, against other embedders in process.
+"""Measure embedq end to end, through Celery and Redis, against other embedders in process.
 
     ops/bench/peers.py [--texts 1000] [--rounds 3] [--corpus docstrings] [--only NAME ...] [--quick]
 
-Every peer lives in a virtual environment, gets the same texts, model files and truncation, and runs
-in turn with the others, so that a drift of the machine meets all alike. Quote the ratios; the
-vectors of each are compared with embedq's exact ones in the same run. A peer that cannot be
-installed or does not run is named with the reason.
+Each peer has its own virtual environment and gets the same texts, model files and truncation. All
+take turns, so that a drift of the machine affects them equally, and only ratios are comparable.
+Vectors are compared with those of embedq's class `exact`. Peers that cannot be installed or started
+are listed with the reason.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
+from common import Table, client_of, find_model, in_turn, options, parse, ratio, report
 from corpus import CORPORA, docstrings
-from harness import Table, client_of, find_model, in_turn, options, parsed, ratio, report
 
 from embedq.local.fleet import LocalFleet
 from embedq.protocol.contract import Accuracy
 from embedq.settings import cache_home
 from embedq_worker.engines.model_cache import QuantizedModelStore
 
-#: What a peer runs: reads texts once, then a line a round; answers seconds and saves vectors.
+#: Program of a peer: loads the texts, then embeds them once per line of stdin, prints the seconds
+#: and saves the vectors.
 _PEER = """
 import json, sys, time
 import numpy as np
@@ -57,11 +58,11 @@ class Peer:
     """Another embedder.
 
     Attributes:
-        name: as in the table.
-        environment: name of its virtual environment; peers with the same one share it.
-        requirements: what that needs, in order: the first may decide the build.
-        load: source that defines ``encode(texts)``; ``task`` has the folder of the ``model``, where
-            to ``export`` it, and a ``broker``.
+        name: name in the table.
+        environment: name of its virtual environment, which peers may share.
+        requirements: packages to install one after the other; the first may decide the build.
+        load: source that defines ``encode(texts)``; ``task`` has the folders ``model`` and
+            ``export``, and the URL ``broker``.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Peer:
     load: str
 
 
-#: The CPU build where the installer finds one; the version is pinned for comparisons.
+#: Packages with torch, whose version is pinned so that figures stay comparable.
 _TORCH = ("torch==2.13.0", "sentence-transformers>=5,<7", "celery[redis]>=5.7,<5.8")
 _OPTIMUM = ("torch==2.13.0", "sentence-transformers[onnx,openvino]>=5,<7")
 _OPENVINO = """
@@ -79,7 +80,7 @@ options = {{"export": True, "ov_config": {config}}}
 model = SentenceTransformer(task["model"], backend="openvino", model_kwargs=options)
 def encode(texts): return model.encode(texts, normalize_embeddings=True)
 """
-#: The plainest way to put a model behind a queue: 64 texts a message, answers as JSON.
+#: The simplest Celery task with a model: 64 texts per message, vectors as JSON.
 _CELERY = """
 import atexit, os, subprocess, tempfile
 folder = tempfile.mkdtemp()
@@ -128,7 +129,7 @@ def encode(texts): return model.encode(texts, normalize_embeddings=True)
 from sentence_transformers import SentenceTransformer
 model = SentenceTransformer(task["model"], backend="onnx", model_kwargs={"export": True})
 model.save_pretrained(task["export"])
-# FastEmbed obeys what the files say of lengths: 128, cut and padded, where the model takes 256.
+# FastEmbed applies the length of these files, 128 tokens; the model's maximum is 256.
 from pathlib import Path
 for name, wrong in (("tokenizer_config", "max_length"), ("tokenizer", "padding truncation")):
     path = Path(task["export"]) / (name + ".json")
@@ -154,11 +155,11 @@ def encode(texts): return model.encode(texts, normalize_embeddings=True)
         "fastembed",
         "fastembed",
         ("fastembed>=0.7,<1",),
-        # It takes ONNX only: the file that sentence-transformers exported before.
+        # FastEmbed reads ONNX only: the file that "sentence-transformers onnx" exported.
         """
 import os
 if not os.path.exists(task["export"]):
-    sys.exit("it needs what 'sentence-transformers onnx' exports: give both to --only")
+    sys.exit("needs the export of 'sentence-transformers onnx'; name both in --only")
 from fastembed import TextEmbedding
 from fastembed.common.model_description import ModelSource, PoolingType
 TextEmbedding.add_custom_model(
@@ -172,18 +173,18 @@ def encode(texts): return list(model.embed(texts))
 )
 
 
-#: Classes of embedq, the reference first.
+#: Accuracy classes of embedq, the reference first.
 CLASSES = (Accuracy.EXACT, Accuracy.STANDARD, Accuracy.INT8)
-#: Texts that a model is quantized with and judged by, where there is no quantized one.
+#: Number of texts for `embedq-worker quantize`, if there is no quantized model yet.
 CALIBRATION_TEXTS = 1300
 
 
 class Unavailable(Exception):
-    """A peer that cannot be installed, or ended."""
+    """A peer cannot be installed, or its process ended."""
 
 
 class RunningPeer:
-    """A peer in its process, loaded and warm."""
+    """A peer, loaded and warmed up in its process."""
 
     def __init__(self, peer: Peer, python: Path, task: dict[str, str], folder: Path) -> None:
         self.name = peer.name
@@ -200,11 +201,11 @@ class RunningPeer:
             text=True,
             env=environment,
         )
-        self._ask(json.dumps({**task, "vectors": str(self._vectors)}))
+        self._call(json.dumps({**task, "vectors": str(self._vectors)}))
 
     def run(self) -> float:
-        """Embed all texts once and return the seconds it took."""
-        return float(self._ask("go")["seconds"])
+        """Embed all texts once and return the seconds."""
+        return float(self._call("go")["seconds"])
 
     def vectors(self) -> np.ndarray:
         """Return the vectors of the last run, float32 [n, D]."""
@@ -215,12 +216,12 @@ class RunningPeer:
         cast(IO[str], self._process.stdin).close()
         self._process.wait(30)
 
-    def _ask(self, line: str) -> dict[str, float]:
+    def _call(self, line: str) -> dict[str, float]:
         stdin, stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        with suppress(BrokenPipeError):  # its answer, which is none, tells
+        with suppress(BrokenPipeError):  # the missing answer is reported below
             stdin.write(line + "\n")
             stdin.flush()
-        # Libraries print what they like; ours are the lines of JSON.
+        # Libraries may print to stdout too; only the answers are JSON objects.
         answer = next((line for line in stdout if line.startswith("{")), "")
         if not answer:
             last = self._log.read_text().strip().splitlines()[-1:]
@@ -229,15 +230,15 @@ class RunningPeer:
 
 
 def environment_of(peer: Peer, folder: Path) -> Path:
-    """Return the Python of a peer's environment, made on first use.
+    """Return the Python of a peer's virtual environment, creating it on first use.
 
     Raises:
-        Unavailable: it cannot be installed.
+        Unavailable: a package cannot be installed.
     """
     python = folder / peer.environment / "bin" / "python"
     stamp = python.parent.parent / "requirements.txt"
     if not stamp.exists() or stamp.read_text() != "\n".join(peer.requirements):
-        print(f"making the environment of {peer.name}; this takes minutes", file=sys.stderr)
+        print(f"Installing {peer.name}; this takes minutes.", file=sys.stderr)
         if not python.exists():
             venv.create(python.parent.parent, with_pip=True)
         for requirement in peer.requirements:
@@ -251,7 +252,7 @@ def environment_of(peer: Peer, folder: Path) -> Path:
 def start(
     peers: list[Peer], task: dict[str, str], folder: Path
 ) -> tuple[list[RunningPeer], list[str]]:
-    """Start the peers one after the other; return those that run, and why the others do not."""
+    """Start the peers; return those that run, and why the others do not."""
     running, absent = [], []
     for peer in peers:
         try:
@@ -262,10 +263,10 @@ def start(
 
 
 def quantize(folder: Path, n: int) -> str:
-    """See to it that there is a quantized model, made of texts beyond the first n.
+    """Quantize the model if it is not, with docstrings beyond the first n.
 
     Returns:
-        Why there is none; empty if there is.
+        Why there is no quantized model; empty if there is one.
     """
     if QuantizedModelStore(cache_home(), find_model()).current():
         return ""
@@ -273,12 +274,12 @@ def quantize(folder: Path, n: int) -> str:
     texts = docstrings(n + CALIBRATION_TEXTS)[n:]
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [sys.executable, "-m", "embedq_worker", "quantize", str(lines)]
-    made = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    return f"embedq-worker quantize ended with {made.returncode}" if made.returncode else ""
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    return f"embedq-worker quantize ended with {done.returncode}" if done.returncode else ""
 
 
 def measure(args: argparse.Namespace) -> Table:
-    """Run everyone in turn and return the figures."""
+    """Run embedq and all peers in turn and return the figures."""
     texts = CORPORA[args.corpus](64 if args.quick else args.texts)
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -304,12 +305,12 @@ def measure(args: argparse.Namespace) -> Table:
         running, missing = start(chosen, task, folder)
         absent += missing
 
-        def ours(accuracy: Accuracy) -> float:
+        def encode(accuracy: Accuracy) -> float:
             began = time.perf_counter()
             found[f"embedq {accuracy}"] = client.encode(texts, accuracy=accuracy)
             return time.perf_counter() - began
 
-        runs = {f"embedq {each}": functools.partial(ours, each) for each in args.classes}
+        runs = {f"embedq {each}": functools.partial(encode, each) for each in args.classes}
         for run in runs.values():
             run()  # opens the engine of the class
         seconds = in_turn(args.rounds, {**runs, **{peer.name: peer.run for peer in running}})
@@ -326,19 +327,19 @@ def _table(
     found: dict[str, np.ndarray],
     absent: list[str],
 ) -> Table:
-    ours = [f"embedq {each}" for each in args.classes]
-    reference = found[ours[0]]
+    classes = [f"embedq {each}" for each in args.classes]
+    reference = found[classes[0]]
     rows: list[list[str | float]] = [
         [
             name,
             len(texts) / statistics.median(runs),
-            *(ratio(runs, seconds[mine]) for mine in ours),
+            *(ratio(runs, seconds[each]) for each in classes),
             _min_cosine(reference, found[name]),
             _overlap(reference, found[name]),
         ]
         for name, runs in seconds.items()
     ]
-    faster = [f"{mine} is faster by" for mine in ours]
+    faster = [f"{each} is faster by" for each in classes]
     return Table(
         f"embedq through Celery and Redis against others in process, {len(texts):,} {args.corpus}",
         ["embedder", "texts/s", *faster, f"min cosine to {args.classes[0]}", "top-10 overlap"],
@@ -355,7 +356,7 @@ def _min_cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, n: int = 10) -> float:
-    """Return the share of each text's ten nearest neighbors that both agree on."""
+    # Share of the n nearest neighbors of a text that both agree on.
 
     def nearest(vectors: np.ndarray) -> np.ndarray:
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -370,9 +371,9 @@ def _overlap(a: np.ndarray, b: np.ndarray, n: int = 10) -> float:
 def main() -> None:
     """Run the command line."""
     parser = options("peers", __doc__ or "", rounds=3)
-    parser.add_argument("--texts", type=int, default=1000, help="how many (%(default)s)")
+    parser.add_argument("--texts", type=int, default=1000, help="number of texts (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    parser.add_argument("--only", nargs="+", help="names of peers")
+    parser.add_argument("--only", nargs="+", help="names of the peers to run (all)")
     parser.add_argument(
         "--classes",
         nargs="+",
@@ -383,9 +384,9 @@ def main() -> None:
         "--folder",
         type=Path,
         default=cache_home() / "bench",
-        help="where the environments of the peers are kept (%(default)s)",
+        help="folder of the virtual environments (%(default)s)",
     )
-    args = parsed(parser)
+    args = parse(parser)
     if args.classes is None:
         args.classes = [each for each in CLASSES if not (args.quick and each is Accuracy.INT8)]
     report(args, measure(args))

@@ -1,10 +1,10 @@
-"""What the queue costs: end to end through Celery and Redis, against the same engine alone.
+"""Measure the throughput end to end through Celery and Redis, against the same engine alone.
 
     ops/bench/queue_tax.py [--texts 4096] [--precisions f32 bf16] [--quick]
 
-Alone means this process, the same tokenizer, engine and cores, and one batch of all texts that is
-never drained. Each run through the queue stands between two runs alone, and counts against their
-mean, because the machine drifts.
+"Alone" is one batch of all texts in this process, with the same tokenizer, engine and cores. Each
+run through the queue is compared with the mean of the runs before and after it, because the speed
+of the machine drifts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from common import Table, by_precision, client_of, find_model, options, parse, report
 from corpus import CORPORA
-from harness import Table, by_precision, client_of, find_model, options, parsed, report
 
 from embedq.local.fleet import LocalFleet
 from embedq.protocol.contract import Precision, VectorSpec
@@ -27,13 +27,14 @@ from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import available_cores
 
+#: Target of the ratio.
 FLOOR = 0.97
 
 
 def bracketed(
     rounds: int, alone: Callable[[], float], queue: Callable[[], float]
 ) -> tuple[list[float], list[float], list[float]]:
-    """Run alone, queue, alone, ...; return speeds alone, through the queue, and their ratios."""
+    """Run alone, queue, alone, ...; return the speeds of both and their ratios."""
     alones, queues = [alone()], []
     for _ in range(rounds):
         queues.append(queue())
@@ -46,7 +47,7 @@ def bracketed(
 
 
 def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -> list[str | float]:
-    """Return the row of a precision."""
+    """Return the table row of a precision."""
     engine = open_engine("openvino", model, available_cores(), precision)
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     embedder = Embedder(tokenizer, engine, token_budget=DEFAULT_TOKEN_BUDGET)
@@ -84,10 +85,15 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
 def main() -> None:
     """Run the command line."""
     parser = options("queue_tax", __doc__ or "", rounds=5)
-    parser.add_argument("--texts", type=int, default=4096, help="a run (%(default)s)")
+    parser.add_argument("--texts", type=int, default=4096, help="texts per run (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
-    args = parsed(parser)
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["f32", "bf16"],
+        help="%(default)s",
+    )
+    args = parse(parser)
     texts = CORPORA[args.corpus](192 if args.quick else args.texts)
     model = find_model()
     rows, notes = by_precision(
@@ -100,7 +106,7 @@ def main() -> None:
         plot="ratio",
         floor=FLOOR,
         notes=notes,
-        more={"to_reach": FLOOR},
+        more={"target": FLOOR},
     )
     report(args, table)
 

@@ -1,11 +1,10 @@
-"""How near the engine comes to what the cores can do: GFLOP/s against the largest matrix product.
+"""Measure GFLOP/s of the engine against the largest matrix product of the cores.
 
     ops/bench/roofline.py [--texts 1024] [--precisions f32 bf16] [--quick]
 
-The engine infers ready token batches, with as many callers as it likes. Only the work on real
-tokens counts: 24 times layers times width squared and 4 times layers, width and length, a token;
-padding, embeddings, norms and GELU are not counted. The product is the fastest of several shapes,
-through the same runtime in the same precision, in turn with the engine in the same run.
+The engine infers prepared token batches, with `concurrency` callers. Only matrix products of real
+tokens count; padding, embeddings, norms and GELU do not. The reference is the fastest of several
+matrix products in the same runtime and precision; both take turns in one run.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import openvino
+from common import Table, by_precision, find_model, in_turn, options, parse, ratio, report
 from corpus import CORPORA
-from harness import Table, by_precision, find_model, in_turn, options, parsed, ratio, report
 
 from embedq.protocol.contract import Precision
 from embedq_worker.engines.base import Engine, TokenBatch
@@ -30,15 +29,16 @@ from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import available_cores
 
+#: Target of the ratio.
 FLOOR = 0.75
-#: Rows, inner and columns of the products: those of the model at its best, and larger ones.
+#: Rows, inner size and columns of the products: two of the model, and larger ones.
 SHAPES = ((512, 384, 1536), (512, 1536, 384), (1024, 1024, 1024), (2048, 2048, 2048))
-#: Seconds that each shape is tried in a round.
+#: Duration of each shape per round, seconds.
 SHAPE_S = 0.5
 
 
 def flops_of(lengths: np.ndarray, config: Mapping[str, Any]) -> float:
-    """Add up the products that an encoder makes for texts of these lengths."""
+    """Count the floating-point operations of the matrix products for texts of these lengths."""
     layers, width = config["num_hidden_layers"], config["hidden_size"]
     linear = 2 * layers * (4 * width * width + 2 * width * config["intermediate_size"])
     attention = 4 * layers * width
@@ -46,7 +46,7 @@ def flops_of(lengths: np.ndarray, config: Mapping[str, Any]) -> float:
 
 
 def product(shape: Sequence[int], precision: Precision, cores: int) -> Callable[[], float]:
-    """Return what measures GFLOP/s of one product, with one caller a core."""
+    """Return a function that measures GFLOP/s of one product, with one caller per core."""
     rows, inner, columns = shape
     ops: Any = openvino.opset13
     left = ops.parameter([rows, inner], np.float32)
@@ -89,7 +89,7 @@ def engine_alone(engine: Engine, batches: Sequence[TokenBatch], flops: float) ->
 
 
 def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -> list[str | float]:
-    """Return the row of a precision."""
+    """Return the table row of a precision."""
     cores = available_cores()
     engine = open_engine("openvino", model, cores, precision)
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
@@ -101,7 +101,7 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
     )
     flops = flops_of(tokens.lengths, model.config)
     products = [product(shape, precision, cores) for shape in SHAPES]
-    engine_alone(engine, batches, flops)  # the first inferences allocate
+    engine_alone(engine, batches, flops)  # the first inferences allocate memory
     found = in_turn(
         rounds,
         {
@@ -118,10 +118,15 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
 def main() -> None:
     """Run the command line."""
     parser = options("roofline", __doc__ or "", rounds=5)
-    parser.add_argument("--texts", type=int, default=1024, help="a run (%(default)s)")
+    parser.add_argument("--texts", type=int, default=1024, help="texts per run (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="of the engine")
-    args = parsed(parser)
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["f32", "bf16"],
+        help="%(default)s",
+    )
+    args = parse(parser)
     texts = CORPORA[args.corpus](64 if args.quick else args.texts)
     model = find_model()
     rows, notes = by_precision(
@@ -134,7 +139,7 @@ def main() -> None:
         plot="ratio",
         floor=FLOOR,
         notes=notes,
-        more={"to_reach": FLOOR, "texts": len(texts)},
+        more={"target": FLOOR, "texts": len(texts)},
     )
     report(args, table)
 

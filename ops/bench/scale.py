@@ -1,15 +1,13 @@
-"""Whether a long job costs more than a short one: memory over a run, and the price of a text.
+"""Measure whether memory grows during a long job, and whether its texts cost more CPU time.
 
     ops/bench/scale.py [--texts 20000 200000 1000000] [--rate TEXTS_PER_S] [--quick]
 
-Runs `embedq embed` over short texts through a real Redis and a worker with the stub engine, which
-costs next to nothing, so that everything around the engine shows. The stub takes texts at a fixed
-rate: in life too the engine is slowest, and then what is in flight is the same all the time; at
-full speed (--rate 0) the figures of Redis swing with whoever happens to be ahead.
+Runs `embedq embed` over short texts with a real Redis and a worker with the stub engine. The stub
+has a fixed speed, so that the number of batches in flight is constant, as with a real engine.
 
 Exits with 1 if the memory of producer, worker or Redis in the last tenth of the longest run is more
-than 5 % above that of its second, or the CPU time of a text more than 5 % above that of the
-shortest.
+than 5 % above that in its second tenth, or if a text of the longest run needs more than 5 % more
+CPU time than one of the shortest.
 """
 
 from __future__ import annotations
@@ -26,30 +24,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from harness import Table, options, parsed, report
+from common import Table, cpu_seconds, options, parse, report, stub_environment
 
 from embedq.bulk.checkpoint import manifest_path
 from embedq.local.fleet import LocalFleet
 from embedq.store.connection import open_redis
 
-#: How much more the end of a long run may take than its beginning, or than a short run.
+#: Maximum of the last tenth relative to the second, and of a long run relative to a short one.
 TOLERANCE = 1.05
-#: Seconds between two samples of the shortest runs, and samples wanted of a long one.
-SAMPLE_EVERY_S, SAMPLES = 0.02, 1_000
-#: Texts a second that the stub takes, less than the queue could carry on two cores.
+#: Minimum interval of samples, seconds.
+SAMPLE_INTERVAL_S = 0.02
+#: Number of samples of a long run.
+SAMPLES = 1_000
+#: Texts per second of the stub; below the limit of the queue on two cores.
 RATE = 8_000
+#: Parts of the system that are measured.
 PARTS = ("producer", "worker", "redis")
-_TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One look at everything.
+    """Memory and CPU time at one moment.
 
     Attributes:
-        memory: bytes of each part; of Redis what it says that it uses, else resident.
-        cpu_s: CPU seconds of each part since it started.
+        at: monotonic time, seconds.
+        memory: bytes by part; used_memory of Redis, resident memory of the others.
+        cpu_s: CPU seconds by part since its start.
     """
 
     at: float
@@ -59,11 +60,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The figures of one run.
+    """Figures of one run.
 
     Attributes:
-        second_tenth_mb, last_tenth_mb, peak_mb: memory of each part.
-        cpu_us_per_text: of each part.
+        second_tenth_mb, last_tenth_mb, peak_mb: memory by part.
+        cpu_us_per_text: CPU time per text by part, microseconds.
     """
 
     texts: int
@@ -74,65 +75,65 @@ class Run:
     cpu_us_per_text: dict[str, float] = field(default_factory=dict)
 
     def growth(self) -> dict[str, float]:
-        """Return the last tenth over the second."""
+        """Return the memory of the last tenth relative to the second, by part."""
         return {part: self.last_tenth_mb[part] / self.second_tenth_mb[part] for part in PARTS}
 
 
-class Watched:
-    """The processes of a run, seen from /proc."""
+class Sampler:
+    """Samples the processes of a run."""
 
     def __init__(self, results_url: str, producer: int, redis: list[int], worker: list[int]):
         self._redis = open_redis(results_url)
         self._pids = {"producer": [producer], "worker": worker, "redis": redis}
 
     def sample(self) -> Sample:
-        """Look once."""
+        """Take one sample."""
         memory = {part: float(sum(map(_resident, self._pids[part]))) for part in PARTS}
         info = cast(dict[str, float], self._redis.info("memory"))
         memory["redis"] = float(info["used_memory"])
-        cpu = {part: sum(map(_cpu_seconds, self._pids[part])) for part in PARTS}
+        cpu = {part: sum(map(cpu_seconds, self._pids[part])) for part in PARTS}
         return Sample(time.monotonic(), memory, cpu)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection to Redis."""
         self._redis.close()
 
 
 def measure(fleet: LocalFleet, texts: int, folder: Path) -> Run:
-    """Embed so many texts and return the figures."""
+    """Embed this many texts and return the figures."""
     source, output = folder / "in.txt", folder / "out.npy"
     with source.open("w", encoding="utf-8") as out:
         out.writelines(
             f"text {i:07} has some ten words and is {i % 97} short\n" for i in range(texts)
         )
-    below = _descendants(os.getpid())
-    redis = [pid for pid, command in below.items() if "redis-server" in command]
-    worker = [pid for pid in below if pid not in redis]
+    processes = _descendants(os.getpid())
+    redis = [pid for pid, command in processes.items() if "redis-server" in command]
+    worker = [pid for pid in processes if pid not in redis]
     settings = {
         "EMBEDQ_BROKER_URL": fleet.broker_url,
         "EMBEDQ_RESULTS_URL": fleet.results_url,
         "EMBEDQ_MODEL": "stub",
     }
     command = [sys.executable, "-m", "embedq", "embed", source, "-o", output, "--json"]
-    child = subprocess.Popen(
+    process = subprocess.Popen(
         [*map(str, command), "--restart"],
         env={**os.environ, **settings},
         stdout=subprocess.PIPE,
         text=True,
     )
-    watched = Watched(fleet.results_url, child.pid, redis, worker)
+    sampler = Sampler(fleet.results_url, process.pid, redis, worker)
     samples: list[Sample] = []
-    pause = max(SAMPLE_EVERY_S, texts / RATE / SAMPLES)
-    while child.poll() is None:
-        # The manifest appears when the first batch is about to be published: imports do not count.
+    interval_s = max(SAMPLE_INTERVAL_S, texts / RATE / SAMPLES)
+    while process.poll() is None:
+        # The manifest is written before the first batch is published, so imports are not counted.
         if manifest_path(output).exists():
-            samples.append(watched.sample())
-        time.sleep(pause)
-    watched.close()
-    answer, _ = child.communicate()
+            samples.append(sampler.sample())
+        time.sleep(interval_s)
+    sampler.close()
+    answer, _ = process.communicate()
     summary = json.loads(answer)
-    if child.returncode or summary["ok"] != texts:
-        raise SystemExit(f"The run failed: {summary}")
+    if process.returncode or summary["ok"] != texts:
+        raise SystemExit(f"The run ended with status {process.returncode}: {summary}")
     for path in folder.iterdir():
         path.unlink()
     return _figures(texts, [sample for sample in samples if sample.memory["producer"]], summary)
@@ -172,25 +173,16 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _cpu_seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
 def _descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of all processes below one."""
-    below: dict[int, str] = {}
+    found: dict[int, str] = {}
     waiting = [pid]
     while waiting:
         parent = waiting.pop()
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             for child in map(int, task.read_text().split()):
-                below[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
                 waiting.append(child)
-    return below
+    return found
 
 
 def _table(runs: list[Run], notes: list[str]) -> Table:
@@ -208,7 +200,7 @@ def _table(runs: list[Run], notes: list[str]) -> Table:
         for part in PARTS
     ]
     return Table(
-        "Memory in the last tenth of a run against its second, stub device",
+        "Memory in the last tenth of a run, relative to its second tenth, stub device",
         ["run", "texts/s", "2nd tenth MB", "last MB", "growth", "peak MB", "CPU us/text"],
         rows,
         plot="growth",
@@ -217,8 +209,8 @@ def _table(runs: list[Run], notes: list[str]) -> Table:
     )
 
 
-def judge(short: Run, long: Run) -> list[str]:
-    """Return what is not as it should be."""
+def find_growth(short: Run, long: Run) -> list[str]:
+    """Return a sentence for each figure above the tolerance."""
     found = [
         f"memory of the {part} grew by {growth - 1:.1%} between second and last tenth"
         for part, growth in long.growth().items()
@@ -226,24 +218,20 @@ def judge(short: Run, long: Run) -> list[str]:
     ]
     before, after = (sum(run.cpu_us_per_text.values()) for run in (short, long))
     if after > TOLERANCE * before:
-        found.append(f"a text costs {after:.1f} us of CPU, {before:.1f} in the short run")
+        found.append(f"a text needs {after:.1f} us of CPU time, {before:.1f} us in the short run")
     return found
 
 
 def main() -> None:
     """Run the command line."""
     parser = options("scale", __doc__ or "", rounds=3)
-    parser.add_argument("--texts", type=int, nargs="+", default=[20_000, 200_000])
-    parser.add_argument("--rate", type=float, default=RATE, help="of the stub; 0: full speed")
-    args = parsed(parser)
+    parser.add_argument(
+        "--texts", type=int, nargs="+", default=[20_000, 200_000], help="texts of each run"
+    )
+    parser.add_argument("--rate", type=float, default=RATE, help="texts/s of the stub, 0: no limit")
+    args = parse(parser)
     lengths = [2_000, 4_000] if args.quick else sorted(args.texts)
-    # The stub's product is tiny: a second thread of BLAS would only wait for it, and burn CPU.
-    environment = {
-        "EMBEDQ_DEVICE": "stub",
-        "EMBEDQ_MODEL": "stub",
-        "EMBEDQ_STUB_TEXTS_PER_S": str(args.rate),
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+    environment = stub_environment(args.rate)
     runs = []
     with (
         LocalFleet(environment=environment, redis="server", warn=print) as fleet,
@@ -251,11 +239,13 @@ def main() -> None:
     ):
         measure(fleet, 2_000, Path(folder))  # warms the worker up
         for texts in lengths:
-            repeats = args.rounds if texts == lengths[0] else 1  # of the short runs the middle one
+            repeats = args.rounds if texts == lengths[0] else 1  # short runs vary more
             runs.append(_middle([measure(fleet, texts, Path(folder)) for _ in range(repeats)]))
-    fine = "Memory is flat and so is the price of a text."
-    found = [] if args.quick else judge(runs[0], runs[-1])
-    report(args, _table(runs, found or ["Too short to judge." if args.quick else fine]))
+    found = [] if args.quick else find_growth(runs[0], runs[-1])
+    note = "Neither memory nor CPU time per text grows."
+    if args.quick:
+        note = "These runs are too short to compare."
+    report(args, _table(runs, found or [note]))
     sys.exit(bool(found))
 
 

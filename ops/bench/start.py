@@ -1,9 +1,9 @@
-"""From `embedq-worker start` to the first vector on the CPU, split into phases.
+"""Measure the phases from `embedq-worker start` to the first vector on the CPU.
 
     ops/bench/start.py [--rounds 5] [--quick]
 
-One round warms the caches and does not count; the median of the others does. Exits 1 when the
-median to serving is above the target. The model is the one that the settings name.
+A first round fills the caches and is not counted. Exits with 1 if the median time to serving is
+above the target. The model is that of the settings.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from harness import Table, find_model, options, parsed, report
+from common import Table, find_model, options, parse, report
 
 from embedq import Client
 from embedq.local.fleet import ManagedProcess, RuntimeDir
 from embedq.local.redis_server import RedisServer, choose
 from embedq.settings import ProducerSettings
 
-#: Seconds from the command to serving, on two cores with a warm cache.
+#: Target of the time to serving on two cores with a warm cache, seconds.
 TARGET_S: Final = 4.0
-DEADLINE_S: Final = 60.0
-LOOK_EVERY_S: Final = 0.002
-#: Phase -> words of the line of the worker's log that ends it; each begins where the last ended.
+#: Timeout of each phase, seconds.
+TIMEOUT_S: Final = 60.0
+#: Interval of polling the log, seconds.
+POLL_INTERVAL_S: Final = 0.002
+#: Text in the worker's log that ends each phase, in order of the phases.
 PHASES: Final = {
     "supervisor, Python, settings": "device_chosen",
-    "Celery's parent": " ready.",
+    "Celery's main process": " ready.",
     "model, engine, self-test": "serving worker=",
     "queues": "Started consuming from embed.npu",
 }
-#: The phase behind the log: a text through the queue and back.
-FIRST_VECTOR: Final = "first vector, client and all"
+#: Phase after those of the log: one text through the queue and back.
+FIRST_VECTOR: Final = "first vector, client included"
 
 
 def measure(rounds: int) -> tuple[Table, float]:
-    """Start a worker again and again; return the figures, and the median seconds to serving."""
+    """Start a worker repeatedly; return the figures and the median seconds to serving."""
     folder = RuntimeDir.create()
     server = choose("auto", folder.path)
     redis = ManagedProcess(server.command, folder.path / "redis.log", grace_s=0)
@@ -63,10 +65,10 @@ def measure(rounds: int) -> tuple[Table, float]:
         plot="seconds",
         floor=TARGET_S,
         notes=[
-            f"The supervisor adds {added['import_ms']:.0f} ms of imports to a bare Python, and is "
-            f"{added['memory_mb']:.1f} MB where that is {added['bare_python_mb']:.1f} MB."
+            f"Compared with an empty Python, the supervisor needs {added['import_ms']:.0f} ms more "
+            f"to start, and {added['memory_mb']:.1f} MB instead of {added['bare_python_mb']:.1f}."
         ],
-        more={"to_reach_s": TARGET_S, "supervisor": added},
+        more={"target_s": TARGET_S, "supervisor": added},
     )
     return table, serving_s
 
@@ -93,7 +95,7 @@ def one_round(server: RedisServer) -> dict[str, float]:
         )
     try:
         for name, words in PHASES.items():
-            _wait(lambda words=words: words in log_path.read_text(), name)  # type: ignore[misc] # bound
+            _wait(lambda words=words: words in log_path.read_text(), name)  # type: ignore[misc] # the default binds the loop variable
             phases[name], mark = time.monotonic() - mark, time.monotonic()
         settings = ProducerSettings.load(
             broker_url=server.broker_url, results_url=server.results_url
@@ -108,8 +110,8 @@ def one_round(server: RedisServer) -> dict[str, float]:
 
 
 def supervisor() -> dict[str, float]:
-    """Return what supervision adds to a bare Python: its imports, and its size while it runs."""
-    # Not getrusage: a child begins with the peak of the process that forked it.
+    """Measure start time and memory of the supervisor's process, compared with an empty Python."""
+    # Not getrusage: its peak includes that of the process before the fork.
     script = "{}; print(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])"
     bare, bare_kb = _python(script.format("pass"))
     with_it, kb = _python(
@@ -132,18 +134,18 @@ def _python(script: str) -> tuple[float, float]:
     return min(times), float(answer)
 
 
-def _wait(look: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not look():
+def _wait(poll: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not poll():
         if time.monotonic() > deadline:
-            raise SystemExit(f"Waited {DEADLINE_S:.0f} s for {what}.")
-        time.sleep(LOOK_EVERY_S)
+            raise SystemExit(f"Waited {TIMEOUT_S:.0f} s for {what}.")
+        time.sleep(POLL_INTERVAL_S)
 
 
 def main() -> None:
     """Run the command line."""
-    args = parsed(options("start", __doc__ or "", rounds=5))
-    find_model()  # a worker that has none only says so in its log
+    args = parse(options("start", __doc__ or "", rounds=5))
+    find_model()  # exits here if there is no model; a worker would only log it
     table, serving_s = measure(args.rounds)
     report(args, table)
     sys.exit(serving_s > TARGET_S)

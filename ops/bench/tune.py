@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Final
 
+from common import Table, in_turn, options, parse, report
 from corpus import CORPORA
-from harness import Table, in_turn, options, parsed, report
 
 from embedq.errors import EmbedqError, SettingsError
 from embedq.protocol.contract import Accuracy, VectorSpec
@@ -84,7 +84,7 @@ def measure(
             embedder = Embedder(tokenizer, engine, token_budget=config.token_budget)
             stack.callback(embedder.close)
             embedder.embed(batch)  # the first inferences allocate memory
-            runs[config.describe()] = lambda embedder=embedder: seconds(embedder, batch)  # type: ignore[misc] # bound
+            runs[config.describe()] = lambda embedder=embedder: seconds(embedder, batch)  # type: ignore[misc] # the default binds the loop variable
         found = in_turn(rounds, runs)
     return f"{name} {precision}", {config: found[config.describe()] for config in tried}
 
@@ -104,9 +104,9 @@ def main() -> None:
         help="accuracy class whose engine is measured (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--cores", type=int, default=0, help="cores of the engine; 0 = all")
-    parser.add_argument("--texts", type=int, default=256, help="a round (%(default)s)")
+    parser.add_argument("--texts", type=int, default=256, help="texts per round (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    args = parsed(parser)
+    args = parse(parser)
     texts = CORPORA[args.corpus](8 if args.quick else args.texts)
     try:
         settings = WorkerSettings.load()
