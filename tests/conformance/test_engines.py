@@ -53,21 +53,25 @@ class Subject:
     tokenizer: AnyTokenizer
     model: Model | None
     tolerance: float
-    form: RowSpec
+    row_spec: RowSpec
 
     def embedder(self, token_budget: int = 64) -> Embedder:
         """Return an embedder with small token batches and chunks."""
-        pace = ChunkSchedule(16, 1, 16, 16)
+        schedule = ChunkSchedule(16, 1, 16, 16)
         return Embedder(
-            self.tokenizer, self.engine, token_budget=token_budget, pace=pace, form=self.form
+            self.tokenizer,
+            self.engine,
+            token_budget=token_budget,
+            schedule=schedule,
+            row_spec=self.row_spec,
         )
 
     def token_batches(self, texts: list[str], size: int) -> list[TokenBatch]:
         """Group texts as this engine requires, or in groups of `size` texts."""
         tokens, pad_id = self.tokenizer.tokenize(texts), self.tokenizer.pad_id
-        if self.form.is_static:
-            plan = plan_rows(tokens.lengths, self.form)
-            return build_rows(tokens, plan, pad_id, self.form)
+        if self.row_spec.is_static:
+            plan = plan_rows(tokens.lengths, self.row_spec)
+            return build_rows(tokens, plan, pad_id, self.row_spec)
         groups = [range(at, min(at + size, len(texts))) for at in range(0, len(texts), size)]
         return [build_padded(tokens, group, pad_id) for group in groups]
 
@@ -102,8 +106,8 @@ def subject(
     if model:
         tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
         engine = open_subject(name, model, folder)
-    form = RowSpec.packed(model.max_length) if model and "packed" in name else engine.row_spec
-    yield Subject(engine, tokenizer, model, TOLERANCES[name], form)
+    row_spec = RowSpec.packed(model.max_length) if model and "packed" in name else engine.row_spec
+    yield Subject(engine, tokenizer, model, TOLERANCES[name], row_spec)
     engine.close()
 
 
@@ -216,8 +220,8 @@ def test_engine_returns_published_vectors(name: str, tmp_path: Path) -> None:
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
     engine = open_subject(name, model, tmp_path)
-    form = RowSpec.packed(model.max_length) if "packed" in name else engine.row_spec
-    subject = Subject(engine, tokenizer, model, 1e-5, form)
+    row_spec = RowSpec.packed(model.max_length) if "packed" in name else engine.row_spec
+    subject = Subject(engine, tokenizer, model, 1e-5, row_spec)
 
     vectors = embed(subject, ["hello world", *sums])
     subject.engine.close()
@@ -228,23 +232,25 @@ def test_engine_returns_published_vectors(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("form", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.format)
-def test_packed_rows_agree_with_padded_rows(form: RowSpec) -> None:
+@pytest.mark.parametrize(
+    "row_spec", [RowSpec.packed(256), RowSpec.shared(256)], ids=lambda f: f.format
+)
+def test_packed_rows_agree_with_padded_rows(row_spec: RowSpec) -> None:
     texts = [doc for each in vars(builtins).values() if (doc := each.__doc__)][:24]
     model = real_model()
     tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
 
-    def run(engine: Engine, form: RowSpec) -> Vectors:
-        return embed(Subject(engine, tokenizer, model, 0.0, form), texts, 512)
+    def run(engine: Engine, row_spec: RowSpec) -> Vectors:
+        return embed(Subject(engine, tokenizer, model, 0.0, row_spec), texts, 512)
 
     with closing(open_engine("onnxruntime", model, 2)) as engine:
-        padded, by_onnxruntime = run(engine, RowSpec()), run(engine, form)
+        padded, by_onnxruntime = run(engine, RowSpec()), run(engine, row_spec)
     with closing(open_engine("openvino", model, 2)) as engine:
-        by_openvino = run(engine, form)
+        by_openvino = run(engine, row_spec)
     assert np.abs(by_onnxruntime - padded).max() <= 2e-5
     assert np.abs(by_openvino - padded).max() <= 2e-5
     with closing(open_bf16(model)) as engine:
-        by_bf16 = run(engine, form)
+        by_bf16 = run(engine, row_spec)
     assert (by_bf16 * padded).sum(axis=1).min() >= 0.999
 
 

@@ -1,4 +1,8 @@
-"""Which texts share a token batch. Pure: the plan depends on lengths alone, never on timing."""
+"""Assign texts to rows, rows to token batches, and the texts of a batch to chunks.
+
+Plans depend on token counts only, never on timing, so that a batch computed twice gives the same
+bytes. No runtime, clock or thread enters here.
+"""
 
 from __future__ import annotations
 
@@ -12,80 +16,76 @@ import numpy.typing as npt
 from embedq_worker.engines.base import SIMD_WIDTH, RowFormat, RowSpec, round_up_to_simd
 from embedq_worker.inference.packing import Indices
 
-#: Padded tokens below which a token batch is not shrunk further: smaller ones cost more in calls
-#: than they win in balance.
+#: Smallest budget of a token batch that shrinks at the end, in padded tokens. Smaller batches lose
+#: more to the overhead of a call than better balance wins.
 MIN_BUDGET: Final = 128
 
 
-#: Share of a row that must be filled before it goes ahead of the rest of its batch.
+#: Fill ratio from which a packed row is computed before the rest of its batch is tokenized.
 FULL: Final = 0.98
 
 
-#: Share of a row on the CPU that texts must fill to be better off in it than in rows of their own.
+#: Fill ratio from which texts share a row on the CPU.
 WORTH_SHARING: Final = 0.9
 
 
-#: Tokens beyond whole LANES from which filling up the row costs less than the rest one by one.
+#: Tokens beyond a multiple of SIMD_WIDTH from which a row is padded to the next multiple.
 LONG_TAIL: Final = 12
 
 
-#: What a token costs on the CPU beside its products, as a share of these: for each token of its
-#: row, for a row with a tail, and for each token of the tail. Between what f32 and bf16 measured
-#: with all-MiniLM-L6-v2 on two Zen 5 cores, 2026-11-27; used to compare plans, so their relation
-#: counts.
+#: Cost of attention per token of row width, as a share of the cost of the matrix products. With
+#: TAIL and TAIL_TOKEN it is used to compare plans, so only their ratios matter. Fitted to f32 and
+#: bf16 of all-MiniLM-L6-v2.
 ATTENTION: Final = 0.0007
 
 
+#: Extra cost of a row whose width is not a multiple of SIMD_WIDTH, as the same share.
 TAIL: Final = 0.03
 
 
+#: Extra cost per token beyond that multiple, as the same share.
 TAIL_TOKEN: Final = 0.006
 
 
 def plan_padded(lengths: npt.ArrayLike, token_budget: int, streams: int = 1) -> list[Indices]:
-    """Group texts of like length so that each group fills a token batch without much padding.
-
-    The longest go first; equal lengths keep their order, so the plan depends on nothing but its
-    arguments. A text longer than the budget goes alone.
+    """Group texts of similar length, so that token batches are full and have little padding.
 
     Args:
-        lengths: tokens of each text.
-        token_budget: most padded tokens in one group.
-        streams: groups that will run at once at the end; the last groups shrink so that these
-            streams finish together. 1 shrinks none.
+        lengths: number of tokens of each text.
+        token_budget: maximum number of padded tokens in a group; a longer text is a group alone.
+        streams: number of concurrent inferences; the last groups shrink so that all streams
+            finish together. 1 shrinks none.
 
     Returns:
-        For each group the indices of its texts, longest first.
+        For each group the indices of its texts, longest first; equal lengths in order.
     """
     sizes = np.asarray(lengths, np.int64)
     order = np.argsort(-sizes, kind="stable")
-    return list(_alone(order, sizes, _Shrinking(token_budget, int(sizes.sum()), streams)))
+    return list(_plan_single(order, sizes, _Budget(token_budget, int(sizes.sum()), streams)))
 
 
-class _Shrinking:
-    """The budget of the next group: as given, and less where streams are to finish together."""
+class _Budget:
+    """Token budget of the next group, which shrinks where streams are to finish together."""
 
     def __init__(self, token_budget: int, n_tokens: int, streams: int) -> None:
         self._budget, self._remaining, self._streams = token_budget, n_tokens, streams
 
     def rows_of(self, width: int) -> int:
-        """Return how many rows of this width the next group may have; one always."""
         budget = self._budget
         if self._streams > 1:
-            # A share of half of what each stream has left: big groups first, small ones last.
+            # Half of each stream's share of the rest: large groups first, small ones last.
             budget = min(budget, max(MIN_BUDGET, self._remaining // (2 * self._streams)))
         return max(1, budget // width)
 
-    def take(self, n_tokens: int) -> None:
-        """Note that a group took these tokens of texts."""
+    def consume(self, n_tokens: int) -> None:
         self._remaining -= n_tokens
 
 
 class Group(NamedTuple):
-    """One token batch to come.
+    """Rows of one token batch.
 
     Attributes:
-        width: tokens of each of its rows.
+        width: width of each row, in tokens.
         rows: for each row the indices of its texts.
     """
 
@@ -94,233 +94,232 @@ class Group(NamedTuple):
 
     @property
     def cost(self) -> float:
-        """Say about how long it takes on the CPU, in tokens."""
+        """Estimate the time of this token batch on the CPU, in tokens."""
         tail = self.width % SIMD_WIDTH
-        beside = ATTENTION * self.width + (TAIL + TAIL_TOKEN * tail if tail else 0.0)
-        return len(self.rows) * self.width * (1.0 + beside)
+        extra = ATTENTION * self.width + (TAIL + TAIL_TOKEN * tail if tail else 0.0)
+        return len(self.rows) * self.width * (1.0 + extra)
 
 
 def plan_shared(
-    lengths: npt.ArrayLike, form: RowSpec, token_budget: int, streams: int = 1
+    lengths: npt.ArrayLike, row_spec: RowSpec, token_budget: int, streams: int = 1
 ) -> list[Group]:
-    """Let texts share rows where they fill them, and give the others rows of their own.
+    """Put texts into shared rows where they fill them, and others into rows of their own.
 
-    Rows of a few widths that are multiples of LANES spare the CPU the padding, the tails and a new
-    shape for each token batch. Where lengths do not fit together, sorting them all is better.
+    Shared rows of a few widths save padding and new shapes. Where lengths do not add up to these
+    widths, sorting by length costs less; the cheaper of the two plans is returned.
 
     Args:
-        lengths: tokens of each text, at most the widest row.
-        form: shared rows.
-        token_budget: most padded tokens in one group; the tokens that fill up LANES are not
-            counted.
+        lengths: number of tokens of each text, at most the widest row.
+        row_spec: shared rows.
+        token_budget: maximum number of padded tokens in a group, not counting tokens that round a
+            width up to SIMD_WIDTH.
         streams: as for plan_padded.
 
     Returns:
-        Shared rows first, the widest at the front; then the others, longest first.
+        Groups of shared rows, widest first; then groups of single texts, longest first.
     """
     sizes = np.asarray(lengths, np.int64)
-    shared, alone = _share(sizes, form)
-    plans = [(shared, alone), ({}, np.arange(len(sizes)))] if shared else [(shared, alone)]
-    made = [_groups(*plan, sizes, token_budget, streams) for plan in plans]
-    return min(made, key=lambda groups: sum(group.cost for group in groups))
+    shared, single = _share(sizes, row_spec)
+    plans = [(shared, single), ({}, np.arange(len(sizes)))] if shared else [(shared, single)]
+    grouped = [_groups(*plan, sizes, token_budget, streams) for plan in plans]
+    return min(grouped, key=lambda groups: sum(group.cost for group in groups))
 
 
-def _share(sizes: npt.NDArray[np.int64], form: RowSpec) -> tuple[dict[int, list[Indices]], Indices]:
-    """Return the rows of each width that are worth sharing, and the texts that are in none."""
+def _share(
+    sizes: npt.NDArray[np.int64], row_spec: RowSpec
+) -> tuple[dict[int, list[Indices]], Indices]:
     by_width: dict[int, list[Indices]] = {}
-    alone: list[Indices] = [np.empty(0, np.intp)]
-    for row in plan_packed(sizes, form):
-        width = form.width_for(int(sizes[row[0]]))
+    single: list[Indices] = [np.empty(0, np.intp)]
+    for row in plan_packed(sizes, row_spec):
+        width = row_spec.width_for(int(sizes[row[0]]))
         if sizes[row].sum() >= WORTH_SHARING * width:
             by_width.setdefault(width, []).append(row)
         else:
-            alone.append(row)
-    return by_width, np.sort(np.concatenate(alone))
+            single.append(row)
+    return by_width, np.sort(np.concatenate(single))
 
 
 def _groups(
     shared: dict[int, list[Indices]],
-    alone: Indices,
+    single: Indices,
     sizes: npt.NDArray[np.int64],
     token_budget: int,
     streams: int,
 ) -> list[Group]:
-    shrinking = _Shrinking(token_budget, int(sizes.sum()), streams)
+    budget = _Budget(token_budget, int(sizes.sum()), streams)
     groups = []
     for width, rows in sorted(shared.items(), reverse=True):
         at = 0
         while at < len(rows):
-            group = rows[at : at + shrinking.rows_of(width)]
-            shrinking.take(int(sizes[np.concatenate(group)].sum()))
+            group = rows[at : at + budget.rows_of(width)]
+            budget.consume(int(sizes[np.concatenate(group)].sum()))
             groups.append(Group(width, group))
             at += len(group)
-    longest_first = alone[np.argsort(-sizes[alone], kind="stable")]
-    for texts in _alone(longest_first, sizes, shrinking):
+    longest_first = single[np.argsort(-sizes[single], kind="stable")]
+    for texts in _plan_single(longest_first, sizes, budget):
         width = int(sizes[texts[0]])
-        filled_up = round_up_to_simd(width) if width % SIMD_WIDTH >= LONG_TAIL else width
-        groups.append(Group(filled_up, list(texts[:, None])))
+        if width % SIMD_WIDTH >= LONG_TAIL:
+            width = round_up_to_simd(width)
+        groups.append(Group(width, list(texts[:, None])))
     return groups
 
 
-def _alone(
-    longest_first: Indices, sizes: npt.NDArray[np.int64], shrinking: _Shrinking
+def _plan_single(
+    longest_first: Indices, sizes: npt.NDArray[np.int64], budget: _Budget
 ) -> Iterator[Indices]:
-    """Group texts that have a row each."""
     at = 0
     while at < len(longest_first):
         width = max(1, int(sizes[longest_first[at]]))
-        texts = longest_first[at : at + shrinking.rows_of(width)]
-        shrinking.take(int(sizes[texts].sum()))
+        texts = longest_first[at : at + budget.rows_of(width)]
+        budget.consume(int(sizes[texts].sum()))
         yield texts
         at += len(texts)
 
 
-def plan_packed(lengths: npt.ArrayLike, form: RowSpec) -> list[Indices]:
-    """Share rows among texts by best fit decreasing: each goes where it leaves least room.
-
-    Equal lengths keep their order, so the plan depends on nothing but its arguments.
+def plan_packed(lengths: npt.ArrayLike, row_spec: RowSpec) -> list[Indices]:
+    """Assign texts to rows by best fit decreasing: each to the row that it leaves fullest.
 
     Args:
-        lengths: tokens of each text, at most the row's width.
-        form: packed or shared rows; a new one gets the smallest width that takes its first text.
+        lengths: number of tokens of each text, at most the widest row.
+        row_spec: packed or shared rows; a new row has the smallest width that fits its first text.
 
     Returns:
-        For each row the indices of its texts, longest first.
+        For each row the indices of its texts, longest first; equal lengths in order.
 
     Raises:
-        ValueError: a text does not fit a row; texts are cut before, never here.
+        ValueError: a text is longer than the widest row. The tokenizer truncates, this does not.
     """
     sizes = np.asarray(lengths, np.int64)
-    widest = form.widths[-1]
+    widest = row_spec.widths[-1]
     if sizes.max(initial=0) > widest:
-        raise ValueError(f"A text has {sizes.max()} tokens; a row takes {widest}.")
+        raise ValueError(f"A text has {sizes.max()} tokens; the widest row has {widest}.")
     rows: list[list[int]] = []
-    most: list[int] = []  # texts that each row has segments for
-    with_room: list[list[int]] = [[] for _ in range(widest + 1)]
-    rooms = 0  # bit r: some row has room for r tokens; finds the best fit without a search
+    max_texts: list[int] = []
+    rows_by_free: list[list[int]] = [[] for _ in range(widest + 1)]
+    free_bits = 0  # bit n: some row has n free tokens; finds the best fit without a search
     for text in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[text])
-        fitting = rooms >> size
+        fitting = free_bits >> size
         if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
+            free = size + (fitting & -fitting).bit_length() - 1
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_bits ^= 1 << free
         else:
-            room, row = form.width_for(size), len(rows)
+            free, row = row_spec.width_for(size), len(rows)
             rows.append([])
-            most.append(form.segments(room))
+            max_texts.append(row_spec.segments(free))
         rows[row].append(text)
-        if len(rows[row]) < most[row]:
-            with_room[room - size].append(row)
-            rooms |= 1 << (room - size)
+        if len(rows[row]) < max_texts[row]:
+            rows_by_free[free - size].append(row)
+            free_bits |= 1 << (free - size)
     return [np.array(row, np.intp) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkSchedule:
-    """How many texts are tokenized at a time, from the first chunk of a batch to its last.
+    """Sizes of the chunks in which a batch is tokenized, in texts.
 
     Attributes:
-        first: small, for the engine waits for it.
-        growth: how many times larger each next chunk may be.
-        most: texts of any chunk; larger ones are sorted and packed with less waste.
-        last: what the chunks shrink to at the end, by halves, so that little is left to encode once
-            the engine is done.
+        first: size of the first chunk; small, because the engine waits for it.
+        growth: factor by which a chunk may be larger than the one before.
+        max_size: largest chunk; larger chunks are planned with less padding.
+        last: size to which chunks halve at the end, so that little is left to upload when the
+            engine finishes.
     """
 
     first: int
     growth: int
-    most: int
+    max_size: int
     last: int
 
     def sizes(self, n: int) -> list[int]:
-        """Cut n texts into chunks."""
+        """Split n texts into chunks."""
         sizes: list[int] = []
         left, size = n, self.first
         while left:
             sizes.append(min(left, size, max(self.last, left // 2)))
             left -= sizes[-1]
-            size = min(self.most, self.growth * sizes[-1])
+            size = min(self.max_size, self.growth * sizes[-1])
         return sizes
 
 
-#: For a device that takes thousands of texts a second: 32 are tokenized in 3 to 5 ms, and no chunk
-#: takes longer than the device needs for the one before.
-NPU_CHUNKS: Final = ChunkSchedule(first=32, growth=2, most=512, last=64)
+#: Chunks for an NPU: no chunk takes longer to tokenize than the device computes the one before.
+NPU_CHUNKS: Final = ChunkSchedule(first=32, growth=2, max_size=512, last=64)
 
 
-#: For an engine on the CPU, which takes hundreds: enough for it to begin with, and then all others
-#: at once, for padding matters more to it than waits. Against 128 and then 512 at a time, 1.006 to
-#: 1.007 times the speed for docstrings and 1.010 to 1.017 for titles (two Zen 4 cores, bf16 and
-#: int8, measured 2026-11-28).
-CPU_CHUNKS: Final = ChunkSchedule(first=32, growth=128, most=4096, last=4096)
+#: Chunks for a CPU: a small first one, then all other texts at once, because padding costs a CPU
+#: more than waiting for the tokenizer.
+CPU_CHUNKS: Final = ChunkSchedule(first=32, growth=128, max_size=4096, last=4096)
 
 
 class Window(NamedTuple):
-    """What is packed of the texts at hand.
+    """Plan for the texts that are tokenized so far.
 
     Attributes:
-        rows: for each row the indices of its texts.
-        kept: indices of texts that wait for company.
+        rows: for each row to compute now the indices of its texts.
+        deferred: indices of texts that are planned again with the next window.
     """
 
     rows: list[Indices]
-    kept: Indices
+    deferred: Indices
 
 
-def plan_window(lengths: npt.ArrayLike, form: RowSpec, n_waiting: int, *, last: bool) -> Window:
-    """Assign the texts at hand to rows, and keep those for later whose rows are not full yet.
+def plan_window(
+    lengths: npt.ArrayLike, row_spec: RowSpec, n_deferred: int, *, last: bool
+) -> Window:
+    """Assign the tokenized texts to rows, and defer rows that are not full by one window.
 
-    Best fit wants every length, the engine wants its first row at once. So a row goes as soon as it
-    is full enough; a text waits for one more window at most.
+    Best fit needs every length, but the engine needs a first row at once. So a row is computed as
+    soon as it is full enough, and a text is deferred once at most.
 
     Args:
-        lengths: tokens of each text.
-        form: static rows.
-        n_waiting: the first texts, which have waited once.
-        last: nothing more will come.
+        lengths: number of tokens of each text.
+        row_spec: static rows.
+        n_deferred: number of texts, the first ones, that were deferred before.
+        last: no further text follows.
     """
-    rows = plan_rows(lengths, form)
-    if last or form.format is not RowFormat.PACKED:
+    rows = plan_rows(lengths, row_spec)
+    if last or row_spec.format is not RowFormat.PACKED:
         return Window(rows, np.empty(0, np.intp))
     sizes = np.asarray(lengths, np.int64)
-    enough = FULL * form.widths[0]
-    full = [sizes[row].sum() >= enough or row.min() < n_waiting for row in rows]
-    kept = [row for row, go in zip(rows, full, strict=True) if not go]
-    going = [row for row, go in zip(rows, full, strict=True) if go]
-    return Window(going, np.sort(np.concatenate([np.empty(0, np.intp), *kept])))
+    enough = FULL * row_spec.widths[0]
+    ready = [sizes[row].sum() >= enough or row.min() < n_deferred for row in rows]
+    deferred = [row for row, is_ready in zip(rows, ready, strict=True) if not is_ready]
+    return Window(
+        [row for row, is_ready in zip(rows, ready, strict=True) if is_ready],
+        np.sort(np.concatenate([np.empty(0, np.intp), *deferred])),
+    )
 
 
-def plan_rows(lengths: npt.ArrayLike, form: RowSpec) -> list[Indices]:
-    """Assign texts to static rows; buckets take one each, longest first."""
-    if form.format is RowFormat.PACKED:
-        return plan_packed(lengths, form)
+def plan_rows(lengths: npt.ArrayLike, row_spec: RowSpec) -> list[Indices]:
+    """Assign texts to static rows; with buckets one text per row, longest first."""
+    if row_spec.format is RowFormat.PACKED:
+        return plan_packed(lengths, row_spec)
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     return [order[at : at + 1] for at in range(len(order))]
 
 
 def place_canary(
-    rows: list[Indices], lengths: npt.ArrayLike, form: RowSpec, canary: int
+    rows: list[Indices], lengths: npt.ArrayLike, row_spec: RowSpec, canary: int
 ) -> list[Indices]:
-    """Give one more text a seat in the last row, which is made the one with most room.
+    """Add the canary to the emptiest row, which becomes the last, or to a new row.
 
-    Static rows cost the same however full they are, so a seat is free wherever some row has room;
-    only where none has is there a row more.
+    A static row costs the same however full it is, so the canary is free where it fits.
 
     Args:
-        rows: of a plan.
-        lengths: tokens of each text, the rider included.
-        form: of the rows.
-        rider: index of the text to seat.
+        rows: plan without the canary.
+        lengths: number of tokens of each text, canary included.
+        row_spec: static rows.
+        canary: index of the canary in ``lengths``.
     """
     sizes = np.asarray(lengths, np.int64)
-    if rows and form.format is RowFormat.PACKED:
-        (width,) = form.widths
+    if rows and row_spec.format is RowFormat.PACKED:
+        (width,) = row_spec.widths
         loads = [int(sizes[row].sum()) for row in rows]
         emptiest = loads.index(min(loads))
         row = rows[emptiest]
-        if loads[emptiest] + sizes[canary] <= width and len(row) < form.segments(width):
+        if loads[emptiest] + sizes[canary] <= width and len(row) < row_spec.segments(width):
             others = rows[:emptiest] + rows[emptiest + 1 :]
             return [*others, np.append(row, canary)]
     return [*rows, np.array([canary], np.intp)]

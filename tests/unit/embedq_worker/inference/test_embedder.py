@@ -45,7 +45,7 @@ class WideStub(StubEngine):
 def embedder() -> Iterator[Embedder]:
     """Open an embedder over the stub with chunks of 10 texts."""
     embedder = Embedder(
-        StubTokenizer(), StubEngine(), token_budget=64, pace=ChunkSchedule(10, 1, 10, 10)
+        StubTokenizer(), StubEngine(), token_budget=64, schedule=ChunkSchedule(10, 1, 10, 10)
     )
     yield embedder
     embedder.close()
@@ -55,7 +55,7 @@ def embedder() -> Iterator[Embedder]:
 @given(st.lists(st.text(st.characters(codec="ascii"), max_size=80), max_size=60))
 def test_vectors_are_in_the_order_of_the_texts(texts: list[str]) -> None:
     embedder = Embedder(
-        StubTokenizer(), WideStub(), token_budget=32, pace=ChunkSchedule(7, 2, 20, 3)
+        StubTokenizer(), WideStub(), token_budget=32, schedule=ChunkSchedule(7, 2, 20, 3)
     )
 
     vectors, outcomes = embedder.embed(stub_batch(texts))
@@ -73,7 +73,7 @@ def test_token_batches_depend_on_the_batch_alone() -> None:
     for _ in range(2):
         engine = WideStub()
         embedder = Embedder(
-            StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(25, 2, 50, 10)
+            StubTokenizer(), engine, token_budget=64, schedule=ChunkSchedule(25, 2, 50, 10)
         )
         embedder.embed(stub_batch(texts))
         embedder.close()
@@ -147,7 +147,7 @@ def test_outcome_has_device_and_precision(embedder: Embedder) -> None:
 
 
 def test_vector_that_is_not_finite_fails_the_batch(embedder: Embedder) -> None:
-    with pytest.raises(InferFailed, match=r"1 of 3 vectors that are not finite"):
+    with pytest.raises(InferFailed, match=r"1 of 3 vectors are not finite"):
         embedder.embed(stub_batch(["a", "embedq-fault:nan", "b"]))
 
 
@@ -206,7 +206,7 @@ ROW_SPECS = (RowSpec.packed(256), RowSpec.packed(300), RowSpec.buckets(256))
 
 def static_embedder(row_spec: RowSpec, engine: StubEngine | None = None) -> Embedder:
     """Return an embedder with static rows and a canary."""
-    embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, form=row_spec)
+    embedder = Embedder(StubTokenizer(), engine or WideStub(), token_budget=1, row_spec=row_spec)
     embedder.canary = Canary(
         StubTokenizer().tokenize([CANARY_TEXT]), stub_vectors([CANARY_TEXT])[0]
     )
@@ -320,7 +320,9 @@ class PairedStub(StubEngine):
 
 def test_stats_of_concurrent_callers_are_separate() -> None:
     engine = PairedStub()
-    embedder = Embedder(StubTokenizer(), engine, token_budget=64, pace=ChunkSchedule(10, 1, 10, 10))
+    embedder = Embedder(
+        StubTokenizer(), engine, token_budget=64, schedule=ChunkSchedule(10, 1, 10, 10)
+    )
     short, long = EngineStats(), EngineStats()
 
     with ThreadPoolExecutor(1) as pool:

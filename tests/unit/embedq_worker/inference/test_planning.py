@@ -274,7 +274,7 @@ def test_chunks_cover_every_text_once(n: int, schedule: ChunkSchedule) -> None:
     sizes = schedule.sizes(n)
 
     assert sum(sizes) == n
-    assert all(0 < size <= schedule.most for size in sizes)
+    assert all(0 < size <= schedule.max_size for size in sizes)
 
 
 def test_npu_chunks_start_with_32_texts_and_end_with_at_most_64() -> None:
@@ -296,7 +296,7 @@ def plan_in_windows(lengths: list[int], sizes: list[int]) -> list[list[int]]:
         known = [lengths[text] for text in texts]
         found = plan_window(known, ROW, len(waiting), last=at == len(lengths))
         rows += [[texts[int(i)] for i in row] for row in found.rows]
-        waiting = [texts[int(i)] for i in found.kept]
+        waiting = [texts[int(i)] for i in found.deferred]
     assert not waiting
     return rows
 

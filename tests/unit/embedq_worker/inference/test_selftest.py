@@ -37,9 +37,9 @@ def run(
     engine: StubEngine,
     reference: npt.NDArray[np.float32] | None = None,
     accuracy: Accuracy = Accuracy.STANDARD,
-    form: RowSpec | None = None,
+    row_spec: RowSpec | None = None,
 ) -> Report:
-    embedder = Embedder(StubTokenizer(), engine, token_budget=4096, form=form)
+    embedder = Embedder(StubTokenizer(), engine, token_budget=4096, row_spec=row_spec)
     try:
         return selftest.run(embedder, None, reference, accuracy)
     finally:
@@ -164,7 +164,7 @@ def test_swapped_order_of_neighbors_fails() -> None:
 
 
 def test_packed_rows_pass() -> None:
-    report = run(StubEngine(), stub_vectors(GOLDEN), form=RowSpec.packed(256))
+    report = run(StubEngine(), stub_vectors(GOLDEN), row_spec=RowSpec.packed(256))
 
     assert report.passed, report.reason
     assert report.max_deviation == 0
