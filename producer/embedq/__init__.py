@@ -1,8 +1,8 @@
-"""embedq: bulk text embeddings through a queue, on the hardware you already own.
+"""Computes text embeddings in bulk through a queue, on the NPUs and CPUs you already own.
 
     from embedq import Client
 
-Names are loaded when first used, so that importing the package costs next to nothing.
+Names are loaded on first use, so that `import embedq` is fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Accuracy", "Client", "EmbedqError", "OnLong", "Outcome", "TextsFailed"]
 
-_HOME = {
+#: Public name -> module that defines it.
+_MODULES = {
     "Accuracy": "embedq.protocol.contract",
     "Client": "embedq.client",
     "EmbedqError": "embedq.errors",
@@ -29,6 +30,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'embedq' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m embedq` is `embedq`."""
+"""Runs the command `embedq` for `python -m embedq`."""
 
 from embedq.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The SDK's front door: texts in, float32 vectors out, in the caller's order."""
+"""Provides `Client`, the public class of the SDK."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from embedq.store.fleet import list_live_workers
 from embedq.store.ledger import Ledger
 from embedq.store.queues import QueueInspector
 
-#: Seconds that a job waits for a Redis that went away in its middle.
+#: Maximum time that a running job waits for an unreachable Redis, seconds.
 JOB_RETRY_TIMEOUT_S = 3_600.0
 
 
 class Client:
-    """Embeds texts through the queue. Not for use from several threads at once.
+    """Embeds texts through the queue. Use it from one thread at a time.
 
     Example:
         >>> with Client() as client:
@@ -51,19 +51,19 @@ class Client:
         on_wait: OnWait | None = None,
         on_idle: Callable[[], None] | None = None,
     ) -> None:
-        """Prepare a client; the first call connects.
+        """Create a client; the first call connects.
 
         Args:
-            broker_url, results_url, model, accuracy, strict, dtype: override the settings of the
+            broker_url, results_url, model, accuracy, strict, dtype: override the setting of the
                 same name.
-            settings: default: read from the environment.
-            on_wait: told what is waited for; default: a warning in the log.
-            on_idle: called about every second while nothing arrives; may raise.
+            settings: all settings; None reads the environment.
+            on_wait: called with a message when the client starts to wait; None logs a warning.
+            on_idle: called about once per second while no result arrives; may raise.
 
         Raises:
             SettingsError: a setting is wrong.
         """
-        given = {
+        overrides = {
             "broker_url": broker_url,
             "results_url": results_url,
             "model": model,
@@ -72,9 +72,9 @@ class Client:
             "dtype": dtype,
         }
         if settings is None:
-            settings = ProducerSettings.load(**given)
-        elif any(value is not None for value in given.values()):
-            raise TypeError("Give either settings or single values, not both.")
+            settings = ProducerSettings.load(**overrides)
+        elif any(value is not None for value in overrides.values()):
+            raise TypeError("Client() accepts either settings or single values, not both.")
         self.settings = settings
         if settings.traces and not tracing.is_on():
             tracing.enable("embedq")
@@ -87,13 +87,13 @@ class Client:
         self.redis = self._results.client
         self._publisher = Publisher(settings.broker_url)
         self._on_idle = on_idle or (lambda: None)
-        self._lookout = FleetDiscovery(
+        self._discovery = FleetDiscovery(
             settings,
             results=self._results,
             broker=self._broker,
             on_idle=self._on_idle,
         )
-        self._kept_tokens = 0
+        self._fixed_batch_tokens = 0
 
     def __enter__(self) -> Self:
         return self
@@ -113,29 +113,29 @@ class Client:
         self.redis.close()
 
     def model_info(self) -> ModelInfo:
-        """Return the card of the model that the fleet serves, waiting for Redis and a first worker.
+        """Return the model that the fleet serves; waits for Redis and a first worker.
 
         Raises:
-            QueueUnavailable: Redis could not be reached for `startup_timeout_s`, or refuses us.
-            NoWorker: no worker announced the model within `startup_timeout_s`.
+            QueueUnavailable: Redis was not reachable for `startup_timeout_s`, or rejects the login.
+            NoWorker: no worker served the model within `startup_timeout_s`.
         """
-        return self._lookout.model_info()
+        return self._discovery.model_info()
 
     def window(self) -> int:
-        """Return how many batches a job may have in flight on the fleet as it is."""
-        return window(self._lookout.count_workers().total(), self.settings.max_in_flight)
+        """Return how many batches a job may have in flight on the current fleet."""
+        return window(self._discovery.count_workers().total(), self.settings.max_in_flight)
 
     def workers(self) -> str:
-        """Return how many living workers compute on which device, such as ``2 npu, 1 cpu``."""
-        living = self._lookout.count_workers()
-        return ", ".join(f"{n} {device}" for device, n in sorted(living.items()))
+        """Return the number of live workers by device, such as ``1 cpu, 2 npu``."""
+        counts = self._discovery.count_workers()
+        return ", ".join(f"{n} {device}" for device, n in sorted(counts.items()))
 
     def engine(self) -> dict[str, str]:
-        """Return device, engine and precision of the worker that serves the model.
+        """Return device, engine and precision of the first worker, by name, that serves the model.
 
-        Only a fleet of one, as of a local run, has one answer; the first worker by name gives it.
+        Useful for a fleet of one worker, as in a local run.
         """
-        return self._lookout.engine()
+        return self._discovery.engine()
 
     def spec(
         self,
@@ -145,12 +145,13 @@ class Client:
         on_long: OnLong | str | None = None,
         accuracy: Accuracy | str | None = None,
     ) -> VectorSpec:
-        """Say what will shape the vectors of a call with these options.
+        """Return the vector specification of a call with these options.
 
         Raises:
-            SettingsError: an unknown prompt name, policy or accuracy class.
-            NotQuantized: class int8, and no worker has a quantized model, or they have several.
-            QueueUnavailable, NoWorker: as card.
+            SettingsError: the prompt name, policy or accuracy class is unknown.
+            NotQuantized: the class is int8, and no worker has a quantized model, or workers have
+                different ones.
+            QueueUnavailable, NoWorker: as in `model_info`.
         """
         return resolve_spec(
             self.settings,
@@ -159,7 +160,7 @@ class Client:
             prompt=prompt,
             on_long=on_long,
             accuracy=accuracy,
-            quantized=self._lookout.quantized,
+            quantized=self._discovery.quantized,
         )
 
     def encode(
@@ -173,28 +174,31 @@ class Client:
         strict: bool | None = None,
         timeout_s: float | None = None,
     ) -> Vectors:
-        """Embed texts and return their vectors in order.
+        """Embed texts and return their vectors in the order of the texts.
 
         Args:
-            texts: a list or any iterable of strings, or one string.
-            prompt_name: name of a prompt of the model, put before each text.
-            prompt: a prompt itself; wins over prompt_name.
-            on_long: ``truncate`` or ``error`` for texts of more tokens than the model takes.
+            texts: any iterable of strings, or one string.
+            prompt_name: name of one of the model's prompts, the prefix of each text.
+            prompt: prefix of each text; replaces prompt_name.
+            on_long: ``truncate`` or ``error``, for texts with more tokens than the model accepts.
             accuracy: ``standard``, ``exact`` or ``int8``.
-            strict: take vectors from an NPU or not at all.
-            timeout_s: longest silence of the fleet, in seconds; None waits.
+            strict: accept vectors from NPUs only.
+            timeout_s: maximum time without a new result, seconds; None waits without limit.
 
         Returns:
-            float32 (float16 with that dtype) [n, D]; [D] for one string; [0, D] for an empty list.
+            [n, D]; [D] for one string; [0, D] for an empty list. float32, or float16 with
+            that dtype.
 
         Raises:
-            TextsFailed: some texts have no vector; the others are in ``.vectors``.
-            BatchFailed: the worker refused a batch as a whole.
-            QueueUnavailable, NoWorker, ResultTimeout: there is no answer to be had.
-            StrictUnavailable: no NPU came for `startup_timeout_s`.
+            TextsFailed: some texts failed; the other vectors are in ``.vectors``.
+            BatchFailed: a worker rejected a whole batch.
+            QueueUnavailable: Redis was not reachable for too long.
+            NoWorker, NotQuantized, SettingsError: as in `spec`.
+            ResultTimeout: no result arrived for timeout_s.
+            StrictUnavailable: no NPU was available for `startup_timeout_s`.
         """
         if isinstance(texts, bytes | bytearray):
-            raise ContractError("encode() takes text, not bytes. Decode them first.")
+            raise ContractError("encode() got bytes, expected text. Decode them first.")
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         slices = self.split([texts] if isinstance(texts, str) else texts, spec)
         failures: dict[int, str] = {}
@@ -224,12 +228,12 @@ class Client:
         """Publish the first batches of a job and return its handle.
 
         Args:
-            texts: a list or any iterable; pulled only as fast as the window allows.
-            prompt_name, prompt, on_long, accuracy, strict: as in encode.
+            texts: any iterable of strings; read as fast as the window allows.
+            prompt_name, prompt, on_long, accuracy, strict: as in `encode`.
 
         Raises:
             ContractError: texts is one text.
-            QueueUnavailable, NoWorker, SettingsError: as encode.
+            QueueUnavailable, NoWorker, SettingsError: as in `encode`.
         """
         _require_many("submit", texts)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
@@ -238,7 +242,7 @@ class Client:
         try:
             job.start()
         except BaseException:
-            job.cancel()  # who gets no handle cannot
+            job.cancel()  # the caller never gets the Job, so it cannot cancel it
             raise
         return job
 
@@ -254,25 +258,25 @@ class Client:
         accuracy: Accuracy | str | None = None,
         strict: bool | None = None,
     ) -> Stream:
-        """Embed any number of documents in constant memory, one `Embedded` after the other.
+        """Embed any number of documents in constant memory; the stream yields `Embedding` objects.
 
         Args:
             documents: texts, (id, text) pairs or Documents.
-            ordered: in the order of the documents, or as they complete.
-            checkpoint: file for `Stream.commit`, from which a restarted program goes on.
-            prompt_name, prompt, on_long, accuracy, strict: as in encode.
+            ordered: yield in the order of the documents; otherwise as they complete.
+            checkpoint: file that `Stream.commit` writes and a restarted program continues from.
+            prompt_name, prompt, on_long, accuracy, strict: as in `encode`.
 
         Raises:
             ContractError: documents is one text.
-            InputError: the checkpoint does not fit.
-            QueueUnavailable, NoWorker, SettingsError: as encode.
+            InputError: the checkpoint belongs to another specification.
+            QueueUnavailable, NoWorker, SettingsError: as in `encode`.
         """
         _require_many("stream", documents)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
         return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint, strict=strict)
 
     def forget(self, job: str) -> None:
-        """Drop what a killed program left of a job; workers drop its batches that are still queued.
+        """Delete a job of a killed program from Redis; workers discard its queued batches.
 
         Raises:
             QueueUnavailable: Redis cannot be reached.
@@ -280,7 +284,7 @@ class Client:
         self._results.call(Ledger(self.redis, job).drop)
 
     def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
-        """Cut texts into the batches that this client would publish."""
+        """Split texts into batches, as for a job of this client."""
         return split(
             texts,
             max_texts=self.settings.batch_texts,
@@ -289,14 +293,14 @@ class Client:
         )
 
     def batch_tokens(self, spec: VectorSpec) -> int:
-        """Return the estimated tokens of a full batch."""
-        # Only the CPU serves exact jobs, however fast the other devices are.
-        devices = () if spec.accuracy is Accuracy.EXACT else self._lookout.count_workers()
-        return batch_tokens(self.settings.batch_tokens or self._kept_tokens, devices)
+        """Return the estimated number of tokens of a full batch."""
+        # Only CPUs serve exact jobs, so the batches need not suit the other devices.
+        devices = () if spec.accuracy is Accuracy.EXACT else self._discovery.count_workers()
+        return batch_tokens(self.settings.batch_tokens or self._fixed_batch_tokens, devices)
 
-    def keep_batch_tokens(self, tokens: int) -> None:
-        """Split as an earlier run did, whatever the fleet is now, unless the settings say how."""
-        self._kept_tokens = tokens
+    def set_batch_tokens(self, tokens: int) -> None:
+        """Use the batch size of an earlier run, unless EMBEDQ_BATCH_TOKENS is set."""
+        self._fixed_batch_tokens = tokens
 
     def job(
         self,
@@ -310,21 +314,21 @@ class Client:
         refusable: bool = True,
         planned: int | None = None,
     ) -> Job:
-        """Prepare a job over batches; read its `batches()` to run it.
+        """Create a job for batches; reading its `batches()` runs it.
 
         Args:
-            slices: the batches.
-            spec: what shapes the vectors.
-            ordered: hand them out in order.
+            slices: batches of texts.
+            spec: vector specification.
+            ordered: yield batches in order; otherwise as they complete.
             label: shown to operators.
-            spare: batches of the window that the caller keeps for what it has not saved yet.
-            strict: take vectors from an NPU or not at all; None as the settings say.
-            refusable: a Redis that is nearly full refuses the job at its start; otherwise it waits
-                for room, as a running job does.
-            planned: texts in all of them, shown to operators; None if that is not known.
+            spare: number of batches by which to reduce the window, for results that the caller
+                has not saved yet.
+            strict: accept vectors from NPUs only; None uses the settings.
+            refusable: fail at the start if Redis is nearly full; otherwise wait for memory.
+            planned: number of texts of all batches, shown to operators; None if unknown.
 
         Raises:
-            SettingsError: strict and exact or int8, which no device can be at once.
+            SettingsError: strict together with accuracy exact or int8.
         """
         queue = select_queue(spec, strict=self.settings.strict if strict is None else strict)
         on_idle = self._on_idle
@@ -334,7 +338,7 @@ class Client:
             )
             on_idle = _both(watch.check, on_idle)
         context = JobContext(
-            # A copy, because its deadline is the job's; it also retries operations of the broker.
+            # A copy, because the job changes its deadline; it is also used for the broker.
             redis=replace(self._results, address=self.settings.addresses),
             broker=QueueInspector(self._broker.client),
             publisher=self._publisher,
@@ -356,10 +360,10 @@ class Client:
 
 
 def _require_many(name: str, texts: object) -> None:
-    """Refuse a single text: each of its characters would be taken for one."""
+    # Iterating a single text would embed each of its characters.
     if isinstance(texts, str | bytes | bytearray):
         raise ContractError(
-            f"{name}() takes many texts, not one {type(texts).__name__} of {len(texts):,}. "
+            f"{name}() takes many texts, but got one {type(texts).__name__} of {len(texts):,}. "
             f"Put it into a list: {name}([text])."
         )
 

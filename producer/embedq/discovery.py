@@ -1,12 +1,7 @@
-"""Find the model, the workers and the queue for a call.
+"""Finds the model, the workers and the queue for a call of the SDK.
 
-A strict job takes vectors from an NPU or none: it waits while one may come, then gives up.
-
-Which quantized model a job of class int8 asks for: the one that the fleet serves.
-
-What a call asks for: settings, the card and its options make a specification, that a queue.
-
-The lookout of a client: which workers live, on which devices, and what model they serve.
+Model and workers come from the heartbeats in Redis. The model, the settings and the options of the
+call give a vector specification, and that gives the queue.
 """
 
 from __future__ import annotations
@@ -27,105 +22,105 @@ from embedq.settings import ProducerSettings
 from embedq.store.connection import REDIS_HINT, RedisConnection
 from embedq.store.fleet import find_model, list_live_workers
 
-#: States of an NPU's worker that serve, or may serve soon.
-_COMING = ("healthy", "starting", "probing")
+#: States in which a worker serves or will serve soon.
+_AVAILABLE_STATES = ("healthy", "starting", "probing")
 
 
 def can_serve_strict(worker: WorkerStatus) -> bool:
-    """Tell whether a worker computes on an NPU, or is on the way to it."""
+    """Return whether a worker computes on an NPU, or will do so soon."""
     if worker.assigned_device != Device.NPU:
-        # A worker that has just begun does not know its device yet.
+        # A worker that has just started does not know its device yet.
         return not worker.assigned_device and worker.state == "starting"
-    return worker.will_retry or (worker.state in _COMING and worker.device != Device.CPU)
+    return worker.will_retry or (worker.state in _AVAILABLE_STATES and worker.device != Device.CPU)
 
 
 class NpuAvailability:
-    """Gives a job up once no NPU has been there, or on its way, for long enough."""
+    """Fails a strict job if no NPU has been available for `wait_s`."""
 
     def __init__(self, fetch: Callable[[], Sequence[WorkerStatus]], wait_s: float) -> None:
-        """Watch the fleet for one job.
+        """Create a check for one job.
 
         Args:
-            fetch: returns the living workers.
-            wait_s: how long to go without an NPU.
+            fetch: returns the live workers.
+            wait_s: maximum time without an available NPU, seconds.
         """
         self._fetch = fetch
         self._wait_s = wait_s
-        self._seen: float | None = None
+        self._available_at: float | None = None
 
     def check(self) -> None:
-        """Look once.
+        """Read the live workers once.
 
         Raises:
-            StrictUnavailable: there was no NPU for too long; the message says what there was.
+            StrictUnavailable: no NPU was available for `wait_s`; the message lists the workers.
         """
         now = time.monotonic()
         try:
-            alive = self._fetch()
-        except RedisError:  # whoever waits for vectors waits for Redis too, and says so
-            self._seen = None
+            workers = self._fetch()
+        except RedisError:  # the job itself waits for Redis and reports it
+            self._available_at = None
             return
-        if self._seen is None or any(map(can_serve_strict, alive)):
-            self._seen = now
-        elif now - self._seen >= self._wait_s:
+        if self._available_at is None or any(map(can_serve_strict, workers)):
+            self._available_at = now
+        elif now - self._available_at >= self._wait_s:
             raise StrictUnavailable(
-                f"No worker with an NPU was there for {self._wait_s:.0f} s "
+                f"No worker with an NPU was available for {self._wait_s:.0f} s "
                 f"(EMBEDQ_STARTUP_TIMEOUT_S). "
-                f"{_why(alive)} Start one with --device npu, or run the job without strict."
+                f"{_describe(workers)} Start one with --device npu, or run the job without strict."
             )
 
 
-def _why(alive: Sequence[WorkerStatus]) -> str:
-    lost = [worker for worker in alive if worker.assigned_device == Device.NPU]
-    if lost:
+def _describe(workers: Sequence[WorkerStatus]) -> str:
+    unavailable = [worker for worker in workers if worker.assigned_device == Device.NPU]
+    if unavailable:
         return " ".join(
-            f"Worker {worker.worker} is {worker.state}: {worker.reason}" for worker in lost
+            f"Worker {worker.worker} is {worker.state}: {worker.reason}" for worker in unavailable
         )
-    return f"{len(alive)} alive, none with an NPU." if alive else "No worker is alive."
+    return f"{len(workers)} alive, none with an NPU." if workers else "No worker is alive."
 
 
 class QuantizedModelFinder:
-    """Looks for workers with a quantized model, and gives up after a while."""
+    """Finds the quantized model that the fleet serves, within a time limit."""
 
     def __init__(self, model_info: ModelInfo, wait_s: float) -> None:
-        """Begin to wait.
+        """Create a finder; the time limit starts now.
 
         Args:
-            model_info: of the model.
-            wait_s: how long to wait while a worker may still come.
+            model_info: model that must have been quantized.
+            wait_s: maximum wait for a worker that is still starting, seconds.
         """
         self._model_info = model_info
         self._wait_s = wait_s
         self._deadline = time.monotonic() + wait_s
 
-    def find(self, alive: Sequence[WorkerStatus]) -> str:
-        """Return the name of the quantized model, or nothing as long as there is hope.
+    def find(self, workers: Sequence[WorkerStatus]) -> str:
+        """Return the name of the quantized model; empty while a worker may still provide one.
 
         Raises:
-            NotQuantized: every living worker has settled and none has one, or they have several.
+            NotQuantized: no live worker has a quantized model and none will have one within the
+                time limit, or workers have different ones.
         """
-        model_infos = [worker.model_info for worker in alive if worker.model_info]
+        model_infos = [worker.model_info for worker in workers if worker.model_info]
         names = {
-            c.quantized
-            for c in model_infos
-            if c.identity == self._model_info.identity and c.quantized
+            info.quantized
+            for info in model_infos
+            if info.identity == self._model_info.identity and info.quantized
         }
         if len(names) > 1:
             raise NotQuantized(
                 f"The workers have different quantized models of {self._model_info.label}: "
-                f"{', '.join(sorted(names))}. Their vectors must not mix: quantize once, copy the "
-                "cache to every worker, and start them again."
+                f"{', '.join(sorted(names))}. Their vectors are not comparable. Quantize once, "
+                "copy the cache to every worker, and restart the workers."
             )
         if names:
             return names.pop()
-        coming = not alive or any(worker.state == "starting" for worker in alive)
-        if coming and time.monotonic() < self._deadline:
+        starting = not workers or any(worker.state == "starting" for worker in workers)
+        if starting and time.monotonic() < self._deadline:
             return ""
         raise NotQuantized(
-            f"No worker has a quantized model of {self._model_info.label} ({len(alive)} alive). "
-            f"Run on a "
-            "worker with a CPU: embedq-worker quantize FILE, and start it again; or ask for "
-            "accuracy standard."
+            f"No worker has a quantized model of {self._model_info.label} ({len(workers)} alive). "
+            "On a machine with a CPU worker, run embedq-worker quantize FILE and restart the "
+            "worker; or use accuracy standard."
         )
 
 
@@ -142,32 +137,33 @@ def resolve_spec(
     accuracy: Accuracy | str | None,
     quantized: Callable[[ModelInfo], str],
 ) -> VectorSpec:
-    """Say what will shape the vectors of a call with these options.
+    """Return the vector specification of a call.
 
     Args:
-        settings: stand in for options that are None.
-        model_info: of the model.
+        settings: values of the options that are None.
+        model_info: model that the fleet serves.
         prompt_name, prompt, on_long, accuracy: as in Client.encode.
-        quantized: finds the name of the quantized model; called for class int8 alone.
+        quantized: returns the name of the quantized model; called for class int8 only.
 
     Raises:
-        SettingsError: an unknown prompt name, policy or accuracy class.
+        SettingsError: the prompt name, policy or accuracy class is unknown, or dtype is float16
+            and the model's vectors do not have unit length.
     """
-    chosen = _choose(Accuracy, "accuracy", accuracy, settings.accuracy)
+    accuracy_class = _parse_option(Accuracy, "accuracy", accuracy, settings.accuracy)
     if settings.dtype is Dtype.FLOAT16 and not model_info.normalized:
         raise SettingsError(
-            f"dtype=float16: vectors of {model_info.label} are not of unit length, so they may be "
-            "too long for it. Use float32."
+            f"dtype=float16: vectors of {model_info.label} do not have unit length, so they may "
+            "exceed the range of float16. Use float32."
         )
     return VectorSpec(
         model=model_info.identity,
         dim=model_info.dim,
         max_length=model_info.max_length,
         prompt=_prompt(model_info, prompt_name, prompt),
-        on_long=_choose(OnLong, "on_long", on_long, settings.on_long),
-        accuracy=chosen,
+        on_long=_parse_option(OnLong, "on_long", on_long, settings.on_long),
+        accuracy=accuracy_class,
         dtype=settings.dtype,
-        quantized=quantized(model_info) if chosen is Accuracy.INT8 else "",
+        quantized=quantized(model_info) if accuracy_class is Accuracy.INT8 else "",
     )
 
 
@@ -175,16 +171,15 @@ def select_queue(spec: VectorSpec, *, strict: bool) -> Queue:
     """Return the queue of a job.
 
     Raises:
-        SettingsError: strict and exact or int8, which no device can be at once.
+        SettingsError: strict together with accuracy exact or int8.
     """
-    # Only the CPU computes in fp32 and, here, in int8: such a job never visits the NPU queue. The
-    # queue of int8 is read by workers with a quantized model alone, so no batch meets another.
+    # Only CPUs compute in fp32 or int8, and only workers with a quantized model consume CPU_INT8.
     if spec.accuracy is Accuracy.STANDARD:
         return Queue.NPU_STRICT if strict else Queue.NPU
     if strict:
         raise SettingsError(
-            f"strict and accuracy={spec.accuracy} exclude each other: only the CPU computes so, "
-            "and a strict job takes vectors from an NPU alone. Drop one of the two."
+            f"strict and accuracy={spec.accuracy} exclude each other: only a CPU computes with "
+            "this accuracy, and a strict job accepts vectors from NPUs only. Drop one of the two."
         )
     return Queue.CPU if spec.accuracy is Accuracy.EXACT else Queue.CPU_INT8
 
@@ -201,34 +196,34 @@ def _prompt(model_info: ModelInfo, name: str | None, prompt: str | None) -> str:
     if name not in model_info.prompts:
         known = ", ".join(sorted(model_info.prompts)) or "none"
         raise SettingsError(
-            f"prompt_name: {model_info.label} has no prompt {name}; it has {known}."
+            f"prompt_name: {model_info.label} has no prompt {name}; its prompts are: {known}."
             f"{did_you_mean(name, list(model_info.prompts))}"
         )
     return model_info.prompts[name]
 
 
-def _choose(kind: type[E], name: str, given: str | None, default: E) -> E:
-    if given is None:
+def _parse_option(kind: type[E], name: str, value: str | None, default: E) -> E:
+    if value is None:
         return default
     try:
-        return kind(given)
+        return kind(value)
     except ValueError:
         choices = [str(choice) for choice in kind]
         raise SettingsError(
-            f"{name}: expected {' or '.join(choices)}, got {given}.{did_you_mean(given, choices)}"
+            f"{name}: expected {' or '.join(choices)}, got {value}.{did_you_mean(value, choices)}"
         ) from None
 
 
-#: Seconds between two looks at the fleet while no worker is there.
-LOOK_EVERY_S = 0.1
+#: Poll interval while waiting for a worker, seconds.
+POLL_EVERY_S = 0.1
 
 
-#: Seconds between two counts of the living workers.
-WORKERS_EVERY_S = 3.0
+#: Minimum time between two counts of the live workers, seconds.
+COUNT_EVERY_S = 3.0
 
 
 class FleetDiscovery:
-    """Looks at the fleet from the producer's side, and waits for a first worker."""
+    """Finds the model and counts the workers of the fleet; waits for a first worker."""
 
     def __init__(
         self,
@@ -238,12 +233,12 @@ class FleetDiscovery:
         broker: RedisConnection,
         on_idle: Callable[[], None],
     ) -> None:
-        """Prepare; nothing is asked yet.
+        """Create a discovery; nothing is read yet.
 
         Args:
-            settings: of the client.
-            results: the Redis that holds the heartbeats.
-            broker: the Redis that holds the queues.
+            settings: settings of the client.
+            results: connection to the Redis with the heartbeats.
+            broker: connection to the Redis with the queues.
             on_idle: as in Client.
         """
         self._settings = settings
@@ -252,58 +247,58 @@ class FleetDiscovery:
         self._on_idle = on_idle
         self._model_info: ModelInfo | None = None
         self._devices: Counter[str] = Counter()
-        self._counted = -WORKERS_EVERY_S
+        self._counted = -COUNT_EVERY_S
 
     def model_info(self) -> ModelInfo:
-        """Return the card of the model that the fleet serves, waiting for Redis and a first worker.
+        """Return the model that the fleet serves; waits for Redis and a first worker.
 
         Raises:
-            QueueUnavailable: Redis could not be reached for `startup_timeout_s`, or refuses us.
-            NoWorker: no worker announced the model within `startup_timeout_s`.
+            QueueUnavailable: Redis was not reachable for `startup_timeout_s`, or rejects the login.
+            NoWorker: no worker served the model within `startup_timeout_s`.
         """
         if self._model_info is None:
-            self._model_info = self._find_card(time.monotonic() + self._settings.startup_timeout_s)
+            deadline = time.monotonic() + self._settings.startup_timeout_s
+            self._model_info = self._find_model_info(deadline)
         return self._model_info
 
     def quantized(self, model_info: ModelInfo) -> str:
-        """Return the quantized model that the fleet serves, waiting for a first worker with one.
+        """Return the name of the fleet's quantized model; waits while a worker is starting.
 
         Raises:
-            NotQuantized: no worker has a quantized model, or they have several.
+            NotQuantized: no worker has a quantized model, or workers have different ones.
             QueueUnavailable: Redis cannot be reached.
         """
-        watch = QuantizedModelFinder(model_info, self._settings.startup_timeout_s)
+        finder = QuantizedModelFinder(model_info, self._settings.startup_timeout_s)
         results = replace(self._results, retry_timeout_s=0)
         while True:
-            name = watch.find(results.call(lambda: list_live_workers(results.client)))
+            name = finder.find(results.call(lambda: list_live_workers(results.client)))
             if name:
                 return name
             self._on_idle()
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_EVERY_S)
 
     def count_workers(self) -> Counter[str]:
-        """Count the living workers by device; asks Redis every few seconds at most."""
-        if time.monotonic() - self._counted > WORKERS_EVERY_S:
+        """Return the number of live workers by device; reads Redis every COUNT_EVERY_S at most."""
+        if time.monotonic() - self._counted > COUNT_EVERY_S:
             self._counted = time.monotonic()
-            with suppress(RedisError):  # the last count serves as well
-                self._devices = Counter(
-                    h.device for h in list_live_workers(self._results.client) if h.device
-                )
+            with suppress(RedisError):  # keep the last count
+                workers = list_live_workers(self._results.client)
+                self._devices = Counter(worker.device for worker in workers if worker.device)
         return self._devices
 
     def engine(self) -> dict[str, str]:
-        """Return device, engine and precision of the first worker by name that serves the model."""
+        """Return device, engine and precision of the first worker (by name) with the model."""
         identity = self.model_info().identity
-        for heartbeat in list_live_workers(self._results.client):
-            if heartbeat.model_info and heartbeat.model_info.identity == identity:
-                return {key: getattr(heartbeat, key) for key in ("device", "engine", "precision")}
+        for worker in list_live_workers(self._results.client):
+            if worker.model_info and worker.model_info.identity == identity:
+                return {key: getattr(worker, key) for key in ("device", "engine", "precision")}
         return {}
 
-    def _find_card(self, deadline: float) -> ModelInfo:
+    def _find_model_info(self, deadline: float) -> ModelInfo:
         settings = self._settings
         advice = (
-            f" {REDIS_HINT}. EMBEDQ_STARTUP_TIMEOUT_S ends this after "
-            f"{settings.startup_timeout_s:.0f} s, Ctrl-C now."
+            f" {REDIS_HINT}. The wait ends after {settings.startup_timeout_s:.0f} s "
+            "(EMBEDQ_STARTUP_TIMEOUT_S) or with Ctrl-C."
         )
         broker, results = (
             replace(
@@ -319,26 +314,26 @@ class FleetDiscovery:
             self._on_idle()
             broker.client.ping()
 
-        def fetch_alive() -> list[WorkerStatus]:
+        def fetch_workers() -> list[WorkerStatus]:
             self._on_idle()
             return list_live_workers(results.client)
 
-        # First the broker: what is there already decides nothing without it.
+        # Both Redis are needed: wait for the broker before the search for a worker.
         broker.call(ping)
-        told = False
+        reported = False
         while True:
-            alive = results.call(fetch_alive)
-            model_info = find_model(alive, settings.model)
+            workers = results.call(fetch_workers)
+            model_info = find_model(workers, settings.model)
             if model_info is not None:
                 return model_info
             if time.monotonic() >= deadline:
-                serving = sorted({h.model_info.label for h in alive if h.model_info})
+                served = sorted({w.model_info.label for w in workers if w.model_info})
                 raise NoWorker(
                     f"No worker announced the model {settings.model} within "
-                    f"{settings.startup_timeout_s:.0f} s; {len(alive)} alive, serving "
-                    f"{', '.join(serving) or 'nothing'}. Start one: embedq-worker start"
+                    f"{settings.startup_timeout_s:.0f} s; {len(workers)} alive, serving "
+                    f"{', '.join(served) or 'nothing'}. Start one: embedq-worker start"
                 )
-            if not told and deadline - time.monotonic() < settings.startup_timeout_s - 3:
+            if not reported and deadline - time.monotonic() < settings.startup_timeout_s - 3:
                 results.on_wait(f"No worker serves {settings.model} yet; waiting for one.")
-                told = True
-            time.sleep(LOOK_EVERY_S)
+                reported = True
+            time.sleep(POLL_EVERY_S)

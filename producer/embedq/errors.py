@@ -1,30 +1,28 @@
-"""Everything embedq raises on purpose, as one tree whose branches say who must act.
+"""Defines every error that embedq raises on purpose; the branches say who must act.
 
     EmbedqError
-    ├─ SettingsError          a setting is wrong                       (fix the environment)
-    ├─ InputError             a file cannot be read or written         (fix the file or the path)
-    ├─ ContractError          the caller sent something we refuse      (fix the call)
+    ├─ SettingsError          a setting is wrong                          (fix the environment)
+    ├─ InputError             a file cannot be read or written            (fix the file or path)
+    ├─ ContractError          a call or message violates the contract     (fix the call)
     │   ├─ BatchTooLarge
     │   ├─ UnknownSchema
     │   └─ MalformedMessage
-    ├─ QueueUnavailable       Redis cannot be reached                  (retry later)
+    ├─ QueueUnavailable       Redis cannot be reached                     (retry later)
     │   └─ QueueFull          Redis has no room; .retry_after_s
-    ├─ NoWorker                 nobody serves the model                  (start a worker)
-    │   ├─ StrictUnavailable  no worker with an NPU does                 (start one, or not strict)
-    │   └─ NotQuantized       no worker has a quantized model for int8   (embedq-worker quantize)
-    ├─ LocalStartFailed       the private Redis or worker did not start  (read the reason)
+    ├─ NoWorker               no worker serves the model                  (start a worker)
+    │   ├─ StrictUnavailable  no worker with an NPU                       (start one, or not strict)
+    │   └─ NotQuantized       no worker with a quantized model for int8   (embedq-worker quantize)
+    ├─ LocalStartFailed       private Redis or worker did not start       (read the reason)
     ├─ ResultError
-    │   ├─ ResultTimeout      not yet
-    │   ├─ ResultExpired      too late
-    │   ├─ CorruptValue       the stored bytes fail their checksum
-    │   ├─ BatchFailed        the worker gave up; .code, .detail
+    │   ├─ ResultTimeout      no result yet
+    │   ├─ ResultExpired      the result no longer exists
+    │   ├─ CorruptValue       stored bytes fail their checksum
+    │   ├─ BatchFailed        a worker rejected a batch; .code, .detail
     │   └─ TextsFailed        some texts failed; .failures, .vectors
     └─ (worker) ModelError, EngineError: see embedq_worker.errors
 
-Each class carries ``code``, the same word in the wire result, the log event and the metric label.
+The ``code`` of a class is also used in wire results, log events and metric labels.
 A message says what happened, the value, the limit and the next step.
-
-The nearest right word for a wrong one.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class EmbedqError(Exception):
-    """The root of every error that embedq raises on purpose."""
+    """Base class of every error that embedq raises on purpose."""
 
     code = "error"
 
@@ -60,31 +58,31 @@ class InputError(EmbedqError):
 
 
 class ContractError(EmbedqError):
-    """The caller or the sender of a message broke the wire contract."""
+    """A call or a message violates the contract of `embedq.protocol`."""
 
     code = "contract"
 
 
 class BatchTooLarge(ContractError):
-    """A batch holds more texts or bytes than the contract allows."""
+    """A batch has more texts or bytes than allowed."""
 
     code = "batch_too_large"
 
 
 class UnknownSchema(ContractError):
-    """A message speaks a newer schema than this side."""
+    """A message has a newer schema version than this process supports."""
 
     code = "unknown_schema"
 
 
 class MalformedMessage(ContractError):
-    """A message is not what the contract describes."""
+    """A message is invalid."""
 
     code = "malformed_message"
 
 
 class QueueUnavailable(EmbedqError):
-    """Redis cannot be reached, or refuses us."""
+    """Redis cannot be reached, or rejects the connection."""
 
     code = "queue_unavailable"
 
@@ -93,7 +91,7 @@ class QueueFull(QueueUnavailable):
     """Redis has no room for another job.
 
     Attributes:
-        retry_after_s: seconds after which it is worth asking again.
+        retry_after_s: recommended delay before the next try, seconds.
     """
 
     code = "queue_full"
@@ -104,19 +102,19 @@ class QueueFull(QueueUnavailable):
 
 
 class NoWorker(EmbedqError):
-    """No living worker serves the model that was asked for."""
+    """No live worker serves the requested model."""
 
     code = "no_worker"
 
 
 class StrictUnavailable(NoWorker):
-    """A strict job waited for a worker with an NPU, and none came."""
+    """A strict job found no worker with an NPU within its timeout."""
 
     code = "strict_unavailable"
 
 
 class NotQuantized(NoWorker):
-    """A job of class int8 finds no worker with a quantized model, or several models."""
+    """No worker has a quantized model for a job of class int8, or workers have different ones."""
 
     code = "not_quantized"
 
@@ -128,19 +126,19 @@ class LocalStartFailed(EmbedqError):
 
 
 class ResultError(EmbedqError):
-    """A result is not to be had."""
+    """A result cannot be returned."""
 
     code = "result"
 
 
 class ResultTimeout(ResultError):
-    """The result is not there yet."""
+    """The result is not available yet."""
 
     code = "result_timeout"
 
 
 class ResultExpired(ResultError):
-    """The result was there and its time to live has passed."""
+    """The result no longer exists."""
 
     code = "result_expired"
 
@@ -152,11 +150,11 @@ class CorruptValue(ResultError):
 
 
 class BatchFailed(ResultError):
-    """The worker refused a whole batch.
+    """A worker rejected a whole batch.
 
     Attributes:
-        code: the reason as one word, for example ``unknown_schema``.
-        detail: the reason as a sentence.
+        code: reason code, for example ``unknown_schema``.
+        detail: reason as a sentence.
     """
 
     def __init__(self, code: str, detail: str) -> None:
@@ -169,8 +167,8 @@ class TextsFailed(ResultError):
     """Some texts of a call have no vector.
 
     Attributes:
-        failures: position of each failed text -> its code.
-        vectors: float32 [n, D], every vector that succeeded; failed rows are NaN.
+        failures: position of a failed text -> code.
+        vectors: float32 [n, D]; rows of failed texts are NaN.
     """
 
     code = "texts_failed"
@@ -187,20 +185,20 @@ class TextsFailed(ResultError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean X?`` for the most similar known word, or an empty string."""
+    """Return `` Did you mean X?`` with the most similar known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what can go wrong while writing into a sentence with the next step."""
+    """Raise an OSError of the body as an InputError with the next step."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"{path}: the disk is full. What was written is kept; free some space and run the "
-                "same command again to go on."
+                f"{path}: the disk is full. Free some space and run the same command again; it "
+                "continues with the data written so far."
             ) from error
         raise InputError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -1,4 +1,4 @@
-"""Settings from the environment: one class per room, one prefix, and no variable read elsewhere."""
+"""Reads the settings of the SDK from EMBEDQ_* environment variables and secret files."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from embedq.errors import SettingsError
 from embedq.protocol.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 
-#: Put before the name of every setting.
+#: Prefix of every setting's environment variable.
 PREFIX = "EMBEDQ_"
 
 
-#: Where Docker and Kubernetes put secrets: a file there, named like a variable in lower case, sets
-#: what the variable does not, and shows in no `docker inspect`.
+#: Folder of Docker and Kubernetes secrets. A file named like a variable in lower case sets its
+#: value if the variable is not set; `docker inspect` does not show it.
 SECRETS_DIR = Path("/run/secrets")
 
 
-#: How URLs begin that Celery opens, and one more that only redis-py does.
+#: URL schemes that Celery and redis-py support.
 _SCHEMES = ("redis://", "rediss://", "redis+socket://")
 
 
+#: URL scheme that only redis-py supports.
 _UNIX = "unix://"
 
 
-#: The default of EMBEDQ_MODEL on both sides.
+#: Default of EMBEDQ_MODEL for producer and worker.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-#: Similarity from which on an unknown variable counts as a misspelled setting. The names of the
-#: producer's and the worker's settings are less similar to each other.
-MISSPELLED = 0.8
+#: Minimum similarity (0 to 1) of an unknown variable to a setting for it to be a typo. Settings of
+#: producer and worker are less similar than this to each other.
+TYPO_SIMILARITY = 0.8
 
 
 class SettingInfo(NamedTuple):
-    """One setting as a person should see it.
+    """One setting, as printed by the `settings` commands.
 
     Attributes:
-        name: the environment variable.
-        value: what is in force, passwords masked.
-        source: ``environment``, ``secret`` or ``default``.
-        default, unit, description: as the class says.
+        name: environment variable.
+        value: current value, passwords masked.
+        source: origin of the value: ``environment``, ``secret`` or ``default``.
+        default: default value, passwords masked.
+        unit: unit of the value; empty for none.
+        description: meaning of the setting.
     """
 
     name: str
@@ -61,24 +64,27 @@ class SettingInfo(NamedTuple):
 
 
 class EnvSettings(BaseSettings):
-    """What every settings class shares: the prefix, strict names and readable errors."""
+    """Base of all settings classes: variable prefix, strict names, readable errors."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     @classmethod
     def load(cls, **overrides: Any) -> Self:
-        """Read the environment, with overrides (None means: not given) on top.
+        """Read the settings; overrides that are not None replace the environment.
 
         Raises:
-            SettingsError: a name or value is wrong; the message names the nearest right one.
+            SettingsError: a name or value is wrong; the message says what is expected.
         """
         _check_names(cls.variables(), os.environ)
         try:
             given = {key: value for key, value in overrides.items() if value is not None}
             return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
         except ValidationError as error:
-            found = [each for each in error.errors() if each["type"] != _DEFAULT_NOT_COMPUTED]
-            lines = [_explain(cls, details) for details in found]
+            lines = [
+                _explain(cls, details)
+                for details in error.errors()
+                if details["type"] != _DEFAULT_NOT_COMPUTED
+            ]
             raise SettingsError("\n".join(lines)) from None
 
     @classmethod
@@ -96,7 +102,7 @@ class EnvSettings(BaseSettings):
         }
 
     def describe(self) -> Iterator[SettingInfo]:
-        """Yield each public setting with its value, unit and source, in the order of the class."""
+        """Yield each public setting, in the order of the class."""
         present = {name.upper() for name in os.environ}
         for name, info in type(self).public_fields().items():
             variable = PREFIX + name.upper()
@@ -113,46 +119,49 @@ class EnvSettings(BaseSettings):
             )
 
 
-#: Marks a field that is neither in the README nor printed by the `settings` commands.
+#: Mark of a field that the `settings` commands do not print, for tests only.
 INTERNAL: dict[str, Any] = {"internal": True}
 
 
 def unit(name: str) -> dict[str, Any]:
-    """Attach a unit to a pydantic field."""
+    """Return the extra data of a pydantic field with this unit."""
     return {"unit": name}
 
 
 class RedisSettings(EnvSettings):
-    """Where Redis is: shared by producer and worker."""
+    """Settings that producer and worker share."""
 
     broker_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        repr=False,  # may hold a password
-        description="Redis that carries the batches.",
+        repr=False,  # may contain a password
+        description="Redis that carries the queues of batches.",
         json_schema_extra=unit("URL"),
     )
     results_url: str = Field(
         "redis://127.0.0.1:6379/1",
         repr=False,
-        description="Redis that holds the ledger and the vectors; in production another instance.",
+        description="Redis that holds ledgers and vectors; in production, use another instance "
+        "than for EMBEDQ_BROKER_URL.",
         json_schema_extra=unit("URL"),
     )
     visibility_timeout_s: int = Field(
         60,
         ge=4,
         le=86_400,
-        description="Silence after which another worker may take over a batch; same for all.",
+        description="Lease of a batch: if it is not renewed for this time, another worker receives "
+        "the batch. Use the same value for all producers and workers.",
         json_schema_extra=unit("s"),
     )
     traces: bool = Field(
         False,
-        description="Send OpenTelemetry spans to where the OTEL_* variables say; needs the extra.",
+        description="Export OpenTelemetry spans, configured by the OTEL_* variables; needs "
+        "embedq[otel].",
     )
 
     @field_validator("broker_url", "results_url")
     @classmethod
-    def _is_of_redis(cls, url: str, info: ValidationInfo) -> str:
-        # Celery takes a word for the host of a RabbitMQ, tries that for ever, and has no unix://.
+    def _check_redis_url(cls, url: str, info: ValidationInfo) -> str:
+        # Celery treats a string without a scheme as a RabbitMQ host and retries forever.
         if url.startswith(_SCHEMES) or (info.field_name == "results_url" and url.startswith(_UNIX)):
             return url
         raise ValueError(
@@ -161,82 +170,89 @@ class RedisSettings(EnvSettings):
 
     @property
     def addresses(self) -> str:
-        """Both Redis, without passwords, for messages about either."""
+        """Addresses of both Redis without passwords, for error messages."""
         return f"{mask_password(self.broker_url)} or {mask_password(self.results_url)}"
 
 
 class ProducerSettings(RedisSettings):
-    """What the SDK and the `embedq` command can be told."""
+    """Settings of the SDK and the `embedq` command."""
 
     model: str = Field(
         DEFAULT_MODEL,
-        description="Model to ask for: a hub id, or the folder that the workers were given.",
+        description="Model that a job requires: a hub id, or the model folder set on the workers.",
     )
     accuracy: Accuracy = Field(
         Accuracy.STANDARD,
-        description="Accuracy class: standard (cosine >= 0.999 to fp32), exact (fp32) or int8.",
+        description="Accuracy class of vectors: standard (cosine >= 0.999 to fp32), exact (fp32) "
+        "or int8 (quantized model).",
     )
     dtype: Dtype = Field(
         Dtype.FLOAT32,
-        description="How vectors travel and arrive: float32, or float16 at half the bytes.",
+        description="Type of stored and returned vectors: float32, or float16 with half the size.",
     )
     strict: bool = Field(
         False,
-        description="Take vectors from an NPU or not at all.",
+        description="Accept vectors from NPUs only; a job fails if no NPU is available for "
+        "EMBEDQ_STARTUP_TIMEOUT_S.",
     )
     on_long: OnLong = Field(
         OnLong.TRUNCATE,
-        description="Texts of more tokens than the model takes: truncate (and report) or error.",
+        description="Policy for a text with more tokens than the model accepts: truncate (and "
+        "report it) or error (the text fails).",
     )
     batch_texts: int = Field(
         MAX_BATCH_TEXTS,
         ge=1,
         le=MAX_BATCH_TEXTS,
-        description="Most texts in one batch.",
+        description="Maximum number of texts in a batch; more texts become further batches.",
         json_schema_extra=unit("texts"),
     )
     batch_tokens: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        description="Estimated tokens at which a batch is full; 0 suits the fleet's devices.",
+        description="Estimated number of tokens at which a batch is full; 0 chooses a value for "
+        "the devices of the fleet.",
         json_schema_extra=unit("tokens"),
     )
     max_in_flight: int = Field(
         0,
         ge=0,
         le=1024,
-        description="Most batches of a job in flight; 0 takes four per living worker, 16 to 256.",
+        description="Maximum number of batches of a job in flight; at the limit the producer "
+        "waits. 0 = 4 per live worker, at least 16, at most 256.",
         json_schema_extra=unit("batches"),
     )
     results_ttl_s: int = Field(
         86_400,
         ge=60,
         le=30 * 86_400,
-        description="Life of a job in Redis after its last sign of life.",
+        description="Time to live of a job in Redis after the last activity of its producer or "
+        "workers; then its vectors are deleted.",
         json_schema_extra=unit("s"),
     )
     startup_timeout_s: float = Field(
         60.0,
         ge=0,
         le=86_400,
-        description="How long a start waits for Redis and a worker, and a strict job for an NPU.",
+        description="Maximum wait of a call for Redis and a worker, and of a strict job for an "
+        "NPU; then it fails.",
         json_schema_extra=unit("s"),
     )
 
     @model_validator(mode="after")
-    def _no_contradiction(self) -> Self:
+    def _check_strict(self) -> Self:
         if self.strict and self.accuracy is not Accuracy.STANDARD:
             raise ValueError(
-                f"EMBEDQ_STRICT and EMBEDQ_ACCURACY={self.accuracy} exclude each other: only the "
-                "CPU computes so, and a strict job takes vectors from an NPU alone. Drop one of "
-                "the two."
+                f"EMBEDQ_STRICT and EMBEDQ_ACCURACY={self.accuracy} exclude each other: only a "
+                "CPU computes with this accuracy, and a strict job accepts vectors from NPUs only. "
+                "Drop one of the two."
             )
         return self
 
 
 def mask_password(url: str) -> str:
-    """Hide the password of a URL; anything else comes back as it is."""
+    """Mask the password of a URL; return any other text unchanged."""
     if "://" not in url or "@" not in url:
         return url
     parts = urlsplit(url)
@@ -252,36 +268,34 @@ def _source(variable: str, present: Collection[str]) -> str:
 
 
 def _check_names(own: frozenset[str], environment: Collection[str]) -> None:
-    """Refuse a variable that is no setting but has a name similar to one."""
     names = [name.removeprefix(PREFIX) for name in own]
     lines = []
     for variable in environment:
         if not variable.startswith(PREFIX) or variable in own:
             continue
         name = variable.removeprefix(PREFIX)
-        for meant in difflib.get_close_matches(name, names, n=1, cutoff=MISSPELLED):
+        for meant in difflib.get_close_matches(name, names, n=1, cutoff=TYPO_SIMILARITY):
             lines.append(f"{variable}: no such setting. Did you mean {PREFIX}{meant}?")
     if lines:
         raise SettingsError("\n".join(lines))
 
 
 def _explain(cls: type[EnvSettings], details: ErrorDetails) -> str:
-    """Return pydantic's message with the name of the variable, and its value unless secret."""
     error = details.get("ctx", {}).get("error")
     message = str(error) if isinstance(error, ValueError) else details["msg"]
-    if not details["loc"]:  # from a check of several settings, whose message contains their names
+    if not details["loc"]:  # a check of several settings; its message contains their names
         return message
     field = str(details["loc"][0])
     info = cls.model_fields.get(field)
-    given = f", got {details['input']}" if info is not None and info.repr else ""
-    return f"{PREFIX}{field.upper()}: {message}{given}."
+    got = f", got {details['input']}" if info is not None and info.repr else ""
+    return f"{PREFIX}{field.upper()}: {message}{got}."
 
 
-#: Type of pydantic's error for a computed default that depends on a field with an error.
+#: Pydantic's error type of a computed default that depends on an invalid field.
 _DEFAULT_NOT_COMPUTED = "default_factory_not_called"
 
 
 def cache_home() -> Path:
-    """Return the folder for caches of this user: XDG_CACHE_HOME or ~/.cache, then embedq."""
+    """Return the cache folder of this user: embedq in XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "embedq"

@@ -1,6 +1,6 @@
-"""What the stub engine answers, computed where the texts are: a producer can check every vector.
+"""Computes the vectors of the stub engine, so that a producer can verify every vector.
 
-A vector depends on nothing but the text. It is exact: the same bytes on every machine.
+A vector depends on its text only and has the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-#: Components of a stub vector unless asked otherwise: those of all-MiniLM-L6-v2.
+#: Default number of components of a stub vector; equals all-MiniLM-L6-v2.
 STUB_DIM: Final = 384
 
 
-#: Bits of the hash that choose a vector.
+#: Number of hash bits that determine a vector.
 HASH_BITS: Final = 64
 
 
 def stub_vectors(texts: Iterable[str], dim: int = STUB_DIM) -> npt.NDArray[np.float32]:
-    """Return the vectors that the stub engine gives for these texts.
+    """Return the vectors that the stub engine computes for texts.
 
-    Different texts get almost orthogonal vectors, so a mix-up shows.
+    Vectors of different texts are almost orthogonal, so mixed-up vectors are easy to detect.
 
     Returns:
         float32 [n, dim], unit length.
@@ -42,15 +42,15 @@ def stub_hashes(texts: Iterable[str]) -> npt.NDArray[np.uint64]:
 def vectors_of_hashes(
     hashes: npt.NDArray[np.uint64], dim: int = STUB_DIM
 ) -> npt.NDArray[np.float32]:
-    """Turn hashes into unit vectors, float32 [n, dim].
+    """Convert hashes to unit vectors, float32 [n, dim].
 
-    Each bit of the hash adds or subtracts one row of a fixed table of signs. All sums are whole
-    numbers, exact in float32 in any order, so no BLAS or batch size can change a bit of them.
+    Each bit of a hash adds or subtracts one row of a fixed table of signs. The sums are integers,
+    exact in float32 in any order, so the bytes depend neither on BLAS nor on the batch size.
     """
     table = _signs(dim)
     octets = np.ascontiguousarray(hashes, "<u8").view(np.uint8).reshape(-1, 8)
     bits = np.unpackbits(octets, axis=1, bitorder="little").astype(np.float32) * 2 - 1
-    # The last row is added always: a sum of 65 signs is odd, so no vector is ever zero.
+    # The last row is always added: a sum of 65 signs is odd, so no vector is zero.
     sums: npt.NDArray[np.float32] = (
         bits @ table[:HASH_BITS] + table[HASH_BITS]
     )  # [n, 64] -> [n, dim]
@@ -61,7 +61,7 @@ def vectors_of_hashes(
 
 @functools.cache
 def _signs(dim: int) -> npt.NDArray[np.float32]:
-    """Build the table, float32 [65, dim] of +-1, from a hash: numpy's generators may change."""
+    # Signs +-1, [65, dim], from a hash: the sequence of a numpy generator can change.
     n = (HASH_BITS + 1) * dim
     raw = np.frombuffer(hashlib.shake_256(b"embedq stub").digest(-(-n // 8)), np.uint8)
     signs = np.unpackbits(raw)[:n].astype(np.float32) * 2 - 1

@@ -341,8 +341,8 @@ def fresh_manifest(client: Client, request: EmbedRequest, spec: VectorSpec) -> M
     # The split of an unfinished output must not change with the fleet.
     before = None if request.restart else Manifest.load(manifest_path(request.output))
     if before is not None and isinstance(tokens := before.settings.get("batch_tokens"), int):
-        client.keep_batch_tokens(tokens)
-    client.keep_batch_tokens(client.batch_tokens(spec))
+        client.set_batch_tokens(tokens)
+    client.set_batch_tokens(client.batch_tokens(spec))
     settings["batch_tokens"] = client.batch_tokens(spec)
     inputs = {
         "files": request.files(),
