@@ -1,7 +1,7 @@
 """Finds the model, the workers and the queue for a call of the SDK.
 
-Model and workers come from the heartbeats in Redis. The model, the settings and the options of the
-call give a vector specification, and that gives the queue.
+Model and workers come from the heartbeats in Redis. Model, settings and call options determine the
+vector specification, which determines the queue.
 """
 
 from __future__ import annotations

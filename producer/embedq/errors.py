@@ -8,7 +8,7 @@
     │   ├─ UnknownSchema
     │   └─ MalformedMessage
     ├─ QueueUnavailable       Redis cannot be reached                     (retry later)
-    │   └─ QueueFull          Redis has no room; .retry_after_s
+    │   └─ QueueFull          Redis is nearly full; .retry_after_s
     ├─ NoWorker               no worker serves the model                  (start a worker)
     │   ├─ StrictUnavailable  no worker with an NPU                       (start one, or not strict)
     │   └─ NotQuantized       no worker with a quantized model for int8   (embedq-worker quantize)
@@ -88,7 +88,7 @@ class QueueUnavailable(EmbedqError):
 
 
 class QueueFull(QueueUnavailable):
-    """Redis has no room for another job.
+    """Redis has not enough memory for another job.
 
     Attributes:
         retry_after_s: recommended delay before the next try, seconds.

@@ -77,8 +77,8 @@ class EnvSettings(BaseSettings):
         """
         _check_names(cls.variables(), os.environ)
         try:
-            given = {key: value for key, value in overrides.items() if value is not None}
-            return cls(**given, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
+            values = {key: value for key, value in overrides.items() if value is not None}
+            return cls(**values, **({"_secrets_dir": SECRETS_DIR} if SECRETS_DIR.is_dir() else {}))
         except ValidationError as error:
             lines = [
                 _explain(cls, details)
