@@ -107,14 +107,12 @@ class EnvSettings(BaseSettings):
         for name, info in type(self).public_fields().items():
             variable = PREFIX + name.upper()
             default = info.get_default(call_default_factory=True, validated_data=vars(self))
-            extra = info.json_schema_extra
-            unit = extra.get("unit", "") if isinstance(extra, dict) else ""
             yield SettingInfo(
                 variable,
                 mask_password(str(getattr(self, name))),
                 _source(variable, present),
                 mask_password(str(default)),
-                str(unit),
+                unit_of(name, info),
                 info.description or "",
             )
 
@@ -123,9 +121,10 @@ class EnvSettings(BaseSettings):
 INTERNAL: dict[str, Any] = {"internal": True}
 
 
-def unit(name: str) -> dict[str, Any]:
-    """Return the extra data of a pydantic field with this unit."""
-    return {"unit": name}
+def unit_of(name: str, info: FieldInfo) -> str:
+    """Return the unit of a setting, "s" if its name ends in `_s`; empty if it has none."""
+    extra = info.json_schema_extra or {"unit": "s" if name.endswith("_s") else ""}
+    return str(extra.get("unit", "")) if isinstance(extra, dict) else ""
 
 
 class RedisSettings(EnvSettings):
@@ -135,14 +134,14 @@ class RedisSettings(EnvSettings):
         "redis://127.0.0.1:6379/0",
         repr=False,  # may contain a password
         description="Redis that carries the queues of batches.",
-        json_schema_extra=unit("URL"),
+        json_schema_extra={"unit": "URL"},
     )
     results_url: str = Field(
         "redis://127.0.0.1:6379/1",
         repr=False,
         description="Redis that holds ledgers and vectors; in production, use another instance "
         "than for EMBEDQ_BROKER_URL.",
-        json_schema_extra=unit("URL"),
+        json_schema_extra={"unit": "URL"},
     )
     visibility_timeout_s: int = Field(
         60,
@@ -150,7 +149,6 @@ class RedisSettings(EnvSettings):
         le=86_400,
         description="Lease of a batch: if it is not renewed for this time, another worker receives "
         "the batch. Use the same value for all producers and workers.",
-        json_schema_extra=unit("s"),
     )
     traces: bool = Field(
         False,
@@ -205,7 +203,7 @@ class ProducerSettings(RedisSettings):
         ge=1,
         le=MAX_BATCH_TEXTS,
         description="Maximum number of texts in a batch; more texts become further batches.",
-        json_schema_extra=unit("texts"),
+        json_schema_extra={"unit": "texts"},
     )
     batch_tokens: int = Field(
         0,
@@ -213,7 +211,7 @@ class ProducerSettings(RedisSettings):
         le=1_000_000,
         description="Estimated number of tokens at which a batch is full; 0 chooses a value for "
         "the devices of the fleet.",
-        json_schema_extra=unit("tokens"),
+        json_schema_extra={"unit": "tokens"},
     )
     max_in_flight: int = Field(
         0,
@@ -221,7 +219,7 @@ class ProducerSettings(RedisSettings):
         le=1024,
         description="Maximum number of batches of a job in flight; at the limit the producer "
         "waits. 0 = 4 per live worker, at least 16, at most 256.",
-        json_schema_extra=unit("batches"),
+        json_schema_extra={"unit": "batches"},
     )
     results_ttl_s: int = Field(
         86_400,
@@ -229,7 +227,6 @@ class ProducerSettings(RedisSettings):
         le=30 * 86_400,
         description="Time to live of a job in Redis after the last activity of its producer or "
         "workers; then its vectors are deleted.",
-        json_schema_extra=unit("s"),
     )
     startup_timeout_s: float = Field(
         60.0,
@@ -237,7 +234,6 @@ class ProducerSettings(RedisSettings):
         le=86_400,
         description="Maximum wait of a call for Redis and a worker, and of a strict job for an "
         "NPU; then it fails.",
-        json_schema_extra=unit("s"),
     )
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from embedq.cli import console
 from embedq.cli.main import cli as producer_cli
 from embedq.observability import metrics
 from embedq.protocol.contract import Code
-from embedq.settings import INTERNAL, PREFIX, ProducerSettings
+from embedq.settings import INTERNAL, PREFIX, ProducerSettings, unit_of
 from embedq_worker import exit_codes
 from embedq_worker.cli.main import cli as worker_cli
 from embedq_worker.errors import FailureReason
@@ -46,14 +46,14 @@ BLOCK = re.compile(r"(?:(?:\|| {4}\S+ --> ).*\n)*")
 def settings_table(kind: type[BaseSettings], *, for_tests: bool) -> str:
     lines = ["| variable | default | unit | meaning |", "|---|---|---|---|"]
     for name, info in kind.model_fields.items():
-        extra = info.json_schema_extra
-        if (extra == INTERNAL) is not for_tests:
+        if (info.json_schema_extra == INTERNAL) is not for_tests:
             continue
-        unit = extra.get("unit", "") if isinstance(extra, dict) else ""
         # A computed default depends on the machine; its meaning says how.
         default = "by machine" if info.default_factory else info.default
         shown = "" if default in (None, "") else f"`{default}`"
-        lines.append(f"| `{PREFIX}{name.upper()}` | {shown} | {unit} | {info.description} |")
+        lines.append(
+            f"| `{PREFIX}{name.upper()}` | {shown} | {unit_of(name, info)} | {info.description} |"
+        )
     return "\n".join(lines)
 
 

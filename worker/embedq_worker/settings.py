@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from embedq.settings import DEFAULT_MODEL, INTERNAL, RedisSettings, cache_home, unit
+from embedq.settings import DEFAULT_MODEL, INTERNAL, RedisSettings, cache_home
 from embedq_worker.files import default_runtime_dir
 
 #: Part of an error message: the accepted forms of a setting that is a map.
@@ -191,14 +191,13 @@ class WorkerSettings(RedisSettings):
         le=64,
         description="Number of concurrent inference requests on the NPU; 0 = the device's optimum, "
         "1 to 8.",
-        json_schema_extra=unit("requests"),
+        json_schema_extra={"unit": "requests"},
     )
     compile_timeout_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
         description="Timeout of the NPU compiler, after which its process is killed.",
-        json_schema_extra=unit("s"),
     )
     infer_timeout_s: float = Field(
         0.0,
@@ -206,7 +205,6 @@ class WorkerSettings(RedisSettings):
         le=3_600,
         description="Timeout of one NPU inference; 0 = 20 x the slowest warm-up inference, "
         "at least 2 s.",
-        json_schema_extra=unit("s"),
     )
     cpu_serves_npu_queue: bool = Field(
         True,
@@ -244,35 +242,34 @@ class WorkerSettings(RedisSettings):
         ge=0,
         le=1024,
         description="Number of CPU cores the engine uses; 0 = all that the process may run on.",
-        json_schema_extra=unit("cores"),
+        json_schema_extra={"unit": "cores"},
     )
     streams: int = Field(
         0,
         ge=0,
         le=1024,
         description="Number of concurrent inferences on the CPU; 0 = one per core.",
-        json_schema_extra=unit("inferences"),
+        json_schema_extra={"unit": "inferences"},
     )
     token_budget: int = Field(
         0,
         ge=0,
         le=1_000_000,
         description="Maximum number of padded tokens per inference; 0 = 512.",
-        json_schema_extra=unit("tokens"),
+        json_schema_extra={"unit": "tokens"},
     )
     engine_timeout_s: float = Field(
         300.0,
         gt=0,
         le=86_400,
         description="Timeout of one batch in the engine, after which the pool process is replaced.",
-        json_schema_extra=unit("s"),
     )
     infer_failures: int = Field(
         1,
         ge=1,
         le=1_000,
         description="Number of failed NPU batches within 60 s after which the NPU is degraded.",
-        json_schema_extra=unit("batches"),
+        json_schema_extra={"unit": "batches"},
     )
     shadow_check_every: int = Field(
         64,
@@ -280,35 +277,32 @@ class WorkerSettings(RedisSettings):
         le=1_000_000,
         description="Number of NPU batches per shadow check, which recomputes one text in fp32; "
         "0 = no checks.",
-        json_schema_extra=unit("batches"),
+        json_schema_extra={"unit": "batches"},
     )
     init_timeout_s: float = Field(
         900.0,
         gt=0,
         le=86_400,
         description="Timeout of opening and self-testing the NPU, at the start and in a probe.",
-        json_schema_extra=unit("s"),
     )
     crash_loop_limit: int = Field(
         5,
         ge=1,
         le=1_000,
         description="Number of pool process exits within 60 s after which the NPU is degraded.",
-        json_schema_extra=unit("exits"),
+        json_schema_extra={"unit": "exits"},
     )
     probe_initial_delay_s: float = Field(
         30.0,
         gt=0,
         le=86_400,
         description="Delay before the first probe of a degraded NPU; each failed probe doubles it.",
-        json_schema_extra=unit("s"),
     )
     probe_max_delay_s: float = Field(
         600.0,
         gt=0,
         le=86_400,
         description="Maximum delay between two probes of a degraded NPU.",
-        json_schema_extra=unit("s"),
     )
     log_level: LogLevel = Field(
         LogLevel.INFO,
