@@ -1,13 +1,6 @@
-"""Open what a placement asks for.
+"""Open and verify the engines of a worker on the device of its placement.
 
-Opens the engines of a worker: none serves that has not been proven.
-
-Serves with the stub, which computes nothing, as if it were a device with a model.
-
-The model and the device that a worker was given, opened as what serves with them.
-
-Every process that computes comes through here: a worker's child, a probe, and the commands that
-warm, check and measure. None of them needs Celery for it.
+Pool processes, probes and the commands that warm and check open engines here. No Celery enters.
 """
 
 from __future__ import annotations
@@ -61,21 +54,27 @@ from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, 
 log = logging.getLogger(__name__)
 
 
-#: What makes a quantized copy.
-QUANTIZE: Final = "Run on this worker: embedq-worker quantize FILE, and start it again."
+#: Part of an error message: why int8 is not a precision of a worker.
+INT8_IS_A_CLASS: Final = (
+    "int8 is an accuracy class that a job requests (--accuracy int8). Set EMBEDQ_PRECISION to auto."
+)
+
+
+#: Part of an error message: how to get a quantized model.
+QUANTIZE: Final = "Run embedq-worker quantize FILE on this worker, then restart it."
 
 
 class EngineOpener:
     """Opens engines for one model by the settings of a worker.
 
     Attributes:
-        prover: proves what is opened.
+        verifier: verifies every engine that is opened.
     """
 
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
         self._settings = settings
         self._model = model
-        self.prover = EngineVerifier(settings, model)
+        self.verifier = EngineVerifier(settings, model)
         self._layout = CpuConfig.from_settings(settings)
 
     def open_npu(self) -> VerifiedEngine:
@@ -84,13 +83,13 @@ class EngineOpener:
         Raises:
             ModelError, DeviceError, EngineError: it does not open, or fails its self-test.
         """
-        # Imported where chosen: the runtime belongs into the child that serves with it.
+        # Imported here, because only the process that serves may load the runtime.
         from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
         from embedq_worker.engines.openvino_runtime import TARGETS
 
         settings = self._settings
         if settings.precision is PrecisionChoice.INT8:
-            raise SettingsError("EMBEDQ_PRECISION=int8 needs a quantized model. Use auto.")
+            raise SettingsError(f"EMBEDQ_PRECISION=int8 on an NPU: {INT8_IS_A_CLASS}")
         options = NpuOptions(
             target=TARGETS[settings.npu_emulation],
             requests=settings.npu_requests,
@@ -99,32 +98,29 @@ class EngineOpener:
             compile_timeout_s=settings.compile_timeout_s,
             infer_timeout_s=settings.infer_timeout_s,
         )
-        reference = self.prover.reference()
+        reference = self.verifier.reference()
         engine = open_npu(self._model, options, settings.cache_dir)
-        proven = self.prover.verify(engine, Accuracy.STANDARD, reference, "only")
-        tokens = self.prover.tokenizer.tokenize([CANARY_TEXT])
-        proven.embedder.canary = Canary(tokens, reference[GOLDEN.index(CANARY_TEXT)])
-        return proven
+        verified = self.verifier.verify(engine, Accuracy.STANDARD, reference, "only")
+        tokens = self.verifier.tokenizer.tokenize([CANARY_TEXT])
+        verified.embedder.canary = Canary(tokens, reference[GOLDEN.index(CANARY_TEXT)])
+        return verified
 
     def open_cpu(self, accuracy: Accuracy) -> VerifiedEngine:
-        """Open the engine for an accuracy class on this CPU: pinned, kept, or measured now.
+        """Open the CPU engine for an accuracy class: set, cached, or the fastest measured now.
 
         Raises:
-            SettingsError: the settings leave none.
-            ModelError, EngineError: none opens and passes its self-test.
+            SettingsError: no engine matches the settings.
+            ModelError, EngineError: no engine opens and passes its self-test.
         """
         settings = self._settings
         has_openvino = importlib.util.find_spec("openvino") is not None
         among = candidates(accuracy, settings.engine, settings.precision, has_openvino=has_openvino)
         if not among:
             if settings.precision is PrecisionChoice.INT8:
-                raise SettingsError(
-                    "EMBEDQ_PRECISION=int8: int8 is a class that a job asks for (--accuracy int8), "
-                    "beside what the worker computes otherwise. Set EMBEDQ_PRECISION to auto."
-                )
+                raise SettingsError(f"EMBEDQ_PRECISION=int8: {INT8_IS_A_CLASS}")
             raise SettingsError(
                 f"EMBEDQ_ENGINE={settings.engine} and EMBEDQ_PRECISION={settings.precision}: no "
-                "engine of this machine computes so. Set both to auto."
+                "installed engine supports this. Set both to auto."
             )
         memory = TuningCache(settings.cache_dir)
         measure = functools.partial(self._measure, accuracy)
@@ -140,84 +136,88 @@ class EngineOpener:
         return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
 
     def quantized(self) -> str:
-        """Name the quantized copy that class ``int8`` would be served with; empty for none."""
+        """Return the name of the quantized model for class ``int8``; empty if there is none."""
         if importlib.util.find_spec("openvino") is None:
             return ""
         return QuantizedModelStore(self._settings.cache_dir, self._model).current()
 
     def open_int8(self, quantized: QuantizedModel | None = None, name: str = "") -> VerifiedEngine:
-        """Open the quantized copy of the model.
+        """Open the quantized model.
 
         Args:
-            quantized: the copy; None for the one that is kept.
-            name: that the copy which is kept must have; empty for any.
+            quantized: quantized model; None = from the cache.
+            name: name that the cached one must have; empty = any.
 
         Raises:
-            NotQuantized: none is kept, or it does not open or fails its self-test.
+            NotQuantized: there is none, or it does not open or fails its self-test.
             ModelError: the files of the model are damaged.
         """
-        copy = quantized or self._kept(name)
+        quantized = quantized or self._load_quantized(name)
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantized("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
             layout = self._layout
             engine = open_engine(
-                "openvino", self._model, layout.cores, Precision.INT8, copy.graph, layout.streams
+                "openvino",
+                self._model,
+                layout.cores,
+                Precision.INT8,
+                quantized.graph,
+                layout.streams,
             )
-            why = f"quantized {copy.name}"
-            return self.prover.verify(engine, Accuracy.INT8, self.prover.reference(), why, layout)
+            why = f"quantized {quantized.name}"
+            return self.verifier.verify(
+                engine, Accuracy.INT8, self.verifier.reference(), why, layout
+            )
         except NotQuantized:
             raise
         except EngineError as error:
-            raise NotQuantized(f"The quantized copy cannot serve: {error} {QUANTIZE}") from error
+            raise NotQuantized(f"The quantized model cannot serve: {error} {QUANTIZE}") from error
 
-    def _kept(self, name: str = "") -> QuantizedModel:
-        copy = QuantizedModelStore(self._settings.cache_dir, self._model).load(name)
-        if copy is not None:
-            return copy
+    def _load_quantized(self, name: str) -> QuantizedModel:
+        found = QuantizedModelStore(self._settings.cache_dir, self._model).load(name)
+        if found is not None:
+            return found
         if name:
             raise NotQuantized(
-                f"The quantized copy {name} of {self._model.label}, which this worker announced, "
-                f"is "
-                "damaged, or another has taken its place. Start the worker again, or quantize "
-                "again."
+                f"Quantized model {name} of {self._model.label}, which this worker announced, is "
+                "damaged or was replaced. Restart the worker, or quantize again."
             )
-        raise NotQuantized(f"There is no quantized copy of {self._model.label}. {QUANTIZE}")
+        raise NotQuantized(f"There is no quantized model of {self._model.label}. {QUANTIZE}")
 
     def _open_first(
         self, among: Sequence[Candidate], accuracy: Accuracy, why: str
     ) -> VerifiedEngine:
-        """Open the first that can be proven; the others are there for when it cannot."""
-        for one in among[:-1]:
+        for candidate in among[:-1]:
             try:
-                return self._open(one, accuracy, why)
+                return self._open(candidate, accuracy, why)
             except EngineError as error:
-                log.warning("engine_rejected engine=%s reason=%s", one.engine, error)
+                log.warning("engine_rejected engine=%s reason=%s", candidate.engine, error)
                 why = "fallback"
         return self._open(among[-1], accuracy, why)
 
-    def _open(self, one: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
-        trusted = one.engine is EngineChoice.ONNXRUNTIME
-        reference = None if trusted else self.prover.reference()
+    def _open(self, candidate: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
+        is_reference = candidate.engine is EngineChoice.ONNXRUNTIME
+        reference = None if is_reference else self.verifier.reference()
         layout = self._layout
         engine = open_engine(
-            one.engine, self._model, layout.cores, one.precision, streams=layout.streams
+            candidate.engine, self._model, layout.cores, candidate.precision, streams=layout.streams
         )
-        return self.prover.verify(engine, accuracy, reference, why, layout)
+        return self.verifier.verify(engine, accuracy, reference, why, layout)
 
     def _measure(self, accuracy: Accuracy, among: Sequence[Candidate]) -> Mapping[Candidate, float]:
-        """Time those that can be proven for a class."""
         opened: dict[Candidate, VerifiedEngine] = {}
         try:
-            for one in among:
+            for candidate in among:
                 try:
-                    opened[one] = self._open(one, accuracy, "measured")
+                    opened[candidate] = self._open(candidate, accuracy, "measured")
                 except EngineError as error:
-                    log.info("engine_rejected engine=%s reason=%s", one.engine, error)
-            return benchmark({one: proven.embedder for one, proven in opened.items()}, self._model)
+                    log.info("engine_rejected engine=%s reason=%s", candidate.engine, error)
+            embedders = {candidate: verified.embedder for candidate, verified in opened.items()}
+            return benchmark(embedders, self._model)
         finally:
-            for proven in opened.values():
-                proven.close()
+            for verified in opened.values():
+                verified.close()
 
     def _key(self, accuracy: Accuracy, among: Sequence[Candidate]) -> str:
         return machine_key(
@@ -232,20 +232,20 @@ class EngineOpener:
 
 
 def serve_stub(settings: WorkerSettings) -> EngineSet:
-    """Serve with the stub; on the CPU, where a degraded one goes, it has no faults.
+    """Open the stub engine; with device cpu, the fallback of a degraded worker, without faults.
 
     Raises:
         EngineError: it fails its self-test.
     """
     _, content = _stub_tokenizer(settings.stub_tokenizer)
     if settings.device is DeviceChoice.CPU:
-        sound = _open_stub(settings, Device.CPU)
-        return EngineSet(stub_model_info(content), sound, lambda: sound, lambda: sound)
+        on_cpu = _open_stub(settings, Device.CPU)
+        return EngineSet(stub_model_info(content), on_cpu, lambda: on_cpu, lambda: on_cpu)
     script = FaultScript(settings.stub_faults) if settings.stub_faults else None
-    proven = _open_stub(settings, Device.STUB, script)
+    verified = _open_stub(settings, Device.STUB, script)
     quick = settings.model_copy(update={"stub_delay_s": 0.0, "stub_texts_per_s": 0.0})
     shadow = ShadowCheck(settings.shadow_check_every, lambda: _open_stub(quick, Device.CPU))
-    return EngineSet(stub_model_info(content), proven, lambda: proven, lambda: proven, shadow)
+    return EngineSet(stub_model_info(content), verified, lambda: verified, lambda: verified, shadow)
 
 
 def _open_stub(
@@ -260,7 +260,7 @@ def _open_stub(
     budget = settings.token_budget or DEFAULT_TOKEN_BUDGET
     tokenizer, content = _stub_tokenizer(settings.stub_tokenizer)
     embedder = Embedder(tokenizer, engine, token_budget=budget)
-    # Real tokens give the stub other hashes than those of the words that it is known by.
+    # With a real tokenizer, the stub hashes other tokens than stub_vectors does.
     report = selftest.run(embedder, None, None if content else stub_vectors(GOLDEN))
     if not report.passed:
         raise EngineError(f"The self-test failed: {report.reason}", FailureReason.SELFTEST_FAILED)
@@ -270,24 +270,26 @@ def _open_stub(
 def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
     if path is None:
         return StubTokenizer(), b""
-    from embedq_worker.inference.tokenizer import (
-        Tokenizer,  # a library that the stub alone does not need
-    )
+    from embedq_worker.inference.tokenizer import Tokenizer  # the stub alone needs no tokenizers
 
     tokenizer = Tokenizer(path, STUB_MAX_LENGTH)
     return tokenizer, path.read_bytes()
 
 
-#: Seconds that a killed predecessor may take to give its device back.
+#: Timeout for the device lock, which a killed pool process may still hold, seconds.
 LOCK_TIMEOUT_S: Final = 10.0
 
 
 def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> EngineSet:
-    """Open the engine of the device and prove it.
+    """Open and verify the engine for the device of the settings.
+
+    Args:
+        settings: worker's settings, with the device to use.
+        model: model to serve; None for the stub.
 
     Raises:
         ModelError: the files of the model are damaged.
-        DeviceError: OpenVINO does not see the device.
+        DeviceError: OpenVINO does not find the device.
         EngineError: the engine does not open, or fails its self-test.
     """
     if model is None:
@@ -298,20 +300,20 @@ def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> Engin
         return opener.open_cpu(Accuracy.EXACT)
 
     if settings.device is DeviceChoice.NPU:
-        shadow = ShadowCheck(settings.shadow_check_every, opener.prover.open_reference)
+        shadow = ShadowCheck(settings.shadow_check_every, opener.verifier.open_reference)
         return EngineSet(model.model_info(), opener.open_npu(), open_exact, shadow=shadow)
     name = opener.quantized()
-    # By the name that is announced: another copy may be made before a batch asks for it.
+    # By the announced name: the cached model may be replaced before the first int8 batch.
     open_int8 = functools.partial(opener.open_int8, name=name) if name else None
     model_info = replace(model.model_info(), quantized=name)
     return EngineSet(model_info, opener.open_cpu(Accuracy.STANDARD), open_exact, open_int8)
 
 
 def claim_device(settings: WorkerSettings, placement: Placement) -> DeviceLock | None:
-    """Take the NPU of a placement for this process alone.
+    """Lock the NPU of a placement for this process; None if the placement has no NPU.
 
     Raises:
-        DeviceBusy: another process holds it.
+        DeviceBusy: another process holds the lock.
     """
     if placement.npu is None:
         return None
@@ -323,16 +325,16 @@ def claim_device(settings: WorkerSettings, placement: Placement) -> DeviceLock |
 def open_placed(
     settings: WorkerSettings, placement: Placement, model: resolve.Model | None = None
 ) -> EngineSet:
-    """Open and prove the engine on the device of a placement, and on no other.
+    """Open and verify the engine on the device of a placement, and on no other.
 
     Args:
-        settings: of the worker.
-        placement: where.
-        model: what to serve; None finds it.
+        settings: worker's settings.
+        placement: device to use.
+        model: model to serve; None = the model of the settings.
 
     Raises:
-        ModelError, EngineError: as open_serving.
-        WrongDevice: the runtime opened another NPU than the one of the placement.
+        ModelError, EngineError: as for open_serving.
+        WrongDevice: the runtime opened another NPU.
     """
     placed = settings.model_copy(update={"device": DeviceChoice(str(placement.device))})
     opened = open_serving(placed, model or find_model(settings))
@@ -355,12 +357,12 @@ def warm(settings: WorkerSettings, *, npu_only: bool) -> tuple[ModelInfo, Engine
     """Open and verify the engine once, so that its compiled model is cached, and close it.
 
     Args:
-        settings: of the worker.
-        npu_only: refuse to open the CPU in place of an NPU.
+        settings: worker's settings.
+        npu_only: fail instead of opening the CPU.
 
     Raises:
-        NoDevice: `npu_only`, and there is no NPU.
-        DeviceBusy, ModelError, EngineError: as claim_device and open_placed.
+        NoDevice: there is no NPU, with ``npu_only``.
+        DeviceBusy, ModelError, EngineError: as for claim_device and open_placed.
     """
     placement = choose_placement(settings, wait_s=LOCK_TIMEOUT_S if npu_only else 0.0)
     if npu_only and placement.assigned_device is not Device.NPU:

@@ -1,12 +1,8 @@
-"""Golden texts through an engine.
+"""Test an engine with golden texts.
 
-Texts by which an engine is judged, and what others published about them.
-
-Golden texts: is this engine telling the truth? Asked before it serves, and after each doubt.
-
-Four questions: are vectors finite and of unit length; does a text get the same vector alone and in
-company; do the vectors agree with published ones and with a reference; and are of two texts the
-same ones nearer to a third.
+The test checks that vectors are finite and of unit length, that a text has the same vector alone
+and in a batch, that vectors agree with the reference and with published ones, and that nearest
+neighbors keep the order of the reference.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from embedq.protocol.values import Vectors
 from embedq_worker.inference.embedder import CANARY_TEXT, Embedder
 from embedq_worker.model.resolve import Model
 
-#: Components that others published for all-MiniLM-L6-v2: text -> place -> value.
+#: Published vector components of all-MiniLM-L6-v2: text -> index -> value.
 #: Sources: langchain4j AllMiniLmL6V2EmbeddingModelIT.java (from sentence-transformers) and
 #: transformers.js pipelines/feature-extraction.js.
 PUBLISHED: Final[Mapping[str, Mapping[int, float]]] = {
@@ -45,7 +41,7 @@ PUBLISHED: Final[Mapping[str, Mapping[int, float]]] = {
 _SENTENCE = CANARY_TEXT
 
 
-#: Texts of every length from none to more than any model takes.
+#: Golden texts, of all lengths from empty to longer than the limit of any model.
 GOLDEN: Final[Sequence[str]] = (
     *PUBLISHED,
     "",
@@ -58,13 +54,12 @@ GOLDEN: Final[Sequence[str]] = (
 )
 
 
-#: Largest deviation of a component in f32 between alone and in company, and from published
-#: numbers: what packed rows may differ from padded ones (all-MiniLM-L6-v2: 2e-7). Arithmetic that
-#: rounds has no such number that holds for every model; there the class's cosine is the limit.
+#: Largest deviation of a component in f32, between a text alone and in a batch, and from published
+#: vectors. In lower precision no limit holds for every model, so only the class's cosine counts.
 F32_TOLERANCE: Final = 2e-5
 
 
-#: Smallest cosine to the reference that each accuracy class promises.
+#: Smallest cosine to the reference, by accuracy class.
 MIN_COSINES: Final[Mapping[Accuracy, float]] = {
     Accuracy.STANDARD: 0.999,
     Accuracy.EXACT: 0.99999,
@@ -72,11 +67,11 @@ MIN_COSINES: Final[Mapping[Accuracy, float]] = {
 }
 
 
-#: How much nearer of two texts the reference must see one before an engine has to agree.
+#: Smallest difference of two cosines in the reference from which their order must be the same.
 RANK_MARGIN: Final = 0.02
 
 
-#: The same for int8.
+#: The same limit for int8.
 RANK_MARGIN_INT8: Final = 0.1
 
 
@@ -86,17 +81,18 @@ NORM_TOLERANCE: Final = 1e-2
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a self-test found.
+    """Result of a self-test.
 
     Attributes:
-        passed: the engine may serve.
-        reason: a sentence, also when it passed.
-        max_deviation: largest difference of a component between alone and in company.
-        published_deviation: the same between ours and what others published; 0 if nobody did.
-        min_cosine: smallest cosine to the reference, and between alone and in company.
-        inversions: triples of texts of which another one is the nearer than in the reference.
+        passed: whether the engine may serve.
+        reason: one sentence, also when it passed.
+        max_deviation: largest difference of a component between a text alone and in a batch.
+        published_deviation: largest difference of a component from published vectors; 0 if none
+            are published for this model.
+        min_cosine: smallest cosine to the reference, and between a text alone and in a batch.
+        inversions: number of text triples with another order of cosines than in the reference.
         norm_error: largest difference of a vector's length from 1.
-        seconds: how long it took.
+        seconds: duration of the test.
     """
 
     passed: bool
@@ -115,14 +111,14 @@ def run(
     reference: Vectors | None = None,
     accuracy: Accuracy = Accuracy.STANDARD,
 ) -> Report:
-    """Ask an engine the golden texts; raises nothing, a failure is a report.
+    """Test an engine; never raises, a failure is a report.
 
     Args:
-        embedder: with the engine in question.
-        model: what it serves; None for the stub.
-        reference: what the golden texts should give, float32 [n, D]; None where nothing is trusted
-            more than this engine.
-        accuracy: the class that it is to serve.
+        embedder: embedder with the engine to test.
+        model: model of the engine; None for the stub.
+        reference: reference vectors of the golden texts, float32 [n, D]; None if this engine is the
+            reference.
+        accuracy: accuracy class that the engine is to serve.
     """
     began = time.perf_counter()
     report = Report(False, "The self-test did not end.")
@@ -131,7 +127,7 @@ def run(
         unit_length = model is None or model.normalize
         exact = embedder.engine.precision is Precision.F32
         tolerance = F32_TOLERANCE if exact else math.inf
-        reason = _complaint(report, tolerance, MIN_COSINES[accuracy], unit_length)
+        reason = _failure(report, tolerance, MIN_COSINES[accuracy], unit_length)
     except EmbedqError as error:
         reason = str(error)
     except Exception as error:
@@ -148,40 +144,43 @@ def embed_golden(embedder: Embedder, model: Model | None) -> Vectors:
     """Embed the golden texts in one batch, float32 [n, D].
 
     Raises:
-        EngineError: the engine cannot.
+        EngineError: the engine or the tokenizer failed.
     """
     return _embed(embedder, model, GOLDEN)
 
 
 def _measure(embedder: Embedder, model: Model | None, reference: Vectors | None) -> Report:
-    """Take the figures; whether they are good enough is another question."""
-    company = embed_golden(embedder, model)
+    batched = embed_golden(embedder, model)
     with ThreadPoolExecutor(embedder.engine.concurrency) as callers:
         each = callers.map(lambda text: _embed(embedder, model, [text]), GOLDEN)
         alone = np.concatenate(list(each))
-    trusted = alone if reference is None else reference
+    expected = alone if reference is None else reference
     is_int8 = embedder.engine.precision is Precision.INT8
     margin = RANK_MARGIN_INT8 if is_int8 else RANK_MARGIN
     return Report(
         passed=False,
         reason="",
-        max_deviation=float(np.abs(company - alone).max()),
-        published_deviation=_published_deviation(company) if model and model.pinned else 0.0,
+        max_deviation=float(np.abs(batched - alone).max()),
+        published_deviation=_published_deviation(batched) if model and model.pinned else 0.0,
         min_cosine=min(
-            _min_cosine(company, trusted), _min_cosine(alone, trusted), _min_cosine(company, alone)
+            _min_cosine(batched, expected),
+            _min_cosine(alone, expected),
+            _min_cosine(batched, alone),
         ),
-        inversions=_inversions(company, trusted, margin),
-        norm_error=float(np.abs(np.linalg.norm(company, axis=1) - 1).max()),
+        inversions=_inversions(batched, expected, margin),
+        norm_error=float(np.abs(np.linalg.norm(batched, axis=1) - 1).max()),
     )
 
 
-def _complaint(report: Report, tolerance: float, min_cosine: float, unit_length: bool) -> str:
-    """Say what is wrong with the figures; empty if nothing is."""
+def _failure(report: Report, tolerance: float, min_cosine: float, unit_length: bool) -> str:
     if unit_length and report.norm_error > NORM_TOLERANCE:
-        return f"A golden vector misses unit length by {report.norm_error:.1e}."
+        return (
+            f"A golden vector deviates from unit length by {report.norm_error:.1e}; "
+            f"the limit is {NORM_TOLERANCE:.0e}."
+        )
     if report.max_deviation > tolerance:
         return (
-            f"A golden text differs by {report.max_deviation:.1e} alone and in company; "
+            f"A golden text differs by {report.max_deviation:.1e} alone and in a batch; "
             f"the limit is {tolerance:.0e}."
         )
     if report.published_deviation > tolerance:
@@ -190,18 +189,21 @@ def _complaint(report: Report, tolerance: float, min_cosine: float, unit_length:
             f"the limit is {tolerance:.0e}."
         )
     if report.min_cosine < min_cosine:
-        return f"A golden vector has cosine {report.min_cosine:.6f}; the floor is {min_cosine}."
+        return f"A golden vector has cosine {report.min_cosine:.6f}; the minimum is {min_cosine}."
     if report.inversions:
-        return f"Of {report.inversions} pairs of golden texts the wrong one is nearer to a third."
+        return (
+            f"{report.inversions} triples of golden texts have another order of cosines than in "
+            "the reference."
+        )
     return ""
 
 
-def _inversions(found: Vectors, trusted: Vectors, margin: float) -> int:
-    """Count triples (a, b, c) with b clearly nearer to a than c is, and now farther."""
-    near, now = _cosines(trusted), _cosines(found)
+def _inversions(found: Vectors, expected: Vectors, margin: float) -> int:
+    # Triples (a, b, c) with b clearly nearer to a than c in the reference, and now farther.
+    near, now = _cosines(expected), _cosines(found)
     return sum(
         bool(near[a, b] - near[a, c] > margin and now[a, b] <= now[a, c])
-        for a, b, c in itertools.permutations(range(len(trusted)), 3)
+        for a, b, c in itertools.permutations(range(len(expected)), 3)
     )
 
 
@@ -213,7 +215,6 @@ def _cosines(vectors: Vectors) -> Vectors:
 
 
 def _embed(embedder: Embedder, model: Model | None, texts: Sequence[str]) -> Vectors:
-    """Embed texts as a job would, float32 [n, D]; a vector that is not finite raises."""
     spec = VectorSpec(
         model=model.identity if model else "0" * 64,
         dim=embedder.engine.dim,
@@ -227,9 +228,9 @@ def _min_cosine(one: Vectors, other: Vectors) -> float:
     return float(((one * other).sum(axis=1) / np.maximum(lengths, 1e-12)).min())
 
 
-def _published_deviation(company: Vectors) -> float:
+def _published_deviation(batched: Vectors) -> float:
     return max(
-        abs(float(company[GOLDEN.index(text), place]) - value)
+        abs(float(batched[GOLDEN.index(text), index]) - value)
         for text, components in PUBLISHED.items()
-        for place, value in components.items()
+        for index, value in components.items()
     )

@@ -1,4 +1,4 @@
-"""What a proven process embeds with: an engine for each accuracy class, opened when needed."""
+"""Choose the verified engine for a batch by its accuracy class; open it when first needed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class VerifiedEngine:
     """An engine that has passed its self-test.
 
     Attributes:
-        engine: open.
-        embedder: with that engine.
-        report: what the self-test found.
-        why: how the engine came to be chosen, in a word.
-        layout: how it uses the cores; None where that is not ours to say.
+        engine: open engine.
+        embedder: embedder that uses the engine.
+        report: result of the self-test.
+        why: how the engine was chosen, in one word.
+        layout: how the engine uses the cores; None for a device that decides itself.
     """
 
     engine: Engine
@@ -38,33 +38,31 @@ class VerifiedEngine:
     layout: CpuConfig | None = None
 
     def is_exact(self) -> bool:
-        """Say whether this engine may serve class ``exact`` as well."""
+        """Say whether this engine may also serve class ``exact``."""
         if self.engine.device is Device.NPU or self.engine.precision is not Precision.F32:
             return False
         return self.report.min_cosine >= MIN_COSINES[Accuracy.EXACT]
 
     def close(self) -> None:
-        """Give the device back."""
+        """Close embedder and engine."""
         self.embedder.close()
         self.engine.close()
 
 
 class ShadowCheck(Protocol):
-    """Recomputes a text now and then; see embedq_worker.inference.verifier."""
+    """Interface of embedq_worker.inference.verifier.ShadowCheck, which imports this module."""
 
-    def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
-        """Compare one text of a batch, if it is this batch's turn."""
+    def check(self, batch: EmbedBatch, vectors: Vectors) -> None: ...
 
-    def close(self) -> None:
-        """Give back what it computes with."""
+    def close(self) -> None: ...
 
 
 class EngineSet:
     """The engines of a process, one for each accuracy class.
 
     Attributes:
-        model_info: of the model.
-        standard: serves class ``standard``; its engine is what the worker announces.
+        model_info: model that the worker announces.
+        standard: engine for class ``standard``, which the worker announces.
     """
 
     def __init__(
@@ -75,14 +73,14 @@ class EngineSet:
         open_int8: Callable[[], VerifiedEngine] | None = None,
         shadow: ShadowCheck | None = None,
     ) -> None:
-        """Serve with an engine that is open.
+        """Serve with an open engine; others are opened by the first batch that needs them.
 
         Args:
-            model_info: of the model.
-            standard: for class ``standard``, and for ``exact`` if it is good enough.
-            open_exact: opens one for ``exact``, asked once and only if a batch wants it.
-            open_int8: the same for ``int8``; None where that is not to be had.
-            shadow: checks what ``standard`` computes; None where nothing is more trusted.
+            model_info: model that the worker announces.
+            standard: engine for class ``standard``, and for ``exact`` if it is accurate enough.
+            open_exact: opens an engine for ``exact``; called at most once.
+            open_int8: opens an engine for ``int8``; None if there is no quantized model.
+            shadow: checks what ``standard`` computes; None for a CPU.
         """
         self.model_info = model_info
         self.standard = standard
@@ -94,11 +92,11 @@ class EngineSet:
         self._shadow = shadow
 
     def engine_for(self, accuracy: Accuracy) -> VerifiedEngine:
-        """Return what serves an accuracy class, opened now if it was not.
+        """Return the engine for an accuracy class, and open it if it is not open yet.
 
         Raises:
-            NotQuantized: there is nothing to be trusted for ``int8``; asked again, nothing changes.
-            EngineError: it does not open, or fails its self-test.
+            NotQuantized: this process has no valid engine for ``int8``; a retry does not help.
+            EngineError: the engine does not open, or fails its self-test.
         """
         if accuracy is Accuracy.STANDARD:
             return self.standard
@@ -110,16 +108,18 @@ class EngineSet:
             return self._exact
 
     def totals(self) -> dict[str, float]:
-        """Return what all engines have computed, as names and numbers."""
+        """Return the counters of all engines, summed."""
         opened = (self.standard, self._exact, self._int8)
-        engines = {id(proven): proven for proven in opened if isinstance(proven, VerifiedEngine)}
+        engines = {
+            id(verified): verified for verified in opened if isinstance(verified, VerifiedEngine)
+        }
         summed: Counter[str] = Counter()
-        for proven in engines.values():
-            summed.update(asdict(proven.embedder.meter.totals()))
+        for verified in engines.values():
+            summed.update(asdict(verified.embedder.meter.totals()))
         return dict(summed)
 
     def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
-        """Let the shadow look at what the engine for class ``standard`` computed.
+        """Run the shadow check on vectors of the engine for class ``standard``.
 
         Raises:
             InferFailed: the device computes wrong vectors.
@@ -131,7 +131,7 @@ class EngineSet:
         if self._int8 is None:
             try:
                 if self._open_int8 is None:
-                    raise NotQuantized("This worker does not compute in int8.")
+                    raise NotQuantized("This worker has no quantized model for accuracy int8.")
                 self._int8 = self._open_int8()
             except NotQuantized as error:
                 self._int8 = error
@@ -140,7 +140,7 @@ class EngineSet:
         return self._int8
 
     def close(self) -> None:
-        """Give the devices back."""
+        """Close all engines."""
         if self._shadow is not None:
             self._shadow.close()
         if isinstance(self._int8, VerifiedEngine) and self._int8 is not self.standard:

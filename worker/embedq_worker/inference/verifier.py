@@ -1,16 +1,8 @@
-"""Self-test gate, references, shadow check.
+"""Verify engines with a self-test before they serve, and with shadow checks while they serve.
 
-What the golden texts should give: computed once in fp32 by onnxruntime, then kept.
-
-The file lies beside the compiled models of the same model, so that a worker whose engine is proven
-needs neither onnxruntime nor the graph for its next start.
-
-Proves engines: asks each the golden texts before it may serve, and keeps what is trusted.
-
-One text in many batches, computed a second time in fp32 before the batch is committed.
-
-The canary tells a device that computes nothing right. The shadow also meets the texts of the user,
-so that a device whose vectors drift for some of them is found, if not at the first.
+The self-test compares the golden texts with reference vectors, which onnxruntime computes once in
+fp32 and the cache stores beside the compiled models. The canary detects a device whose vectors are
+all wrong; the shadow check also detects one whose vectors are wrong for some texts.
 """
 
 from __future__ import annotations
@@ -46,38 +38,34 @@ from embedq_worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 
-#: Bytes of the checksum that a file begins with.
+#: Length of the checksum at the start of a reference file, bytes.
 DIGEST_BYTES: Final = 32
 
 
-#: Most bytes of a file; a larger one is not ours.
+#: Maximum size of a reference file, bytes.
 MAX_BYTES: Final = 1024 * 1024
 
 
-def load_or_make(model: Model, cache_dir: Path, make: Callable[[], Vectors]) -> Vectors:
-    """Return the vectors of the golden texts, float32 [n, D].
+def load_or_compute(model: Model, cache_dir: Path, compute: Callable[[], Vectors]) -> Vectors:
+    """Return the reference vectors of the golden texts, float32 [n, D], from the cache if valid.
 
     Args:
-        model: whose vectors.
-        cache_dir: where they are kept.
-        make: computes them; asked only where none are kept, or none that are to be trusted.
+        model: model that the vectors belong to.
+        cache_dir: worker's cache folder.
+        compute: computes the vectors; called if the cache has no valid file.
 
     Raises:
-        EngineError: they cannot be computed.
+        EngineError: the vectors cannot be computed.
     """
-    path = cache_dir / "compiled" / model.identity[:16] / _name()
-    kept = _load(path, (len(GOLDEN), model.dim))
-    if kept is not None:
-        return kept
-    vectors = make()
-    _keep(path, vectors)
+    texts = hashlib.sha256("\0".join(GOLDEN).encode()).hexdigest()[:12]
+    name = f"reference-{texts}-onnxruntime-{version('onnxruntime')}"
+    path = cache_dir / "compiled" / model.identity[:16] / name
+    cached = _load(path, (len(GOLDEN), model.dim))
+    if cached is not None:
+        return cached
+    vectors = compute()
+    _store(path, vectors)
     return vectors
-
-
-def _name() -> str:
-    """Name everything that shapes them, beside the model."""
-    asked = hashlib.sha256("\0".join(GOLDEN).encode()).hexdigest()[:12]
-    return f"reference-{asked}-onnxruntime-{version('onnxruntime')}"
 
 
 def _load(path: Path, shape: tuple[int, int]) -> Vectors | None:
@@ -92,22 +80,22 @@ def _load(path: Path, shape: tuple[int, int]) -> Vectors | None:
     return vectors if vectors.shape == shape and vectors.dtype == np.float32 else None
 
 
-def _keep(path: Path, vectors: Vectors) -> None:
-    """Replace the file; a cache that cannot be written costs the next start a second."""
+def _store(path: Path, vectors: Vectors) -> None:
     buffer = io.BytesIO()
     np.save(buffer, vectors, allow_pickle=False)
     body = buffer.getvalue()
     try:
         replace_private(path, hashlib.sha256(body).digest() + body)
     except OSError as error:
+        # Debug only: the next start computes the vectors again, which takes a second.
         log.debug("reference_write_failed path=%s reason=%s", path, error.strerror)
 
 
 class EngineVerifier:
-    """Proves engines for one model.
+    """Verifies engines for one model.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
     """
 
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
@@ -125,16 +113,23 @@ class EngineVerifier:
         why: str,
         layout: CpuConfig | None = None,
     ) -> VerifiedEngine:
-        """Ask an engine the golden texts; one that fails is closed.
+        """Run the self-test on an engine, and close the engine if it fails.
+
+        Args:
+            engine: open engine.
+            accuracy: accuracy class that it is to serve.
+            reference: reference vectors; None for the engine that is the reference.
+            why: how the engine was chosen, in one word.
+            layout: how the engine uses the cores; None for a device that decides itself.
 
         Raises:
-            EngineError: it fails.
+            EngineError: the self-test failed.
         """
         budget = layout.token_budget if layout else self._settings.token_budget
         budget = budget or DEFAULT_TOKEN_BUDGET
         embedder = Embedder(self.tokenizer, engine, token_budget=budget)
         report = selftest.run(embedder, self._model, reference, accuracy)
-        proven = VerifiedEngine(engine, embedder, report, why, layout)
+        verified = VerifiedEngine(engine, embedder, report, why, layout)
         log.info(
             "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
             "max_deviation=%.1e inversions=%d seconds=%.2f",
@@ -148,46 +143,46 @@ class EngineVerifier:
             report.seconds,
         )
         if not report.passed:
-            proven.close()
+            verified.close()
             raise EngineError(
                 f"The self-test failed: {report.reason}", FailureReason.SELFTEST_FAILED
             )
-        return proven
+        return verified
 
     def reference(self) -> Vectors:
-        """Return what the golden texts should give, float32 [n, D], computed where none is kept.
+        """Return the reference vectors of the golden texts, float32 [n, D].
 
         Raises:
-            EngineError: they cannot be computed.
+            EngineError: the vectors cannot be computed.
         """
-        return load_or_make(self._model, self._settings.cache_dir, self._make_reference)
+        return load_or_compute(self._model, self._settings.cache_dir, self._compute_reference)
 
     def open_reference(self) -> VerifiedEngine:
-        """Open what every other engine is compared with: onnxruntime in fp32, on one core.
+        """Open the reference engine: onnxruntime in fp32, on one core.
 
         Raises:
-            EngineError: it does not open, or fails its self-test.
+            EngineError: the engine does not open, or fails its self-test.
         """
         engine = open_engine("onnxruntime", self._model, 1)
         return self.verify(engine, Accuracy.EXACT, None, "reference")
 
-    def _make_reference(self) -> Vectors:
-        proven = self.open_reference()
+    def _compute_reference(self) -> Vectors:
+        verified = self.open_reference()
         try:
-            return selftest.embed_golden(proven.embedder, self._model)
+            return selftest.embed_golden(verified.embedder, self._model)
         finally:
-            proven.close()
+            verified.close()
 
 
 class ShadowCheck:
-    """Recomputes a text now and then."""
+    """Recomputes one text of every n-th batch in fp32."""
 
     def __init__(self, every: int, open_reference: Callable[[], VerifiedEngine]) -> None:
-        """Check one text in ``every`` batches.
+        """Prepare the check; the reference engine is opened by the first one.
 
         Args:
-            every: batches; 0 checks none.
-            open_reference: opens what computes in fp32, asked once and only when needed.
+            every: number of batches per check; 0 disables the check.
+            open_reference: opens the reference engine; called at most once.
         """
         self._every = every
         self._open_reference = open_reference
@@ -195,11 +190,11 @@ class ShadowCheck:
         self._batches = 0
 
     def check(self, batch: EmbedBatch, vectors: Vectors) -> None:
-        """Compare one text of a batch with its fp32 vector, if it is this batch's turn.
+        """Compare the vector of one random text with fp32, once in ``every`` batches.
 
         Args:
-            batch: what was embedded.
-            vectors: float32 [n, D], NaN where a text failed.
+            batch: batch that was computed.
+            vectors: its vectors, float32 [n, D], NaN where a text failed.
 
         Raises:
             InferFailed: the device's vector is outside the accuracy class of the job.
@@ -214,28 +209,25 @@ class ShadowCheck:
         expected = self._expected(replace(batch, texts=[batch.texts[row]], refused={}))
         if expected is None:
             return
-        # Both have length 1, to the tolerance of the self-test.
         lengths = float(np.linalg.norm(expected) * np.linalg.norm(vectors[row]))
         cosine = float(expected @ vectors[row]) / max(lengths, 1e-12)
         log.debug("shadow_checked job=%s index=%d cosine=%.6f", batch.job, batch.index, cosine)
-        floor = MIN_COSINES[batch.spec.accuracy]
-        # Asked so that NaN fails.
-        if not cosine >= floor:
+        minimum = MIN_COSINES[batch.spec.accuracy]
+        if not cosine >= minimum:  # `not >=`, because NaN must fail
             raise InferFailed(
                 f"A text recomputed in fp32 has cosine {cosine:.5f} to the device's vector; the "
-                f"floor of class {batch.spec.accuracy} is {floor}. The device computes wrong "
+                f"minimum of class {batch.spec.accuracy} is {minimum}. The device computes wrong "
                 "vectors.",
                 FailureReason.SHADOW_MISMATCH,
             )
 
     def _expected(self, alone: EmbedBatch) -> Vectors | None:
-        """Return the fp32 vector of a text, float32 [D], or None where none is to be had."""
         try:
             if self._reference is None:
                 self._reference = self._open_reference()
             vectors, _ = self._reference.embedder.embed(alone)
         except (EngineError, ModelError) as error:
-            # The shadow's own trouble is no sign against the device.
+            # A fault of the reference engine says nothing about the device.
             log.error("shadow_check_disabled reason=%s", error)
             self._every = 0
             return None
@@ -243,6 +235,6 @@ class ShadowCheck:
         return found
 
     def close(self) -> None:
-        """Give back what computes in fp32."""
+        """Close the reference engine."""
         if self._reference is not None:
             self._reference.close()

@@ -80,7 +80,7 @@ def test_quantized_model_created_after_the_start_is_not_served(
     worker = open_serving(WorkerSettings(**values), model)
     store.store("cd" * 32, b"new", QUALITY)
 
-    with pytest.raises(NotQuantized, match=f"{'ab' * 8} .*Start the worker again"):
+    with pytest.raises(NotQuantized, match=f"{'ab' * 8} .*Restart the worker"):
         worker.engine_for(Accuracy.INT8)
 
     assert worker.model_info.quantized == "ab" * 8

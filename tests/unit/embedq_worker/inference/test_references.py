@@ -33,7 +33,7 @@ def cached_file(cache: Path) -> Path:
 def test_reference_is_computed_once_and_stored_privately(model: Model, tmp_path: Path) -> None:
     compute = CountingReference(model)
 
-    found = [verifier.load_or_make(model, tmp_path, compute) for _ in range(3)]
+    found = [verifier.load_or_compute(model, tmp_path, compute) for _ in range(3)]
 
     assert compute.calls == 1
     assert all((vectors == 1).all() for vectors in found)
@@ -43,23 +43,23 @@ def test_reference_is_computed_once_and_stored_privately(model: Model, tmp_path:
 
 def test_untrusted_reference_is_computed_again(model: Model, tmp_path: Path) -> None:
     compute = CountingReference(model)
-    verifier.load_or_make(model, tmp_path, compute)
+    verifier.load_or_compute(model, tmp_path, compute)
     whole = cached_file(tmp_path).read_bytes()
 
     for damaged in (whole[:-1] + b"x", whole[:50], b""):
         cached_file(tmp_path).write_bytes(damaged)
-        verifier.load_or_make(model, tmp_path, compute)
+        verifier.load_or_compute(model, tmp_path, compute)
     cached_file(tmp_path).chmod(0o622)
-    verifier.load_or_make(model, tmp_path, compute)
+    verifier.load_or_compute(model, tmp_path, compute)
 
     assert compute.calls == 5
 
 
 def test_reference_of_another_model_is_not_used(model: Model, tmp_path: Path) -> None:
     compute = CountingReference(model)
-    verifier.load_or_make(model, tmp_path, compute)
+    verifier.load_or_compute(model, tmp_path, compute)
 
-    verifier.load_or_make(tiny_model(tmp_path / "other", seed=9), tmp_path, compute)
+    verifier.load_or_compute(tiny_model(tmp_path / "other", seed=9), tmp_path, compute)
 
     assert compute.calls == 2
 
@@ -69,6 +69,6 @@ def test_unusable_cache_folder_means_a_computation_per_start(model: Model, tmp_p
     compute = CountingReference(model)
 
     for _ in range(2):
-        assert verifier.load_or_make(model, tmp_path / "cache", compute).size
+        assert verifier.load_or_compute(model, tmp_path / "cache", compute).size
 
     assert compute.calls == 2
