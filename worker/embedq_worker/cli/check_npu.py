@@ -11,14 +11,14 @@ from typing import Final, NamedTuple
 
 from embedq.errors import EmbedqError
 from embedq_worker.device.discovery import (
-    OLDEST,
+    OLDEST_DRIVER,
+    ROOTS,
     Npu,
     SysfsRoots,
-    build_day,
+    build_date,
     check_access,
     choose,
     discover,
-    is_too_old,
     unsupported_platform,
 )
 from embedq_worker.device.placement import choose_placement, current_holder
@@ -58,7 +58,7 @@ def wants_npu(settings: WorkerSettings) -> bool:
 def lines(
     settings: WorkerSettings,
     *,
-    roots: SysfsRoots = SysfsRoots(),  # noqa: B008 # frozen
+    roots: SysfsRoots = ROOTS,
     load: Callable[[str], object] = ctypes.CDLL,
     system_lacks: str | None = None,
 ) -> Iterator[Line]:
@@ -128,13 +128,14 @@ def driver_age(version: str) -> Iterator[Line]:
     Args:
         version: property `NPU_DRIVER_VERSION` of the plugin; empty for an emulated NPU.
     """
-    day = build_day(version)
-    if day is None:
+    built = build_date(version)
+    if built is None:
         return
-    shown = f"built on {day}"
-    if is_too_old(version):
+    shown = f"built on {built}"
+    if built < OLDEST_DRIVER:
         fix = f"Install intel-level-zero-npu and its companion packages from {_PACKAGES}"
-        yield Line("driver age", False, f"{shown}; the oldest known to work is of {OLDEST}", fix)
+        detail = f"{shown}; the oldest known to work is of {OLDEST_DRIVER}"
+        yield Line("driver age", False, detail, fix)
     else:
         yield Line("driver age", True, shown)
 
@@ -190,7 +191,7 @@ class Survey:
         yield f"start would compute on: {self.device or 'nothing'}. {self.reason}"
 
 
-def survey(settings: WorkerSettings, *, roots: SysfsRoots = SysfsRoots()) -> Survey:  # noqa: B008 # frozen
+def survey(settings: WorkerSettings, *, roots: SysfsRoots = ROOTS) -> Survey:
     """Check every NPU, and choose a device as `start` would."""
     machine = discover(roots)
     npus = [_describe(npu, settings) for npu in machine.visible]

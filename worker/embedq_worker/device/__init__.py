@@ -1,1 +1,1 @@
-"""Which NPU is here, may it be opened, who holds it. No Celery, no Redis, no runtime."""
+"""Finds, chooses and locks the NPU of a worker. No Celery, no Redis, no runtime."""

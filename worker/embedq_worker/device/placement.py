@@ -1,11 +1,6 @@
-"""Choose the device and lock it.
+"""Chooses the device of a worker and locks its NPU, so that one process uses it.
 
-One process per device: an exclusive lock, whose file tells who holds it.
-
-The kernel gives a lock back when its holder dies, so nothing here can go stale: a file that names a
-dead process is simply free.
-
-On which device a worker computes, and why: the one answer that start, check and devices give.
+The kernel releases a lock when its process dies: the lock file of a dead process is free.
 """
 
 from __future__ import annotations
@@ -14,14 +9,15 @@ import importlib.util
 import os
 import socket
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Device
 from embedq_worker.device.discovery import (
+    ROOTS,
     Npu,
     SysfsRoots,
     check_access,
@@ -37,14 +33,14 @@ _FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class DeviceLock:
-    """A device held; it is given back by `release` or by the end of this process."""
+    """Exclusive lock of an NPU; it ends with `release` or with this process."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the device back; a second call does nothing."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -52,23 +48,18 @@ class DeviceLock:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def acquire(pci: str, lock_dir: Path, *, worker: str = "", wait_s: float = 0.0) -> DeviceLock:
-    """Take the device at a PCI address for this process alone.
+    """Lock the NPU at a PCI address for this process.
 
     Args:
         pci: its address; device numbers differ between host and container, addresses do not.
-        lock_dir: folder that all who could use the device see.
-        worker: name that the holder goes by, for the message of whoever comes second.
-        wait_s: how long a predecessor may take to die.
+        lock_dir: folder that all processes that could use the device see.
+        worker: name of this worker, for the error message of a second process.
+        wait_s: how long to wait for a process that is ending.
 
     Raises:
         DeviceBusy: another process holds it; the message names its pid.
@@ -88,10 +79,10 @@ def acquire(pci: str, lock_dir: Path, *, worker: str = "", wait_s: float = 0.0) 
 
 
 def current_holder(pci: str, lock_dir: Path) -> str:
-    """Tell who holds a device, as `pid host worker`; empty if nobody does.
+    """Return the holder of an NPU as `pid host worker`; empty if it is free.
 
     Raises:
-        SettingsError: as claim.
+        SettingsError: as acquire.
     """
     try:
         acquire(pci, lock_dir).release()
@@ -107,19 +98,15 @@ def _busy(pci: str, holder: str, path: Path) -> str:
     who = named if pid.isdigit() else "another process"
     return (
         f"The NPU at {pci} is held by {who}; one process can use it at a time. "
-        f"Stop that one, or start this worker with --device cpu. Lock: {path}"
+        f"Stop that process, or start this worker with --device cpu. Lock: {path}"
     )
 
 
 def _open(path: Path) -> int:
     try:
-        # Without O_CREAT first: in a sticky folder Linux refuses it for a file of another user.
-        return os.open(path, _FLAGS)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise _unusable(path, error) from None
-    try:
+        with suppress(FileNotFoundError):
+            # Without O_CREAT: in a sticky folder Linux refuses it for a file of another user.
+            return os.open(path, _FLAGS)
         descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o600)
         if path.parent.stat().st_mode & stat.S_ISVTX:
             os.fchmod(descriptor, 0o666)  # the next user of the device writes its pid here
@@ -130,41 +117,37 @@ def _open(path: Path) -> int:
 
 def _unusable(path: Path, error: OSError) -> SettingsError:
     return SettingsError(
-        f"EMBEDQ_LOCK_DIR: {path} cannot be used ({error.strerror}). Name a folder that this user "
-        "and all who use the device may write to: install -d -m 1777 FOLDER"
+        f"EMBEDQ_LOCK_DIR: {path} cannot be used ({error.strerror}). Name a folder that all users "
+        "of the device may write to: install -d -m 1777 FOLDER"
     )
 
 
 def _shared_dir(path: Path) -> Path:
-    """Return the folder of locks if it is ours, or one that root shares with everybody."""
+    # In a folder that other users may write to, only the sticky bit protects a lock from them.
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
         raise _unusable(path, error) from None
     sticky = bool(found.st_mode & stat.S_ISVTX)
-    mine = found.st_uid == os.getuid() and (sticky or not found.st_mode & 0o022)
-    if not stat.S_ISDIR(found.st_mode) or not (mine or (found.st_uid == 0 and sticky)):
+    own = found.st_uid == os.getuid() and (sticky or not found.st_mode & 0o022)
+    if not stat.S_ISDIR(found.st_mode) or not (own or (found.st_uid == 0 and sticky)):
         raise SettingsError(
-            f"EMBEDQ_LOCK_DIR: {path} is neither a private folder of this user nor one that root "
-            "shares (mode 1777). Run: install -d -m 1777 FOLDER as root, and name that one."
+            f"EMBEDQ_LOCK_DIR: {path} is neither a private folder of this user nor a folder of "
+            "root with mode 1777. Run as root: install -d -m 1777 FOLDER, and name that folder."
         )
     return path
 
 
-#: The real trees.
-_ROOTS: Final = SysfsRoots()
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a worker computes.
+    """Device on which a worker computes.
 
     Attributes:
-        device: what its engine is to run on.
-        home: what the worker is for; another than `device` while it is degraded.
+        device: what its engine runs on.
+        assigned_device: what the worker is for; differs from `device` while it is degraded.
         reason: why this device; a sentence.
-        npu: the NPU to claim, if the engine is to run on it.
+        npu: the NPU to lock; None unless the engine runs on one.
     """
 
     device: Device
@@ -174,7 +157,7 @@ class Placement:
 
     @property
     def degraded(self) -> bool:
-        """Whether the worker computes on the CPU in place of its NPU."""
+        """Return whether the worker computes on the CPU in place of its NPU."""
         return self.assigned_device is Device.NPU and self.device is Device.CPU
 
 
@@ -183,26 +166,26 @@ def choose_placement(
     *,
     npu_disabled_reason: str = "",
     wait_s: float = 0.0,
-    roots: SysfsRoots = _ROOTS,
+    roots: SysfsRoots = ROOTS,
     system_lacks: str | None = None,
 ) -> Placement:
     """Choose the device of a worker.
 
     Args:
-        settings: what was asked for.
-        npu_off: why the NPU must not be tried again, after it failed.
-        wait_s: how long a predecessor may take to give the NPU back.
-        roots: where the kernel shows devices.
-        system_lacks: why no NPU can work here; None finds out.
+        settings: of the worker.
+        npu_disabled_reason: why the NPU must not be opened, after it failed; empty if it may.
+        wait_s: how long to wait for a process that is releasing the NPU.
+        roots: folders in which the kernel lists devices.
+        system_lacks: why no NPU can work on this platform; None = detect.
 
     Raises:
-        DeviceError: an NPU is wanted, and none may be used, or it failed and the worker is strict.
+        DeviceError: an NPU is required and none may be used, or a strict worker's NPU failed.
     """
     if settings.device is DeviceChoice.STUB:
-        home = Device.NPU if settings.stub_device is StubDevice.NPU else Device.STUB
-        if npu_disabled_reason and home is Device.NPU and not settings.strict:
-            return Placement(Device.CPU, home, npu_disabled_reason)
-        return Placement(Device.STUB, home, "EMBEDQ_DEVICE=stub")
+        assigned = Device.NPU if settings.stub_device is StubDevice.NPU else Device.STUB
+        if npu_disabled_reason and assigned is Device.NPU and not settings.strict:
+            return Placement(Device.CPU, assigned, npu_disabled_reason)
+        return Placement(Device.STUB, assigned, "EMBEDQ_DEVICE=stub")
     if settings.device is DeviceChoice.CPU:
         return Placement(Device.CPU, Device.CPU, "EMBEDQ_DEVICE=cpu")
     if settings.npu_emulation is not Emulation.NONE and not npu_disabled_reason:
@@ -212,7 +195,7 @@ def choose_placement(
     if npu_disabled_reason and (settings.device is DeviceChoice.NPU or discover(roots).visible):
         return Placement(Device.CPU, Device.NPU, npu_disabled_reason)
     try:
-        npu = find_npu(settings, roots=roots, system_lacks=system_lacks)
+        npu = _find_npu(settings, roots, system_lacks)
         acquire(npu.pci, settings.lock_dir, worker=settings.name, wait_s=wait_s).release()
     except DeviceError as error:
         if settings.device is DeviceChoice.NPU or settings.strict:
@@ -221,14 +204,7 @@ def choose_placement(
     return Placement(Device.NPU, Device.NPU, f"Found {npu.describe()}.", npu)
 
 
-def find_npu(
-    settings: WorkerSettings, *, roots: SysfsRoots = _ROOTS, system_lacks: str | None = None
-) -> Npu:
-    """Return the NPU that this process could use.
-
-    Raises:
-        DeviceError: there is none; the message has the mend.
-    """
+def _find_npu(settings: WorkerSettings, roots: SysfsRoots, system_lacks: str | None) -> Npu:
     if lacking := unsupported_platform() if system_lacks is None else system_lacks:
         raise NoDevice(f"{lacking} Start with --device cpu.")
     npu = choose(discover(roots), settings.npu_device_file)

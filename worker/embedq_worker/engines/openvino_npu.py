@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq.protocol.contract import Device, Precision
-from embedq_worker.device.discovery import OLDEST, build_day, is_too_old
+from embedq_worker.device.discovery import OLDEST_DRIVER, build_date
 from embedq_worker.engines import openvino_runtime
 from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
 from embedq_worker.engines.compiler import (
@@ -218,8 +218,9 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
     began = time.monotonic()
     runtime = Runtime(options.target)
     driver = runtime.get("NPU_DRIVER_VERSION")
-    if is_too_old(driver):
-        log.warning("driver_outdated built=%s oldest=%s", build_day(driver), OLDEST)
+    built = build_date(driver)
+    if built is not None and built < OLDEST_DRIVER:
+        log.warning("driver_outdated built=%s oldest=%s", built, OLDEST_DRIVER)
     properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
     row_spec = (RowSpec.packed if model.packable else RowSpec.buckets)(model.max_length)
     loader = CompiledModelLoader(

@@ -98,7 +98,7 @@ def test_named_device_file_must_be_the_first_npu(tree: DeviceTree) -> None:
     assert choose(machine, first).pci == FIRST
     with pytest.raises(SeveralDevices, match="is not the first"):
         choose(machine, second)
-    with pytest.raises(NoDevice, match="no NPU has the node"):
+    with pytest.raises(NoDevice, match="is not the device file of an NPU"):
         choose(machine, Path("/dev/accel/accel7"))
 
 
