@@ -1,6 +1,6 @@
-# What ops/demo and ops/test share: a Python, an environment with the project in it, the model.
-# Sourced by POSIX shells that have set $root to the checkout. Every failure is one line on stderr
-# that names the mend.
+# Functions for ops/demo and ops/test: find Python, install the project into an environment, download
+# the model. Sourced by POSIX shells that have set $root to the checkout. Every failure is one line on
+# stderr that names the remedy.
 
 say() {
     printf '%s\n' "embedq: $*" >&2
@@ -24,7 +24,7 @@ is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# Set $python to one that can make environments. The Redis that comes as a wheel wants 3.12 or less.
+# Set $python to one that can create environments. 3.12 is first because the wheel of Redis needs it.
 find_python() {
     python='' without_pip=''
     for name in python3.12 python3.11 python3.13 python3.14 python3 python; do
@@ -38,7 +38,7 @@ find_python() {
     done
     if [ -n "$without_pip" ]; then
         package=$("$without_pip" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')
-        fail "$without_pip cannot make environments (no ensurepip). Run: apt install $package"
+        fail "$without_pip cannot create environments (no ensurepip). Run: apt install $package"
     fi
     fail "No Python 3.11 or newer was found on PATH. Run: apt install python3 python3-venv"
 }
@@ -66,16 +66,16 @@ make_venv() {
         fail "$venv is neither empty nor an environment. Set EMBEDQ_VENV to another folder"
     fi
     if ! mkdir -p "$venv" 2>/dev/null || [ ! -w "$venv" ]; then
-        fail "$venv cannot be written. Set EMBEDQ_VENV to a folder that can"
+        fail "$venv is not writable. Set EMBEDQ_VENV to a writable folder"
     fi
-    say "making an environment in $venv with $python"
-    # --clear: what is here has no working Python, as after an upgrade of the one it was made with.
+    say "creating an environment in $venv with $python"
+    # --clear: an environment here has no working Python, as after an upgrade of Python.
     "$python" -m venv --clear "$venv" >"$log" 2>&1 ||
-        fail "$python could not make $venv: $(last_line). Set EMBEDQ_VENV to another folder. Log: $log"
+        fail "$python could not create $venv: $(last_line). Set EMBEDQ_VENV to another folder. Log: $log"
 }
 
-# Install the project with extras $1 into $venv, unless that, or one of the further extras that
-# include them, was done from this very pyproject.toml and checkout.
+# Install the project with extras $1 into $venv, unless these extras, or one of the further arguments,
+# which include them, are installed from this checkout with this pyproject.toml.
 install_project() {
     extras=$1
     choose_venv
@@ -87,7 +87,7 @@ install_project() {
         done
     fi
     log=$(mktemp "${TMPDIR:-/tmp}/embedq-install.XXXXXX") ||
-        fail "No temporary file can be made. Set TMPDIR to a folder that can be written"
+        fail "No temporary file can be created. Set TMPDIR to a writable folder"
     make_venv
     say "installing embedq[$extras] into $venv; the first time takes minutes"
     "$venv/bin/python" -m pip install --editable "${root}[$extras]" >"$log" 2>&1 ||
@@ -105,13 +105,13 @@ why_pip_failed() {
     if grep -q 'No module named pip' "$log"; then
         echo "$venv has no pip. Run: $venv/bin/python -m ensurepip, or set EMBEDQ_VENV."
     elif grep -q 'No space left' "$log"; then
-        echo "No space is left for $venv. Free some, or set EMBEDQ_VENV to another disk."
+        echo "The disk of $venv is full. Free space, or set EMBEDQ_VENV to another disk."
     elif grep -qiE 'Permission denied|Read-only file system' "$log"; then
-        echo "$venv cannot be written. Set EMBEDQ_VENV to a folder that can."
+        echo "$venv is not writable. Set EMBEDQ_VENV to a writable folder."
     elif grep -qiE 'NewConnectionError|NameResolution|name resolution|Max retries|ProxyError' "$log"; then
-        echo "pip reaches no package index. Connect, or set PIP_INDEX_URL or PIP_FIND_LINKS to one."
+        echo "pip cannot reach a package index. Connect, or set PIP_INDEX_URL or PIP_FIND_LINKS."
     else
-        echo "pip failed (${reason:-$(last_line)}). Mend that and run again."
+        echo "pip failed (${reason:-$(last_line)}). Fix that and run again."
     fi
 }
 

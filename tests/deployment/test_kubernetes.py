@@ -1,4 +1,4 @@
-"""Kubernetes manifests: valid by the API's schemas, hardened, and true to the code."""
+"""Kubernetes manifests are valid, hardened, and consistent with the code."""
 
 from __future__ import annotations
 
@@ -15,66 +15,64 @@ from embedq_worker.settings import WorkerSettings
 
 KUSTOMIZATION = yaml.safe_load((DEPLOY / "kustomization.yaml").read_text())
 OBJECTS: list[dict[str, Any]] = [
-    each
+    item
     for name in KUSTOMIZATION["resources"]
-    for each in yaml.safe_load_all((DEPLOY / name).read_text())
+    for item in yaml.safe_load_all((DEPLOY / name).read_text())
 ]
 WORKLOADS = {
-    each["metadata"]["name"]: each
-    for each in OBJECTS
-    if each["kind"] in ("Deployment", "StatefulSet")
+    item["metadata"]["name"]: item
+    for item in OBJECTS
+    if item["kind"] in ("Deployment", "StatefulSet")
 }
-#: Kinds whose schema is not Kubernetes' own; their fields are tested below.
-FOREIGN = ("ScaledObject",)
-#: Release whose API the manifests are for.
+#: Kinds that are not of Kubernetes itself and have no schema here.
+CUSTOM_KINDS = ("ScaledObject",)
+#: Kubernetes release of the schemas.
 RELEASE = "1.31"
 
 
 @pytest.mark.parametrize(
     "manifest",
-    [each for each in OBJECTS if each["kind"] not in FOREIGN],
-    ids=lambda each: f"{each['kind']}-{each['metadata']['name']}",
+    [item for item in OBJECTS if item["kind"] not in CUSTOM_KINDS],
+    ids=lambda item: f"{item['kind']}-{item['metadata']['name']}",
 )
-def test_manifest_is_valid_by_the_schema_of_the_api(manifest: dict[str, Any]) -> None:
-    """Every field exists and has the right type."""
+def test_manifest_matches_the_schema_of_the_api(manifest: dict[str, Any]) -> None:
     validator = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
 
     validator.validate(manifest, RELEASE, strict=True)
 
 
-def test_kustomization_names_every_manifest_and_files_that_exist() -> None:
-    """Nothing lies about unused, and generated maps have their sources."""
-    there = {f"k8s/{path.name}" for path in (DEPLOY / "k8s").glob("*.yaml")}
+def test_kustomization_lists_every_manifest_and_existing_files() -> None:
+    manifests = {f"k8s/{path.name}" for path in (DEPLOY / "k8s").glob("*.yaml")}
     sources = {
         file.partition("=")[2] or file
         for generator in KUSTOMIZATION["configMapGenerator"]
         for file in generator["files"]
     }
 
-    assert set(KUSTOMIZATION["resources"]) == there
+    assert set(KUSTOMIZATION["resources"]) == manifests
     assert all((DEPLOY / source).is_file() for source in sources)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_every_pod_is_locked_in_bounded_and_probed(name: str) -> None:
-    """What the namespace enforces (Pod Security, restricted), and limits and probes beside it."""
+def test_every_pod_is_hardened_limited_and_probed(name: str) -> None:
+    """As the Pod Security level `restricted` of the namespace requires."""
     pod = WORKLOADS[name]["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    own = container["securityContext"]
+    security = container["securityContext"]
 
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert own["readOnlyRootFilesystem"] is True
-    assert own["allowPrivilegeEscalation"] is False
-    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
     assert "memory" in container["resources"]["limits"]
     assert "livenessProbe" in container
     assert not any("hostPath" in volume for volume in pod.get("volumes", []))
 
 
-def test_every_image_is_pinned() -> None:
-    """By its tag here, or by the tag that the kustomization gives it."""
+def test_every_image_has_a_full_version() -> None:
+    """In the manifest or in the kustomization."""
     ours = {image["name"]: image["newTag"] for image in KUSTOMIZATION["images"]}
     for workload in WORKLOADS.values():
         image = workload["spec"]["template"]["spec"]["containers"][0]["image"]
@@ -84,11 +82,10 @@ def test_every_image_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("name", ["worker-cpu", "worker-npu"])
-def test_workers_are_asked_by_the_command_that_exists_and_may_finish(name: str) -> None:
-    """Probes run embedq-worker health; settings exist; SIGTERM has the grace of a batch."""
+def test_workers_are_probed_by_health_and_may_finish_their_batch(name: str) -> None:
     pod = WORKLOADS[name]["spec"]["template"]["spec"]
     [container] = pod["containers"]
-    named = {each["name"] for each in container["env"]}
+    named = {item["name"] for item in container["env"]}
 
     command = container["livenessProbe"]["exec"]["command"]
 
@@ -97,17 +94,15 @@ def test_workers_are_asked_by_the_command_that_exists_and_may_finish(name: str) 
     assert pod["terminationGracePeriodSeconds"] == 90
 
 
-def test_a_worker_on_an_npu_asks_for_exactly_one() -> None:
-    """The resource of Intel's device plugin, requested and limited alike."""
+def test_npu_worker_requests_one_npu() -> None:
     resources = WORKLOADS["worker-npu"]["spec"]["template"]["spec"]["containers"][0]["resources"]
 
     assert resources["limits"]["npu.intel.com/accel"] == "1"
     assert resources["requests"]["npu.intel.com/accel"] == "1"
 
 
-def test_scaling_asks_for_series_and_queues_that_exist() -> None:
-    """Queue length and oldest age, by the fields that KEDA's Prometheus scaler requires."""
-    [scaled] = [each for each in OBJECTS if each["kind"] == "ScaledObject"]
+def test_scaling_queries_existing_series_and_queues() -> None:
+    [scaled] = [item for item in OBJECTS if item["kind"] == "ScaledObject"]
     queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
 
     read = set().union(*(series_of(query) for query in queries))
@@ -128,14 +123,13 @@ def test_scaling_asks_for_series_and_queues_that_exist() -> None:
         assert {"serverAddress", "query", "threshold"} == set(trigger["metadata"])
 
 
-def test_selectors_find_pods() -> None:
-    """Services, budgets and policies select labels that some pod carries."""
-    labels = [each["spec"]["template"]["metadata"]["labels"] for each in WORKLOADS.values()]
-    for each in OBJECTS:
-        if each["kind"] == "Service":
-            wanted = each["spec"]["selector"]
-        elif each["kind"] == "PodDisruptionBudget":
-            wanted = each["spec"]["selector"]["matchLabels"]
+def test_selectors_match_pods() -> None:
+    labels = [item["spec"]["template"]["metadata"]["labels"] for item in WORKLOADS.values()]
+    for item in OBJECTS:
+        if item["kind"] == "Service":
+            wanted = item["spec"]["selector"]
+        elif item["kind"] == "PodDisruptionBudget":
+            wanted = item["spec"]["selector"]["matchLabels"]
         else:
             continue
-        assert any(wanted.items() <= own.items() for own in labels), each["metadata"]["name"]
+        assert any(wanted.items() <= pod.items() for pod in labels), item["metadata"]["name"]

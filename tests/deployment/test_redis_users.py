@@ -1,4 +1,4 @@
-"""Each user of Redis can do its work and nothing else, on real servers with the real files."""
+"""Redis users have the permissions that they need and no others, on real servers."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ pytestmark = pytest.mark.redis
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
+    """Return free TCP ports; another process may take one before they are used."""
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
     return ports
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Run both Redis, on other ports if somebody takes one between our look and their start."""
+    """Run both Redis; try again if another process takes a port first."""
     for _ in range(5):
         ports = dict(zip(SERVERS, free_ports(2), strict=True))
         with suppress(PortTaken):
             servers = Fleet(tmp_path_factory.mktemp("fleet"), ports)
             break
     else:
-        pytest.fail("Redis ended five times at once; is it 7.0 or newer?")
+        pytest.fail("Redis exited at once five times; is it 7.0 or newer?")
     yield servers
     servers.stop()
 
 
 @pytest.fixture(scope="module")
 def worker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Run a stub worker as the user worker; yield its log."""
+    """Run a stub worker with the login of the user `worker`; yield its log."""
     folder = tmp_path_factory.mktemp("worker")
-    own = {
-        "EMBEDQ_NAME": "guarded",
+    settings = {
+        "EMBEDQ_NAME": "worker0",
         "EMBEDQ_DEVICE": "stub",
         "EMBEDQ_MODEL": "stub",
         "EMBEDQ_RUNTIME_DIR": os.fspath(folder / "run"),
@@ -63,7 +63,7 @@ def worker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "embedq_worker", "start"],
-            env=environment(**fleet.urls("worker"), **own),
+            env=environment(**fleet.urls("worker"), **settings),
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -74,13 +74,13 @@ def worker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 
 def client(fleet: Fleet) -> Client:
-    """Return an SDK client as the user producer."""
+    """Return a Client with the login of the user `producer`."""
     urls = {name[7:].lower(): url for name, url in fleet.urls("producer").items()}
     return Client(settings=ProducerSettings.load(**urls, model="stub", startup_timeout_s=30))
 
 
 def command(fleet: Fleet, user: str, *words: str) -> str:
-    """Run a module as a user and return what it says on stdout."""
+    """Run a module with the login of a user, and return its stdout."""
     variables = environment(**fleet.urls(user), EMBEDQ_MODEL="stub")
     variables["PYTHONPATH"] += os.pathsep + os.fspath(DEPLOY / "flower")
     done = subprocess.run(
@@ -96,10 +96,9 @@ def command(fleet: Fleet, user: str, *words: str) -> str:
 
 
 @pytest.mark.usefixtures("worker")
-def test_producer_and_worker_can_run_a_job_and_cancel_another(fleet: Fleet) -> None:
-    """A job runs from SDK to worker and back, and one is cancelled, with nothing refused."""
+def test_producer_and_worker_can_run_and_cancel_jobs(fleet: Fleet) -> None:
     with client(fleet) as sdk:
-        # Enough for values that are staged while the rest is computed.
+        # Enough texts that values are staged before the commit.
         vectors = sdk.encode([f"text {number}" for number in range(5000)])
         job = sdk.submit([f"text {number}" for number in range(5000)])
         job.cancel()
@@ -109,8 +108,7 @@ def test_producer_and_worker_can_run_a_job_and_cancel_another(fleet: Fleet) -> N
 
 
 @pytest.mark.usefixtures("worker")
-def test_operator_can_look_at_everything(fleet: Fleet) -> None:
-    """Status, dead letters and `celery inspect` answer the user ops, with nothing refused."""
+def test_ops_can_run_status_dead_and_celery_inspect(fleet: Fleet) -> None:
     with client(fleet) as sdk:
         sdk.encode(["one"])
 
@@ -118,14 +116,13 @@ def test_operator_can_look_at_everything(fleet: Fleet) -> None:
     command(fleet, "ops", "embedq", "dead", "ls")
     stats = command(fleet, "ops", "celery", "--config=celeryconfig", "inspect", "ping")
 
-    assert [found["worker"] for found in status["workers"]] == ["guarded"]
+    assert [found["worker"] for found in status["workers"]] == ["worker0"]
     assert "pong" in stats
     assert fleet.refusals() == []
 
 
 @pytest.mark.usefixtures("worker")
-def test_exporter_needs_no_more_than_the_user_ops_has(fleet: Fleet) -> None:
-    """The exporter sees both Redis, the worker and the ages of queues as the user ops."""
+def test_ops_can_run_the_exporter(fleet: Fleet) -> None:
     pytest.importorskip("prometheus_client")
     [port] = free_ports(1)
     process = subprocess.Popen(
@@ -140,7 +137,7 @@ def test_exporter_needs_no_more_than_the_user_ops_has(fleet: Fleet) -> None:
                 text = str(answer.read().decode())
         except OSError:
             return ""
-        return text if 'embedq_worker_up{worker="guarded"} 1.0' in text else ""
+        return text if 'embedq_worker_up{worker="worker0"} 1.0' in text else ""
 
     try:
         text = wait_for(scrape, "the exporter to see the worker")
@@ -183,8 +180,8 @@ DESTRUCTIVE = (
 
 @pytest.mark.parametrize("server", SERVERS)
 @pytest.mark.parametrize("user", USERS)
-def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, user: str) -> None:
-    """Commands that destroy, configure or enumerate are refused, and keys that are not ours."""
+def test_no_user_can_run_destructive_commands(fleet: Fleet, server: str, user: str) -> None:
+    """Nor commands that configure or enumerate, nor access other keys."""
     with fleet.admin(server) as admin:
         allowed = [
             words
@@ -198,12 +195,12 @@ def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, u
 @pytest.mark.parametrize(
     ("server", "user", "words"),
     [
-        ("broker", "producer", "BRPOP embed.npu 1"),  # take texts of others
+        ("broker", "producer", "BRPOP embed.npu 1"),  # would read texts of others
         ("broker", "producer", "DEL embed.npu"),
         ("broker", "producer", "HSET unacked tag message"),
         ("broker", "producer", "LPUSH unacked message"),
-        ("broker", "producer", "PUBLISH /0.celery.pidbox shutdown"),  # command a worker
-        ("results", "producer", "SET embedq:worker:n beat"),  # pretend to be a worker
+        ("broker", "producer", "PUBLISH /0.celery.pidbox shutdown"),  # would control a worker
+        ("results", "producer", "SET embedq:worker:n beat"),  # would pose as a worker
         ("results", "producer", "SET embedq:paused 1"),
         ("results", "producer", "HSET embedq:orders n degraded"),
         ("results", "worker", "SET embedq:paused 1"),
@@ -212,15 +209,14 @@ def test_nobody_can_empty_configure_or_list_a_redis(fleet: Fleet, server: str, u
         ("broker", "ops", "LPUSH embed.npu message"),
         ("broker", "ops", "BRPOP embed.npu 1"),
         ("broker", "ops", "HDEL unacked tag"),
-        ("results", "ops", "GET embedq:{j}:v:0:0"),  # a customer's vectors
+        ("results", "ops", "GET embedq:{j}:v:0:0"),  # would read vectors
         ("results", "ops", "HSET embedq:{j}:meta cancelled 1"),
         ("results", "ops", "SET embedq:worker:n beat"),
     ],
 )
-def test_no_user_can_do_the_work_of_another(
+def test_no_user_has_the_permissions_of_another(
     fleet: Fleet, server: str, user: str, words: str
 ) -> None:
-    """A stolen password of one role is not a password of the others."""
     with fleet.admin(server) as admin:
         answer = admin.execute_command("ACL", "DRYRUN", user, *words.split())
 
@@ -238,8 +234,8 @@ def test_no_user_can_do_the_work_of_another(
         ("worker", "EXISTS embedq:paused"),
     ],
 )
-def test_orders_are_given_by_ops_and_heard_by_workers(fleet: Fleet, user: str, words: str) -> None:
-    """What degrade, recover, pause and resume write, workers can read."""
+def test_ops_writes_commands_and_worker_reads_them(fleet: Fleet, user: str, words: str) -> None:
+    """The commands degrade, recover, pause and resume."""
     with fleet.admin("results") as admin:
         answer = admin.execute_command("ACL", "DRYRUN", user, *words.split())
 
@@ -247,8 +243,7 @@ def test_orders_are_given_by_ops_and_heard_by_workers(fleet: Fleet, user: str, w
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_configuration_keeps_what_it_accepts(fleet: Fleet, server: str) -> None:
-    """Both refuse rather than evict, have a limit, and write every command to disk in a second."""
+def test_configuration_never_evicts_and_is_persistent(fleet: Fleet, server: str) -> None:
     with fleet.admin(server) as admin:
         found = admin.config_get("maxmemory*")
         persistence = admin.config_get("append*")
@@ -261,16 +256,15 @@ def test_configuration_keeps_what_it_accepts(fleet: Fleet, server: str) -> None:
     assert info["redis_version"] >= "7"
 
 
-def test_without_a_login_nothing_is_answered(fleet: Fleet) -> None:
-    """The default user is off."""
+def test_default_user_is_disabled(fleet: Fleet) -> None:
     with fleet.admin("broker") as admin:
         answer = admin.execute_command("ACL", "GETUSER", "default")
 
     assert b"off" in answer[b"flags"]
 
 
-def test_secrets_are_random_private_and_kept(tmp_path: Path) -> None:
-    """A second run changes nothing; passwords differ and stand in no ACL file."""
+def test_secrets_are_random_private_and_stable(tmp_path: Path) -> None:
+    """A second run changes nothing, and the ACL files contain no password."""
     first = make_secrets(tmp_path)
     before = {path.name: path.read_text() for path in first.iterdir()}
 

@@ -1,4 +1,4 @@
-"""docs/operations.md: each alert is explained, and what is named exists."""
+"""docs/operations.md explains each alert and names only things that exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from embedq.settings import ProducerSettings
 from embedq_worker.settings import WorkerSettings
 
 TEXT = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-#: heading of the third level -> its text.
+#: Heading -> its text.
 SECTIONS = {
     block.partition("\n")[0]: block.partition("\n")[2]
     for block in re.split(r"^###? ", TEXT, flags=re.M)[1:]
@@ -21,29 +21,25 @@ SECTIONS = {
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_every_alert_has_a_section_with_means_check_and_do(name: str) -> None:
-    """Three questions in this order, under the anchor that the alert links to."""
     words = re.findall(r"^\*\*(\w+):\*\*", SECTIONS[name], re.M)
 
     assert words == ["Means", "Check", "Do"]
 
 
-def test_no_section_is_left_of_an_alert_that_is_gone() -> None:
-    """Sections named like alerts are alerts."""
+def test_every_section_of_an_alert_has_its_alert() -> None:
     assert {name for name in SECTIONS if name.startswith("Embedq")} == set(ALERTS)
 
 
-def test_settings_and_metrics_named_exist() -> None:
-    """A reader finds what the page names."""
+def test_settings_and_metrics_exist() -> None:
     settings = ProducerSettings.variables() | WorkerSettings.variables()
 
     assert set(re.findall(r"EMBEDQ_[A-Z_]+[A-Z]", TEXT)) <= settings
-    assert set(re.findall(r"\bembedq_node_\w+", TEXT)) <= known_series() | {
+    assert set(re.findall(r"\bembedq_worker_\w+", TEXT)) <= known_series() | {
         "embedq_worker_infer_seconds"
     }
 
 
-def test_links_and_files_named_exist() -> None:
-    """Links of the page lead somewhere, and files it names are there."""
+def test_links_and_files_exist() -> None:
     anchors = {
         re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in SECTIONS
     }

@@ -1,4 +1,4 @@
-"""The systemd unit: accepted by systemd, and in step with the code."""
+"""The systemd unit is valid and consistent with the code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ TEXT = UNIT.read_text(encoding="utf-8")
 
 
 def values(name: str) -> list[str]:
-    """Return all values of a directive."""
     return re.findall(rf"^{name}=(.*)$", TEXT, re.M)
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    """`systemd-analyze verify` finds nothing, with a program that is there in place of ours."""
+    """The program is replaced by one that is installed here."""
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is missing; Debian: apt install systemd")
@@ -37,15 +36,14 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
 
 
 def test_settings_in_unit_and_environment_file_exist() -> None:
-    """A worker refuses variables that it does not know."""
+    """A worker does not start with an unknown setting."""
     known = ProducerSettings.variables() | WorkerSettings.variables()
     text = TEXT + (UNIT.with_suffix(".env")).read_text(encoding="utf-8")
 
     assert set(re.findall(r"\b(EMBEDQ_[A-Z_]+)=", text)) <= known
 
 
-def test_ending_fits_a_batch_and_giving_up_is_not_undone() -> None:
-    """SIGTERM to the supervisor, 90 s, and no restart after what a restart cannot mend."""
+def test_stop_waits_for_a_batch_and_permanent_errors_are_not_restarted() -> None:
     [codes] = values("RestartPreventExitStatus")
 
     assert values("KillMode") == ["mixed"]
@@ -57,8 +55,7 @@ def test_ending_fits_a_batch_and_giving_up_is_not_undone() -> None:
     }
 
 
-def test_it_runs_with_the_device_and_little_else() -> None:
-    """Not root, the render group, one class of devices, no new privileges, a read-only system."""
+def test_unit_has_the_device_and_few_privileges() -> None:
     assert values("DynamicUser") == ["yes"]
     assert values("SupplementaryGroups") == ["render"]
     assert values("DevicePolicy") == ["closed"]

@@ -1,9 +1,9 @@
-"""What Flower knows of the fleet: where its broker is and what it may read. No task, no model."""
+"""Configure Flower's Celery app: the URL of the broker and the content that it accepts."""
 
 from embedq.settings import ProducerSettings
 
 broker_url = ProducerSettings.load().broker_url
-# Events and answers of workers are JSON; nothing else is opened.
+# Events and replies of workers are JSON.
 accept_content = ["json"]
 broker_connection_retry_on_startup = True
 broker_transport_options = {
@@ -12,7 +12,7 @@ broker_transport_options = {
     "socket_keepalive": True,
     "health_check_interval": 10,
     "client_name": "embedq-flower",
-    # The shortest of all consumers decides when a held batch is given to another worker. Flower
-    # holds none, so it must not be the one that decides.
+    # The shortest timeout of all consumers applies to every unacknowledged message. Flower consumes
+    # none, so its timeout must be the longest.
     "visibility_timeout": 86_400,
 }

@@ -1,21 +1,20 @@
-"""Flower as it is run in production: behind a password, to look and not to touch, with a memory."""
+"""Configure Flower for production: with a password, read-only and persistent."""
 
 import os
 from pathlib import Path
 
 _AUTH = Path(os.environ.get("FLOWER_AUTH_FILE", "/run/secrets/flower_auth"))
 
-# user:password. Without the file Flower does not start: its pages would be open to everyone.
+# user:password. Without the file Flower does not start, because its pages would be public.
 basic_auth = [_AUTH.read_text(encoding="utf-8").strip()]
-# Nobody revokes a task or stops a worker from a web page; embedq-worker has commands for that.
+# Use the commands of embedq-worker to control workers.
 read_only = True
 
-# What it knows survives a restart of Flower. In milliseconds: 60 would fill a disk.
+# Tasks and workers survive a restart of Flower. The interval is in milliseconds.
 persistent = True
 db = "/var/lib/flower/flower"
 state_save_interval = 60_000
-# A batch is a task, and one costs 4 kB here, so memory is flat from 40 MB on; ops/bench has a
-# script that shows it. No texts are among them.
+# Tasks (batches) in memory; ops/bench/flower_memory.py measures it. They contain no texts.
 max_tasks = 10_000
 max_workers = 1_000
 
@@ -23,7 +22,7 @@ max_workers = 1_000
 tasks_columns = "uuid,state,args,received,runtime,worker"
 natural_time = True
 
-# Seconds; the default boundaries end where a batch begins.
+# Histogram boundaries in seconds; the default ones are too short for batches.
 task_runtime_metric_buckets = [0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
-# Names of workers outlive restarts, so what is away for an hour is away.
+# Seconds. Workers keep their names over restarts, so a name that is offline this long is obsolete.
 purge_offline_workers = 3_600
