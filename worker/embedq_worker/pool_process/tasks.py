@@ -51,7 +51,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
     backend: ResultCommitter = self.backend
     address = Header.address(body)
     if address is None:
-        log.error("message_refused reason=%s", "it has no usable job id and batch index")
+        log.error("message_refused reason=%s", "it has no valid job id and batch index")
         return {"refused": "malformed_message"}
     job, index = address
 
