@@ -15,30 +15,23 @@ import msgpack
 #: Version of the message format. A worker rejects messages of a newer version.
 SCHEMA: Final = 1
 
-
 #: Name of the Celery task.
 TASK_NAME: Final = "embedq.embed_batch"
-
 
 #: Message header with the Unix time of the publish, seconds.
 PUBLISHED_HEADER: Final = "published"
 
-
 #: Maximum number of texts in a batch.
 MAX_BATCH_TEXTS: Final = 4_096
-
 
 #: Maximum UTF-8 size of all texts of a batch before compression, bytes.
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
-
 #: Maximum UTF-8 size of a text, bytes; a larger one fails alone with code ``text_too_large``.
 MAX_TEXT_BYTES: Final = 1024 * 1024
 
-
 #: Maximum number of batches in a job; limits the job's bitmap of commits to 4 MiB.
 MAX_BATCHES: Final = 2**25
-
 
 #: Maximum size of the texts field before compression, lengths included, bytes.
 MAX_RAW_BYTES: Final = MAX_BATCH_BYTES + 8 * MAX_BATCH_TEXTS

@@ -38,7 +38,6 @@ else:
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-
 _DIGEST = re.compile(r"[0-9a-f]{32,64}")
 
 
@@ -135,16 +134,7 @@ def _spec(value: object) -> VectorSpec:
         )
     model, dim, max_length, prompt, on_long, accuracy, dtype, quantized = value
     try:
-        spec = VectorSpec(
-            model,
-            dim,
-            max_length,
-            prompt,
-            OnLong(on_long),
-            Accuracy(accuracy),
-            Dtype(dtype),
-            quantized,
-        )
+        options = OnLong(on_long), Accuracy(accuracy), Dtype(dtype)
     except ValueError as error:
         raise MalformedMessage(f"The vector specification has an unknown value: {error}.") from None
     is_valid = (
@@ -161,7 +151,7 @@ def _spec(value: object) -> VectorSpec:
     )
     if not is_valid:
         raise MalformedMessage("The vector specification has a field of the wrong type or size.")
-    return spec
+    return VectorSpec(model, dim, max_length, prompt, *options, quantized)
 
 
 def _refused(value: object, n: int) -> dict[int, str]:
@@ -266,15 +256,14 @@ class EmbedBatch:
         """
         header = Header.from_message(body)
         raw = _decompress(header.packed, header.raw_bytes)
-        has_lengths = 4 * header.n <= len(raw)
-        lengths = struct.unpack_from(f"<{header.n}I", raw) if has_lengths else ()
-        if not has_lengths or 4 * header.n + sum(lengths) != len(raw):
+        at = 4 * header.n
+        lengths = struct.unpack_from(f"<{header.n}I", raw) if at <= len(raw) else ()
+        if at + sum(lengths) != len(raw):
             raise MalformedMessage(
                 f"The lengths of the texts do not add up to the declared {len(raw):,} bytes."
             )
         refused = dict(header.refused)
         texts: list[str] = []
-        at = 4 * header.n
         # One check of all texts: a check of each text would delay the device.
         all_valid = max(lengths, default=0) <= MAX_TEXT_BYTES and raw.find(b"\0", at) < 0
         for offset, length in enumerate(lengths):

@@ -22,37 +22,28 @@ from embedq.protocol.contract import Dtype, Outcome, Status
 #: Vectors [n, D]; float32, or float16 if the job's dtype is float16.
 Vectors = npt.NDArray[np.float32]
 
-
 _MAGIC: Final = b"EQV1"
-
 
 #: Magic, dtype, flags, reserved, dim, rows, bytes of outcomes, fingerprint, crc32 of the value.
 _HEADER: Final = struct.Struct("<4sBBHIII8sI")
 
-
 #: Dtype -> code in the header.
 _DTYPE_CODES: Final = {Dtype.FLOAT32: 1, Dtype.FLOAT16: 2}
-
 
 #: Dtype -> type description of numpy, little endian.
 NUMPY_DTYPES: Final = {Dtype.FLOAT32: "<f4", Dtype.FLOAT16: "<f2"}
 
-
 #: Dtype -> size of a component, bytes.
 ITEM_BYTES: Final = {Dtype.FLOAT32: 4, Dtype.FLOAT16: 2}
-
 
 #: Header flag of a value that says why the whole batch failed.
 _BATCH_FAILED: Final = 1
 
-
 #: Maximum size of a value, bytes; a batch then has few values, and a reader needs little memory.
 MAX_VALUE_BYTES: Final = 256 * 1024
 
-
 #: Size of the outcome of one row, bytes.
 _OUTCOME_BYTES: Final = 10
-
 
 #: Space reserved in a value for the distinct kinds of its outcomes, bytes.
 _KINDS_BYTES: Final = 74
@@ -74,10 +65,7 @@ class Value:
 
 
 def encode(
-    vectors: Vectors,
-    outcomes: OutcomeTable,
-    fingerprint: bytes,
-    dtype: Dtype = Dtype.FLOAT32,
+    vectors: Vectors, outcomes: OutcomeTable, fingerprint: bytes, dtype: Dtype = Dtype.FLOAT32
 ) -> bytes:
     """Encode rows and their outcomes as one value.
 
@@ -89,15 +77,14 @@ def encode(
             the cosine of two unit vectors by less than 2**-10 (IEEE 754: 11 bits).
     """
     rows, dim = vectors.shape
-    tail = outcomes.to_bytes()
     body = np.ascontiguousarray(vectors, NUMPY_DTYPES[dtype]).data.cast("B") if rows else b""
-    return _assemble(_DTYPE_CODES[dtype], 0, dim, rows, len(tail), fingerprint, (body, tail))
+    return _assemble(dtype, 0, dim, rows, fingerprint, body, outcomes.to_bytes())
 
 
 def encode_failure(code: str, detail: str) -> bytes:
     """Encode the reason why a whole batch failed; the value has no fingerprint."""
     tail = f"{code}\n{detail}".encode()[:4096]
-    return _assemble(_DTYPE_CODES[Dtype.FLOAT32], _BATCH_FAILED, 0, 0, len(tail), bytes(8), (tail,))
+    return _assemble(Dtype.FLOAT32, _BATCH_FAILED, 0, 0, bytes(8), b"", tail)
 
 
 def decode(value: bytes, fingerprint: bytes) -> Value:
@@ -116,15 +103,16 @@ def decode(value: bytes, fingerprint: bytes) -> Value:
     size = _HEADER.size + ITEM_BYTES[dtype] * dim * rows + tail_bytes
     if magic != _MAGIC or dtype_code != _DTYPE_CODES[dtype] or size != len(value):
         raise CorruptValue(f"A value of {len(value):,} bytes does not match its header.")
-    if _checksum(value[: _HEADER.size], (memoryview(value)[_HEADER.size :],)) != checksum:
+    head, rest = value[: _HEADER.size], memoryview(value)[_HEADER.size :]
+    if _checksum(head, rest) != checksum:
         raise CorruptValue(f"A value of {len(value):,} bytes fails its checksum.")
     # A failure has no fingerprint: perhaps the worker could not decode the specification.
     if stored != fingerprint and not flags & _BATCH_FAILED:
         raise CorruptValue(
             f"A value has the fingerprint {stored.hex()}, expected {fingerprint.hex()}."
         )
-    vectors = np.frombuffer(value, NUMPY_DTYPES[dtype], rows * dim, _HEADER.size).reshape(rows, dim)
-    tail = memoryview(value)[size - tail_bytes :]
+    vectors = np.frombuffer(rest, NUMPY_DTYPES[dtype], rows * dim).reshape(rows, dim)
+    tail = rest[len(rest) - tail_bytes :]
     if flags & _BATCH_FAILED:
         code, _, detail = bytes(tail).decode(errors="replace").partition("\n")
         return Value(vectors, OutcomeTable.from_outcomes([]), (code, detail))
@@ -140,21 +128,16 @@ def split_rows(n: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> Iterator[tuple
 
 
 def _assemble(
-    dtype_code: int,
-    flags: int,
-    dim: int,
-    rows: int,
-    tail_bytes: int,
-    fingerprint: bytes,
-    parts: tuple[bytes | memoryview, ...],
+    dtype: Dtype, flags: int, dim: int, rows: int, fingerprint: bytes, *parts: bytes | memoryview
 ) -> bytes:
-    fields = (_MAGIC, dtype_code, flags, 0, dim, rows, tail_bytes, fingerprint)
-    checksum = _checksum(_HEADER.pack(*fields, 0), parts)
+    # The last part is the outcomes or the failure.
+    fields = (_MAGIC, _DTYPE_CODES[dtype], flags, 0, dim, rows, len(parts[-1]), fingerprint)
+    checksum = _checksum(_HEADER.pack(*fields, 0), *parts)
     return b"".join((_HEADER.pack(*fields, checksum), *parts))
 
 
-def _checksum(header: bytes, parts: tuple[bytes | memoryview, ...]) -> int:
-    checksum = zlib.crc32(header[:-4])
+def _checksum(header: bytes, *parts: bytes | memoryview) -> int:
+    checksum = zlib.crc32(header[:-4])  # without the checksum itself
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     return checksum
@@ -162,7 +145,6 @@ def _checksum(header: bytes, parts: tuple[bytes | memoryview, ...]) -> int:
 
 #: Flags of an outcome.
 TRUNCATED, REROUTED = 1, 2
-
 
 #: Maximum number of kinds of outcomes in a batch; the index of a kind is stored in one byte.
 MAX_KINDS = 256
@@ -310,7 +292,10 @@ class OutcomeTable:
         """
         try:
             (size,) = struct.unpack_from("<I", raw)
-            kinds = [_kind(*kind) for kind in msgpack.unpackb(raw[4 : 4 + size])]
+            kinds = [
+                (str(Status(status)), str(device), str(precision), str(code))
+                for status, device, precision, code in msgpack.unpackb(raw[4 : 4 + size])
+            ]
             at = 4 + size
             kind, flags = (np.frombuffer(raw, np.uint8, n, at + n * i) for i in range(2))
             n_tokens, n_dropped = (
@@ -321,7 +306,3 @@ class OutcomeTable:
         except (struct.error, ValueError, TypeError, msgpack.UnpackException) as error:
             raise CorruptValue(f"The outcomes of {n:,} texts cannot be decoded.") from error
         return cls(kinds, kind, flags, n_tokens, n_dropped)
-
-
-def _kind(status: str, device: str, precision: str, code: str) -> tuple[str, str, str, str]:
-    return str(Status(status)), str(device), str(precision), str(code)

@@ -19,13 +19,10 @@ from embedq.errors import MalformedMessage
 #: Maximum length of a text field, characters; the rest is cut off.
 MAX_FIELD_CHARS: Final = 2_000
 
-
 #: Maximum absolute value of a number; keeps Unix times within the range of calendars.
 MAX_NUMBER: Final = 1e12
 
-
 _CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
 
 _TYPES: Final[Mapping[object, tuple[type, ...]]] = {
     "str": (str,),
@@ -93,24 +90,6 @@ class ModelInfo:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     quantized: str = ""
-
-    def to_message(self) -> bytes:
-        """Encode as msgpack."""
-        return bytes(msgpack.packb(asdict(self)))
-
-    @classmethod
-    def from_message(cls, raw: bytes) -> ModelInfo:
-        """Decode; fields of a newer version are ignored.
-
-        Raises:
-            MalformedMessage: the bytes are not a ModelInfo.
-        """
-        try:
-            return cls.from_body(msgpack.unpackb(raw))
-        except Exception as error:
-            raise MalformedMessage(
-                f"Model info of {len(raw):,} bytes cannot be decoded."
-            ) from error
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> ModelInfo:

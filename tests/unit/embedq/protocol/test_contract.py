@@ -19,7 +19,6 @@ from embedq.protocol.contract import (
     refusal,
 )
 from embedq.protocol.message import EmbedBatch, Header, message_headers
-from embedq.protocol.worker import ModelInfo
 
 SPEC = VectorSpec(model="ab" * 32, dim=384, max_length=256)
 TEXTS = ["plain", "", "emoji 🦀", "שלום", "مرحبا", "日本語", "a" * 50_000, "line\nbreak"]
@@ -128,16 +127,6 @@ def test_batch_of_4096_texts_and_4_mib_is_accepted() -> None:
     batch = EmbedBatch("job", 0, ["x" * 1024] * MAX_BATCH_TEXTS, SPEC)
 
     assert EmbedBatch.from_message(batch.to_message()) == batch
-
-
-def test_model_info_survives_the_wire_and_ignores_unknown_fields() -> None:
-    model_info = ModelInfo("label", "ab" * 32, 384, 256, prompts={"query": "query: "})
-    newer = msgpack.packb({**msgpack.unpackb(model_info.to_message()), "color": "blue"})
-
-    assert ModelInfo.from_message(model_info.to_message()) == model_info
-    assert ModelInfo.from_message(newer) == model_info
-    with pytest.raises(MalformedMessage):
-        ModelInfo.from_message(b"\xc1")
 
 
 def test_flipped_bit_never_changes_a_text() -> None:

@@ -19,7 +19,7 @@ from embedq.store.fleet import (
     publish_heartbeat,
 )
 
-MODEL_INFO = ModelInfo("org/model@abc123", "ab" * 32, 384, 256)
+MODEL_INFO = ModelInfo("org/model@abc123", "ab" * 32, 384, 256, prompts={"query": "query: "})
 WORKER = WorkerStatus(
     "worker",
     WorkerState.HEALTHY,

@@ -49,7 +49,6 @@ def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
         prompts={"query": "query: "},
         default_prompt="query",
     )
-    assert ModelInfo.from_message(model.model_info().to_message()) == model.model_info()
 
 
 def test_lower_casing_model_requires_a_lower_casing_tokenizer(tmp_path: Path) -> None:
