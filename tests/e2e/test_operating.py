@@ -1,7 +1,6 @@
-"""One worker of a fleet is degraded on purpose, and everybody who watches says so.
+"""A degraded worker appears in metrics, alert, Flower and status, with real servers and a browser.
 
-Real Redis, workers, exporter, Prometheus, Flower and browser, over one running job. Set
-OPS_PICTURES to a folder to keep what the browser saw.
+Set OPS_PICTURES to a folder to store the screenshots of the browser.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from tests.support.workers import WorkerProcess, stub_worker
 from embedq import Client
 from embedq.jobs.job import Job
 
-#: Seconds after which everybody must know: two scrapes or evaluations of 5 s, and some air.
-ALL_KNOW_S = 15.0
+#: Seconds within which a degraded worker is reported: two intervals of 5 s and a margin.
+REPORTED_WITHIN_S = 15.0
 #: Seconds until the first batch and the first scrape.
 START_S = 60.0
-#: Seconds for a rate of the last minute to have two samples and be recorded.
+#: Seconds until the rates of the last minute are recorded.
 RATES_S = 60.0
 REASON = "The stub lost its device, because a test says so."
 TEXTS = 20_000
@@ -51,18 +50,18 @@ SECRET = "Zanzibar"
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A fleet at work with `sick` degraded, and those who watch it.
+class Monitored:
+    """A running job, two workers and their monitoring.
 
     Attributes:
-        redis, sick: the servers.
+        redis, npu_worker: the servers; the worker is degraded.
         exporter: host and port.
-        prometheus, flower: the watchers.
-        asked, done: Unix times, in seconds, before and after the degrading.
+        prometheus, flower: clients of the monitoring.
+        asked, done: Unix times before and after `embedq-worker degrade`, seconds.
     """
 
     redis: RedisProcess
-    sick: WorkerProcess
+    npu_worker: WorkerProcess
     exporter: str
     prometheus: Prometheus
     flower: Flower
@@ -71,70 +70,75 @@ class Watched:
 
 
 def degrade(redis: RedisProcess, worker: str) -> None:
-    """Take a worker out of service, as an operator does."""
     command = [sys.executable, "-m", "embedq_worker", "degrade", worker, "--reason", REASON]
     subprocess.run(command, env=environment(**urls(redis)), check=True, stdout=subprocess.DEVNULL)
 
 
 def read(job: Job, ended: threading.Event) -> None:
-    """Take the vectors of a job until somebody has seen enough."""
+    """Read the vectors of a job until `ended` is set."""
     for _ in job.batches():
         if ended.is_set():
             return
 
 
 def computes(worker: WorkerProcess) -> bool:
-    """Tell whether a worker has said that it computed something."""
+    """Return whether a worker has reported computed texts."""
     beat = worker.heartbeat()
     return bool(beat and beat.totals.get("texts"))
 
 
 @pytest.fixture(scope="module")
 def folder(shared_dir: Path) -> Path:
-    """Make a folder for servers of this module."""
-    made = shared_dir / "watched"
+    made = shared_dir / "monitored"
     made.mkdir()
     return made
 
 
 @pytest.fixture(scope="module")
 def watched_redis(folder: Path) -> Iterator[RedisProcess]:
-    """Run a Redis with a limit."""
+    """Run a Redis with a memory limit."""
     server = RedisProcess(folder, "--maxmemory", "100mb")
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
-def watched(watched_redis: RedisProcess, folder: Path) -> Iterator[Watched]:
-    """Run a job of 20,000 texts over two workers, let all watch, and degrade one of the workers."""
+def monitored(watched_redis: RedisProcess, folder: Path) -> Iterator[Monitored]:
+    """Run a job on two workers with monitoring, and degrade one of the workers."""
     redis = watched_redis
     slow = {"EMBEDQ_STUB_TEXTS_PER_S": "150"}
     with (
-        stub_worker(redis, folder, "sick", EMBEDQ_STUB_DEVICE="npu", **slow) as sick,
-        stub_worker(redis, folder, "well", **slow),
+        stub_worker(redis, folder, "npu0", EMBEDQ_STUB_DEVICE="npu", **slow) as npu_worker,
+        stub_worker(redis, folder, "cpu0", **slow),
         exporter(redis, folder) as address,
-        prometheus(address, folder) as watching,
-        flower(redis, folder) as blossom,
+        prometheus(address, folder) as prometheus_client,
+        flower(redis, folder) as flower_client,
         Client(settings=redis.settings(batch_texts=256)) as client,
     ):
         job, ended = client.submit([f"{SECRET} {n}" for n in range(TEXTS)]), threading.Event()
         reading = threading.Thread(target=read, args=(job, ended))
         reading.start()
         try:
-            wait_for(lambda: computes(sick), "the worker to compute", START_S)
-            known = 'embedq_worker_state{worker="sick", state="healthy"} == 1'
-            wait_for(lambda: watching.query(known), "a first scrape", START_S)
+            wait_for(lambda: computes(npu_worker), "the worker to compute", START_S)
+            known = 'embedq_worker_state{worker="npu0", state="healthy"} == 1'
+            wait_for(lambda: prometheus_client.query(known), "a first scrape", START_S)
             asked = time.time()
-            degrade(redis, sick.name)
-            yield Watched(redis, sick, address, watching, blossom, asked, time.time())
+            degrade(redis, npu_worker.name)
+            yield Monitored(
+                redis,
+                npu_worker,
+                address,
+                prometheus_client,
+                flower_client,
+                asked,
+                time.time(),
+            )
         finally:
             ended.set()
             reading.join()
 
 
 def status(redis: RedisProcess) -> dict[str, Any]:
-    """Return what `embedq status --json` says."""
     done = subprocess.run(
         [sys.executable, "-m", "embedq", "status", "--json"],
         env=environment(**urls(redis)),
@@ -146,43 +150,45 @@ def status(redis: RedisProcess) -> dict[str, Any]:
     return found
 
 
-def picture(tmp_path: Path, name: str) -> Path:
-    """Return where a picture goes."""
+def screenshot(tmp_path: Path, name: str) -> Path:
+    """Return the path of a screenshot."""
     return Path(os.environ.get("OPS_PICTURES", tmp_path)) / f"{name}.png"
 
 
-def test_all_who_watch_name_the_degraded_worker(watched: Watched) -> None:
-    """Within 15 s metrics, alert, Flower and status say which worker, since when, and why."""
-    left_s = watched.done + ALL_KNOW_S - time.time()
+def test_metrics_alert_flower_and_status_name_the_degraded_worker(monitored: Monitored) -> None:
+    left_s = monitored.done + REPORTED_WITHIN_S - time.time()
 
     alert = wait_for(
-        lambda: watched.prometheus.firing().get("EmbedqWorkerDegraded"), "the alert", left_s
+        lambda: monitored.prometheus.firing().get("EmbedqWorkerDegraded"), "the alert", left_s
     )
-    metrics = fetch(f"http://{watched.exporter}/metrics")
-    stats = watched.flower.api("workers?refresh=1")
-    [worker] = [worker for worker in status(watched.redis)["workers"] if worker["worker"] == "sick"]
+    metrics = fetch(f"http://{monitored.exporter}/metrics")
+    stats = monitored.flower.api("workers?refresh=1")
+    [worker] = [
+        worker for worker in status(monitored.redis)["workers"] if worker["worker"] == "npu0"
+    ]
 
-    assert (alert["labels"]["worker"], alert["labels"]["reason"]) == ("sick", "operator")
+    assert (alert["labels"]["worker"], alert["labels"]["reason"]) == ("npu0", "operator")
     stamp = time.strftime("%Y-%m-%d %H:%M", time.gmtime(worker["state_since"]))
     assert f"since {stamp}" in alert["annotations"]["description"]
-    assert 'embedq_worker_state{state="degraded",worker="sick"} 1.0' in metrics
-    [since] = watched.prometheus.query('embedq_worker_state_since_timestamp_seconds{worker="sick"}')
+    assert 'embedq_worker_state{state="degraded",worker="npu0"} 1.0' in metrics
+    [since] = monitored.prometheus.query(
+        'embedq_worker_state_since_timestamp_seconds{worker="npu0"}'
+    )
     assert float(since["value"][1]) == pytest.approx(worker["state_since"], abs=0.1)
-    [told] = [found["stats"]["embedq"] for name, found in stats.items() if "sick" in name]
-    assert (told["state"], told["reason"]) == (worker["state"], worker["reason"])
+    [reported] = [found["stats"]["embedq"] for name, found in stats.items() if "npu0" in name]
+    assert (reported["state"], reported["reason"]) == (worker["state"], worker["reason"])
     assert (worker["state"], worker["reason"]) == ("degraded", REASON)
-    assert watched.asked - 1 <= worker["state_since"] <= time.time()
+    assert monitored.asked - 1 <= worker["state_since"] <= time.time()
     assert SECRET not in metrics + json.dumps(stats)
 
 
-def test_every_panel_of_the_dashboard_has_a_series(watched: Watched) -> None:
-    """Each query of the Grafana dashboard returns something from a Prometheus that watches."""
+def test_every_dashboard_query_returns_a_series(monitored: Monitored) -> None:
     found = json.loads((DEPLOY / "grafana/dashboards/embedq.json").read_text(encoding="utf-8"))
     queries = [t["expr"] for panel in found["panels"] for t in panel.get("targets", [])]
     empty = set(queries)
 
     def all_answered() -> bool:
-        empty.difference_update([each for each in empty if watched.prometheus.query(each)])
+        empty.difference_update([each for each in empty if monitored.prometheus.query(each)])
         return not empty
 
     deadline = time.monotonic() + RATES_S
@@ -193,30 +199,33 @@ def test_every_panel_of_the_dashboard_has_a_series(watched: Watched) -> None:
     assert empty == set()
 
 
-def test_flower_shows_tasks_by_size_and_the_worker_with_its_reason(
-    watched: Watched, tmp_path: Path
+def test_flower_shows_task_sizes_and_the_reason_but_no_text(
+    monitored: Monitored, tmp_path: Path
 ) -> None:
-    """In a browser, tasks have readable arguments, the worker its state and reason, and no text."""
-    wait_for(lambda: watched.flower.api("tasks?limit=5&state=SUCCESS"), "a task in Flower")
+    wait_for(lambda: monitored.flower.api("tasks?limit=5&state=SUCCESS"), "a task in Flower")
 
-    tasks = browse(watched.flower.page("tasks"), picture(tmp_path, "flower-tasks"))
-    worker = browse(watched.flower.page("worker/sick@" + host()), picture(tmp_path, "flower-node"))
+    tasks = browse(monitored.flower.page("tasks"), screenshot(tmp_path, "flower-tasks"))
+    worker = browse(
+        monitored.flower.page("worker/npu0@" + host()),
+        screenshot(tmp_path, "flower-node"),
+    )
 
     assert re.search(r"&lt;[\d,]+ texts, [\d,]+ kB&gt;", tasks)
-    shown = worker[: worker.index("Max concurrency")]  # what the page opens with
-    [told] = [worker for worker in status(watched.redis)["workers"] if worker["worker"] == "sick"]
-    stamp = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(told["state_since"]))
+    shown = worker[: worker.index("Max concurrency")]  # the top of the page
+    [reported] = [
+        worker for worker in status(monitored.redis)["workers"] if worker["worker"] == "npu0"
+    ]
+    stamp = time.strftime("%d %b %Y %H:%M:%S UTC", time.gmtime(reported["state_since"]))
     assert [words for words in ("Degraded", REASON, stamp) if words not in shown] == []
     assert SECRET not in tasks + worker
 
 
-def test_flower_is_behind_its_password_and_only_looks(watched: Watched) -> None:
-    """Without the password nothing is shown, and with it nothing can be stopped."""
-    with pytest.raises(HTTPError, match="401") as nobody:
-        fetch(f"http://{watched.flower.at}/tasks")
-    nobody.value.close()
-    pool = f"http://{watched.flower.at}/api/worker/shutdown/sick@{host()}"
-    with pytest.raises(HTTPError, match=r"40[35]") as stopped:
+def test_flower_needs_a_password_and_is_read_only(monitored: Monitored) -> None:
+    with pytest.raises(HTTPError, match="401") as unauthorized:
+        fetch(f"http://{monitored.flower.at}/tasks")
+    unauthorized.value.close()
+    pool = f"http://{monitored.flower.at}/api/worker/shutdown/npu0@{host()}"
+    with pytest.raises(HTTPError, match=r"40[35]") as forbidden:
         fetch(pool, user=USER, data=b"")
-    stopped.value.close()
-    assert watched.sick.process.poll() is None
+    forbidden.value.close()
+    assert monitored.npu_worker.process.poll() is None

@@ -1,4 +1,4 @@
-"""The ledger in a real Redis: one commit a batch, all or nothing, and nothing lives for ever."""
+"""The ledger in a real Redis commits each batch once and atomically, and every key expires."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from embedq.store.dead_letters import AttemptLog, TextAttempts
 from embedq.store.ledger import JOBS_KEY, Attempt, Commit, Ledger
 
 
-def test_forgiven_try_is_not_counted(ledger: Ledger) -> None:
-    """A batch whose device failed under it begins afresh; a try never goes below none."""
+def test_undone_attempt_is_not_counted(ledger: Ledger) -> None:
+    """The count never becomes negative."""
     assert ledger.start_attempt(0) == (Attempt.RUN, 1)
     ledger.undo_attempt(0)
     ledger.undo_attempt(0)
@@ -24,8 +24,8 @@ def test_forgiven_try_is_not_counted(ledger: Ledger) -> None:
     assert ledger.start_attempt(0) == (Attempt.RUN, 2)
 
 
-def test_batch_of_a_gone_job_is_forgiven_without_a_trace(ledger: Ledger, results: Redis) -> None:
-    """A key written for a job that is gone would live for ever."""
+def test_undo_after_the_end_of_the_job_writes_no_key(ledger: Ledger, results: Redis) -> None:
+    """The key would never expire."""
     ledger.start_attempt(0)
     ledger.drop()
 
@@ -34,19 +34,18 @@ def test_batch_of_a_gone_job_is_forgiven_without_a_trace(ledger: Ledger, results
     assert job_keys(results) == set()
 
 
-def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
-    """Of two threads that commit the same batch with different values, one is told that it did."""
+def test_first_of_two_concurrent_commits_is_accepted(redis: RedisProcess, ledger: Ledger) -> None:
     barrier = threading.Barrier(2)
-    told: dict[bytes, list[bool | None]] = {b"one": [], b"two": []}
+    accepted: dict[bytes, list[bool | None]] = {b"one": [], b"two": []}
 
     def commit_all(value: bytes) -> None:
         with redis.open() as client:
-            own = Ledger(client, "job")
+            thread_ledger = Ledger(client, "job")
             for index in range(100):
                 barrier.wait(10)
-                told[value].append(own.commit(index, [value]))
+                accepted[value].append(thread_ledger.commit(index, [value]))
 
-    threads = [threading.Thread(target=commit_all, args=(value,)) for value in told]
+    threads = [threading.Thread(target=commit_all, args=(value,)) for value in accepted]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -57,12 +56,13 @@ def test_first_of_two_writers_wins(redis: RedisProcess, ledger: Ledger) -> None:
     for commit in commits:
         [value] = ledger.fetch_values(commit)
         assert value is not None
-        assert told[value][commit.index] is True
-        assert told[b"two" if value == b"one" else b"one"][commit.index] is False
+        assert accepted[value][commit.index] is True
+        assert accepted[b"two" if value == b"one" else b"one"][commit.index] is False
 
 
-def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis) -> None:
-    """A batch of several values is read in their order; taking it deletes them and its entry."""
+def test_values_are_read_in_order_and_deleted_by_acknowledge(
+    ledger: Ledger, results: Redis
+) -> None:
     ledger.commit(7, [b"a", b"b", b"c"])
 
     [commit] = ledger.read_commits(count=10, block_ms=1)
@@ -76,40 +76,37 @@ def test_values_come_back_in_order_and_are_taken(ledger: Ledger, results: Redis)
 
 
 def test_every_key_of_a_job_has_a_time_to_live(ledger: Ledger, results: Redis) -> None:
-    """Whatever a job writes fades by itself if its producer never comes back."""
     ledger.start_attempt(1)
     ledger.commit(0, [b"value"])
     ledger.commit(2, [b"other"])
     AttemptLog(results, "job").start(1, 5, "worker:7")
     ledger.invalidate(ledger.read_commits(count=1, block_ms=1)[0])
 
-    lives = {key: results.ttl(key) for key in job_keys(results)}
+    ttls = {key: results.ttl(key) for key in job_keys(results)}
 
-    assert len(lives) == 6
-    assert all(ttl > 0 for ttl in lives.values()), lives
-    assert all(ttl <= JOB_TTL_S for key, ttl in lives.items() if b"suspects" not in key), lives
+    assert len(ttls) == 6
+    assert all(ttl > 0 for ttl in ttls.values()), ttls
+    assert all(ttl <= JOB_TTL_S for key, ttl in ttls.items() if b"suspects" not in key), ttls
 
 
-def test_notes_on_suspects_are_kept_by_process_and_batch(ledger: Ledger, results: Redis) -> None:
-    """Two processes at one batch do not wipe out each other's notes, nor those of batch 11."""
-    suspects = AttemptLog(results, "job")
-    suspects.start(1, 5, "worker:7")
-    suspects.start(1, 6, "worker:8")
-    suspects.start(11, 9, "worker:7")
-    suspects.add_failure(1, 5, 4)
-    suspects.add_failure(11, 5, 1)
-    suspects.mark_unfinished(1, 6, "worker:8")
-    before = suspects.fetch(1)
+def test_attempt_log_separates_processes_and_batches(ledger: Ledger, results: Redis) -> None:
+    attempts = AttemptLog(results, "job")
+    attempts.start(1, 5, "worker:7")
+    attempts.start(1, 6, "worker:8")
+    attempts.start(11, 9, "worker:7")
+    attempts.add_failure(1, 5, 4)
+    attempts.add_failure(11, 5, 1)
+    attempts.mark_unfinished(1, 6, "worker:8")
+    before = attempts.fetch(1)
 
-    suspects.end(1, 5, "worker:7", cleared=True)
+    attempts.end(1, 5, "worker:7", cleared=True)
 
     assert before == TextAttempts({"worker:7": 5}, {"worker:8": 6}, {5: 4})
-    assert suspects.fetch(1) == TextAttempts({}, {"worker:8": 6}, {})
-    assert suspects.fetch(11) == TextAttempts({"worker:7": 9}, {}, {5: 1})
+    assert attempts.fetch(1) == TextAttempts({}, {"worker:8": 6}, {})
+    assert attempts.fetch(11) == TextAttempts({"worker:7": 9}, {}, {5: 1})
 
 
-def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> None:
-    """A batch of a dropped job is told so, and leaves no trace."""
+def test_commit_after_the_end_of_the_job_writes_no_key(ledger: Ledger, results: Redis) -> None:
     ledger.drop()
 
     AttemptLog(results, "job").start(0, 1, "worker:7")
@@ -120,8 +117,7 @@ def test_commit_after_the_end_writes_nothing(ledger: Ledger, results: Redis) -> 
 
 
 @pytest.mark.parametrize("action", ["invalidate", "keep_alive", "drop"])
-def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis) -> None:
-    """What a producer does to a job that has expired brings no key back."""
+def test_deleted_job_is_not_created_again(action: str, ledger: Ledger, results: Redis) -> None:
     arguments: dict[str, list[object]] = {"invalidate": [Commit(b"0-1", 0, 1)], "keep_alive": [60]}
     ledger.drop()
 
@@ -131,8 +127,7 @@ def test_job_that_is_gone_stays_gone(action: str, ledger: Ledger, results: Redis
     assert results.zrange(JOBS_KEY, 0, -1) == []
 
 
-def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
-    """Commits that were never taken go with the job."""
+def test_drop_deletes_commits_that_were_not_read(ledger: Ledger, results: Redis) -> None:
     for index in range(50):
         ledger.commit(index, [b"x", b"y"])
 
@@ -141,8 +136,7 @@ def test_drop_deletes_what_nobody_read(ledger: Ledger, results: Redis) -> None:
     assert job_keys(results) == set()
 
 
-def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
-    """Each delivery of a batch counts; a committed one is not begun again."""
+def test_deliveries_are_counted_until_the_commit(ledger: Ledger) -> None:
     deliveries = [ledger.start_attempt(3) for _ in range(3)]
     ledger.commit(3, [b"value"])
 
@@ -150,9 +144,8 @@ def test_begin_counts_deliveries_until_the_commit(ledger: Ledger) -> None:
     assert ledger.start_attempt(3) == (Attempt.ALREADY_DONE, 0)
 
 
-def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
-    """Nothing is left of a commit that was taken back; the batch is begun and committed again."""
-    ledger.commit(3, [b"damaged", b"whole"])
+def test_invalidated_batch_can_be_committed_again(ledger: Ledger) -> None:
+    ledger.commit(3, [b"damaged", b"intact"])
     [commit] = ledger.read_commits(count=10, block_ms=1)
 
     ledger.invalidate(commit)
@@ -163,8 +156,7 @@ def test_forgotten_batch_is_computed_again(ledger: Ledger) -> None:
     assert ledger.commit(3, [b"again"]) is True
 
 
-def test_opening_again_changes_nothing(ledger: Ledger) -> None:
-    """A producer that repeats its opening keeps what is committed."""
+def test_second_open_does_not_delete_commits(ledger: Ledger) -> None:
     ledger.commit(0, [b"value"])
 
     ledger.open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
@@ -172,8 +164,7 @@ def test_opening_again_changes_nothing(ledger: Ledger) -> None:
     assert ledger.commit(0, [b"other"]) is False
 
 
-def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Redis) -> None:
-    """Under memory pressure the commit writes no byte, says why, and succeeds later."""
+def test_full_redis_refuses_a_whole_commit(ledger: Ledger, results: Redis) -> None:
     values = [bytes(100_000)] * 3
     ledger.commit(0, values)
     before = {key: results.dump(key) for key in job_keys(results)}
@@ -188,11 +179,10 @@ def test_full_redis_takes_all_of_a_commit_or_nothing(ledger: Ledger, results: Re
     assert ledger.commit(1, values) is True
 
 
-def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) -> None:
-    """A job that cannot be opened for want of memory says what it waits for."""
+def test_open_in_a_full_redis_can_be_retried(redis: RedisProcess, results: Redis) -> None:
     results.config_set("maxmemory", 1)
 
-    with pytest.raises(Exception) as caught:  # which class it is, is the point below
+    with pytest.raises(Exception) as caught:  # the class is checked below
         Ledger(results, "job").open(fingerprint=bytes(8), ttl_s=JOB_TTL_S)
 
     assert retryable_reason(caught.value) == "Redis is full (maxmemory)"
@@ -203,10 +193,9 @@ def test_opening_in_a_full_redis_is_a_wait(redis: RedisProcess, results: Redis) 
     [{"x": "1"}, {"i": "a", "v": "b"}, {"i": "-1", "v": "1"}, {"i": "9" * 30, "v": "1"}],
     ids=repr,
 )
-def test_entry_of_no_batch_is_taken_and_forgotten(
+def test_forged_stream_entry_is_read_and_deleted(
     fields: dict[Any, Any], ledger: Ledger, results: Redis
 ) -> None:
-    """An entry that no worker wrote stops nobody from reading those behind it."""
     results.xadd("embedq:{job}:commits", fields, id="1-1")
     ledger.commit(3, [b"value"])
 
@@ -218,8 +207,10 @@ def test_entry_of_no_batch_is_taken_and_forgotten(
 
 
 @pytest.mark.parametrize("n_values", ["999999999999", "-4", "4097", "many"])
-def test_values_beyond_the_contract_are_none(n_values: str, ledger: Ledger, results: Redis) -> None:
-    """A forged count of values costs no memory, neither in reading nor in dropping the job."""
+def test_forged_number_of_values_is_read_as_none(
+    n_values: str, ledger: Ledger, results: Redis
+) -> None:
+    """It must cost no memory, neither in `fetch_values` nor in `drop`."""
     results.xadd("embedq:{job}:commits", {"i": 3, "v": n_values})
 
     [commit] = ledger.read_commits(count=10, block_ms=1)
@@ -229,11 +220,10 @@ def test_values_beyond_the_contract_are_none(n_values: str, ledger: Ledger, resu
     assert not results.exists("embedq:{job}:commits")
 
 
-def test_notes_that_are_none_are_passed_over(ledger: Ledger, results: Redis) -> None:
-    """Whatever else stands among the notes of a job, its batches are still tried."""
-    suspects = AttemptLog(results, "job")
-    suspects.add_failure(0, 4, 2)
+def test_invalid_fields_of_the_attempt_log_are_ignored(ledger: Ledger, results: Redis) -> None:
+    attempts = AttemptLog(results, "job")
+    attempts.add_failure(0, 4, 2)
     others = {"0": 1, "0:x": 1, "0:5": "y", b"\xff": 1, "": 1, "0@p": "z"}
     results.hset("embedq:{job}:suspects", mapping=others)  # type: ignore[arg-type] # bytes as well
 
-    assert suspects.fetch(0) == TextAttempts(charges={4: 2})
+    assert attempts.fetch(0) == TextAttempts(charges={4: 2})

