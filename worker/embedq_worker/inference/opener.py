@@ -114,17 +114,17 @@ class EngineOpener:
         """
         settings = self._settings
         has_openvino = importlib.util.find_spec("openvino") is not None
-        among = candidates(accuracy, settings.engine, settings.precision, has_openvino=has_openvino)
-        if not among:
+        found = candidates(accuracy, settings.engine, settings.precision, has_openvino=has_openvino)
+        if not found:
             if settings.precision is PrecisionChoice.INT8:
                 raise SettingsError(f"EMBEDQ_PRECISION=int8: {INT8_IS_A_CLASS}")
             raise SettingsError(
                 f"EMBEDQ_ENGINE={settings.engine} and EMBEDQ_PRECISION={settings.precision}: no "
                 "installed engine supports this. Set both to auto."
             )
-        memory = TuningCache(settings.cache_dir)
+        cache = TuningCache(settings.cache_dir)
         measure = functools.partial(self._measure, accuracy)
-        chosen, why = choose(among, self._key(accuracy, among), memory, measure)
+        chosen, why = choose(found, self._key(accuracy, found), cache, measure)
         log.info(
             "engine_chosen accuracy=%s engine=%s precision=%s why=%s layout=%r",
             accuracy,
@@ -133,7 +133,8 @@ class EngineOpener:
             why,
             self._layout.describe(),
         )
-        return self._open_first([chosen, *(one for one in among if one != chosen)], accuracy, why)
+        fallbacks = [candidate for candidate in found if candidate != chosen]
+        return self._open_first([chosen, *fallbacks], accuracy, why)
 
     def quantized(self) -> str:
         """Return the name of the quantized model for class ``int8``; empty if there is none."""
@@ -186,15 +187,15 @@ class EngineOpener:
         raise NotQuantized(f"There is no quantized model of {self._model.label}. {QUANTIZE}")
 
     def _open_first(
-        self, among: Sequence[Candidate], accuracy: Accuracy, why: str
+        self, found: Sequence[Candidate], accuracy: Accuracy, why: str
     ) -> VerifiedEngine:
-        for candidate in among[:-1]:
+        for candidate in found[:-1]:
             try:
                 return self._open(candidate, accuracy, why)
             except EngineError as error:
                 log.warning("engine_rejected engine=%s reason=%s", candidate.engine, error)
                 why = "fallback"
-        return self._open(among[-1], accuracy, why)
+        return self._open(found[-1], accuracy, why)
 
     def _open(self, candidate: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
         is_reference = candidate.engine is EngineChoice.ONNXRUNTIME
@@ -205,10 +206,10 @@ class EngineOpener:
         )
         return self.verifier.verify(engine, accuracy, reference, why, layout)
 
-    def _measure(self, accuracy: Accuracy, among: Sequence[Candidate]) -> Mapping[Candidate, float]:
+    def _measure(self, accuracy: Accuracy, found: Sequence[Candidate]) -> Mapping[Candidate, float]:
         opened: dict[Candidate, VerifiedEngine] = {}
         try:
-            for candidate in among:
+            for candidate in found:
                 try:
                     opened[candidate] = self._open(candidate, accuracy, "measured")
                 except EngineError as error:
@@ -219,12 +220,12 @@ class EngineOpener:
             for verified in opened.values():
                 verified.close()
 
-    def _key(self, accuracy: Accuracy, among: Sequence[Candidate]) -> str:
+    def _key(self, accuracy: Accuracy, found: Sequence[Candidate]) -> str:
         return machine_key(
-            race=str(BENCHMARK_VERSION),
+            benchmark=str(BENCHMARK_VERSION),
             model=self._model.identity,
             accuracy=str(accuracy),
-            among=str([(str(one.engine), str(one.precision)) for one in among]),
+            candidates=str([(str(one.engine), str(one.precision)) for one in found]),
             versions=engine_versions(),
             cores=str(self._settings.cores()),
             token_budget=str(self._settings.token_budget or DEFAULT_TOKEN_BUDGET),

@@ -1,11 +1,7 @@
-"""Choose engine and CPU configuration, and remember the choice.
+"""Choose the CPU engine for an accuracy class: the fastest that passes its self-test.
 
-A short race between engines on this machine.
-
-Which engine computes an accuracy class on this CPU: the faster of those that are proven.
-
-The answer is kept for the machine, because a run that resumes wants the engine that began it.
-Where it cannot be kept, it is decided without measuring, so that it is still the same next time.
+A short benchmark decides. The choice is cached, so that a run that resumes gets the same engine;
+where the cache is not writable, the choice does not depend on a measurement.
 """
 
 from __future__ import annotations
@@ -29,12 +25,12 @@ from embedq_worker.inference.embedder import CANARY_TEXT, Embedder
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import EngineChoice, PrecisionChoice, WorkerSettings
 
-#: Padded tokens of one inference, where the settings name none; why: see engines/onnxruntime.py.
+#: Default for EMBEDQ_TOKEN_BUDGET: padded tokens per inference.
 DEFAULT_TOKEN_BUDGET: Final = 512
 
 
 def engine_versions() -> str:
-    """Name the runtimes that are installed; another one may want another choice."""
+    """Return the versions of the installed runtimes, as part of the cache key."""
     return str([_version(name) for name in ("onnxruntime", "openvino")])
 
 
@@ -76,23 +72,20 @@ Key = TypeVar("Key")
 _WORDS: Final = CANARY_TEXT.split() * 20
 
 
-#: What they embed: 128 texts of 5 to 200 words, most of them short and few of equal length, as
-#: prose has them; about as much as a batch of real work keeps all cores at full token batches
-#: with. With a quarter of it the tail decided, and noise. With five lengths only, onnxruntime had
-#: nothing to pad and won by 0.3 %, and with docstrings it was 8 % behind (f32, two Zen 4 cores,
-#: measured 2026-11-28).
+#: Texts of the benchmark: 5 to 200 words, most of them short and few of equal length, as in prose.
+#: Equal lengths would favor onnxruntime, because they need no padding.
 TEXTS: Final = tuple(" ".join(_WORDS[: round(5 * 40 ** (i / 127))]) for i in range(128))
 
 
-#: Raised whenever another race may have another winner, so that it is run again.
+#: Version of the benchmark. Raise it when its result may change, so that it runs again.
 BENCHMARK_VERSION: Final = 2
 
 
-#: The best of so many rounds counts: others can only make an engine slower.
+#: Number of rounds; the fastest counts, because other processes can only slow an engine down.
 ROUNDS: Final = 4
 
 
-#: An engine whose best is so many times that of the fastest is out of the race.
+#: An engine is not measured further if it takes this many times as long as the fastest.
 ELIMINATION_FACTOR: Final = 1.4
 
 
@@ -101,13 +94,13 @@ def benchmark(
     model: Model,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, float]:
-    """Return the seconds each needs, taken in turn, so that a drift of the machine meets all.
+    """Return the seconds that each embedder needs, measured in turn so that drift affects all.
 
     Raises:
-        EngineError: one of them fails.
+        EngineError: an embedder failed.
     """
     spec = VectorSpec(model.identity, model.dim, model.max_length)
-    batch = EmbedBatch("race", 0, TEXTS, spec)
+    batch = EmbedBatch("benchmark", 0, TEXTS, spec)
     seconds: dict[Key, float] = {}
     running = dict(embedders)
     for _ in range(ROUNDS):
@@ -123,20 +116,20 @@ def benchmark(
 log = logging.getLogger(__name__)
 
 
-#: Name of the memory inside the cache folder.
+#: Name of the file in the cache folder.
 FILE_NAME: Final = "engines.json"
 
 
-#: Most bytes of it; a larger one is not ours.
+#: Maximum size of the file, bytes.
 MAX_BYTES: Final = 1024 * 1024
 
 
-#: How much faster bf16 must be than f32 before it is worth its rounding and a second engine.
+#: Factor by which bf16 must be faster than f32 to be worth its rounding and a second engine.
 BF16_MARGIN: Final = 1.1
 
 
-#: Seconds to wait for another worker's measurement, which takes some ten.
-LOCK_DEADLINE_S: Final = 120.0
+#: Timeout for the benchmark of another worker, which takes about ten seconds, seconds.
+LOCK_TIMEOUT_S: Final = 120.0
 
 
 class Candidate(NamedTuple):
@@ -144,7 +137,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         engine: ``openvino`` or ``onnxruntime``.
-        precision: the arithmetic.
+        precision: arithmetic of the engine.
     """
 
     engine: EngineChoice
@@ -158,16 +151,15 @@ def candidates(
     *,
     has_openvino: bool,
 ) -> list[Candidate]:
-    """List what could serve a class, the best guess first.
+    """List the engines that could serve an accuracy class, probably fastest first.
+
+    bf16 is listed on every CPU: opening it fails where it is missing, and checking here would
+    import a runtime at every start.
 
     Args:
-        accuracy: the class; ``exact`` is f32 whatever else is asked for.
-        engine, precision: what the settings say.
-        has_openvino: it is installed.
-
-    Returns:
-        What to try. A CPU without bf16 is found out by opening: asking would cost every start the
-        import of a runtime that it may not use.
+        accuracy: accuracy class; ``exact`` ignores the precision.
+        engine, precision: values of the settings.
+        has_openvino: OpenVINO is installed.
     """
     found = [Candidate(EngineChoice.ONNXRUNTIME, Precision.F32)]
     if has_openvino:
@@ -182,7 +174,7 @@ def candidates(
 
 
 def fastest(seconds: Mapping[Candidate, float]) -> Candidate:
-    """Choose by time; bf16 must win clearly."""
+    """Return the fastest candidate; bf16 only if it is faster by BF16_MARGIN."""
     return min(
         seconds,
         key=lambda one: seconds[one] * (BF16_MARGIN if one.precision is Precision.BF16 else 1),
@@ -190,20 +182,20 @@ def fastest(seconds: Mapping[Candidate, float]) -> Candidate:
 
 
 class TuningCache:
-    """The choices of this machine."""
+    """File with the engines chosen on this machine."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._path = cache_dir / FILE_NAME
 
-    def get(self, key: str, among: Sequence[Candidate]) -> Candidate | None:
-        """Return what was chosen under this key, if it is still to be had."""
+    def get(self, key: str, candidates: Sequence[Candidate]) -> Candidate | None:
+        """Return the choice for this key, if it is one of these candidates."""
         entry = self._read().get(key)
         found = entry if isinstance(entry, dict) else {}
-        shown = {(str(one.engine), str(one.precision)): one for one in among}
+        shown = {(str(one.engine), str(one.precision)): one for one in candidates}
         return shown.get((str(found.get("engine")), str(found.get("precision"))))
 
     def put(self, key: str, chosen: Candidate, figures: Mapping[str, float]) -> None:
-        """Remember a choice with what was measured; a file that cannot be written is logged."""
+        """Store a choice with its measurements; log a warning if the file cannot be written."""
         entry = {"engine": chosen.engine, "precision": chosen.precision, "seconds": dict(figures)}
         content = json.dumps({**self._read(), key: entry}, indent=1)
         try:
@@ -212,7 +204,7 @@ class TuningCache:
             log.warning("tuning_cache_write_failed path=%s reason=%s", self._path, error.strerror)
 
     def is_writable(self) -> bool:
-        """Say whether a choice could be kept."""
+        """Say whether a choice can be stored."""
         with suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._path.parent).close()
@@ -220,8 +212,8 @@ class TuningCache:
         return False
 
     def lock(self) -> AbstractContextManager[None]:
-        """Let one worker measure at a time; the others find its answer."""
-        return locked(self._path.with_suffix(".lock"), LOCK_DEADLINE_S)
+        """Lock the cache, so that one worker measures and others wait for its choice."""
+        return locked(self._path.with_suffix(".lock"), LOCK_TIMEOUT_S)
 
     def _read(self) -> dict[str, object]:
         with suppress(ValueError):
@@ -233,28 +225,28 @@ class TuningCache:
 def choose(
     candidates: Sequence[Candidate],
     key: str,
-    memory: TuningCache,
+    cache: TuningCache,
     measure: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
-    """Choose an engine, and say why: ``only``, ``kept``, ``measured`` or ``unmeasured``.
+    """Choose an engine; also return why: ``only``, ``cached``, ``measured`` or ``unmeasured``.
 
     Args:
-        among: at least one, the best guess first.
-        key: names everything that could change the answer.
-        memory: of this machine.
-        measure: returns seconds for each that is proven, leaving out the others.
+        candidates: at least one engine, probably fastest first.
+        key: cache key, from machine_key.
+        cache: cache of this machine.
+        measure: returns seconds for each candidate that passes its self-test.
     """
     if len(candidates) == 1:
         return candidates[0], "only"
-    kept = memory.get(key, candidates)
-    if kept:
-        return kept, "kept"
-    if not memory.is_writable():
+    cached = cache.get(key, candidates)
+    if cached:
+        return cached, "cached"
+    if not cache.is_writable():
         return candidates[0], "unmeasured"
     try:
-        with memory.lock():
-            kept = memory.get(key, candidates)
-            return (kept, "kept") if kept else _measure(candidates, key, memory, measure)
+        with cache.lock():
+            cached = cache.get(key, candidates)
+            return (cached, "cached") if cached else _measure(candidates, key, cache, measure)
     except TimeoutError:
         return candidates[0], "unmeasured"
 
@@ -262,7 +254,7 @@ def choose(
 def _measure(
     candidates: Sequence[Candidate],
     key: str,
-    memory: TuningCache,
+    cache: TuningCache,
     measure: Callable[[Sequence[Candidate]], Mapping[Candidate, float]],
 ) -> tuple[Candidate, str]:
     seconds = measure(candidates)
@@ -270,18 +262,18 @@ def _measure(
         return candidates[-1], "unmeasured"
     chosen = fastest(seconds)
     figures = {f"{one.engine} {one.precision}": took for one, took in seconds.items()}
-    memory.put(key, chosen, figures)
+    cache.put(key, chosen, figures)
     return chosen, "measured"
 
 
 def machine_key(**facts: str) -> str:
-    """Name this machine and everything else that could change a choice."""
-    known = {**facts, "machine": platform.machine(), "cpu": _cpu()}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    """Return a hash of this machine and of all other facts that could change a choice."""
+    facts = {**facts, "machine": platform.machine(), "cpu": _cpu()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _cpu() -> str:
-    """Name the kind of CPU with what it can do; the same on every start."""
+    # Model and features, the same at every start.
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         wanted = {line for line in lines if line.startswith(("model name", "flags", "Features"))}

@@ -1,16 +1,10 @@
-"""The only file that imports tokenizers; word cache.
+"""Tokenize texts into ragged tokens; the only module that imports ``tokenizers``.
 
-Remembers what a tokenizer made of each word, where a text is no more than its words.
-
-A BERT tokenizer treats what stands between two spaces or signs of ASCII by itself: cleaning, lower
-case and accents never reach across them, and a sign is a word of its own. So its library is asked
-once for such a word, and a text costs a search and a join.
+A BERT tokenizer treats every word between spaces and ASCII punctuation independently: cleaning,
+lowercasing and accent stripping never cross these. So the library tokenizes each such word once,
+the word cache stores its ids, and a text costs a lookup and a join.
 
 Source: tokenizers, src/normalizers/bert.rs, src/pre_tokenizers/bert.rs, src/models/wordpiece.
-
-Texts -> ragged tokens: one flat array of ids with offsets, and how many did not fit.
-
-The only file that imports ``tokenizers``.
 """
 
 from __future__ import annotations
@@ -29,73 +23,74 @@ from tokenizers import models, normalizers, pre_tokenizers
 from embedq_worker.engines.base import RaggedTokens
 from embedq_worker.errors import EngineError, ModelError
 
-#: What a text is split at, and what is put in its place before it is. Only what is ASCII, which
-#: Python and the library are sure to see alike.
-SPLITS: Final = {sign: f" {sign} " for sign in string.punctuation} | dict.fromkeys("\t\n\r", " ")
+#: Replacements before a text is split at spaces: spaces around punctuation, and one for white
+#: space. ASCII only, which Python and the library surely classify alike.
+SPLITS: Final = {mark: f" {mark} " for mark in string.punctuation} | dict.fromkeys("\t\n\r", " ")
 
 
-#: What no word of a text that was split holds.
+#: Matches a text that was not split, because it contains a character at which texts are split.
 WHOLE: Final = re.compile(f"[ {re.escape(''.join(SPLITS))}]")
 
 
-#: Characters of the longest text that is split; its words take a hundred bytes each for a moment.
-MOST_CHARACTERS: Final = 64 * 1024
+#: Length of the longest text that is split, in characters; each word takes 100 bytes meanwhile.
+MAX_CHARACTERS: Final = 64 * 1024
 
 
-#: Bytes to remember, about. Then all is forgotten: the frequent words are soon back.
-MOST_BYTES: Final = 16 * 1024 * 1024
+#: Approximate size of the word cache, bytes. A full cache is emptied: frequent words soon return.
+MAX_CACHE_BYTES: Final = 16 * 1024 * 1024
 
 
-#: Bytes of an entry, and of each of its characters with what comes of it.
+#: Approximate size of a cache entry without its word and ids, bytes.
 ENTRY_BYTES: Final = 200
 
 
+#: Approximate size of word and ids per character of the word, bytes.
 CHARACTER_BYTES: Final = 8
 
 
-#: New words that the library is asked for as one text, and the sign between them: each by itself
-#: takes twice as long.
+#: Number of new words that are joined into one text for the library, which halves the time.
 GROUP_SIZE: Final = 64
 
 
+#: Mark between joined words.
 SEPARATOR: Final = ","
 
 
-#: Gives the ids of each text.
+#: Function that returns the ids of each text.
 Library = Callable[[Sequence[str]], Iterable[list[int]]]
 
 
 class WordCache:
-    """The words met so far, with their ids; any thread may ask."""
+    """Ids of the words seen so far; may be called from any thread."""
 
     def __init__(self, library: Library, added: Iterable[str]) -> None:
-        """Begin with the signs.
+        """Fill the cache with the ids of punctuation.
 
         Args:
             library: encodes any text.
-            added: tokens that the library cuts out of a text before anything else, as ``[SEP]``.
+            added: tokens such as ``[SEP]``, which the library finds before it splits into words.
         """
         self._library = library
         self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
-        signs = list(string.punctuation)
-        ids = list(library(signs))
-        self._between = ids[signs.index(SEPARATOR)]
-        self._signs = {"": b"", **dict(zip(signs, map(as_bytes, ids), strict=True))}
-        self._known = dict(self._signs)
+        marks = list(string.punctuation)
+        ids = list(library(marks))
+        self._separator = ids[marks.index(SEPARATOR)]
+        self._punctuation = {"": b"", **dict(zip(marks, map(as_bytes, ids), strict=True))}
+        self._cached = dict(self._punctuation)
         self._bytes = 0
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        """Return the ids of each text, int32 as bytes: those that the library gives.
+        """Return the ids of each text as the library does, int32 as bytes.
 
         Raises:
-            Exception: whatever the library raises.
+            Exception: the library failed.
         """
         split = [self._split(text) for text in texts]
         ids_of = self._ids_of(set().union(*split)).__getitem__
         return [b"".join(map(ids_of, words)) for words in split]
 
     def _split(self, text: str) -> list[str]:
-        if len(text) > MOST_CHARACTERS or self._added.search(text):
+        if len(text) > MAX_CHARACTERS or self._added.search(text):
             return [text]
         for split, spaced in SPLITS.items():
             if split in text:
@@ -103,69 +98,64 @@ class WordCache:
         return text.split(" ")
 
     def _ids_of(self, words: set[str]) -> dict[str, bytes]:
-        """Return what is known, these words included."""
-        known = self._known
-        unknown = list(words.difference(known))
-        if unknown:
-            known.update(self._learn(unknown))
-            self._bytes += ENTRY_BYTES * len(unknown) + CHARACTER_BYTES * sum(map(len, unknown))
-            if self._bytes > MOST_BYTES:
-                # A new one: whoever holds the old one may still look into it.
-                self._known, self._bytes = dict(self._signs), 0
-        return known
+        cached = self._cached
+        new = list(words.difference(cached))
+        if new:
+            cached.update(self._encode_words(new))
+            self._bytes += ENTRY_BYTES * len(new) + CHARACTER_BYTES * sum(map(len, new))
+            if self._bytes > MAX_CACHE_BYTES:
+                # A new dict, because other threads may still read the old one.
+                self._cached, self._bytes = dict(self._punctuation), 0
+        return cached
 
-    def _learn(self, unknown: list[str]) -> Iterator[tuple[str, bytes]]:
-        texts = [text for text in unknown if WHOLE.search(text)]
-        words = [word for word in unknown if not WHOLE.search(word)]
+    def _encode_words(self, new: list[str]) -> Iterator[tuple[str, bytes]]:
+        texts = [text for text in new if WHOLE.search(text)]
+        words = [word for word in new if not WHOLE.search(word)]
         yield from zip(texts, map(as_bytes, self._library(texts)), strict=True)
         groups = [words[at : at + GROUP_SIZE] for at in range(0, len(words), GROUP_SIZE)]
         joined = self._library([SEPARATOR.join(group) for group in groups])
         for group, ids in zip(groups, joined, strict=True):
-            parts = list(self._part(ids))
-            if len(parts) != len(group):  # a word of theirs looks like the sign between them
+            parts = list(self._split_ids(ids))
+            if len(parts) != len(group):  # a word contains the separator's id
                 parts = list(self._library(group))
             yield from zip(group, map(as_bytes, parts), strict=True)
 
-    def _part(self, ids: list[int]) -> Iterator[list[int]]:
-        """Cut ids where the sign stood that was put between words."""
+    def _split_ids(self, ids: list[int]) -> Iterator[list[int]]:
         start = 0
         for at, found in enumerate(ids):
-            if [found] == self._between:
+            if [found] == self._separator:
                 yield ids[start:at]
                 start = at + 1
         yield ids[start:]
 
 
 def as_bytes(ids: list[int]) -> bytes:
-    """Return ids as int32."""
+    """Return ids as the bytes of an int32 array."""
     return array("i", ids).tobytes()
 
 
-__all__ = ["RaggedTokens", "Tokenizer"]
-
-
-#: Characters handed to the tokenizer in one call. It keeps 40 to 90 bytes per token until the
-#: call returns: about 10 MB for a group, twice that for a single text of the largest size.
+#: Number of characters per call of the library, which uses up to 90 bytes per token until the call
+#: returns.
 GROUP_CHARS: Final = 512 * 1024
 
 
-#: Bytes of an id, an int32.
+#: Size of an id, bytes.
 ID_BYTES: Final = 4
 
 
 class Tokenizer:
-    """A model's tokenizer with its length limit applied here, so that dropped tokens are counted.
+    """A model's tokenizer, which truncates texts and counts the dropped tokens.
 
     Attributes:
-        max_length: tokens the model takes, special tokens included.
-        pad_id: token that fills a row.
+        max_length: maximum number of tokens of a text, special tokens included.
+        pad_id: padding token.
     """
 
     def __init__(self, path: Path, max_length: int) -> None:
         """Load tokenizer.json.
 
         Raises:
-            ModelError: the file is damaged, or its special tokens leave no room for a text.
+            ModelError: the file is damaged, or max_length leaves no room beside special tokens.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -176,44 +166,41 @@ class Tokenizer:
         padding = self._tokenizer.padding
         self.max_length = max_length
         self.pad_id = _pad_id(self._tokenizer, padding)
-        # The file of all-MiniLM-L6-v2 arrives with truncation to 128 and padding to 128, while the
-        # model was trained and is published with 256; other loaders stumble over this.
+        # The file of all-MiniLM-L6-v2 truncates and pads to 128 tokens; the model's limit is 256.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         prefix, suffix = _special_ids(self._tokenizer, path)
         self._room = max_length - len(prefix) - len(suffix)
         if self._room <= 0:
-            raise ModelError(f"A length of {max_length} tokens leaves no room for a text: {path}.")
+            raise ModelError(
+                f"A maximum length of {max_length} tokens leaves no room for a text beside the "
+                f"special tokens of {path}."
+            )
         self._prefix, self._suffix = as_bytes(prefix), as_bytes(suffix)
         self._words = None
         added = self._tokenizer.get_added_tokens_decoder().values()
-        # Those that are normalized are looked for in what the normalizer left of a text.
+        # The cache finds added tokens in the raw text, not those that match normalized text.
         if _splits_into_words(self._tokenizer) and not any(one.normalized for one in added):
-            self._words = WordCache(self._ask, [one.content for one in added])
+            self._words = WordCache(self._encode_uncached, [one.content for one in added])
 
-    def require_below(self, limit: int) -> None:
-        """Check that no token has this number or a greater one.
-
-        OpenVINO looks up nothing for such a token, and says nothing.
+    def check_ids_below(self, limit: int) -> None:
+        """Check that all ids are below the limit; OpenVINO ignores ids without weights silently.
 
         Raises:
-            ModelError: one has.
+            ModelError: an id is not below the limit.
         """
         largest = max(self._tokenizer.get_vocab().values(), default=0)
         if largest >= limit:
             raise ModelError(
-                f"tokenizer.json has a token {largest:,}, and the weights know {limit:,} tokens. "
-                "Fetch both files again; tokens that were added need weights of their own."
+                f"tokenizer.json has token id {largest:,}, but the weights have {limit:,} tokens. "
+                "Fetch both files again. Added tokens need weights of their own."
             )
 
     def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
-        """Tokenize the texts, keeping the first tokens of those that are too long.
-
-        Args:
-            texts: any number of them; memory beyond the ids is bounded.
+        """Tokenize texts; of a text that is too long, only the first tokens.
 
         Raises:
-            EngineError: the tokenizer failed; the message does not hold any text.
+            EngineError: the tokenizer failed; the message contains no text.
         """
         parts: list[bytes] = []
         lengths: list[int] = []
@@ -221,10 +208,10 @@ class Tokenizer:
         room = self._room * ID_BYTES
         for group in _groups(texts):
             for ids in self._encode(group):
-                kept = ids[:room]
-                parts += (self._prefix, kept, self._suffix)
-                lengths.append(len(kept))
-                dropped.append(len(ids) - len(kept))
+                truncated = ids[:room]
+                parts += (self._prefix, truncated, self._suffix)
+                lengths.append(len(truncated))
+                dropped.append(len(ids) - len(truncated))
         sizes = np.array(lengths, np.int64) // ID_BYTES + (self.max_length - self._room)
         return RaggedTokens(
             np.frombuffer(b"".join(parts), np.int32),
@@ -236,20 +223,19 @@ class Tokenizer:
         try:
             if self._words:
                 return self._words.encode(texts)
-            return map(as_bytes, self._ask(texts))
+            return map(as_bytes, self._encode_uncached(texts))
         except Exception as error:
-            # The cause may quote its input, so it is named and not chained.
+            # Only the type of the cause, because its message may quote a text.
             raise EngineError(
                 f"The tokenizer failed on {len(texts):,} texts ({type(error).__name__})."
             ) from None
 
-    def _ask(self, texts: Sequence[str]) -> Iterator[list[int]]:
+    def _encode_uncached(self, texts: Sequence[str]) -> Iterator[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
 
 
 def _splits_into_words(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Say whether no word of a text has to do with another, as Words wants it."""
     return (
         isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
         and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
@@ -258,7 +244,7 @@ def _splits_into_words(tokenizer: tokenizers.Tokenizer) -> bool:
 
 
 def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Split the texts so that a group holds GROUP_CHARS characters or a single longer text."""
+    # Each group has GROUP_CHARS characters at most, or is a single longer text.
     start = size = 0
     for index, text in enumerate(texts):
         if index > start and size + len(text) > GROUP_CHARS:
@@ -270,13 +256,16 @@ def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> tuple[list[int], list[int]]:
-    """Find which tokens the template puts before and after a text."""
+    # Tokens that the template adds before and after a text.
     whole = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     for at in range(len(whole) - len(bare) + 1):
         if whole[at : at + len(bare)] == bare:
             return whole[:at], whole[at + len(bare) :]
-    raise ModelError(f"{path} does not wrap a text in fixed special tokens; it cannot be used.")
+    raise ModelError(
+        f"{path} does not add fixed special tokens around a text, so embedq cannot use it. "
+        "Use another model."
+    )
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer, padding: dict[str, int] | None) -> int:

@@ -82,7 +82,7 @@ def test_choice_is_read_from_the_cache_at_the_next_start(tmp_path: Path) -> None
 
     stopwatch.seconds = {BF16: 2.0, F32: 1.0}
 
-    assert choose([BF16, F32], "key", cache, stopwatch) == (BF16, "kept")
+    assert choose([BF16, F32], "key", cache, stopwatch) == (BF16, "cached")
     assert stopwatch.calls == 1
     stored = json.loads((tmp_path / "cache" / FILE_NAME).read_text())["key"]
     assert stored["seconds"] == {"openvino bf16": 1.0, "openvino f32": 2.0}

@@ -64,7 +64,7 @@ def test_engine_choice_is_measured_once(model: Model, tmp_path: Path) -> None:
     first = cpu_opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
     second = cpu_opener(model, tmp_path).open_cpu(Accuracy.STANDARD)
 
-    assert (first.why, second.why) == ("measured", "kept")
+    assert (first.why, second.why) == ("measured", "cached")
     assert (first.engine.name, first.engine.precision) == (
         second.engine.name,
         second.engine.precision,

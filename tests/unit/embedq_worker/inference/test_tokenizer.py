@@ -161,5 +161,5 @@ def test_token_without_an_embedding_is_refused(tmp_path: Path, foreign: bool) ->
     tokenizer.add_special_tokens(["[DOC]"])
     tokenizer.save(str(model.tokenizer_path))
 
-    with pytest.raises(ModelError, match="has a token 44, and the weights know 44"):
+    with pytest.raises(ModelError, match="has token id 44, but the weights have 44"):
         EngineVerifier(SETTINGS, model)

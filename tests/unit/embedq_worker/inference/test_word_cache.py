@@ -137,7 +137,7 @@ def test_word_containing_the_separator_is_encoded_alone() -> None:
 
 
 def test_full_word_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "MOST_BYTES", 10 * tokenizer.ENTRY_BYTES)
+    monkeypatch.setattr(tokenizer, "MAX_CACHE_BYTES", 10 * tokenizer.ENTRY_BYTES)
     library = Library()
     word_cache = WordCache(library, [])
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_full_word_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_text_is_encoded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "MOST_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer, "MAX_CHARACTERS", 10)
     library = Library()
 
     found = WordCache(library, []).encode(["to be or not", "to be"])
