@@ -1,4 +1,4 @@
-"""Find the NPUs of a machine in sysfs, choose one and check that it can be opened.
+"""Finds the NPUs of a machine in sysfs, chooses one and checks that it can be opened.
 
 An NPU is identified by its PCI address: `accelN` may change at a boot, and `DEVICE_UUID` is the
 same on every machine. A process can only use the first NPU that it sees. No runtime.

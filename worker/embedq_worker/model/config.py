@@ -1,4 +1,4 @@
-"""What the JSON files beside the weights say about a model, and whether we can build it."""
+"""Reads the JSON files of a model folder and refuses a model that embedq cannot serve."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any, Final
 
 from embedq_worker.errors import ModelError
 
-#: Most tokens of a model whose files name no limit: what BERT was trained with.
+#: Token limit of a model whose files name none; BERT was trained with it.
 DEFAULT_MAX_LENGTH: Final = 512
 
-
-#: The numbers of config.json that shape a BERT encoder.
-SIZES: Final = (
+#: Numbers in config.json that shape a BERT encoder.
+_SIZES: Final = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -24,24 +23,20 @@ SIZES: Final = (
     "max_position_embeddings",
 )
 
-
-#: Activations that graph.py builds; "gelu" is the exact one, with erf.
-ACTIVATIONS: Final = ("gelu", "relu")
-
-
 _KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+_USE_ONNX = "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """How a model is used, beside its weights.
+    """How texts become vectors, besides the weights.
 
     Attributes:
         pooling: ``mean`` or ``cls``.
         normalize: vectors are scaled to unit length.
-        max_length: tokens it takes, special tokens included.
-        prompts: name -> text put before each input.
-        default_prompt: the name used when the caller names none; empty for none.
+        max_length: maximum number of tokens of a text, special tokens included.
+        prompts: name of a prompt -> prefix of each text.
+        default_prompt: name of the prompt if the caller chooses none; empty for no prompt.
     """
 
     pooling: str
@@ -58,7 +53,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     config.json and tokenizer_config.json allow, at most DEFAULT_MAX_LENGTH.
 
     Raises:
-        ModelError: a file is damaged, or asks for something we do not do.
+        ModelError: a file is damaged, or requires an unsupported module, pooling or lower case.
     """
     _check_case(folder)
     modules = load_json(folder / "modules.json", list)
@@ -78,16 +73,16 @@ def read_model_config(folder: Path) -> ModelConfig:
     usage = load_json(folder / "config_sentence_transformers.json", dict) or {}
     prompts = {str(k): str(v) for k, v in (usage.get("prompts") or {}).items() if v}
     default = usage.get("default_prompt_name") or ""
-    return ModelConfig(
-        pooling, normalize, _max_length(folder), prompts, default * (default in prompts)
-    )
+    if default not in prompts:
+        default = ""
+    return ModelConfig(pooling, normalize, _max_length(folder), prompts, default)
 
 
 def read_architecture(folder: Path) -> dict[str, Any]:
-    """Read the part of config.json that shapes a BERT encoder.
+    """Read the values of config.json that shape a BERT encoder.
 
     Raises:
-        ModelError: it is not an encoder of the BERT family, or a number is missing.
+        ModelError: it is not a BERT encoder, or a value is missing or unsupported.
     """
     path = folder / "config.json"
     config = load_json(path, dict) or {}
@@ -95,29 +90,29 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     if kind != "bert":
         raise ModelError(
             f"{path}: embedq builds models of type bert, and this is {kind or 'of no type'}. "
-            "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+            f"{_USE_ONNX}"
         )
-    _require(path, config, "position_embedding_type", ("absolute",), default="absolute")
-    _require(path, config, "hidden_act", ACTIVATIONS, default="gelu")
-    _require(path, config, "is_decoder", (False,), default=False)
+    _require(path, config, "position_embedding_type", "absolute")
+    _require(path, config, "is_decoder", False)
     architecture: dict[str, Any] = {"model_type": kind}
-    for name in SIZES:
+    for name in _SIZES:
         value = config.get(name)
         if type(value) is not int or value < 1:
             raise ModelError(f"{path}: {name} is {value!r}, not a positive number.")
         architecture[name] = value
     if architecture["hidden_size"] % architecture["num_attention_heads"]:
         raise ModelError(f"{path}: hidden_size is not a multiple of num_attention_heads.")
-    architecture["hidden_act"] = config.get("hidden_act", "gelu")
+    # "gelu" is the exact form, with erf.
+    architecture["hidden_act"] = _require(path, config, "hidden_act", "gelu", "relu")
     architecture["layer_norm_eps"] = float(config.get("layer_norm_eps", 1e-12))
     return architecture
 
 
 def load_json(path: Path, kind: type[Any]) -> Any:
-    """Load a JSON file whose top is a dict or a list; None if there is no such file.
+    """Load a JSON file that contains a dict or a list; None if the file is missing.
 
     Raises:
-        ModelError: the file is damaged.
+        ModelError: the file is not JSON, or contains another type.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -130,20 +125,15 @@ def load_json(path: Path, kind: type[Any]) -> Any:
     return value
 
 
-def _require(
-    path: Path, config: Mapping[str, Any], name: str, known: tuple[Any, ...], default: object
-) -> None:
-    value = config.get(name, default)
+def _require(path: Path, config: Mapping[str, Any], name: str, *known: object) -> object:
+    value = config.get(name, known[0])
     if value not in known:
         expected = " or ".join(map(str, known))
-        raise ModelError(
-            f"{path}: {name} is {value}; embedq builds {expected}. "
-            "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
-        )
+        raise ModelError(f"{path}: {name} is {value}; embedq builds {expected}. {_USE_ONNX}")
+    return value
 
 
 def _check_case(folder: Path) -> None:
-    """Refuse a model whose texts are to be in lower case where its tokenizer leaves them as is."""
     sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
     if not sentence.get("do_lower_case"):
         return
@@ -151,9 +141,9 @@ def _check_case(folder: Path) -> None:
     steps = normalizer.get("normalizers") or [normalizer]
     if not any(step.get("lowercase") or step.get("type") == "Lowercase" for step in steps):
         raise ModelError(
-            f"{folder}/sentence_bert_config.json: do_lower_case is true, and tokenizer.json keeps "
-            "capitals; embedq does not change texts. Put a Lowercase normalizer into tokenizer.json"
-            " and set do_lower_case to false."
+            f"{folder}/sentence_bert_config.json: do_lower_case is true, but tokenizer.json has no "
+            "Lowercase normalizer, and embedq does not change texts. Add one to tokenizer.json and "
+            "set do_lower_case to false."
         )
 
 
@@ -162,13 +152,15 @@ def _pooling(folder: Path) -> str:
     config = load_json(path, dict)
     if config is None:
         raise ModelError(f"{path} is missing, and modules.json names it. Fetch the model again.")
-    # One name since sentence-transformers 5, a row of switches before.
-    modes = [config["pooling_mode"]] if isinstance(config.get("pooling_mode"), str) else []
-    modes = modes or [
-        name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-        for name, switch in config.items()
-        if name.startswith("pooling_mode_") and switch
-    ]
+    # sentence-transformers 5 writes one name, older versions one switch per mode.
+    if isinstance(config.get("pooling_mode"), str):
+        modes = [config["pooling_mode"]]
+    else:
+        modes = [
+            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
+            for name, switch in config.items()
+            if name.startswith("pooling_mode_") and switch
+        ]
     if modes not in (["mean"], ["cls"]):
         raise ModelError(
             f"{path}: embedq pools by mean or cls, and this asks for {' and '.join(modes) or None}."
@@ -179,16 +171,14 @@ def _pooling(folder: Path) -> str:
 
 
 def _max_length(folder: Path) -> int:
-    """Find the limit of tokens; where files disagree, the one for sentences is right.
-
-    all-MiniLM-L6-v2 says 128 in tokenizer.json, 256 here and 512 in two more; it means 256.
-    """
+    # Files may disagree: all-MiniLM-L6-v2 has 128 in tokenizer.json, 512 in two others and 256 in
+    # sentence_bert_config.json, which is right.
     architecture = load_json(folder / "config.json", dict) or {}
     sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
     tokenizer = load_json(folder / "tokenizer_config.json", dict) or {}
     positions = architecture.get("max_position_embeddings") or DEFAULT_MAX_LENGTH
     wanted = sentence.get("max_seq_length")
     if not wanted:
-        # tokenizer_config.json may say 10**30, its word for "nobody knows".
+        # model_max_length is 10**30 if unknown.
         wanted = min(tokenizer.get("model_max_length") or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
     return int(min(wanted, positions))
