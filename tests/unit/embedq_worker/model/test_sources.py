@@ -206,9 +206,9 @@ def test_branch_in_the_cache_is_labeled_by_its_commit(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        ("RepoNotFound", "knows no model owner/tiny"),
+        ("RepoNotFound", "has no model owner/tiny"),
         ("GatedRepo", "is gated"),
-        ("RevisionNotFound", "knows no revision"),
+        ("RevisionNotFound", "has no revision"),
         ("EntryNotFound", r"has no config\.json"),
     ],
 )
