@@ -11,8 +11,7 @@ from redis.exceptions import ResponseError
 from tests.support.redis import JOB_TTL_S, RedisProcess, job_keys
 
 from embedq.store.connection import retryable_reason
-from embedq.store.dead_letters import AttemptLog, TextAttempts
-from embedq.store.ledger import JOBS_KEY, Attempt, Commit, Ledger
+from embedq.store.ledger import JOBS_KEY, Attempt, AttemptLog, Commit, Ledger, TextAttempts
 
 
 def test_undone_attempt_is_not_counted(ledger: Ledger) -> None:

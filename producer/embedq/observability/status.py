@@ -28,7 +28,7 @@ from embedq.store.fleet import (
     read_pause,
     worker_key,
 )
-from embedq.store.ledger import JOBS_KEY
+from embedq.store.ledger import JOBS_KEY, job_key
 from embedq.store.queues import AGES_SCRIPT, UNACKED_INDEX_KEY, UNACKED_KEY, RedisMemory
 
 #: Maximum number of jobs in a snapshot; the newest are read.
@@ -186,9 +186,9 @@ def _read_workers_and_jobs(
 
 
 def _queue_job_reads(pipe: Pipeline, job: str) -> None:
-    pipe.hmget(_key(job, "meta"), ["label", "published", "texts", "planned"])
-    pipe.bitcount(_key(job, "bits"))
-    pipe.xlen(_key(job, "commits"))
+    pipe.hmget(job_key(job, "meta"), ["label", "published", "texts", "planned"])
+    pipe.bitcount(job_key(job, "bits"))
+    pipe.xlen(job_key(job, "commits"))
 
 
 def _decode_job(name: bytes, age_s: float, answers: Iterator[Any]) -> JobStatus | None:
@@ -237,7 +237,3 @@ def _number(raw: bytes | None) -> float:
     except ValueError:
         return 0.0
     return number if abs(number) <= MAX_NUMBER else 0.0
-
-
-def _key(job: str, name: str) -> str:
-    return f"embedq:{{{job}}}:{name}"

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-
 #: Callback for a message about a wait.
 OnWait = Callable[[str], None]
 
@@ -39,33 +38,26 @@ def log_retry(message: str) -> None:
 #: Initial and maximum delay between two attempts, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 
-
 #: Interval between two messages about the same wait, seconds.
 REPORT_EVERY_S = 10.0
 
-
 #: Next step when Redis cannot be reached, for error messages.
 REDIS_HINT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
-
-
-_UNREACHABLE = (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.BusyLoadingError)
 
 
 def retryable_reason(error: Exception) -> str | None:
     """Return why an operation may succeed later, or None for a permanent error."""
     if isinstance(error, exceptions.AuthenticationError):
         return None
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return "Redis is full (maxmemory)"
+    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+        return "Redis cannot be reached"
     if isinstance(error, exceptions.ReadOnlyError):
         return "Redis refuses writes (a replica, a failover or a full disk)"
-    if isinstance(error, _UNREACHABLE):
-        return "Redis cannot be reached"
     # In a pipeline, redis-py reports a full Redis as a plain ResponseError.
-    if isinstance(error, exceptions.ResponseError) and "maxmemory" in str(error):
+    message = str(error) if isinstance(error, exceptions.ResponseError) else ""
+    if isinstance(error, exceptions.OutOfMemoryError) or "maxmemory" in message:
         return "Redis is full (maxmemory)"
-    # redis-py has no class for this error.
-    if isinstance(error, exceptions.ResponseError) and str(error).startswith("MISCONF"):
+    if message.startswith("MISCONF"):  # redis-py has no class for this error
         return "Redis cannot write to its disk"
     return None
 

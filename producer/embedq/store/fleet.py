@@ -20,7 +20,6 @@ from embedq.protocol.worker import ModelInfo, WorkerStatus, strip_control_chars
 #: Hash: worker -> its last command.
 COMMANDS_KEY: Final = "embedq:orders"
 
-
 #: Exists while the fleet is paused; holds reason and time.
 PAUSED_KEY: Final = "embedq:paused"
 
@@ -106,10 +105,8 @@ def _decode_command(raw: bytes | None) -> OperatorCommand | None:
 #: Sorted set: worker -> Unix time of its last heartbeat.
 WORKERS_KEY: Final = "embedq:workers"
 
-
 #: Time without a heartbeat after which a worker no longer counts as alive, seconds.
 ALIVE_S: Final = 15.0
-
 
 #: Time without a heartbeat after which a worker is no longer listed, seconds.
 FORGET_S: Final = 86_400.0

@@ -1,8 +1,8 @@
 """Stores the commit log of each job in Redis.
 
 Celery may lose, duplicate or reorder messages, so a batch is done only when the commit script has
-accepted it. The script accepts each batch once. The keys of a job share a hash tag, so that a
-cluster stores them on one shard.
+accepted it. The script accepts each batch once. A second log, of the attempts at single texts, is
+for isolation mode.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, cast
 
 from redis import Redis
 
 from embedq.protocol.contract import MAX_BATCH_TEXTS, MAX_BATCHES
-from embedq.store.dead_letters import suspects_key
 
 # Scripts that may write a key check first that the job exists: a key without it would never expire.
 
@@ -29,7 +28,6 @@ local tries = redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
 redis.call('EXPIRE', KEYS[3], redis.call('HGET', KEYS[1], 'ttl'))
 return {'go', tries}
 """
-
 
 # KEYS meta bits commits tries staged, n values, their n sources; ARGV index n_texts, n values
 # The first writer wins. An empty value is staged at its source and is renamed. Other values are
@@ -68,14 +66,12 @@ for i = 1, 3 do redis.call('EXPIRE', KEYS[i], ttl) end
 return 1
 """
 
-
 # KEYS meta tries; ARGV index
 UNDO_ATTEMPT: Final = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 if tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') < 1 then return 0 end
 return redis.call('HINCRBY', KEYS[2], ARGV[1], -1)
 """
-
 
 # KEYS bits commits; ARGV index
 # Deletes a bit without its entry, as after an eviction: the batch would never be computed again.
@@ -90,7 +86,6 @@ redis.call('SETBIT', KEYS[1], ARGV[1], 0)
 return 0
 """
 
-
 # KEYS bits commits, n values; ARGV index entry
 INVALIDATE: Final = """
 redis.call('XDEL', KEYS[2], ARGV[2])
@@ -98,20 +93,18 @@ if #KEYS > 2 then redis.call('UNLINK', unpack(KEYS, 3)) end
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('SETBIT', KEYS[1], ARGV[1], 0) end
 """
 
-
 # KEYS meta; ARGV field value... Only an existing job is updated: a new key would never expire.
 REPORT_PROGRESS: Final = """
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
 """
 
-
 #: Time to live of a value before its commit, seconds; a later commit uploads it again.
 STAGED_TTL_S: Final = 300
 
 
-def staged_key(job: str) -> str:
-    """Return the key of the set of a job's staged keys."""
-    return f"embedq:{{{job}}}:staged"
+def job_key(job: str, name: str) -> str:
+    """Return a key of a job. Its hash tag stores all keys of the job on one shard of a cluster."""
+    return f"embedq:{{{job}}}:{name}"
 
 
 class StagedValues:
@@ -122,10 +115,11 @@ class StagedValues:
 
     def __init__(self, client: Redis, job: str, index: int) -> None:
         self._redis = client
-        self._prefix = f"embedq:{{{job}}}:"
-        self._registry = staged_key(job)
         self._index = index
-        self._execution = secrets.token_hex(4)
+        self._meta, self._bits, self._registry = (
+            job_key(job, name) for name in ("meta", "bits", "staged")
+        )
+        self._prefix = job_key(job, f"s:{index}:{secrets.token_hex(4)}:")
         #: Number of a staged value -> its key.
         self.keys: dict[int, str] = {}
 
@@ -135,10 +129,10 @@ class StagedValues:
         Returns:
             False if the job is gone or the batch is committed; everything staged is deleted then.
         """
-        key = f"{self._prefix}s:{self._index}:{self._execution}:{part}"
+        key = f"{self._prefix}{part}"
         pipe = self._redis.pipeline()
-        pipe.exists(self._prefix + "meta")
-        pipe.getbit(self._prefix + "bits", self._index)
+        pipe.exists(self._meta)
+        pipe.getbit(self._bits, self._index)
         # Registered in the same transaction, so that Ledger.drop finds the key.
         pipe.sadd(self._registry, key)
         pipe.expire(self._registry, STAGED_TTL_S)
@@ -197,12 +191,10 @@ class Ledger:
     def __init__(self, client: Redis, job: str) -> None:
         self._redis = client
         self._job = job
-        prefix = f"embedq:{{{job}}}:"
-        self._meta, self._bits, self._commits, self._tries = (
-            prefix + name for name in ("meta", "bits", "commits", "tries")
+        self._meta, self._bits, self._commits, self._tries, self._staged, self._suspects = (
+            job_key(job, name)
+            for name in ("meta", "bits", "commits", "tries", "staged", "suspects")
         )
-        self._suspects, self._staged = suspects_key(job), staged_key(job)
-        self._value_prefix = prefix + "v:"
         self._start_attempt = client.register_script(START_ATTEMPT)
         self._undo_attempt = client.register_script(UNDO_ATTEMPT)
         self._commit = client.register_script(COMMIT)
@@ -353,16 +345,94 @@ class Ledger:
         return [self._value_key(commit.index, part) for part in range(commit.n_values)]
 
     def _value_key(self, index: int, part: int) -> str:
-        return f"{self._value_prefix}{index}:{part}"
+        return job_key(self._job, f"v:{index}:{part}")
 
 
 def _commit(entry: bytes, body: dict[bytes, bytes]) -> Commit:
-    index = _number(body.get(b"i"), MAX_BATCHES - 1)
-    n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS)  # a value holds at least one row
-    return Commit(entry, -1 if index is None else index, n_values or 0)
+    index = _number(body.get(b"i"), MAX_BATCHES - 1, default=-1)
+    n_values = _number(body.get(b"v"), MAX_BATCH_TEXTS, default=0)  # a value has at least one row
+    return Commit(entry, index, n_values)
 
 
-def _number(raw: bytes | None, maximum: int) -> int | None:
+def _number(raw: bytes | None, maximum: int, *, default: int) -> int:
     if raw is None or len(raw) > len(str(maximum)) or not raw.isdigit() or int(raw) > maximum:
-        return None
+        return default
     return int(raw)
+
+
+#: Time to live of a job's attempts, seconds; longer than any batch takes in isolation mode.
+ATTEMPT_LOG_TTL_S: Final = 86_400
+
+# KEYS meta suspects; ARGV command field value ttl
+RECORD_TEXT_ATTEMPT: Final = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call(ARGV[1], KEYS[2], ARGV[2], ARGV[3])
+redis.call('EXPIRE', KEYS[2], ARGV[4])
+return 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class TextAttempts:
+    """The attempts of one batch in isolation mode.
+
+    Attributes:
+        started: process -> offset of the text that it started and did not end.
+        missed: process -> offset of an unfinished start that is already counted as a failure.
+        charges: offset -> points for failures.
+    """
+
+    started: dict[str, int] = field(default_factory=dict)
+    missed: dict[str, int] = field(default_factory=dict)
+    charges: dict[int, int] = field(default_factory=dict)
+
+
+class AttemptLog:
+    """The attempts of one job at single texts; survives a process that dies.
+
+    Each process has its own fields, because a batch may run twice at the same time.
+    """
+
+    def __init__(self, client: Redis, job: str) -> None:
+        self._redis = client
+        self._meta, self._key = job_key(job, "meta"), job_key(job, "suspects")
+        self._record_script = client.register_script(RECORD_TEXT_ATTEMPT)
+
+    def start(self, index: int, offset: int, process: str) -> None:
+        """Record that a process starts to embed one text."""
+        self._write("HSET", f"{index}@{process}", offset)
+
+    def end(self, index: int, offset: int, process: str, *, cleared: bool) -> None:
+        """Record that the process survived the text; `cleared` deletes the points of the text."""
+        fields = [f"{index}@{process}", f"{index}?{process}"]
+        self._redis.hdel(self._key, *fields, *([f"{index}:{offset}"] if cleared else []))
+
+    def mark_unfinished(self, index: int, offset: int, process: str) -> None:
+        """Record that a start without an end was counted; its process may be alive."""
+        self._redis.hdel(self._key, f"{index}@{process}")
+        self._write("HSET", f"{index}?{process}", offset)
+
+    def add_failure(self, index: int, offset: int, points: int) -> None:
+        """Add points for a failure to a text."""
+        self._write("HINCRBY", f"{index}:{offset}", points)
+
+    def fetch(self, index: int) -> TextAttempts:
+        """Return the attempts of a batch."""
+        attempts = TextAttempts()
+        kinds = {"@": attempts.started, "?": attempts.missed}
+        raws = cast(dict[bytes, bytes], self._redis.hgetall(self._key))
+        for key, value in raws.items():
+            name = key.decode(errors="replace").removeprefix(str(index))
+            kind, rest = name[:1], name[1:]
+            if not value.isdigit():
+                continue  # not written by embedq
+            if kind == ":" and rest.isdecimal():
+                attempts.charges[int(rest)] = int(value)
+            elif kind in kinds:
+                kinds[kind][rest] = int(value)
+        return attempts
+
+    def _write(self, command: str, name: str, value: int) -> None:
+        self._record_script(
+            keys=[self._meta, self._key], args=[command, name, value, ATTEMPT_LOG_TTL_S]
+        )

@@ -15,10 +15,8 @@ from embedq.store.fleet import PAUSED_KEY, list_live_workers
 #: Kombu's hash: delivery tag -> message that a worker received and has not acknowledged.
 UNACKED_KEY: Final = "unacked"
 
-
 #: Kombu's sorted set: delivery tag -> Unix time of the last renewal of its lease.
 UNACKED_INDEX_KEY: Final = "unacked_index"
-
 
 # KEYS unacked, queues; ARGV task ids
 # Returns the ids that are in unacked, and the publish time of the oldest message of each queue.
@@ -41,7 +39,6 @@ for i = 2, #KEYS do
 end
 return {found, oldest}
 """
-
 
 # KEYS unacked, queues
 # Returns the publish time of the oldest message of each queue, and of the oldest in unacked; '' for
@@ -105,11 +102,10 @@ class QueueInspector:
             results: Redis that holds heartbeats and the pause.
         """
         queues = [str(queue) for queue in Queue]
-        answer = cast(
+        found, oldest = cast(
             tuple[list[bytes], list[bytes]],
             self._snapshot(keys=[UNACKED_KEY, *queues], args=list(task_ids)),
         )
-        found, oldest = answer
         probing = any(worker.state == "probing" for worker in list_live_workers(results))
         return QueueSnapshot(
             unacked=frozenset(task.decode() for task in found),

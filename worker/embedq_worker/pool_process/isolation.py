@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +25,7 @@ from embedq.protocol.contract import Code, Outcome, Status
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import OutcomeTable, Vectors
 from embedq.store import dead_letters
-from embedq.store.dead_letters import AttemptLog
+from embedq.store.ledger import AttemptLog
 from embedq_worker.errors import EngineError
 from embedq_worker.main_process.rerouting import process_name
 from embedq_worker.main_process.status import COUNTERS
@@ -128,13 +129,12 @@ class LedgerAttempts:
         batch = self._batch
         COUNTERS["set_aside"] += 1
         log.error("text_dead_lettered job=%s index=%d offset=%d", batch.job, batch.index, offset)
-        letter = dead_letters.new(
-            batch.job,
-            batch.index,
-            offset,
+        letter = dead_letters.DeadLetter(
+            id=f"{batch.job}:{batch.index}:{offset}",
             code=Code.SET_ASIDE,
             reason=reason,
             worker=self._backend.settings.name,
+            at=time.time(),
             prompt=batch.spec.prompt,
             text=batch.texts[offset],
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import msgpack
 import pytest
@@ -25,9 +26,7 @@ from embedq.store.fleet import Pause
 def letters(monkeypatch: pytest.MonkeyPatch) -> FakeRedis:
     """Dead-letter queue with one text, used by the commands as the results Redis."""
     redis = FakeRedis()
-    letter = dead_letters.new(
-        "job", 0, 1, code="poison", reason="", worker="n", prompt="", text="a text"
-    )
+    letter = dead_letters.DeadLetter("job:0:1", "poison", "", "n", time.time(), text="a text")
     dead_letters.add(redis, letter)
     monkeypatch.setattr(operations, "_results", lambda: redis)
     return redis
