@@ -24,14 +24,11 @@ from embedq.protocol.values import NUMPY_DTYPES, Vectors
 #: Version of the manifest; newer versions are refused.
 MANIFEST_VERSION: Final = 1
 
-
 #: Bytes of an npy header: fits any shape and aligns the data to 64 bytes.
 NPY_HEADER_BYTES: Final = 128
 
-
 #: Keys of Manifest.counts.
 COUNTS: Final = ("ok", "failed", "truncated", "rerouted")
-
 
 #: Settings that may change between runs. The model is compared by its identity, not its label; the
 #: digest shows whether a line that is skipped now was a document before.
@@ -234,17 +231,17 @@ class PartialWriter(PartialFiles):
 
     def sync(self) -> tuple[int, int]:
         """Flush both files to disk and return their lengths in bytes: vectors, items."""
-        for file in (self._vectors, self._items):
-            with writing(self.vectors_path):
+        with writing(self.vectors_path):
+            for file in (self._vectors, self._items):
                 file.flush()
                 os.fsync(file.fileno())
         return self._vectors.tell(), self._items.tell()
 
     def close(self) -> None:
         """Close both files without fsync."""
-        for file in (self._vectors, self._items):
-            with writing(self.vectors_path):
-                file.close()
+        with writing(self.vectors_path):
+            self._vectors.close()
+            self._items.close()
 
 
 def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
@@ -252,11 +249,10 @@ def npy_header(rows: int, dim: int, dtype: Dtype = Dtype.FLOAT32) -> bytes:
 
     Source: numpy.lib.format, "Format Version 1.0".
     """
-    shape = (
-        f"{{'descr': '{NUMPY_DTYPES[dtype]}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
-    )
-    body = shape.ljust(NPY_HEADER_BYTES - 11) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body.encode("ascii")
+    descr = NUMPY_DTYPES[dtype]
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    body = header.ljust(NPY_HEADER_BYTES - 11).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(body).to_bytes(2, "little") + body
 
 
 def _open_at(path: Path, length: int) -> BinaryIO:

@@ -16,10 +16,8 @@ from embedq.protocol.values import ITEM_BYTES, TRUNCATED
 #: Maximum number of documents that are embedded for an estimate.
 SAMPLE: Final = 256
 
-
 #: Bytes that the outcome of one row has in Redis, beside its vector.
 OUTCOME_BYTES: Final = 10
-
 
 #: Size of a message, in zstd and base64, relative to the UTF-8 of its texts.
 WIRE_SHARE: Final = 0.6

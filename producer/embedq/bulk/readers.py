@@ -15,7 +15,7 @@ import os
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -26,53 +26,11 @@ from embedq.errors import InputError, did_you_mean
 from embedq.jobs.batches import Document
 from embedq.protocol.contract import MAX_TEXT_BYTES
 
-
-def csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield the number of each row's first line, from 1, and the row or its parse error.
-
-    After an error, parsing continues at the second line of the broken row, because an unclosed
-    quote makes all following lines part of that row. A line of more than csv.field_size_limit
-    characters is an error.
-    """
-    source = iter(lines)
-    pushed_back: deque[str] = deque()
-    row_lines: list[str] = []
-
-    def supply() -> Iterator[str]:
-        while True:
-            line = pushed_back.popleft() if pushed_back else next(source, None)
-            if line is None:
-                return
-            row_lines.append(line)
-            if len(line) > csv.field_size_limit():
-                raise csv.Error(f"line longer than {csv.field_size_limit():,} characters")
-            yield line
-
-    rows = csv.reader(supply(), strict=True)
-    number = 1
-    while True:
-        row_lines.clear()
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, error
-            pushed_back.extendleft(reversed(row_lines[1:]))
-            rows = csv.reader(supply(), strict=True)
-            number += 1
-            continue
-        yield number, row
-        number += len(row_lines)
-
-
 #: Name that stands for standard input.
 STDIN: Final = "-"
 
-
 #: Maximum bytes of one line. JSON escapes make a text up to six times as long.
 MAX_LINE_BYTES: Final = 8 * MAX_TEXT_BYTES
-
 
 #: Input formats, which are also the file name endings.
 FORMATS: Final = ("jsonl", "csv", "txt")
@@ -160,21 +118,17 @@ def format_of(name: str, given: str | None = None) -> str:
     """Return the format of an input: as given, else by its ending; standard input is jsonl.
 
     Raises:
-        InputError: the format or ending is unknown.
+        InputError: the ending is unknown.
     """
-    known = ", ".join(FORMATS)
     if given is not None:
-        if given not in FORMATS:
-            hint = did_you_mean(given, list(FORMATS))
-            raise InputError(f"Format {given}: expected one of {known}.{hint}")
         return given
     if name == STDIN:
         return "jsonl"
     suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
         raise InputError(
-            f"{name}: unknown ending {suffix or '(none)'}; expected one of {known}, also with .gz. "
-            f"Name the format with --format.{did_you_mean(suffix, list(FORMATS))}"
+            f"{name}: unknown ending {suffix or '(none)'}; expected one of {', '.join(FORMATS)}, "
+            f"also with .gz. Name the format with --format.{did_you_mean(suffix, FORMATS)}"
         )
     return suffix
 
@@ -245,7 +199,7 @@ def _jsonl(stream: IO[bytes], source: str, fields: Fields) -> _Items:
         if not isinstance(record, dict):
             yield BadLine(source, number, f"a JSON {type(record).__name__}, not an object")
         elif fields.text not in record:
-            hint = did_you_mean(fields.text, list(record))
+            hint = did_you_mean(fields.text, record)
             yield BadLine(source, number, f"no field {fields.text!r} (--text-field).{hint}")
         else:
             name = record.get(fields.id)
@@ -264,30 +218,59 @@ def _csv(stream: IO[bytes], source: str, fields: Fields) -> _Items:
     # Invalid UTF-8 becomes lone surrogates, so only the texts that contain it fail.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        rows = csv_rows(_text_lines(text))
-        _, header = next(rows, (0, []))
-        if isinstance(header, csv.Error):
-            raise InputError(f"{source}, line 1: not CSV ({header}).")
-        if header:
-            yield from _csv_documents(rows, header, source, fields)
+        yield from _csv_documents(_csv_rows(_text_lines(text)), source, fields)
     finally:
         text.detach()  # the caller closes the stream
 
 
 def _text_lines(text: IO[str]) -> Iterator[str]:
-    # A line above the limit is cut one character behind it, so that csv_rows reports it.
+    # A line above the limit is cut one character behind it, so that _csv_rows reports it.
     while line := text.readline(MAX_LINE_BYTES + 1):
         yield line
         while len(line) > MAX_LINE_BYTES and not line.endswith(("\r", "\n")):
             line = text.readline(MAX_LINE_BYTES + 1)
 
 
+def _csv_rows(lines: Iterator[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    # Yields the number of each row's first line, from 1, and the row or its parse error. After an
+    # error, parsing continues at the second line of the broken row, because an unclosed quote makes
+    # all following lines part of that row.
+    pushed_back: deque[str] = deque()
+    row_lines: list[str] = []
+
+    def supply() -> Iterator[str]:
+        while (line := pushed_back.popleft() if pushed_back else next(lines, None)) is not None:
+            row_lines.append(line)
+            if len(line) > MAX_LINE_BYTES:
+                raise csv.Error(f"line longer than {MAX_LINE_BYTES:,} characters")
+            yield line
+
+    rows = csv.reader(supply(), strict=True)
+    number = 1
+    while True:
+        row_lines.clear()
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, error
+            pushed_back.extendleft(reversed(row_lines[1:]))
+            rows = csv.reader(supply(), strict=True)
+            number += 1
+            continue
+        yield number, row
+        number += len(row_lines)
+
+
 def _csv_documents(
-    rows: Iterator[tuple[int, list[str] | csv.Error]],
-    header: list[str],
-    source: str,
-    fields: Fields,
+    rows: Iterator[tuple[int, list[str] | csv.Error]], source: str, fields: Fields
 ) -> _Items:
+    _, header = next(rows, (0, []))
+    if isinstance(header, csv.Error):
+        raise InputError(f"{source}, line 1: not CSV ({header}).")
+    if not header:
+        return
     if fields.text not in header:
         hint = did_you_mean(fields.text, header)
         raise InputError(f"{source}: no column {fields.text!r} (--text-field).{hint}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from embedq.bulk import writers
 from embedq.bulk.readers import Fields, Reading, expand, read
 from embedq.jobs.batches import Document
-from embedq.protocol.contract import Accuracy, OnLong, VectorSpec
+from embedq.protocol.contract import VectorSpec
 
 if TYPE_CHECKING:
     from embedq.client import Client
@@ -28,7 +28,7 @@ class EmbedRequest:
         inputs: file names, globs or ``-`` for standard input.
         output: file to write; its ending chooses the format.
         fields, format, skip_bad_lines: see readers.read.
-        prompt_name, prompt, on_long, accuracy: see Client.encode.
+        prompt_name, prompt: see Client.encode.
         restart: discard the rows of an earlier run.
         pin_engine: resume only with the engine that started the output (a local run).
     """
@@ -40,8 +40,6 @@ class EmbedRequest:
     skip_bad_lines: bool = False
     prompt_name: str | None = None
     prompt: str | None = None
-    on_long: OnLong | None = None
-    accuracy: Accuracy | None = None
     restart: bool = False
     pin_engine: bool = False
 
@@ -65,12 +63,7 @@ class EmbedRequest:
 
     def spec(self, client: Client) -> VectorSpec:
         """Return the specification of the vectors."""
-        return client.spec(
-            prompt_name=self.prompt_name,
-            prompt=self.prompt,
-            on_long=self.on_long,
-            accuracy=self.accuracy,
-        )
+        return client.spec(prompt_name=self.prompt_name, prompt=self.prompt)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,11 @@ from embedq.protocol.values import REROUTED, TRUNCATED, OutcomeTable
 #: document in practice.
 HASH_CHARACTERS = 16
 
+#: Maximum time between two checkpoints, in seconds.
+CHECKPOINT_EVERY_S = 5.0
+
+#: Maximum number of batches between two checkpoints, as a share of the window.
+CHECKPOINT_SHARE = 0.25
 
 #: Replaces a refused text with a shared one that is refused for the same reason, to save memory.
 _PLACEHOLDERS: dict[Code, object] = {
@@ -65,16 +70,14 @@ class InputBatch:
 def iter_batches(
     documents: Iterable[Document], split: Callable[[Iterable[object]], Iterator[TextBatch]]
 ) -> Iterator[InputBatch]:
-    """Yield batches of documents in order.
-
-    Args:
-        documents: the documents.
-        split: cuts texts into batches.
-    """
+    """Yield batches of documents in order; `split` cuts texts into batches."""
     waiting: list[Document] = []
 
     def texts() -> Iterator[object]:
-        for document in map(_without_refused_text, documents):
+        for document in documents:
+            code = refusal(document.text)
+            if code is not Code.NONE:
+                document = replace(document, text=_PLACEHOLDERS[code])
             waiting.append(document)
             yield document.text
 
@@ -86,35 +89,15 @@ def iter_batches(
             "" if offset in batch.refused else text_hash(text)
             for offset, text in enumerate(batch.texts)
         ]
-        digest = _chain(digest, batch_documents, hashes)
+        state = hashlib.sha256(digest.encode())
+        state.update(json.dumps([[document.id for document in batch_documents], hashes]).encode())
+        digest = state.hexdigest()
         yield InputBatch(batch, batch_documents, hashes, digest)
-
-
-def _without_refused_text(document: Document) -> Document:
-    code = refusal(document.text)
-    return document if code is Code.NONE else replace(document, text=_PLACEHOLDERS[code])
 
 
 def text_hash(text: str) -> str:
     """Return the hash that identifies a text in the items."""
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_CHARACTERS]
-
-
-def _chain(before: str, documents: list[Document], hashes: list[str]) -> str:
-    state = hashlib.sha256(before.encode())
-    state.update(json.dumps([[document.id for document in documents], hashes]).encode())
-    return state.hexdigest()
-
-
-#: Maximum time between two checkpoints, in seconds.
-CHECKPOINT_EVERY_S = 5.0
-
-
-#: Maximum number of batches between two checkpoints, as a share of the window.
-CHECKPOINT_SHARE = 0.25
-
-
-_FLAGS = (("truncated", TRUNCATED), ("rerouted", REROUTED))
 
 
 class EmbedRun:
@@ -132,9 +115,7 @@ class EmbedRun:
         """Prepare a run.
 
         Args:
-            client: client that publishes the batches.
-            request: arguments of the command.
-            display: shows the progress.
+            client, request, display: see their classes.
             began: monotonic seconds at which the command started.
             documents: returns the documents to embed; by default all of the inputs.
         """
@@ -168,11 +149,8 @@ class EmbedRun:
             else:
                 # First, because opening the partial files cuts them to the length in the manifest.
                 manifest.save(self._path)
-                writer = PartialWriter(output, manifest)
-                try:
+                with closing(PartialWriter(output, manifest)) as writer:
                     self._embed(manifest, spec, writer)
-                finally:
-                    writer.close()
             return self._summary(manifest, finish(output, manifest, spec.dim))
 
     def _embed(self, manifest: Manifest, spec: VectorSpec, writer: PartialWriter) -> None:
@@ -266,13 +244,13 @@ class EmbedRun:
             code, detail = result.failure
             self._display.note(f"A worker refused a batch ({code}): {detail}")
         outcomes, counts, progress = result.outcomes, manifest.counts, self._progress
-        writer.write(result.vectors, list(item_lines(manifest.rows, batch, outcomes)))
+        writer.write(result.vectors, _item_lines(manifest.rows, batch, outcomes))
         for (status, device, _, _), n in outcomes.count_kinds():
             counts[status] += n
             if device and status == Status.OK:
                 self._devices[device] += n
-        for name, flag in _FLAGS:
-            counts[name] += outcomes.count_flag(flag)
+        counts["truncated"] += outcomes.count_flag(TRUNCATED)
+        counts["rerouted"] += outcomes.count_flag(REROUTED)
         rows, tokens = len(batch.slice), int(outcomes.n_tokens.sum())
         manifest.rows += rows
         manifest.tokens += tokens
@@ -354,11 +332,12 @@ def fresh_manifest(client: Client, request: EmbedRequest, spec: VectorSpec) -> M
     return Manifest(settings, inputs, client.engine() if request.pin_engine else {})
 
 
-def item_lines(first_row: int, batch: InputBatch, outcomes: OutcomeTable) -> Iterator[str]:
-    """Yield one line of JSON per document: row, id, outcome and text hash."""
+def _item_lines(first_row: int, batch: InputBatch, outcomes: OutcomeTable) -> list[str]:
     parts = zip(batch.documents, outcomes.as_dicts(), batch.hashes, strict=True)
-    for row, (document, outcome, digest) in enumerate(parts, first_row):
-        yield json.dumps({"row": row, "id": document.id, **outcome, "text_hash": digest}) + "\n"
+    return [
+        json.dumps({"row": row, "id": document.id, **outcome, "text_hash": digest}) + "\n"
+        for row, (document, outcome, digest) in enumerate(parts, first_row)
+    ]
 
 
 def _changed(manifest: Manifest) -> InputChanged:

@@ -6,7 +6,6 @@ It scans all rows; it inspects results and does not replace a vector database.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -92,14 +91,9 @@ def _damaged(path: Path) -> InputError:
 
 def _ids(sidecar: Path, wanted: set[int]) -> dict[int, str | int]:
     try:
-        return {row: json.loads(line)["id"] for row, line in _lines(sidecar) if row in wanted}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(sidecar) from error
-
-
-def _lines(sidecar: Path) -> Iterator[tuple[int, str]]:
-    try:
         with sidecar.open(encoding="utf-8") as lines:
-            yield from enumerate(lines)
+            return {row: json.loads(line)["id"] for row, line in enumerate(lines) if row in wanted}
     except OSError as error:
         raise InputError(f"{sidecar}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(sidecar) from error

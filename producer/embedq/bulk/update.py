@@ -14,7 +14,7 @@ import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -33,7 +33,7 @@ from embedq.bulk.checkpoint import (
 )
 from embedq.bulk.readers import STDIN
 from embedq.bulk.request import EmbedRequest, ProgressDisplay, RunProgress, RunSummary
-from embedq.bulk.run import EmbedRun, InputBatch, finish, fresh_manifest, iter_batches
+from embedq.bulk.run import EmbedRun, finish, fresh_manifest, iter_batches
 from embedq.client import Client
 from embedq.errors import InputError, writing
 from embedq.jobs.batches import Document
@@ -43,9 +43,17 @@ from embedq.protocol.values import ITEM_BYTES, NUMPY_DTYPES, Vectors
 #: Returned instead of a row for a document that must be embedded.
 TO_EMBED: Final = -1
 
-
 #: Use of a row of the old output. RowIndex prefers rows with the lowest value.
 UNUSED, SUPERSEDED, KEPT = 0, 1, 2
+
+#: Number of rows merged at a time.
+CHUNK_ROWS: Final = 4_096
+
+#: Line number in the plan of a document that has an id in its file.
+NAMED: Final = -1
+
+#: Plan entry of one document: its row in the old output or TO_EMBED; its line number or NAMED.
+_PLAN_ENTRY: Final = struct.Struct("<qq")
 
 
 class RowIndex:
@@ -131,26 +139,6 @@ def _index_row(line: str) -> tuple[int, bytes, str]:
     return item["row"], _key(item["id"]), digest
 
 
-#: Number of rows merged at a time.
-CHUNK_ROWS: Final = 4_096
-
-
-#: Line number in the plan of a document that has an id in its file.
-NAMED: Final = -1
-
-
-#: Plan entry of one document: its row in the old output or TO_EMBED; its line number or NAMED.
-_PLAN_ENTRY: Final = struct.Struct("<qq")
-
-
-@dataclass(slots=True)
-class _Counts:
-    new: int = 0
-    changed: int = 0
-    kept: int = 0
-    removed: int = 0
-
-
 class UpdateRun:
     """One run of the command with --update."""
 
@@ -162,9 +150,8 @@ class UpdateRun:
         self._request = request
         self._display = display
         self._began = began
-        self._counts = _Counts()
-        self._last_batch: InputBatch | None = None
-        self._rows = 0
+        self._counts: dict[str, int] = {}
+        self._input_end = (0, "")  # batches and digest of the input
         self._has_read = False
 
     def run(self) -> RunSummary:
@@ -192,7 +179,7 @@ class UpdateRun:
                         "changed it. Start over with --restart."
                     )
                 delta = self._embed_delta(fresh, index, plan, spec)
-                self._counts.removed = index.count_unused()
+                self._counts["removed"] = index.count_unused()
                 return self._merge(fresh, old, plan, delta, spec)
 
     def _finish_old_output(self, fresh: Manifest, spec: VectorSpec) -> Manifest:
@@ -211,23 +198,23 @@ class UpdateRun:
     def _embed_delta(
         self, fresh: Manifest, index: RowIndex, plan: BinaryIO, spec: VectorSpec
     ) -> RunSummary:
-        request = replace(self._request, output=writers.delta_path(self._request.output))
+        delta = writers.delta_path(self._request.output)
 
         def documents(progress: RunProgress) -> Iterator[Document]:
             return self._documents_to_embed(progress, index, plan, spec)
 
+        def embed(*, restart: bool) -> RunSummary:
+            request = replace(self._request, output=delta, restart=restart)
+            run = EmbedRun(self._client, request, self._display, self._began, documents=documents)
+            return run.run()
+
         # First resume the delta of a killed update; start over if the input has changed since.
-        for restart in (False, True):
-            attempt = replace(request, restart=restart)
-            run = EmbedRun(self._client, attempt, self._display, self._began, documents=documents)
-            try:
-                return run.run()
-            except InputChanged:
-                if restart:
-                    raise
-                if self._has_read:
-                    self._require_rereadable(fresh)
-        raise RuntimeError("An update neither ended nor failed. This is a bug.")
+        try:
+            return embed(restart=False)
+        except InputChanged:
+            if self._has_read:
+                self._require_rereadable(fresh)
+        return embed(restart=True)
 
     def _require_rereadable(self, fresh: Manifest) -> None:
         # A pipe cannot be read again; without the delta, the next run reads it from the beginning.
@@ -245,7 +232,7 @@ class UpdateRun:
         delta = writers.delta_path(self._request.output)
         Manifest(fresh.settings, fresh.inputs, fresh.engine).save(manifest_path(delta))
         PartialFiles(delta).remove()
-        for path in (delta, writers.sidecar_path(delta), manifest_path(delta)):
+        for path in (*writers.files_of(delta), manifest_path(delta)):
             path.unlink(missing_ok=True)
 
     def _documents_to_embed(
@@ -256,7 +243,8 @@ class UpdateRun:
         plan.seek(0)
         plan.truncate()
         index.reset()
-        self._counts, self._rows, self._last_batch = _Counts(), 0, None
+        self._counts = dict.fromkeys(("new", "changed", "kept", "removed"), 0)
+        self._input_end = (0, "")
         documents = self._request.documents(progress)
         for batch in iter_batches(documents, lambda texts: self._client.split(texts, spec)):
             for document, digest in zip(batch.documents, batch.hashes, strict=True):
@@ -264,13 +252,11 @@ class UpdateRun:
                 plan.write(_PLAN_ENTRY.pack(row, NAMED if document.named else int(document.id)))
                 if row == TO_EMBED:
                     replaces = document.named and index.supersede(document.id)
-                    self._counts.changed += replaces
-                    self._counts.new += not replaces
+                    self._counts["changed" if replaces else "new"] += 1
                     yield document
                 else:
-                    self._counts.kept += 1
-            self._rows += len(batch.documents)
-            self._last_batch = batch
+                    self._counts["kept"] += 1
+            self._input_end = (batch.slice.index + 1, batch.digest)
 
     def _merge(
         self,
@@ -281,15 +267,11 @@ class UpdateRun:
         spec: VectorSpec,
     ) -> RunSummary:
         output = self._request.output
-        writer = PartialWriter(output, manifest)
-        try:
+        with closing(PartialWriter(output, manifest)) as writer:
             _merge_rows(writer, manifest, old, plan, writers.delta_path(output), spec.dim)
             manifest.vectors_bytes, manifest.items_bytes = writer.sync()
-        finally:
-            writer.close()
-        manifest.rows, manifest.skipped = self._rows, delta.skipped_lines
-        if (last := self._last_batch) is not None:
-            manifest.batches, manifest.digest = last.slice.index + 1, last.digest
+        manifest.skipped = delta.skipped_lines
+        manifest.batches, manifest.digest = self._input_end
         written = finish(output, manifest, spec.dim)
         self._delete_delta(manifest)
         return replace(
@@ -297,32 +279,26 @@ class UpdateRun:
             **{name: manifest.counts[name] for name in COUNTS},  # type: ignore[arg-type] # mypy sees one type for all fields
             total=manifest.rows,
             outputs=[str(path) for path in written],
-            updated=asdict(self._counts),
+            updated=self._counts,
         )
 
 
 @contextmanager
 def _scratch_folder(output: Path) -> Iterator[Path]:
     path = output.with_name(output.name + ".update")
-    with writing(path):
-        shutil.rmtree(path, ignore_errors=True)  # left by a killed run
-        path.mkdir()
+    shutil.rmtree(path, ignore_errors=True)  # left by a killed run
     try:
-        with writing(path), _translate_full_disk():
-            yield path
+        with writing(path):
+            path.mkdir()
+            try:
+                yield path
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    raise
+                # As an OSError, which writing() reports as a full disk.
+                raise OSError(errno.ENOSPC, str(error)) from error
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _translate_full_disk() -> Iterator[None]:
-    # sqlite reports a full disk with its own error, which writing() does not know.
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-            raise
-        raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def _merge_rows(

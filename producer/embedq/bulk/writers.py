@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,6 @@ from embedq.protocol.values import ITEM_BYTES, NUMPY_DTYPES, Vectors
 
 #: Number of rows converted at a time.
 CHUNK_ROWS: Final = 4_096
-
 
 #: Bytes of the longest suffix that a file beside an output adds to its name.
 LONGEST_SUFFIX: Final = len(".update.npy.vectors.partial")
@@ -39,7 +39,7 @@ def format_of(output: Path) -> str:
         known = ", ".join(_FINISHERS)
         raise InputError(
             f"{output}: unknown ending {suffix or '(none)'}; expected one of {known}."
-            f"{did_you_mean(suffix, list(_FINISHERS))}"
+            f"{did_you_mean(suffix, _FINISHERS)}"
         )
     return suffix
 
@@ -232,7 +232,9 @@ def _finish_parquet(output: Path, partial: PartialFiles, rows: int, dim: int, dt
     with writing(output):
         for items, vectors in _chunks(partial, dim, dtype):
             columns = {key: [item[key] for item in items] for key in items[0]}
-            columns["id"] = [_as_utf8(str(name)) for name in columns["id"]]
+            # Parquet strings hold no lone surrogates, which stand for invalid UTF-8 in an id.
+            names = (str(name).encode(errors="backslashreplace") for name in columns["id"])
+            columns["id"] = [name.decode() for name in names]
             values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1), pa.float32())
             failed = pa.array([item["status"] != "ok" for item in items])
             columns["vector"] = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=failed)
@@ -263,17 +265,12 @@ def _chunks(
         partial.vectors_path.open("rb") as vectors,
     ):
         vectors.seek(NPY_HEADER_BYTES)
-        while lines := [line for _, line in zip(range(CHUNK_ROWS), items, strict=False)]:
+        while lines := list(islice(items, CHUNK_ROWS)):
             raw = vectors.read(ITEM_BYTES[dtype] * dim * len(lines))
             yield (
                 [json.loads(line) for line in lines],
                 np.frombuffer(raw, NUMPY_DTYPES[dtype]).reshape(len(lines), dim),
             )
-
-
-def _as_utf8(name: str) -> str:
-    # Parquet strings hold no lone surrogates, which stand for invalid UTF-8 in an id.
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _pyarrow() -> tuple[Any, Any]:
