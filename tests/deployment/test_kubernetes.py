@@ -73,10 +73,10 @@ def test_every_pod_is_hardened_limited_and_probed(name: str) -> None:
 
 def test_every_image_has_a_full_version() -> None:
     """In the manifest or in the kustomization."""
-    ours = {image["name"]: image["newTag"] for image in KUSTOMIZATION["images"]}
+    tags = {image["name"]: image["newTag"] for image in KUSTOMIZATION["images"]}
     for workload in WORKLOADS.values():
         image = workload["spec"]["template"]["spec"]["containers"][0]["image"]
-        tag = ours.get(image) or image.partition(":")[2]
+        tag = tags.get(image) or image.partition(":")[2]
 
         assert re.match(r"v?\d+\.\d+\.\d+", tag), image
 

@@ -120,7 +120,7 @@ def test_closed_fleet_leaves_no_process_and_no_file(short_tmpdir: Path) -> None:
     with LocalFleet(worker_command=WORKER, redis="server", warn=pytest.fail) as fleet:
         wait_until(lambda: is_up(fleet.log_path), "the worker and its child are up")
         below = {
-            pid: output for pid, output in descendants(os.getpid()).items() if pid not in others
+            pid: command for pid, command in descendants(os.getpid()).items() if pid not in others
         }
 
         fleet.check()
@@ -179,7 +179,7 @@ def test_worker_ends_with_any_killed_process_above_it(generation: int) -> None:
     with LocalFleet(worker_command=WORKER, warn=print) as fleet:
         wait_until(lambda: is_up(fleet.log_path), "the worker and its child are up")
         below = {
-            pid: output for pid, output in descendants(os.getpid()).items() if "fork()" in output
+            pid: command for pid, command in descendants(os.getpid()).items() if "fork()" in command
         }
         chain = [os.getpid()]
         while children := [pid for pid in below if processes()[pid][0] == chain[-1]]:
@@ -210,8 +210,10 @@ def test_error_of_a_failed_worker_contains_its_log() -> None:
 def test_check_fails_after_redis_was_killed() -> None:
     others = descendants(os.getpid())
     with LocalFleet(worker_command=WORKER, warn=print) as fleet:
-        own = {pid: output for pid, output in descendants(os.getpid()).items() if pid not in others}
-        (pid,) = [pid for pid, output in own.items() if "redis-server unix" in output]
+        own = {
+            pid: command for pid, command in descendants(os.getpid()).items() if pid not in others
+        }
+        (pid,) = [pid for pid, command in own.items() if "redis-server unix" in command]
 
         os.kill(pid, signal.SIGKILL)
 
