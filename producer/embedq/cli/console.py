@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -20,6 +19,8 @@ from embedq.cli.common import EXIT_SETTINGS, exit_with_error
 EXIT_OK, EXIT_FAILED, EXIT_INPUT = 0, 1, 3
 EXIT_UNAVAILABLE, EXIT_LOCAL, EXIT_RESULT, EXIT_INTERRUPTED = 4, 5, 6, 130
 
+#: Interval of progress lines without a terminal, in seconds.
+PLAIN_EVERY_S = 10.0
 
 _EXIT_CODES: dict[type[errors.EmbedqError], int] = {
     errors.SettingsError: EXIT_SETTINGS,
@@ -38,10 +39,6 @@ def exit_on_error() -> Iterator[None]:
         yield
     except errors.EmbedqError as error:
         exit_with_error("embedq", error, _EXIT_CODES)
-
-
-#: Interval of progress lines without a terminal, in seconds.
-PLAIN_EVERY_S = 10.0
 
 
 class RunDisplay:
@@ -72,12 +69,7 @@ class RunDisplay:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._bar.stop()
 

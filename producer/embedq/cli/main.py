@@ -19,12 +19,7 @@ import click
 from embedq import errors
 from embedq.bulk.readers import FORMATS, Fields
 from embedq.cli.common import exit_on_windows, print_settings
-from embedq.cli.console import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    exit_on_error,
-)
+from embedq.cli.console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, exit_on_error
 from embedq.cli.operations import dead, exporter, status
 from embedq.protocol.contract import Accuracy, Dtype, OnLong
 
@@ -46,6 +41,11 @@ Examples:
   EMBEDQ_BROKER_URL=redis://queue:6379/0 embedq embed 'part-*.csv' -o vectors.jsonl
 """
 
+_local = click.option(
+    "--local", is_flag=True, help="Start a private Redis and one worker for this command."
+)
+_model = click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,10 +66,8 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="File to write: .npy (with a sidecar .items.jsonl), .jsonl or .parquet.",
 )
-@click.option(
-    "--local", is_flag=True, help="Start a private Redis and one worker for this command."
-)
-@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@_local
+@_model
 @click.option(
     "--accuracy",
     type=click.Choice([str(choice) for choice in Accuracy]),
@@ -82,10 +80,7 @@ def cli() -> None:
     help="float16 halves the size of vectors, with errors of at most 2**-12.  [EMBEDQ_DTYPE]",
 )
 @click.option(
-    "--strict",
-    is_flag=True,
-    default=None,
-    help="Compute vectors on NPUs only.  [EMBEDQ_STRICT]",
+    "--strict", is_flag=True, default=None, help="Compute vectors on NPUs only.  [EMBEDQ_STRICT]"
 )
 @click.option(
     "--on-long",
@@ -199,10 +194,8 @@ def embed(
     show_default=True,
     help="Number of rows to show.",
 )
-@click.option(
-    "--local", is_flag=True, help="Start a private Redis and one worker for this command."
-)
-@click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+@_local
+@_model
 @click.option("--prompt-name", help="Name of a prompt of the model to put before the query.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
 def search(
@@ -222,18 +215,15 @@ def search(
 
         settings = ProducerSettings.load(model=model)
         manifest = load_manifest(vectors)
-        with (
-            RunDisplay(quiet=True) as display,
-            _connected(settings, display, local=local) as client,
-        ):
-            identity = client.model_info().identity
-            if identity != manifest.settings["model"]:
+        display = RunDisplay(quiet=True)
+        with _connected(settings, display, local=local) as client:
+            served, made_with = client.model_info(), manifest.settings
+            if served.identity != made_with["model"]:
                 raise errors.InputError(
-                    f"{vectors} was made with {manifest.settings['model_label']} "
-                    f"({manifest.settings['model'][:12]}); the worker serves "
-                    f"{client.model_info().label} "
-                    f"({identity[:12]}). Vectors of two models cannot be compared. Use a worker of "
-                    "the first model."
+                    f"{vectors} was made with {made_with['model_label']} "
+                    f"({made_with['model'][:12]}); the worker serves {served.label} "
+                    f"({served.identity[:12]}). Vectors of two models cannot be compared. Use a "
+                    "worker of the first model."
                 )
             hits = nearest_rows(vectors, client.encode(query, prompt_name=prompt_name), top)
     if as_json:
@@ -277,13 +267,6 @@ def _connected(settings: ProducerSettings, display: RunDisplay, *, local: bool) 
             yield client
 
 
-def _was_saved_since(output: Path, began: float) -> bool:
-    from embedq.bulk.checkpoint import manifest_path
-
-    path = manifest_path(output)
-    return path.exists() and path.stat().st_mtime >= began
-
-
 @contextmanager
 def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     def interrupt(*_: object) -> NoReturn:
@@ -294,9 +277,14 @@ def _interruptible(output: Path, *, restart: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Until the restart has saved its manifest, a run without --restart would resume old rows.
-        restarted = restart and _was_saved_since(output, began)
-        command = "the same command without --restart" if restarted else "the same command"
+        command = "the same command"
+        if restart:
+            from embedq.bulk.checkpoint import manifest_path
+
+            # Before the restart saves its manifest, a run without --restart would resume old rows.
+            manifest = manifest_path(output)
+            if manifest.exists() and manifest.stat().st_mtime >= began:
+                command += " without --restart"
         click.echo(
             f"embedq: interrupted. The rows of {output} so far are saved; {command} continues.",
             err=True,

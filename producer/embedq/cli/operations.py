@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from embedq.bulk.request import format_duration
 from embedq.cli.common import EXIT_SETTINGS
-from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, exit_on_error
+from embedq.cli.console import EXIT_FAILED, EXIT_INPUT, EXIT_OK, exit_on_error
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 #: Refresh interval of --watch, in seconds.
 WATCH_EVERY_S = 1.0
 
+#: Timeouts of a connection to Redis and of an answer, in seconds. A scrape may wait six times for
+#: them (snapshot and ping, with retries); Prometheus ends a scrape after 5 s.
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
 
 _COLORS = {"healthy": "green", "degraded": "yellow", "probing": "yellow", "failed": "red"}
 
@@ -88,6 +91,7 @@ def render(found: FleetStatus) -> Group:
     from rich.table import Table
     from rich.text import Text
 
+    # Text that others wrote is wrapped in Text, so that brackets in it are not markup.
     workers = Table(
         "worker", "state", "device", "engine", "precision", "state_since", "reason", box=None
     )
@@ -97,16 +101,8 @@ def render(found: FleetStatus) -> Group:
         since = f"{format_duration(found.at - worker.state_since)} ago"
         workers.add_row(Text(worker.worker), state, *computes, since, Text(worker.reason))
     for name, at in sorted(found.silent.items()):
-        state = Text("silent", style="red")
-        workers.add_row(
-            Text(name),
-            state,
-            "",
-            "",
-            "",
-            f"{format_duration(found.at - at)} ago",
-            "Stopped without deregistering.",
-        )
+        state, since = Text("silent", style="red"), f"{format_duration(found.at - at)} ago"
+        workers.add_row(Text(name), state, "", "", "", since, "Stopped without deregistering.")
     queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
         queues.add_row(queue, f"{waiting:,}", format_duration(found.oldest_ready_s.get(queue, 0)))
@@ -117,10 +113,8 @@ def render(found: FleetStatus) -> Group:
         if job.planned_texts:
             texts += f" of {job.planned_texts:,} ({job.texts / job.planned_texts:.0%})"
         batches = f"{job.committed:,} of {job.published:,} sent"
-        label = Text(job.label)  # as Text, so that brackets in it are not markup
-        jobs.add_row(
-            Text(job.id), texts, batches, f"{job.waiting:,}", format_duration(job.age_s), label
-        )
+        age, label = format_duration(job.age_s), Text(job.label)
+        jobs.add_row(Text(job.id), texts, batches, f"{job.waiting:,}", age, label)
     memory = "  ".join(f"{name} {load.ratio:.0%}" for name, load in found.memory.items())
     head = ""
     if found.paused:
@@ -174,8 +168,7 @@ def show(name: str) -> None:
 
         letter = letters.fetch(_results(), name)
     if letter is None:
-        _unknown([name])
-        sys.exit(EXIT_INPUT)
+        _exit_unknown([name])
     click.echo(letter.text)
 
 
@@ -213,8 +206,8 @@ def requeue(names: tuple[str, ...], output: Path | None) -> None:
                 letters.drop(client.redis, [name])
                 click.echo(f"{name}  embedded")
     if unknown:
-        _unknown(unknown)
-    sys.exit(EXIT_INPUT if unknown else EXIT_FAILED if failed else 0)
+        _exit_unknown(unknown)
+    sys.exit(EXIT_FAILED if failed else EXIT_OK)
 
 
 @dead.command()
@@ -235,8 +228,7 @@ def drop(names: tuple[str, ...], everything: bool) -> None:
         unknown = [name for name in chosen if not letters.drop(results, [name])]
     click.echo(f"{len(chosen) - len(unknown):,} dropped")
     if unknown:
-        _unknown(unknown)
-        sys.exit(EXIT_INPUT)
+        _exit_unknown(unknown)
 
 
 def _results() -> Redis:
@@ -248,17 +240,9 @@ def _results() -> Redis:
     return results.client
 
 
-def _unknown(names: list[str]) -> None:
+def _exit_unknown(names: list[str]) -> NoReturn:
     click.echo(f"embedq: no dead letter {', '.join(names)}. See: embedq dead ls", err=True)
-
-
-#: Default port of the exporter.
-PORT = 9469
-
-
-#: Timeouts of a connection to Redis and of an answer, in seconds. A scrape may wait six times for
-#: them (snapshot and ping, with retries); Prometheus ends a scrape after 5 s.
-CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
+    sys.exit(EXIT_INPUT)
 
 
 @click.command()
@@ -266,7 +250,7 @@ CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = 0.5, 0.7
 @click.option(
     "--port",
     type=click.IntRange(0, 65_535),
-    default=PORT,
+    default=9469,
     show_default=True,
     help="Port to listen on; 0 for any.",
 )

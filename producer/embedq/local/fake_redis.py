@@ -71,10 +71,5 @@ def _returning_errors(read: Any) -> Any:
     return read_response
 
 
-def main() -> None:
-    """Serve until killed."""
-    UnixFakeServer(sys.argv[1]).serve_forever()
-
-
 if __name__ == "__main__":
-    main()
+    UnixFakeServer(sys.argv[1]).serve_forever()

@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from embedq.errors import LocalStartFailed
@@ -27,21 +26,38 @@ from embedq.local.redis_server import Choice, RedisServer, choose
 if sys.platform != "win32":
     import fcntl
 
-
 #: Prefix of a runtime folder; process id and random letters follow.
 PREFIX = "embedq-"
-
 
 #: Maximum length of a unix socket path on every supported system, in bytes (macOS: 103).
 MAX_SOCKET_PATH_BYTES = 99
 
-
 #: Length that the names of the folder and of a socket in it add to a path, in bytes.
 RESERVED_BYTES = 40
 
-
 #: Characters that need no escaping in a path, a URL or a Redis option.
 _PLAIN = re.compile(r"[A-Za-z0-9/._-]+")
+
+#: Time beyond the grace period after which the process guard is killed, in seconds.
+GUARD_MARGIN_S = 5.0
+
+#: Maximum bytes and lines from the end of a log in an error message.
+TAIL_BYTES, TAIL_LINES = 16_384, 12
+
+_GUARD = Path(__file__).with_name("process_guard.py")
+
+#: Time within which the private Redis must answer, in seconds.
+READY_DEADLINE_S = 10.0
+
+#: Interval of the checks whether the private Redis answers, in seconds.
+READY_POLL_S = 0.005
+
+#: Time that worker and Redis get to end by themselves, in seconds: none, because neither stores
+#: anything that outlives the run.
+GRACE_S = 0.0
+
+#: Packages that the default worker imports and the SDK does not install.
+WORKER_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
 
 
 class RuntimeDir:
@@ -119,17 +135,6 @@ def _remove_if_dead(path: Path) -> None:
         os.close(lock)
 
 
-#: Time beyond the grace period after which the process guard is killed, in seconds.
-GUARD_MARGIN_S = 5.0
-
-
-#: Maximum bytes and lines from the end of a log in an error message.
-TAIL_BYTES, TAIL_LINES = 16_384, 12
-
-
-_GUARD = Path(__file__).with_name("process_guard.py")
-
-
 class ManagedProcess:
     """A command under a process guard, which ends it when this process ends.
 
@@ -182,23 +187,6 @@ class ManagedProcess:
         return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:]) or "    (the log is empty)"
 
 
-#: Time within which the private Redis must answer, in seconds.
-READY_DEADLINE_S = 10.0
-
-
-#: Interval of the checks whether it answers, in seconds.
-READY_POLL_S = 0.005
-
-
-#: Time that worker and Redis get to end by themselves, in seconds: none, because neither stores
-#: anything that outlives the run.
-GRACE_S = 0.0
-
-
-#: Packages that the default worker imports and the SDK does not install.
-WORKER_REQUIREMENTS = ("embedq_worker", "onnxruntime", "tokenizers", "onnx")
-
-
 class LocalFleet:
     """A private Redis and one worker, for the duration of a `with` block."""
 
@@ -224,8 +212,7 @@ class LocalFleet:
         self._warn = warn
         self._folder: RuntimeDir | None = None
         self._server: RedisServer | None = None
-        self._redis: ManagedProcess | None = None
-        self._worker: ManagedProcess | None = None
+        self._processes: dict[str, ManagedProcess] = {}
 
     @property
     def broker_url(self) -> str:
@@ -271,9 +258,8 @@ class LocalFleet:
         Raises:
             LocalStartFailed: one has ended; the message shows its last lines.
         """
-        for name, process in (("Redis", self._redis), ("worker", self._worker)):
-            code = process.exit_code() if process else None
-            if process and code is not None:
+        for name, process in self._processes.items():
+            if (code := process.exit_code()) is not None:
                 raise LocalStartFailed(
                     f"The private {name} of this run ended with exit code {code}. Fix the error in "
                     "its log and run the same command again; it resumes. Last lines of the log:\n"
@@ -282,10 +268,10 @@ class LocalFleet:
 
     def close(self) -> None:
         """End the worker and Redis and remove their folder; a second call does nothing."""
-        for process in (self._worker, self._redis):
-            if process is not None:
-                process.end()
-        self._worker = self._redis = self._server = None
+        for process in reversed(self._processes.values()):
+            process.end()
+        self._processes.clear()
+        self._server = None
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
@@ -294,19 +280,15 @@ class LocalFleet:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start_processes(self, server: RedisServer, command: Sequence[str]) -> None:
         if server.warning:
             self._warn(server.warning)
         folder = server.socket_path.parent
-        self._redis = ManagedProcess(server.command, folder / "redis.log", grace_s=GRACE_S)
+        redis_log = folder / "redis.log"
+        self._processes["Redis"] = ManagedProcess(server.command, redis_log, grace_s=GRACE_S)
         environment = {
             **os.environ,
             **self._environment,
@@ -317,7 +299,7 @@ class LocalFleet:
             # Temporary files of a killed worker are removed with the folder.
             "TMPDIR": os.fspath(folder),
         }
-        self._worker = ManagedProcess(
+        self._processes["worker"] = ManagedProcess(
             command, self.log_path, grace_s=GRACE_S, environment=environment
         )
 
@@ -326,12 +308,11 @@ class LocalFleet:
         while not server.answers():
             self.check()
             if time.monotonic() > deadline:
-                assert self._redis is not None
                 raise LocalStartFailed(
                     f"The private Redis ({server.command[0]}) did not answer within "
                     f"{READY_DEADLINE_S:.0f} s. Run the command again when the machine is less "
                     "busy, or set EMBEDQ_BROKER_URL to another Redis. Last lines of the log:\n"
-                    f"{self._redis.last_lines()}"
+                    f"{self._processes['Redis'].last_lines()}"
                 )
             time.sleep(READY_POLL_S)
         self.check()

@@ -23,14 +23,11 @@ from collections.abc import Callable
 #: Interval of the checks whether the owner lives, in seconds; a fork of it may hold stdin open.
 PARENT_CHECK_S = 1.0
 
-
 #: Exit code of a command that cannot be executed, as in shells.
 CANNOT_EXECUTE = 127
 
-
 #: Option of prctl(2): signal to receive when the parent thread ends.
 PR_SET_PDEATHSIG = 1
-
 
 #: Signals that guard and leader survive; exec resets them to their default action.
 HANDLED_SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

