@@ -99,7 +99,7 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
     batches = list(
         build_groups(tokens, everything, tokenizer.pad_id, engine.row_spec, budget, streams)
     )
-    flops = flops_of(tokens.lengths, model.config)
+    flops = flops_of(tokens.lengths, model.architecture)
     products = [product(shape, precision, cores) for shape in SHAPES]
     engine_alone(engine, batches, flops)  # the first inferences allocate memory
     found = in_turn(

@@ -124,7 +124,7 @@ def _build(model: Model) -> OnnxModel:
         return adapt_onnx(model.weights, model.pooling, model.normalize)
     tensors = load_tensors(model.weights)
     try:
-        return build_encoder(tensors, model.config, model.pooling, model.normalize)
+        return build_encoder(tensors, model.architecture, model.pooling, model.normalize)
     except (KeyError, ValueError) as error:
         raise ModelError(
             f"{model.weights} does not fit its config.json: {error.args[0]}. "

@@ -26,7 +26,7 @@ from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model.config import read_model_config
-from embedq_worker.model.resolve import Kind, load_model
+from embedq_worker.model.resolve import load_model
 
 
 def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
@@ -36,7 +36,6 @@ def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
 
     model = resolve_model(str(tmp_path / "m"), tmp_path)
 
-    assert model.kind is Kind.BERT
     assert model.packable
     assert not model.pinned
     assert model.model_info() == ModelInfo(
@@ -175,12 +174,12 @@ def test_json_of_unexpected_shape_is_refused_with_the_folder(
     write_tiny(tmp_path / "odd")
     write_json(tmp_path / "odd" / file, value)
 
-    with pytest.raises(ModelError, match=r"A JSON file in .*odd holds what it should not"):
+    with pytest.raises(ModelError, match=r"A JSON file in .*odd has unexpected content"):
         resolve_model(str(tmp_path / "odd"), tmp_path)
 
 
 def test_name_that_is_neither_folder_nor_hub_id_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no folder"):
+    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         resolve_model(str(tmp_path / "missing"), tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_changed_file_of_the_default_model_is_refused_with_both_digests(
     with path.open("ab") as file:
         file.write(b" ")
 
-    with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the file we tested") as caught:
+    with pytest.raises(ModelError, match=rf"{re.escape(name)} is not the tested file") as caught:
         resolve_model(DEFAULT_MODEL, tmp_path)
 
     assert resolve_module.PINNED[name] in str(caught.value)
