@@ -57,7 +57,7 @@ ALLOWED_IMPORTS: dict[str, str] = {
     "embedq_worker.pool_process": "embedq.store embedq.observability embedq_worker.inference "
     "embedq_worker.main_process embedq_worker.device embedq_worker.settings "
     "embedq_worker.process embedq_worker.errors",
-    "embedq_worker.cli": "embedq.cli embedq.store embedq.bulk embedq.jobs "
+    "embedq_worker.cli": "embedq.cli embedq.store embedq.bulk "
     "embedq_worker.main_process "
     "embedq_worker.inference embedq_worker.engines embedq_worker.model embedq_worker.device "
     "embedq_worker.settings embedq_worker.files embedq_worker.process embedq_worker.errors "

@@ -10,8 +10,8 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
-from dataclasses import replace
+from contextlib import closing, redirect_stdout
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -21,11 +21,10 @@ import numpy.typing as npt
 
 from embedq.bulk.readers import Fields, expand, read
 from embedq.errors import InputError, SettingsError
-from embedq.jobs.batches import Document
 from embedq.protocol.contract import Accuracy, VectorSpec, refusal
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import Vectors
-from embedq_worker.engines.base import TokenBatch
+from embedq_worker.engines.base import INPUTS, TokenBatch
 from embedq_worker.engines.model_cache import (
     NAME_LENGTH,
     QuantizationReport,
@@ -39,7 +38,6 @@ from embedq_worker.inference.opener import EngineOpener
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.planning import plan_padded
 from embedq_worker.inference.selftest import GOLDEN
-from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.resolve import Model, find_model
@@ -137,7 +135,10 @@ def sample_texts(
     chosen: list[Line] = []
     seen: set[int] = set()
     at, complete = 0, True
-    for at, document in enumerate(_documents(inputs, text_field, format), 1):
+    # No file has a field of this name, so each document gets its line number as id.
+    fields = Fields(id="\0", text=text_field)
+    documents = read(expand(inputs), fields=fields, format=format, skip_bad_lines=True)
+    for at, document in enumerate(documents, 1):
         if at > MAX_DOCUMENTS:
             at, complete = MAX_DOCUMENTS, False
             break
@@ -166,12 +167,6 @@ def sample_texts(
     return Sample(chosen[:cut], chosen[cut : cut + held_out], at, complete)
 
 
-def _documents(inputs: Sequence[str], text_field: str, format: str | None) -> Iterator[Document]:
-    # No file has a field of this name, so each document gets its line number as id.
-    fields = Fields(id="\0", text=text_field)
-    return read(expand(inputs), fields=fields, format=format, skip_bad_lines=True)
-
-
 def quantize_graph(
     model: Model, lines: Sequence[Line], progress: Progress = lambda _: None
 ) -> QuantizedModel:
@@ -198,7 +193,7 @@ def quantize_graph(
     method = f"NNCF {version('nncf')}"
     # The golden texts add very short ones: calibrated with prose alone, these lose accuracy.
     texts = [*(line.text for line in lines), *GOLDEN]
-    feeds = [_feed(batch) for batch in _batches(model, texts)]
+    feeds = [{name: getattr(batch, name) for name in INPUTS} for batch in _batches(model, texts)]
     progress(f"quantizing with {method}: {len(feeds):,} inferences for calibration")
     try:
         with redirect_stdout(sys.stderr):  # NNCF prints its progress to stdout
@@ -279,11 +274,6 @@ def _batches(model: Model, texts: Sequence[str]) -> Iterator[TokenBatch]:
         yield build_padded(tokens, group, tokenizer.pad_id)
 
 
-def _feed(batch: TokenBatch) -> dict[str, Any]:
-    names = ("input_ids", "position_ids", "segment_ids", "segments")
-    return {name: getattr(batch, name) for name in names}
-
-
 class QuantizeOptions(NamedTuple):
     """Options of the command.
 
@@ -328,7 +318,7 @@ class Result(NamedTuple):
         """Return the result for JSON."""
         return {
             **self._asdict(),
-            "report": self.report.as_dict(),
+            "report": asdict(self.report),
             "folder": str(self.folder),
             "stored": self.stored,
         }
@@ -376,8 +366,10 @@ def run(settings: WorkerSettings, options: QuantizeOptions, progress: Progress) 
     opener = EngineOpener(settings, model)
     quantized = quantize_graph(model, sample.calibration, progress)
     progress("comparing with fp32")
-    vectors = _embed(opener.open_int8(quantized), model, sample.held_out, progress)
-    reference = _embed(opener.open_cpu(Accuracy.EXACT), model, sample.held_out, progress)
+    with closing(opener.open_int8(quantized)) as opened:
+        vectors = embed_lines(opened.embedder, model, sample.held_out, progress)
+    with closing(opener.open_cpu(Accuracy.EXACT)) as opened:
+        reference = embed_lines(opened.embedder, model, sample.held_out, progress)
     figures = compare(vectors, reference, [line.number for line in sample.held_out])
     report = replace(quantized.report, **figures)
     problem = ""
@@ -392,15 +384,6 @@ def run(settings: WorkerSettings, options: QuantizeOptions, progress: Progress) 
     name = quantized.name[:NAME_LENGTH]
     warnings = tuple(_warnings(sample))
     return Result(model.label, name, report, store.folder, problem, warnings)
-
-
-def _embed(
-    opened: VerifiedEngine, model: Model, lines: Sequence[Line], progress: Progress
-) -> Vectors:
-    try:
-        return embed_lines(opened.embedder, model, lines, progress)
-    finally:
-        opened.close()
 
 
 def _warnings(sample: Sample) -> Iterator[str]:

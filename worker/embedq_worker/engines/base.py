@@ -17,25 +17,28 @@ import numpy.typing as npt
 from embedq.protocol.contract import Device, Precision
 
 Ints = npt.NDArray[np.int64]
-
+Bytes = npt.NDArray[np.uint8]
 
 #: Width of the smallest bucket, in tokens.
 MIN_BUCKET: Final = 16
-
 
 #: Width of the narrowest row that several texts share, in tokens. Attention costs the square of
 #: the width, but narrower rows are hard to fill.
 MIN_SHARED: Final = 64
 
-
 #: Number of floats in one SIMD instruction of a CPU. OpenVINO computes the remainder of a row one
 #: by one, so a width that is not a multiple of this is slow (see docs/benchmarks.md).
 SIMD_WIDTH: Final = 16
 
-
 #: Largest deviation from unit length that rounding to 16 bits explains (see docs/benchmarks.md).
 #: A larger one is a fault and stays visible.
 ROUNDING: Final = 1e-2
+
+#: Inputs of the graph that differ between token batches; ``segments`` depends on the shape only.
+CHANGING: Final = ("input_ids", "position_ids", "segment_ids")
+
+#: All inputs of the graph.
+INPUTS: Final = (*CHANGING, "segments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +104,13 @@ class Engine(Protocol):
         details: further facts for operators, by name.
     """
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def device(self) -> Device: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def concurrency(self) -> int: ...
-    @property
-    def row_spec(self) -> RowSpec: ...
-    @property
-    def details(self) -> Mapping[str, str]: ...
+    name: str
+    device: Device
+    precision: Precision
+    dim: int
+    concurrency: int
+    row_spec: RowSpec
+    details: Mapping[str, str]
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
         """Compute the vectors of one token batch, float32 [B, S, D].

@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from embedq.errors import EmbedqError
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec
+from embedq_worker.engines.base import Bytes, RowSpec
 from embedq_worker.engines.model_cache import GRAPH_VERSION, CacheKey, CompiledModelCache
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, ModelError
@@ -37,29 +36,23 @@ from embedq_worker.process import die_with_parent
 #: Command that runs this module.
 COMMAND: Final = (sys.executable, "-m", "embedq_worker.engines.compiler")
 
-
 #: Maximum length of the compiler's stderr in an error message, characters.
 MAX_ERROR_TAIL: Final = 300
 
-
 #: Reasons of a failed import that are no fault of the blob: another process may import it.
 NOT_THE_BLOB: Final = frozenset({FailureReason.DEVICE_LOST, FailureReason.OUT_OF_MEMORY})
-
-
-Bytes = npt.NDArray[np.uint8]
-
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CompileRequest:
-    """Arguments of one compilation, in JSON types.
+    """Arguments of one compilation; `dataclasses.asdict` turns them into JSON types.
 
     Attributes:
         folder, label, identity: the model.
         cache_dir: folder of the digest cache.
-        target: fields of the DeviceTarget.
+        target: device to compile for.
         shapes: input shapes by name.
         properties: properties for the plugin.
     """
@@ -68,29 +61,9 @@ class CompileRequest:
     label: str
     identity: str
     cache_dir: str
-    target: dict[str, Any]
-    shapes: dict[str, list[int]]
-    properties: dict[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        model: Model,
-        cache_dir: Path,
-        target: DeviceTarget,
-        shapes: Mapping[str, list[int]],
-        properties: Mapping[str, str],
-    ) -> CompileRequest:
-        """Build a request for a model and a device."""
-        return cls(
-            os.fspath(model.folder),
-            model.label,
-            model.identity,
-            os.fspath(cache_dir),
-            target.to_message(),
-            dict(shapes),
-            dict(properties),
-        )
+    target: DeviceTarget
+    shapes: Mapping[str, list[int]]
+    properties: Mapping[str, str]
 
 
 #: Compiles a request within a timeout in seconds.
@@ -178,21 +151,21 @@ def _scratch_file() -> IO[bytes]:
 def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
     from embedq_worker.model.bert import build_graph  # imports onnx, which a cached start avoids
 
-    began = time.monotonic()
-    request = CompileRequest(**{name: message[name] for name in CompileRequest.__slots__})
+    fields = {name: message[name] for name in CompileRequest.__slots__}
+    request = CompileRequest(**{**fields, "target": DeviceTarget(**message["target"])})
     model = load_model(Path(request.folder), request.label, DigestCache(Path(request.cache_dir)))
     if model.identity != request.identity:
         raise ModelError(
             f"The model in {request.folder} changed while the worker started. Restart the worker."
         )
-    runtime = Runtime(DeviceTarget(**request.target))
+    runtime = Runtime(request.target)
     blob = runtime.compile(build_graph(model), request.properties, request.shapes).export()
     # A blob that crashes the plugin must do so here, not in the pool process.
     compiled = runtime.import_blob(np.frombuffer(bytearray(blob), np.uint8), request.properties)
     compiled.create_request()
     with os.fdopen(message["blob_fd"], "wb", closefd=False) as file:
         file.write(blob)
-    return {"ok": True, "bytes": len(blob), "seconds": time.monotonic() - began}
+    return {"ok": True}
 
 
 def main() -> None:
@@ -233,17 +206,8 @@ class CompiledModelLoader:
         model: Model,
         properties: Mapping[str, str],
         cache_dir: Path,
-        compile_function: CompileFunction,
+        compile_function: CompileFunction = compile_in_subprocess,
     ) -> None:
-        """Open the cache of the model.
-
-        Args:
-            runtime: device to load models into.
-            model: model to load.
-            properties: properties for the plugin.
-            cache_dir: cache folder of the worker.
-            compile_function: function that compiles a model.
-        """
         self.store = CompiledModelCache(cache_dir, model.identity)
         self.compiled = 0
         self._runtime, self._model, self._cache_dir = runtime, model, cache_dir
@@ -258,12 +222,11 @@ class CompiledModelLoader:
             CompileFailed: the model cannot be compiled or loaded.
         """
         key = self._key(shapes)
-        found = self._cached(key)
-        if found:
+        if found := self._cached(key):
             return found
         with self.store.lock(key, timeout_s):
-            found = self._cached(key)  # another worker may have compiled it in the meantime
-            if found:
+            # Another worker may have compiled it in the meantime.
+            if found := self._cached(key):
                 return found
             blob = self._compile(shapes, timeout_s)
             self.store.store(key, blob)
@@ -285,16 +248,20 @@ class CompiledModelLoader:
     def _compile(self, shapes: Mapping[str, list[int]], timeout_s: float) -> Bytes:
         self.compiled += 1
         target = self._runtime.target
-        request = CompileRequest.of(self._model, self._cache_dir, target, shapes, self._properties)
+        request = CompileRequest(
+            os.fspath(self._model.folder),
+            self._model.label,
+            self._model.identity,
+            os.fspath(self._cache_dir),
+            target,
+            shapes,
+            self._properties,
+        )
         began = time.monotonic()
         log.info("compile_started device=%s shape=%s", target.device, shapes["input_ids"])
         blob = self._compile_function(request, timeout_s)
-        log.info(
-            "compile_done device=%s seconds=%.1f bytes=%d",
-            target.device,
-            time.monotonic() - began,
-            blob.size,
-        )
+        seconds = time.monotonic() - began
+        log.info("compile_done device=%s seconds=%.1f bytes=%d", target.device, seconds, blob.size)
         return blob
 
     def _key(self, shapes: Mapping[str, list[int]]) -> CacheKey:

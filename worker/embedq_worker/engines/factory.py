@@ -11,9 +11,6 @@ from embedq_worker.engines.base import Engine
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import available_cores
 
-__all__ = ["ENGINES", "Engine", "open_engine"]
-
-
 #: Names that open_engine accepts.
 ENGINES: Final = ("onnxruntime", "openvino", "stub")
 
@@ -52,10 +49,11 @@ def open_engine(
         raise SettingsError(f"Engine: expected one of {', '.join(ENGINES)}, got {name}.{hint}")
     if model is None:
         raise SettingsError(f"Engine {name} needs a model; only the engine stub works without.")
+    threads = threads or available_cores()
     if name == "openvino":
         from embedq_worker.engines.openvino_cpu import OpenVinoCpuEngine
 
-        return OpenVinoCpuEngine(model, precision, threads or available_cores(), quantized, streams)
+        return OpenVinoCpuEngine(model, precision, threads, quantized, streams)
     from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(model, threads, streams)

@@ -18,25 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq.protocol.values import Vectors
-from embedq_worker.engines.base import TokenBatch
+from embedq_worker.engines.base import CHANGING, INPUTS, TokenBatch
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.errors import DeviceLost, FailureReason, InferFailed
-
-#: Inputs that change with every token batch; ``segments`` is constant for a shape.
-CHANGING: Final = ("input_ids", "position_ids", "segment_ids")
-
-
-#: All inputs of the graph.
-INPUTS: Final = (*CHANGING, "segments")
-
 
 #: Output of the graph.
 OUTPUT: Final = "vectors"
 
-
 #: Number of requests if the plugin reports no optimum.
 FALLBACK_REQUESTS: Final = 4
-
 
 #: Maximum number of requests, unless EMBEDQ_NPU_REQUESTS sets more.
 MAX_REQUESTS: Final = 8
@@ -123,8 +113,6 @@ class PinnedRequest:
         for name, (pointer, shape, strides) in self._layouts.items():
             view = self._request.get_tensor(name).data
             found = _layout(view)
-            if found == (pointer, shape, strides):
-                continue
             self.counters.pointer_changes += found[0] != pointer
             self.counters.shape_changes += found[1] != shape
             self.counters.stride_changes += found[2] != strides
@@ -144,9 +132,6 @@ class RequestPool:
         self._changed = threading.Condition()
         self._fault: DeviceLost | None = None
         self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._slots)
 
     @property
     def lost(self) -> bool:

@@ -24,42 +24,32 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
+from embedq_worker.engines.base import Bytes
 from embedq_worker.errors import CompileFailed, FailureReason
 from embedq_worker.files import DigestCache, folder_error, locked
 from embedq_worker.model.resolve import Model
 
 log = logging.getLogger(__name__)
 
-
-Bytes = npt.NDArray[np.uint8]
-
-
 #: Version of the graph that model/bert.py builds. Raise it with every change there, so that models
 #: compiled from an older graph are not used. Here, because a start from the cache loads no onnx.
 GRAPH_VERSION: Final = 2
 
-
 #: File names in the folder of a compiled model.
 BLOB, META = "model.blob", "meta.json"
-
 
 #: Prefix of folders that are being written.
 _TEMPORARY: Final = "new-"
 
-
 #: Age after which a temporary folder is removed, seconds.
 ABANDONED_S: Final = 3600.0
-
 
 #: Length of the name of a quantized model, characters.
 NAME_LENGTH: Final = 16
 
-
 #: Maximum size of a quantization report, bytes.
 MAX_REPORT_BYTES: Final = 64 * 1024
-
 
 #: First bytes of a quantized model.
 _MAGIC: Final = b"EQI8"
@@ -143,11 +133,8 @@ class CompiledModelCache:
             self._sweep()
             fresh = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=self.folder))
             blob.tofile(fresh / BLOB)
-            meta = {
-                **key.fields(),
-                "bytes": blob.size,
-                "sha256": hashlib.sha256(blob.data).hexdigest(),
-            }
+            sha256 = hashlib.sha256(blob.data).hexdigest()
+            meta = {**key.fields(), "bytes": blob.size, "sha256": sha256}
             (fresh / META).write_text(json.dumps(meta, indent=1))
             self.discard(key)
             fresh.rename(target)
@@ -240,10 +227,6 @@ class QuantizationReport:
     changed: tuple[tuple[int, float, float], ...] = ()
     method: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as a JSON object."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> QuantizationReport:
         """Parse a report.
@@ -251,7 +234,7 @@ class QuantizationReport:
         Raises:
             TypeError, ValueError: the object is not a report.
         """
-        known = {key: found[key] for key in (f.name for f in fields(cls)) if key in found}
+        known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
         lines = tuple((int(n), float(c), float(o)) for n, c, o in known.pop("changed", ()))
         return cls(**known, changed=lines)
 
@@ -286,16 +269,9 @@ class QuantizedModelStore:
         self._model = model
         self._store = CompiledModelCache(cache_dir, model.identity)
         self._request = {"device": "cpu", "precision": "int8", "graph": str(GRAPH_VERSION)}
-
-    @property
-    def error(self) -> str:
-        """Why the cache cannot be used; empty if it can."""
-        return self._store.error
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the cache."""
-        return self._store.folder
+        self.folder = self._store.folder
+        #: Why the cache cannot be used; empty if it can.
+        self.error = self._store.error
 
     def current(self) -> str:
         """Return the name of the stored model without reading it; empty if there is none."""
@@ -331,12 +307,10 @@ class QuantizedModelStore:
         Returns:
             False if the cache cannot be written.
         """
-        header = json.dumps(report.as_dict()).encode()
+        header = json.dumps(asdict(report)).encode()
         raw = b"".join((_MAGIC, struct.pack("<I", len(header)), header, graph))
-        return self._store.store(self._key(calibration), np.frombuffer(raw, np.uint8))
-
-    def _key(self, calibration: str) -> CacheKey:
-        return CacheKey(self._model.identity, self._request, {"calibration": calibration})
+        key = CacheKey(self._model.identity, self._request, {"calibration": calibration})
+        return self._store.store(key, np.frombuffer(raw, np.uint8))
 
     def _keys(self) -> list[CacheKey]:
         # Newest last. There are several while one is replaced, or after files were copied here.

@@ -5,17 +5,18 @@ This engine is the fallback on every machine and the reference for the vectors o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from embedq.protocol.contract import Device, Precision
-from embedq_worker.engines.base import RowSpec, TokenBatch
+from embedq_worker.engines.base import INPUTS, RowSpec, TokenBatch
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
-from embedq_worker.settings import available_cores
 
 
 class OnnxRuntimeEngine:
@@ -26,12 +27,12 @@ class OnnxRuntimeEngine:
     precision = Precision.F32
     row_spec = RowSpec()
 
-    def __init__(self, model: Model, threads: int = 0, streams: int = 0) -> None:
+    def __init__(self, model: Model, threads: int, streams: int = 0) -> None:
         """Build the graph and load it.
 
         Args:
             model: model to load.
-            threads: number of cores, 0 for all that this process may use.
+            threads: number of cores.
             streams: number of concurrent inferences, which share the cores; 0 for one per core.
 
         Raises:
@@ -39,13 +40,12 @@ class OnnxRuntimeEngine:
             CompileFailed: onnxruntime rejects the graph.
         """
         self.dim = model.dim
-        cores = threads or available_cores()
-        self.concurrency = min(streams or cores, cores)
-        self.details = {"streams": str(self.concurrency)}
+        self.concurrency = min(streams or threads, threads)
+        self.details: Mapping[str, str] = {"streams": str(self.concurrency)}
         graph = build_graph(model)
         # The session reads the weights in place, so the graph must live as long as the session.
         self._opened: tuple[ort.InferenceSession, OnnxModel] | None = (
-            _open(graph, model.label, cores // self.concurrency),
+            _open(graph, model.label, threads // self.concurrency),
             graph,
         )
 
@@ -58,20 +58,14 @@ class OnnxRuntimeEngine:
         opened = self._opened
         if opened is None:
             raise InferFailed("The onnxruntime engine is closed.")
-        feed = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            "segment_ids": batch.segment_ids,
-            "segments": batch.segments,
-        }
+        feed = {name: getattr(batch, name) for name in INPUTS}
         try:
             vectors: npt.NDArray[np.float32] = opened[0].run(["vectors"], feed)[0]
         except Exception as error:
             raise InferFailed(f"onnxruntime failed: {error}") from error
-        if vectors.shape != (*batch.members.shape, self.dim):
-            raise InferFailed(
-                f"onnxruntime returned shape {vectors.shape} for {batch.members.shape}."
-            )
+        members = batch.members.shape
+        if vectors.shape != (*members, self.dim):
+            raise InferFailed(f"onnxruntime returned shape {vectors.shape} for {members}.")
         return vectors
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,10 @@ class OpenVinoCpuEngine:
         self.row_spec = RowSpec.shared(model.max_length) if model.packable else RowSpec()
         streams = min(streams or threads, threads)
         self.concurrency = streams
-        self.details = {"openvino": openvino_runtime.VERSION, "streams": str(streams)}
+        self.details: Mapping[str, str] = {
+            "openvino": openvino_runtime.VERSION,
+            "streams": str(streams),
+        }
         self._normalize = model.normalize and precision is not Precision.F32
         self._compiled: Compiled | None = _compile(model, precision, threads, quantized, streams)
         self._free: queue.LifoQueue[Any] = queue.LifoQueue()

@@ -27,7 +27,6 @@ RESULTS: Final[Mapping[str, FailureReason]] = {
     "UNSUPPORTED_VERSION": FailureReason.DRIVER_MISMATCH,
 }
 
-
 #: Names of results by number, for messages without a name.
 CODES: Final[Mapping[int, str]] = {
     0x70000001: "DEVICE_LOST",
@@ -41,10 +40,8 @@ CODES: Final[Mapping[int, str]] = {
     0x7FFFFFFE: "UNKNOWN",
 }
 
-
 #: Parts of the plugin's messages about a missing compiler.
 NO_COMPILER: Final = ("VCL compiler loading failed", "driver compiler requires a valid device")
-
 
 #: Next step if firmware, driver and compiler do not match (linux-npu-driver issue 28).
 FIT_DRIVER: Final = (
@@ -52,16 +49,12 @@ FIT_DRIVER: Final = (
     "intel-level-zero-npu and intel-driver-compiler-npu of one release."
 )
 
-
 #: Reasons after which only a new process can use the device.
 LOST: Final = frozenset(
     {FailureReason.DEVICE_LOST, FailureReason.DEVICE_UNKNOWN, FailureReason.DEADLINE}
 )
 
-
 _NAME = re.compile(r"ZE_RESULT_(?:ERROR_)?([A-Z][A-Z_]*[A-Z])")
-
-
 _CODE = re.compile(r"\b0x7[0-9a-fA-F]{7}\b")
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -20,62 +18,32 @@ from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST_DRIVER, build_date
 from embedq_worker.engines import openvino_runtime
 from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
-from embedq_worker.engines.compiler import (
-    CompiledModelLoader,
-    CompileFunction,
-    compile_in_subprocess,
-    shapes_of,
-)
+from embedq_worker.engines.compiler import CompiledModelLoader, shapes_of
 from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
-from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
+from embedq_worker.engines.openvino_runtime import Compiled, Runtime
 from embedq_worker.errors import DeviceLost
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
-
 
 #: Timeout of the first inference of a request, seconds; the kernel driver gives up after 60.
 WARM_TIMEOUT_S: Final = 60.0
 
-
 #: Minimum timeout of an inference, seconds.
 MIN_TIMEOUT_S: Final = 2.0
 
-
 #: Timeout of an inference as a multiple of the slowest inference of the warm-up.
 TIMEOUT_FACTOR: Final = 20.0
-
 
 #: Models with hung requests. Their destructors would hang too, so these references are never
 #: dropped.
 _ABANDONED: list[object] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Properties:
-    """Plugin properties, split by what the plugin supports.
-
-    Attributes:
-        applied: supported properties, which are sent.
-        ignored: unsupported properties; sending them would fail the compilation.
-    """
-
-    applied: Mapping[str, str]
-    ignored: Mapping[str, str]
-
-    def details(self) -> dict[str, str]:
-        """Return both as text for logs and `embedq-worker check`."""
-        parts = {"applied": self.applied, "ignored": self.ignored}
-        return {
-            name: " ".join(f"{key}={value}" for key, value in sorted(part.items()))
-            for name, part in parts.items()
-            if part
-        }
-
-
 def npu_properties(
     supported: Collection[str], extra: Mapping[str, str], commandlist_mode: str = ""
-) -> Properties:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Choose the properties for an NPU plugin.
 
     Args:
@@ -83,6 +51,9 @@ def npu_properties(
         extra: properties set by the operator; they override the defaults.
         commandlist_mode: a mode of OpenVINO pull request 35626, which no released plugin
             supports; empty for none.
+
+    Returns:
+        Properties to apply, and those to ignore because they would fail the compilation.
     """
     wanted = {
         # Optimize for 4 to 8 requests in flight instead of the latency of one.
@@ -92,38 +63,15 @@ def npu_properties(
     if commandlist_mode:
         wanted["NPU_COMMANDLIST_MODE"] = commandlist_mode
     wanted.update(extra)
-    return Properties(
+    return (
         {key: value for key, value in wanted.items() if key in supported},
         {key: value for key, value in wanted.items() if key not in supported},
     )
 
 
-def precision_of(reported: str, default: Precision) -> Precision:
-    """Parse the precision that a compiled model reports; use the default if it reports none."""
-    return Precision(reported) if reported in set(Precision) else default
-
-
-@dataclass(frozen=True, slots=True)
-class NpuOptions:
-    """Options of an NPU engine.
-
-    Attributes:
-        target: device to open.
-        requests: number of infer requests; 0 for the optimum that the device reports.
-        commandlist_mode: NPU_COMMANDLIST_MODE for plugins that support it; empty for none.
-        properties: further properties for the plugin.
-        compile_timeout_s: timeout of the compiler.
-        infer_timeout_s: timeout of one inference; 0 derives it from the warm-up.
-        compile_function: function that compiles a model.
-    """
-
-    target: DeviceTarget
-    requests: int = 0
-    commandlist_mode: str = ""
-    properties: Mapping[str, str] = field(default_factory=dict)
-    compile_timeout_s: float = 600.0
-    infer_timeout_s: float = 0.0
-    compile_function: CompileFunction = compile_in_subprocess
+def precision_of(reported: str) -> Precision:
+    """Parse the precision that a compiled model reports; f16 if it reports none."""
+    return Precision(reported) if reported in set(Precision) else Precision.F16
 
 
 class OpenVinoNpuEngine:
@@ -137,17 +85,10 @@ class OpenVinoNpuEngine:
         compiled: Mapping[int, Compiled],
         model: Model,
         row_spec: RowSpec,
-        options: NpuOptions,
+        settings: WorkerSettings,
         details: Mapping[str, str],
     ) -> None:
-        """Create the infer requests and warm up each.
-
-        Args:
-            compiled: compiled models by row width.
-            model: the model that was compiled.
-            row_spec: shape of the rows.
-            options: options of the engine.
-            details: facts about the device, for operators.
+        """Create the infer requests of each compiled model, by row width, and warm up each.
 
         Raises:
             EngineError: a request cannot be created, or its first inference does not end.
@@ -156,16 +97,16 @@ class OpenVinoNpuEngine:
         self._normalize = model.normalize
         self._compiled = dict(compiled)
         first = next(iter(compiled.values()))
-        self.precision = precision_of(first.get("INFERENCE_PRECISION_HINT"), Precision.F16)
+        self.precision = precision_of(first.get("INFERENCE_PRECISION_HINT"))
         optimal = first.get("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
-        self.concurrency = request_count(optimal, options.requests)
+        self.concurrency = request_count(optimal, settings.npu_requests)
         self._pools: dict[int, RequestPool] = {}
         self._timeouts: dict[int, float] = {}
         for width in compiled:
             slowest = self._open_pool(width)
             derived = max(MIN_TIMEOUT_S, TIMEOUT_FACTOR * slowest)
-            self._timeouts[width] = options.infer_timeout_s or derived
-        self.details = {
+            self._timeouts[width] = settings.infer_timeout_s or derived
+        self.details: Mapping[str, str] = {
             **details,
             "requests": str(self.concurrency),
             "infer_timeout_s": f"{max(self._timeouts.values()):.1f}",
@@ -207,8 +148,8 @@ class OpenVinoNpuEngine:
             raise
 
 
-def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuEngine:
-    """Open the device and load the model into it, from the cache or after compiling it.
+def open_npu(model: Model, settings: WorkerSettings) -> OpenVinoNpuEngine:
+    """Open the NPU, real or emulated, and load the model from the cache or after compiling it.
 
     Raises:
         ModelError: the files of the model are damaged.
@@ -216,31 +157,37 @@ def open_npu(model: Model, options: NpuOptions, cache_dir: Path) -> OpenVinoNpuE
         EngineError: the model cannot be compiled, loaded or warmed up.
     """
     began = time.monotonic()
-    runtime = Runtime(options.target)
+    target = openvino_runtime.TARGETS[settings.npu_emulation]
+    runtime = Runtime(target)
     driver = runtime.get("NPU_DRIVER_VERSION")
     built = build_date(driver)
     if built is not None and built < OLDEST_DRIVER:
         log.warning("driver_outdated built=%s oldest=%s", built, OLDEST_DRIVER)
-    properties = npu_properties(runtime.supported, options.properties, options.commandlist_mode)
-    row_spec = (RowSpec.packed if model.packable else RowSpec.buckets)(model.max_length)
-    loader = CompiledModelLoader(
-        runtime, model, properties.applied, cache_dir, options.compile_function
+    applied, ignored = npu_properties(
+        runtime.supported, settings.npu_properties, str(settings.npu_commandlist_mode or "")
     )
-    timeout_s = options.compile_timeout_s
+    row_spec = (RowSpec.packed if model.packable else RowSpec.buckets)(model.max_length)
+    loader = CompiledModelLoader(runtime, model, applied, settings.cache_dir)
+    timeout_s = settings.compile_timeout_s
     compiled = {
         width: loader.load(shapes_of(row_spec, width), timeout_s) for width in row_spec.widths
     }
     details = {
-        **{name.lower(): value for name, value in runtime.traits().items() if value},
-        **properties.details(),
+        **{name.lower(): value for name, value in runtime.traits().items()},
+        "applied": _as_text(applied),
+        "ignored": _as_text(ignored),
         "openvino": openvino_runtime.VERSION,
         "rows": f"{row_spec.format} {'x'.join(map(str, row_spec.widths))}",
         "blob": "compiled" if loader.compiled else "cached",
         "cache": loader.store.error or str(loader.store.folder),
+        "emulation": target.emulation,
     }
-    if options.target.emulation:
-        details["emulation"] = options.target.emulation
-    engine = OpenVinoNpuEngine(compiled, model, row_spec, options, details)
+    details = {name: value for name, value in details.items() if value}
+    engine = OpenVinoNpuEngine(compiled, model, row_spec, settings, details)
     shown = " ".join(f"{key}={value!r}" for key, value in engine.details.items())
     log.info("npu_opened seconds=%.2f %s", time.monotonic() - began, shown)
     return engine
+
+
+def _as_text(properties: Mapping[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(properties.items()))

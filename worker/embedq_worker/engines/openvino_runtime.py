@@ -10,14 +10,13 @@ import struct
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from embedq_worker.engines.infer_requests import INPUTS
+from embedq_worker.engines.base import INPUTS, Bytes
 from embedq_worker.engines.openvino_errors import compile_failed
 from embedq_worker.errors import NoDevice
 
@@ -50,38 +49,26 @@ class DeviceTarget:
     forced: Mapping[str, str] = field(default_factory=dict)
     emulation: str = ""
 
-    def to_message(self) -> dict[str, Any]:
-        """Return the fields as JSON types, for another process."""
-        return asdict(self)
-
 
 #: The CPU.
 CPU: Final = DeviceTarget("CPU")
-
 
 #: The real NPU and the emulated NPUs, by value of EMBEDQ_NPU_EMULATION.
 TARGETS: Final[Mapping[str, DeviceTarget]] = {
     "none": DeviceTarget(),
     "alias": DeviceTarget("NPUCPU", library="openvino_intel_cpu_plugin", emulation="alias"),
     "npuw": DeviceTarget(
-        forced={
-            "NPU_USE_NPUW": "YES",
-            "NPUW_DEVICES": "CPU",
-            "NPUW_ONLINE_PIPELINE": "NONE",
-        },
+        forced={"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "NPUW_ONLINE_PIPELINE": "NONE"},
         emulation="npuw",
     ),
 }
-
 
 # OpenVINO looks up numpy's types once, under a lock that it holds while other Python threads run.
 # Two threads that do the first look-up at the same time deadlock, so it is done here, at import.
 _ = ov.Tensor(np.zeros(1, np.int64), shared_memory=True).get_element_type().to_dtype()
 
-
 #: Version of OpenVINO; compiled models of another version are not loaded.
 VERSION: Final = str(ov.get_version())
-
 
 #: Properties that identify a device, its driver and its compiler.
 TRAITS: Final = (
@@ -91,10 +78,6 @@ TRAITS: Final = (
     "NPU_DRIVER_VERSION",
     "NPU_COMPILER_VERSION",
 )
-
-
-Bytes = npt.NDArray[np.uint8]
-
 
 #: First bytes of a model packed by pack_ir.
 _IR: Final = b"EQIR"

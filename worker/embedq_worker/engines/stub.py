@@ -58,18 +58,14 @@ from embedq_worker.files import replace_private
 #: Identity of the stub's model: sha256 of "embedq stub engine 1".
 STUB_IDENTITY: Final = "87162452be8ddf00ee52e28c1ef13dfcbf264052e47e4101c3021e8741aaa8de"
 
-
 #: Maximum length of a text, tokens.
 STUB_MAX_LENGTH: Final = 256
-
 
 #: Moments of a fault.
 INIT, INFER = "init", "infer"
 
-
 #: Exit status of the fault ``exit``.
 EXIT_STATUS: Final = 70
-
 
 #: Level Zero errors in the plugin's words, by fault.
 DRIVER_ERRORS: Final[Mapping[str, str]] = {
@@ -78,26 +74,20 @@ DRIVER_ERRORS: Final[Mapping[str, str]] = {
     "out_of_memory": "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY, code 0x70000003",
 }
 
-
 #: Faults that change the vectors of an inference.
 VECTOR_FAULTS: Final = ("nan", "wrong")
-
 
 #: Faults of a script.
 SCRIPT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "slow", *DRIVER_ERRORS, *VECTOR_FAULTS)
 
-
 #: Prefix of a text that causes a fault.
 FAULT_PREFIX: Final = "embedq-fault:"
-
 
 #: Faults of a text; the index is the lower half of the text's hash.
 TEXT_FAULTS: Final = ("raise", "exit", "segfault", "hang", "nan")
 
-
 #: Upper half of the hash of a text that causes a fault.
 _FAULT_MARK: Final = 0xFFFF_FFFF
-
 
 #: Concurrent inferences of a stub with a set speed: as on an NPU, one runs and the others wait.
 CONCURRENCY: Final = 4
@@ -124,7 +114,6 @@ class FaultScript:
     """A fault script, read anew for each start and each inference."""
 
     def __init__(self, path: Path) -> None:
-        """Name the file of the script, which need not exist."""
         self._path = path
         self._struck = path.with_name(path.name + ".struck")
 

@@ -84,22 +84,13 @@ class EngineOpener:
             ModelError, DeviceError, EngineError: it does not open, or fails its self-test.
         """
         # Imported here, because only the process that serves may load the runtime.
-        from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
-        from embedq_worker.engines.openvino_runtime import TARGETS
+        from embedq_worker.engines.openvino_npu import open_npu
 
         settings = self._settings
         if settings.precision is PrecisionChoice.INT8:
             raise SettingsError(f"EMBEDQ_PRECISION=int8 on an NPU: {INT8_IS_A_CLASS}")
-        options = NpuOptions(
-            target=TARGETS[settings.npu_emulation],
-            requests=settings.npu_requests,
-            commandlist_mode=str(settings.npu_commandlist_mode or ""),
-            properties=settings.npu_properties,
-            compile_timeout_s=settings.compile_timeout_s,
-            infer_timeout_s=settings.infer_timeout_s,
-        )
         reference = self.verifier.reference()
-        engine = open_npu(self._model, options, settings.cache_dir)
+        engine = open_npu(self._model, settings)
         verified = self.verifier.verify(engine, Accuracy.STANDARD, reference, "only")
         tokens = self.verifier.tokenizer.tokenize([CANARY_TEXT])
         verified.embedder.canary = Canary(tokens, reference[GOLDEN.index(CANARY_TEXT)])

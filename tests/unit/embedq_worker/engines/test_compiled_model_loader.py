@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from embedq_worker.engines import compiler as loading
-from embedq_worker.engines.base import RowSpec
+from embedq_worker.engines.base import Bytes, RowSpec
 from embedq_worker.engines.compiler import (
     CompiledModelLoader,
     CompileRequest,
     compile_in_subprocess,
     shapes_of,
 )
-from embedq_worker.engines.model_cache import Bytes
 from embedq_worker.engines.openvino_errors import compile_failed
-from embedq_worker.engines.openvino_npu import NpuOptions, open_npu
-from embedq_worker.engines.openvino_runtime import CPU, DeviceTarget, Runtime
+from embedq_worker.engines.openvino_npu import open_npu
+from embedq_worker.engines.openvino_runtime import CPU, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, NoDevice
 from embedq_worker.model import bert
 from embedq_worker.model.resolve import Model
+from embedq_worker.settings import WorkerSettings
 
 FORM = RowSpec.packed(24)
 SHAPES = shapes_of(FORM, 24)
@@ -130,4 +130,4 @@ def test_missing_npu_error_lists_the_available_devices(model: Model, tmp_path: P
         pytest.skip("this machine has an NPU")
 
     with pytest.raises(NoDevice, match="CPU"):
-        open_npu(model, NpuOptions(DeviceTarget()), tmp_path)
+        open_npu(model, WorkerSettings.load(device="npu", cache_dir=tmp_path))

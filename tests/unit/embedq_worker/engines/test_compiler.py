@@ -16,7 +16,8 @@ import pytest
 from tests.support.processes import is_running
 from tests.support.redis import wait_for
 
-from embedq_worker.engines.compiler import CompileRequest, compile_in_subprocess
+from embedq_worker.engines.base import RowSpec
+from embedq_worker.engines.compiler import CompileRequest, compile_in_subprocess, shapes_of
 from embedq_worker.engines.openvino_runtime import CPU, DeviceTarget
 from embedq_worker.errors import CompileFailed, FailureReason, ModelError
 from embedq_worker.model.resolve import Model
@@ -24,12 +25,12 @@ from embedq_worker.model.resolve import Model
 PREAMBLE = "import json, os, signal, sys, time; job = json.load(sys.stdin); "
 
 
-def compile_request(model: Model, target: DeviceTarget = CPU, **others: str) -> CompileRequest:
+def compile_request(model: Model, target: DeviceTarget = CPU, identity: str = "") -> CompileRequest:
     """Return a request to compile the tiny model for a device, by default the CPU."""
-    shapes = {"input_ids": [1, 24], "position_ids": [1, 24], "segment_ids": [1, 24]}
-    job = CompileRequest.of(model, model.folder / "cache", target, {**shapes, "segments": [12]}, {})
+    shapes = shapes_of(RowSpec.packed(24), 24)
+    folder, cache = str(model.folder), str(model.folder / "cache")
     return CompileRequest(
-        **{**{name: getattr(job, name) for name in CompileRequest.__slots__}, **others}
+        folder, model.label, identity or model.identity, cache, target, shapes, {}
     )
 
 
@@ -112,7 +113,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_compiler_whose_parent_has_died_does_not_start(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")  # opening it would block forever
-    job = CompileRequest(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), {}, {}, {})
+    job = CompileRequest(os.fspath(tmp_path), "m", "0", os.fspath(tmp_path), CPU, {}, {})
     message = json.dumps({**asdict(job), "blob_fd": 1})
 
     command = [sys.executable, "-c", ORPHANING, message]

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq_worker.engines.base import RaggedTokens, RowSpec, TokenBatch
+from embedq_worker.engines.base import INPUTS, RaggedTokens, RowSpec, TokenBatch
 from embedq_worker.engines.infer_requests import (
-    INPUTS,
     Counters,
     PinnedRequest,
     RequestPool,
