@@ -6,11 +6,10 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from redis.exceptions import ResponseError
 
@@ -47,8 +46,7 @@ class Level(StrEnum):
     FAIL = "fail"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One line of the output.
 
     Attributes:
@@ -64,10 +62,6 @@ class Check:
     detail: str
     seconds: float
     fix: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the check for JSON."""
-        return asdict(self)
 
 
 #: Detail, level and fix of a check.
@@ -220,10 +214,9 @@ def _disk(folder: Path) -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     detail = f"{free / 1e9:,.1f} GB free at {folder}"
-    if free < NO_SPACE:
-        return detail, Level.FAIL, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
     if free < LITTLE_SPACE:
-        return detail, Level.WARN, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
+        level = Level.FAIL if free < NO_SPACE else Level.WARN
+        return detail, level, "Free some space, or set EMBEDQ_CACHE_DIR to another disk."
     return detail, Level.OK, ""
 
 

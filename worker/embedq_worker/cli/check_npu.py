@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -164,8 +163,7 @@ def split_fix(error: EmbedqError) -> tuple[str, str]:
     return (f"{head}.", tail) if tail else (head, "")
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(NamedTuple):
     """The NPUs of a machine, and the device that `start` would choose.
 
     Attributes:
@@ -178,10 +176,6 @@ class Survey:
     npus: tuple[dict[str, str], ...]
     device: str
     reason: str
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the survey for JSON."""
-        return asdict(self)
 
     def lines(self) -> Iterator[str]:
         """Yield the survey for people."""

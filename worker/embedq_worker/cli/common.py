@@ -23,7 +23,6 @@ _CODES: dict[type[EmbedqError], int] = {
     EngineError: exit_codes.ENGINE,
 }
 
-
 #: Exit codes and examples, below the help of every command.
 EPILOG = f"""\
 {exit_codes.EPILOG}
@@ -39,16 +38,12 @@ Examples:
 
 def model_options(command: click.decorators.FC) -> click.decorators.FC:
     """Add the options --model and --device to a command."""
-    for option in (
-        click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]"),
-        click.option(
-            "--device",
-            metavar="|".join(DeviceChoice),
-            help="Device to compute on.  [EMBEDQ_DEVICE]",
-        ),
-    ):
-        command = option(command)
-    return command
+    command = click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")(
+        command
+    )
+    return click.option(
+        "--device", metavar="|".join(DeviceChoice), help="Device to compute on.  [EMBEDQ_DEVICE]"
+    )(command)
 
 
 def export(options: Mapping[str, str | int | bool | None]) -> None:

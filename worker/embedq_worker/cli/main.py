@@ -126,11 +126,7 @@ def cli() -> None:
     """Group of all commands."""
 
 
-for _command in (
-    *(check, devices, health),
-    *(quantize, warm),
-    *(degrade, pause, recover, resume),
-):
+for _command in (check, devices, health, quantize, warm, degrade, pause, recover, resume):
     cli.add_command(_command)
 
 
@@ -139,9 +135,7 @@ for _command in (
 @click.option("--name", help="Name of the worker, unique in the fleet.  [EMBEDQ_NAME]")
 @click.option("--threads", type=int, help="Cores of the engine; 0 = all.  [EMBEDQ_THREADS]")
 @click.option(
-    "--log-level",
-    metavar="|".join(LogLevel),
-    help="Lowest level of log lines.  [EMBEDQ_LOG_LEVEL]",
+    "--log-level", metavar="|".join(LogLevel), help="Lowest level of log lines.  [EMBEDQ_LOG_LEVEL]"
 )
 @click.option("--strict", is_flag=True, default=None, help="Use the NPU only.  [EMBEDQ_STRICT]")
 @click.option("--all", "_all", is_flag=True, help="Start one worker on the NPU and one on the CPU.")

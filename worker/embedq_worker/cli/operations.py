@@ -31,7 +31,7 @@ def devices(as_json: bool) -> None:
 
     shown = check_npu.survey(settings)
     if as_json:
-        click.echo(json.dumps(shown.as_dict()))
+        click.echo(json.dumps(shown._asdict()))
         return
     for line in shown.lines():
         click.echo(line)
@@ -56,7 +56,7 @@ def check(as_json: bool, **options: str | None) -> None:
                 click.echo(f"{'':<10}       {result.fix}")
     ok = all(result.level != "fail" for result in done)
     if as_json:
-        click.echo(json.dumps({"ok": ok, "checks": [result.as_dict() for result in done]}))
+        click.echo(json.dumps({"ok": ok, "checks": [result._asdict() for result in done]}))
     sys.exit(exit_codes.OK if ok else exit_codes.CHECK)
 
 
@@ -69,11 +69,7 @@ def health(arguments: tuple[str, ...]) -> None:
     sys.exit(main(list(arguments)))
 
 
-_REASON = click.option(
-    "--reason",
-    default="",
-    help="Reason, shown by `embedq status`.",
-)
+_REASON = click.option("--reason", default="", help="Reason, shown by `embedq status`.")
 
 
 @click.command(epilog=exit_codes.EPILOG)
@@ -172,9 +168,6 @@ def _require(redis: Redis, worker: str) -> None:
 def _bounded(reason: str) -> str:
     plain = " ".join(reason.split())
     if len(plain) > MAX_REASON:
-        fail(
-            SettingsError(
-                f"--reason has {len(plain)} characters; the limit is {MAX_REASON}. Shorten it."
-            )
-        )
+        message = f"--reason has {len(plain)} characters; the limit is {MAX_REASON}. Shorten it."
+        fail(SettingsError(message))
     return plain

@@ -141,7 +141,7 @@ def test_survey_lists_all_npus_and_the_chosen_device(tree: DeviceTree, tmp_path:
     assert [npu["problem"] for npu in found.npus] == ["", "not visible here"]
     assert found.device == "cpu"
     assert next(found.lines()).endswith(f"NPU 4000 at {PCI}  usable")
-    assert found.as_dict()["reason"] == "EMBEDQ_DEVICE=cpu"
+    assert found.reason == "EMBEDQ_DEVICE=cpu"
 
 
 def test_survey_shows_why_start_would_fail(tree: DeviceTree, tmp_path: Path) -> None:
