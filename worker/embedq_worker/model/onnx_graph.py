@@ -1,10 +1,8 @@
-"""ONNX builder, and adapter for foreign models.
+"""Builds ONNX graphs, and adapts foreign ONNX encoders to the interface that all engines use.
 
-ONNX graphs with their weights beside them, and the small language they are written in.
-
-Puts a foreign ONNX encoder behind the interface of our own graph, so that engines know only one.
-
-Such a model sees one text a row: it cannot be packed, and S is 1.
+Inputs, int64: ``input_ids``, ``position_ids``, ``segment_ids`` [B, T] (0 is padding, 1.. number the
+texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, D].
+A foreign encoder supports one text per row: S is 1.
 """
 
 from __future__ import annotations
@@ -23,38 +21,39 @@ from onnx import TensorProto, compose, external_data_helper, helper, numpy_helpe
 from embedq_worker.errors import ModelError
 from embedq_worker.model.config import load_json
 
-#: Length below which a vector is not scaled up: keeps empty segments at zero, and is not itself
-#: zero in fp16.
+#: Minimum divisor of a vector: empty segments stay zero. It is not zero in fp16.
 MIN_NORM: Final = 1e-4
 
+#: Minimum size of a constant that is stored outside the protobuf message, bytes.
+MIN_EXTERNAL_BYTES: Final = 1024
 
-#: Inputs of every graph with shape [B, T].
-INPUTS: Final = ("input_ids", "position_ids", "segment_ids")
+#: Oldest operator set that has the operators of `pool`.
+MIN_OPSET: Final = 11
 
+#: Output of a model that pools by itself, as sentence-transformers and optimum name it.
+POOLED: Final = "sentence_embedding"
 
-#: Bytes from which a constant stays outside the message.
-MIN_OUTSIDE: Final = 1024
+_PREFIX = "model/"
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class OnnxModel:
-    """A graph in the interface that all engines know.
+    """An ONNX graph with the interface of this module.
 
     Attributes:
-        proto: the message; its large constants are declared and left empty.
-        weights: those constants by name. They stay outside because every copy of 90 MB costs a
-            start 0.1 to 0.3 s: graph and session took 0.15 to 0.19 s this way, 0.8 to 1.4 s and
-            190 MB more at the peak from one message (3 runs each, measured 2026-11-22).
+        proto: the message; its large constants are declared without data.
+        weights: those constants by name. Outside the message they are not copied when it is
+            serialized and parsed, which makes a start faster and its memory peak lower.
     """
 
     proto: onnx.ModelProto
     weights: Mapping[str, npt.NDArray[np.float32]]
 
     def with_weights_as_inputs(self) -> bytes:
-        """Serialize with each weight as an input of its name, for whoever puts it in its place."""
-        apart = onnx.ModelProto()
-        apart.CopyFrom(self.proto)
-        graph = apart.graph
+        """Serialize with each weight as an input of its name, which the caller replaces."""
+        copied = onnx.ModelProto()
+        copied.CopyFrom(self.proto)
+        graph = copied.graph
         inside = [tensor for tensor in graph.initializer if tensor.name not in self.weights]
         del graph.initializer[:]
         graph.initializer.extend(inside)
@@ -62,11 +61,11 @@ class OnnxModel:
             helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
             for name, weight in self.weights.items()
         )
-        return bytes(apart.SerializeToString())
+        return bytes(copied.SerializeToString())
 
 
 class OnnxBuilder:
-    """Collects nodes and weights; each method returns the name of the value it adds."""
+    """Collects nodes and weights; its methods return the name of the value that they add."""
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
@@ -82,46 +81,40 @@ class OnnxBuilder:
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> str:
         name = f"c{next(self._number)}"
-        # Runtimes read these in place. What is still in its file is copied: it may begin there at
-        # any byte, and what is looked up while serving must not change with the file.
+        # Runtimes read the array in place. "W" copies a mapped one: it may be unaligned, and a
+        # change of its file must not change vectors.
         array = np.require(value, dtype, ["C", "ALIGNED", "W"])
-        if array.nbytes < MIN_OUTSIDE:
+        if array.nbytes < MIN_EXTERNAL_BYTES:
             self.initializers.append(numpy_helper.from_array(array, name))
             return name
         self.weights[name] = array
-        outside = onnx.StringStringEntryProto(key="location", value="weights")
-        self.initializers.append(
-            onnx.TensorProto(
-                name=name,
-                dims=array.shape,
-                data_type=TensorProto.FLOAT,
-                data_location=TensorProto.EXTERNAL,
-                external_data=[outside],
-            )
-        )
+        tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights")
+        self.initializers.append(tensor)
         return name
 
     def reshape(self, value: str, *shape: int, out: str = "") -> str:
         return self.op("Reshape", value, self.constant(shape, np.int64), out=out)
 
     def reduce(self, kind: str, value: str, moved: int) -> str:
-        """Reduce the last axis; an operator's axes moved from attribute to input in some opset."""
+        """Reduce the last axis; `moved` is the operator set in which axes became an input."""
         if self.opset >= moved:
             return self.op(kind, value, self.constant([-1], np.int64), keepdims=1)
         return self.op(kind, value, axes=[-1], keepdims=1)
 
     def graph(self, dim: int) -> OnnxModel:
-        """Wrap what was collected in the interface that all engines know."""
-        inputs, outputs = interface(dim)
+        """Return the collected nodes as a graph whose vectors have `dim` components."""
+        inputs, outputs = _interface(dim)
         graph = helper.make_graph(self.nodes, "embedq", inputs, outputs, self.initializers)
         imports = [helper.make_opsetid("", self.opset)]
         return OnnxModel(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
 
 
 def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:
-    """Turn token vectors into one vector per segment, [B, T, D] -> ``vectors`` [B, S, D].
+    """Pool token vectors into one vector per segment, [B, T, D] -> ``vectors`` [B, S, D].
 
-    Both ways are a product with a matrix [B, S, T] that weighs the tokens of each segment.
+    A matrix [B, S, T] with the weight of each token in each segment is multiplied by them.
     """
     numbers = g.reshape("segments", 1, -1, 1)
     member = g.op("Equal", numbers, g.reshape("segment_ids", 0, 1, -1))  # [B, S, T]
@@ -130,54 +123,40 @@ def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:
         member = g.op("And", member, first)
     weight = g.op("Cast", member, to=TensorProto.FLOAT)
     if pooling == "mean":
-        # Divided before the product: a sum of 512 tokens is beyond what fp16 keeps well.
+        # Divided before the product: fp16 represents a sum of 512 token vectors badly.
         count = g.op("Max", g.reduce("ReduceSum", weight, 13), g.constant(1.0))
         weight = g.op("Div", weight, count)
-    _finish(g, g.op("MatMul", weight, hidden), normalize)
-
-
-def _finish(g: OnnxBuilder, vectors: str, normalize: bool) -> None:
-    if not normalize:
+    vectors = g.op("MatMul", weight, hidden)
+    if normalize:
+        length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
+        g.op("Div", vectors, length, out="vectors")
+    else:
         g.op("Identity", vectors, out="vectors")
-        return
-    length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
-    g.op("Div", vectors, length, out="vectors")
 
 
-def interface(dim: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
-    """Declare the inputs and the output that every graph has."""
+def _interface(dim: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
     declare = helper.make_tensor_value_info
-    inputs = [declare(name, TensorProto.INT64, ["B", "T"]) for name in INPUTS]
+    names = ("input_ids", "position_ids", "segment_ids")
+    inputs = [declare(name, TensorProto.INT64, ["B", "T"]) for name in names]
     inputs.append(declare("segments", TensorProto.INT64, ["S"]))
     return inputs, [declare("vectors", TensorProto.FLOAT, ["B", "S", dim])]
 
 
-#: Oldest operator set whose operators the added nodes may use.
-MIN_OPSET: Final = 11
-
-
-#: Output of a model that pools by itself, as sentence-transformers and optimum name it.
-POOLED: Final = "sentence_embedding"
-
-
-_PREFIX = "model/"
-
-
 def adapt_onnx(path: Path, pooling: str, normalize: bool) -> OnnxModel:
-    """Wrap an encoder: masks and pooling are added, what it calls its inputs is hidden.
+    """Give a foreign encoder the interface of this module.
 
-    An output with one vector per text is taken as it is; one with a vector per token is pooled and
-    normalized.
+    An output with one vector per text is returned unchanged; one with a vector per token is pooled
+    and normalized.
 
     Raises:
-        ModelError: the file is damaged, or has inputs or outputs that we cannot serve.
+        ModelError: the file is damaged, or has unsupported inputs or outputs.
     """
     proto = _load(path, with_weights=True)
     output = _output(proto, path)
     name, rank, dim = output.name, _rank(output), _dim(output, path)
     compose.add_prefix(proto, _PREFIX, inplace=True)
     g = OnnxBuilder(_opset(proto, path))
-    _feed(g, proto, path)
+    _add_inputs(g, proto, path)
     g.nodes.extend(proto.graph.node)
     floats = g.op("Cast", _PREFIX + name, to=TensorProto.FLOAT)
     if rank == 2:
@@ -187,7 +166,7 @@ def adapt_onnx(path: Path, pooling: str, normalize: bool) -> OnnxModel:
     graph = proto.graph
     for field in (graph.node, graph.input, graph.output):
         del field[:]
-    inputs, outputs = interface(dim)
+    inputs, outputs = _interface(dim)
     graph.node.extend(g.nodes)
     graph.input.extend(inputs)
     graph.output.extend(outputs)
@@ -196,40 +175,40 @@ def adapt_onnx(path: Path, pooling: str, normalize: bool) -> OnnxModel:
 
 
 def describe_onnx(path: Path) -> tuple[int, list[Path]]:
-    """Read what an encoder says of itself; weights beside it stay on the disk.
+    """Read the properties of a foreign encoder without loading its external weights.
 
     Returns:
-        The components of its vectors, and the files in which it keeps weights beside itself.
+        The number of components of its vectors, and the files with its external weights.
 
     Raises:
-        ModelError: the file is damaged, does not say the first, or names a file elsewhere.
+        ModelError: the file is damaged, does not contain that number, or names a file outside its
+            folder.
     """
     proto = _load(path, with_weights=False)  # once: it may be 2 GB
     dim = _dim(_output(proto, path), path)
-    # What onnx itself goes through when it loads them.
+    # As onnx does when it loads external weights.
     tensors = external_data_helper._get_all_tensors(proto)
     outside = filter(external_data_helper.uses_external_data, tensors)
     places = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
     for place in map(Path, places):
         if place.is_absolute() or ".." in place.parts:
-            raise ModelError(f"{path} keeps weights in {place}, which is not beside it.")
+            raise ModelError(f"{path} stores weights in {place}, outside its folder.")
     return dim, [path.parent / place for place in sorted(places)]
 
 
 def _load(path: Path, *, with_weights: bool) -> onnx.ModelProto:
     try:
         proto = onnx.load(path, load_external_data=with_weights)
-        # Older exporters leave the shapes of outputs open.
+        # Older exporters omit the shapes of outputs.
         return proto if all(map(_rank, proto.graph.output)) else shape_inference.infer_shapes(proto)
-    except Exception as error:  # protobuf, onnx and the file system each raise their own
+    except Exception as error:  # protobuf, onnx and the file system have their own classes
         raise ModelError(f"{path} is not a readable ONNX model ({error}).") from error
 
 
-def _feed(g: OnnxBuilder, proto: onnx.ModelProto, path: Path) -> None:
-    """Derive each input of the encoder from ours, in the type that it declares."""
-    known = {tensor.name for tensor in proto.graph.initializer}
+def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto, path: Path) -> None:
+    weights = {tensor.name for tensor in proto.graph.initializer}
     for value in proto.graph.input:
-        if value.name in known:  # before IR 4, weights were listed as inputs too
+        if value.name in weights:  # before IR 4, weights were listed as inputs too
             continue
         name = value.name.removeprefix(_PREFIX)
         if any(dim.dim_value for dim in value.type.tensor_type.shape.dim):
@@ -242,14 +221,14 @@ def _feed(g: OnnxBuilder, proto: onnx.ModelProto, path: Path) -> None:
             source = name
         else:
             raise ModelError(
-                f"{path}: the model wants an input {name}; embedq serves input_ids, "
+                f"{path}: the model needs an input {name}; embedq has input_ids, "
                 "attention_mask, token_type_ids and position_ids."
             )
         g.op("Cast", source, out=value.name, to=value.type.tensor_type.elem_type)
 
 
 def _output(proto: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
-    """Choose the pooled output if there is one, else vectors per token, else any per text."""
+    # The pooled output if there is one, otherwise vectors per token, otherwise any per text.
     outputs: list[onnx.ValueInfoProto] = [
         value for value in proto.graph.output if _rank(value) in (2, 3)
     ]
@@ -268,7 +247,9 @@ def _dim(output: onnx.ValueInfoProto, path: Path) -> int:
     folder = path.parent.parent if path.parent.name == "onnx" else path.parent
     size = size or (load_json(folder / "config.json", dict) or {}).get("hidden_size", 0)
     if type(size) is not int or size < 1:
-        raise ModelError(f"{path} does not say how many components its vectors have.")
+        raise ModelError(
+            f"{path} and its config.json do not contain the number of components of a vector."
+        )
     return size
 
 

@@ -278,7 +278,7 @@ def test_sentence_embedding_output_is_returned_unchanged(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"inputs": ("input_ids", "pixels")}, "wants an input pixels"),
+        ({"inputs": ("input_ids", "pixels")}, "needs an input pixels"),
         ({"axes": (1, 128)}, "fixed axes"),
     ],
 )
@@ -319,7 +319,7 @@ def test_unknown_dimension_of_a_foreign_model_is_read_from_config_json(tmp_path:
     proto = onnx.load(path)
     proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "hidden"
     onnx.save(proto, path)
-    with pytest.raises(ModelError, match="does not say how many components"):
+    with pytest.raises(ModelError, match="the number of components of a vector"):
         describe_onnx(path)
 
     write_json(tmp_path / "config.json", {"hidden_size": 8})

@@ -261,7 +261,7 @@ def test_external_weights_outside_the_folder_are_refused(tmp_path: Path, place: 
             entry.value = place if entry.key == "location" else entry.value
     onnx.save(proto, path)
 
-    with pytest.raises(ModelError, match=re.escape(f"keeps weights in {place}")):
+    with pytest.raises(ModelError, match=re.escape(f"stores weights in {place}")):
         load_model(tmp_path, "foreign", DigestCache(tmp_path / "cache"))
 
 
