@@ -1,1 +1,1 @@
-"""Finds, chooses and locks the NPU of a worker. No Celery, no Redis, no runtime."""
+"""Find, choose and lock the NPU of a worker. No Celery, no Redis, no runtime."""

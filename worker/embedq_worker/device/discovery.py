@@ -1,7 +1,7 @@
 """Finds the NPUs of a machine in sysfs, chooses one and checks that it can be opened.
 
 An NPU is identified by its PCI address: `accelN` may change at a boot, and `DEVICE_UUID` is the
-same on every machine. A process can only use the first NPU that it sees. No runtime.
+same on every machine. A process can use the first NPU that it sees only. No runtime enters here.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ARCHITECTURES: Final = {
 #: (linux-npu-driver issue 107).
 OLDEST_DRIVER: Final = date(2025, 3, 1)
 
-#: Smallest driver version that is a build time, seconds since 1970; Windows numbers otherwise.
+#: Smallest driver version that is a build time, seconds since 1970; on Windows it is not a time.
 MIN_BUILD_TIME_S: Final = 1_500_000_000
 
-_RECIPE: Final = (
+_ONE_PER_NPU: Final = (
     "A process can only use the first NPU it sees, so run one container per NPU "
     "(--device /dev/accel/accelN), or one worker per private mount namespace with "
     "EMBEDQ_NPU_DEVICE_FILE."
@@ -67,9 +67,9 @@ class Npu:
     """One NPU.
 
     Attributes:
-        device_file: as `/dev/accel/accel0`.
-        pci: its address, as `0000:00:0b.0`.
-        device_id: its PCI device id.
+        device_file: for example `/dev/accel/accel0`.
+        pci: PCI address, for example `0000:00:0b.0`.
+        device_id: PCI device id.
         driver: name of the kernel driver.
     """
 
@@ -94,9 +94,9 @@ class NpuInventory:
     """The NPUs of a machine.
 
     Attributes:
-        visible: those whose device file this process sees, by number.
-        hidden: those with a driver but without a device file here, as in a container.
-        driverless: PCI addresses of those without a driver.
+        visible: NPUs with a device file in this process, by number.
+        hidden: NPUs with a driver but without a device file here, as in a container.
+        driverless: PCI addresses of NPUs without a driver.
     """
 
     visible: tuple[Npu, ...] = ()
@@ -105,7 +105,7 @@ class NpuInventory:
 
 
 def discover(roots: SysfsRoots = ROOTS) -> NpuInventory:
-    """List the Intel NPUs of this machine; other accelerators are left out."""
+    """List the Intel NPUs of this machine, without other accelerators."""
     visible: list[Npu] = []
     hidden: list[Npu] = []
     for entry in sorted((roots.sys / "class/accel").glob("*"), key=_number):
@@ -152,12 +152,12 @@ def choose(machine: NpuInventory, named: Path | None = None) -> Npu:
     """Return the NPU that this process can use.
 
     Args:
-        machine: as from discover.
+        machine: NPUs of this machine.
         named: device file that the operator chose; None = the only visible NPU.
 
     Raises:
-        NoDevice: no NPU is visible, or not the named one.
-        SeveralDevices: several are visible and none is named, or another than the first.
+        NoDevice: no NPU is visible, or the named one is not.
+        SeveralDevices: several NPUs are visible, and none or not the first is named.
     """
     if not machine.visible:
         raise NoDevice(_why_none(machine))
@@ -165,7 +165,7 @@ def choose(machine: NpuInventory, named: Path | None = None) -> Npu:
     first = machine.visible[0]
     if named is None:
         if len(machine.visible) > 1:
-            raise SeveralDevices(f"Several NPUs are visible: {shown}. {_RECIPE}")
+            raise SeveralDevices(f"Several NPUs are visible: {shown}. {_ONE_PER_NPU}")
         return first
     if all(npu.device_file != named for npu in machine.visible):
         raise NoDevice(
@@ -173,7 +173,7 @@ def choose(machine: NpuInventory, named: Path | None = None) -> Npu:
         )
     if first.device_file != named:
         raise SeveralDevices(
-            f"EMBEDQ_NPU_DEVICE_FILE: {named} is not the first of {shown}. {_RECIPE}"
+            f"EMBEDQ_NPU_DEVICE_FILE: {named} is not the first of {shown}. {_ONE_PER_NPU}"
         )
     return first
 
@@ -183,7 +183,7 @@ def _why_none(machine: NpuInventory) -> str:
         shown = ", ".join(npu.describe() for npu in machine.hidden)
         device_file = machine.hidden[0].device_file
         return (
-            f"The kernel has a driver for {shown}, and its device file is not visible here. "
+            f"The kernel has a driver for {shown}, but its device file is not visible here. "
             f"In a container add `devices: [{device_file}]` or --device {device_file}."
         )
     if machine.driverless:
@@ -198,8 +198,8 @@ def check_access(npu: Npu) -> None:
     """Open the device file as a driver would, and close it.
 
     Raises:
-        DeviceForbidden: this user or container may not open it.
-        NoDevice: the device vanished or does not answer.
+        DeviceForbidden: this user or container has no permission.
+        NoDevice: the device disappeared or does not answer.
     """
     path = npu.device_file
     try:
@@ -235,16 +235,16 @@ def verify_opened(locked: Npu, opened_pci: str) -> None:
     """Verify that the runtime opened the NPU whose lock this process holds.
 
     Args:
-        locked: the NPU of the lock.
+        locked: NPU whose lock this process holds.
         opened_pci: `DEVICE_PCI_INFO` of the opened device, in OpenVINO's or the kernel's form.
 
     Raises:
-        WrongDevice: the addresses differ, or the opened one cannot be parsed.
+        WrongDevice: the addresses differ, or the opened address cannot be parsed.
     """
     if pci_address(opened_pci) != locked.pci:
         raise WrongDevice(
             f"The runtime opened the device at {opened_pci or 'no address'}; this worker holds "
-            f"{locked.describe()}. {_RECIPE}"
+            f"{locked.describe()}. {_ONE_PER_NPU}"
         )
 
 

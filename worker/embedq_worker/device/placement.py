@@ -1,6 +1,6 @@
-"""Chooses the device of a worker and locks its NPU, so that one process uses it.
+"""Choose the device of a worker, and lock its NPU for one process.
 
-The kernel releases a lock when its process dies: the lock file of a dead process is free.
+The kernel releases the lock when its process dies, so a stale lock file does not block.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def acquire(pci: str, lock_dir: Path, *, worker: str = "", wait_s: float = 0.0) 
     """Lock the NPU at a PCI address for this process.
 
     Args:
-        pci: its address; device numbers differ between host and container, addresses do not.
-        lock_dir: folder that all processes that could use the device see.
+        pci: PCI address, which is the same on the host and in containers, unlike device numbers.
+        lock_dir: folder shared by all processes that could use the device.
         worker: name of this worker, for the error message of a second process.
-        wait_s: how long to wait for a process that is ending.
+        wait_s: timeout for a process that is ending, seconds.
 
     Raises:
-        DeviceBusy: another process holds it; the message names its pid.
+        DeviceBusy: another process holds the lock; the message names its pid.
         SettingsError: the folder or the file cannot be used.
     """
     path = _shared_dir(lock_dir) / f"embedq-npu-{pci.replace(':', '-')}.lock"
@@ -82,7 +82,7 @@ def current_holder(pci: str, lock_dir: Path) -> str:
     """Return the holder of an NPU as `pid host worker`; empty if it is free.
 
     Raises:
-        SettingsError: as acquire.
+        SettingsError: as for acquire.
     """
     try:
         acquire(pci, lock_dir).release()
@@ -109,7 +109,7 @@ def _open(path: Path) -> int:
             return os.open(path, _FLAGS)
         descriptor = os.open(path, _FLAGS | os.O_CREAT, 0o600)
         if path.parent.stat().st_mode & stat.S_ISVTX:
-            os.fchmod(descriptor, 0o666)  # the next user of the device writes its pid here
+            os.fchmod(descriptor, 0o666)  # the next process, of another user, writes its pid here
     except OSError as error:
         raise _unusable(path, error) from None
     return descriptor
@@ -123,7 +123,7 @@ def _unusable(path: Path, error: OSError) -> SettingsError:
 
 
 def _shared_dir(path: Path) -> Path:
-    # In a folder that other users may write to, only the sticky bit protects a lock from them.
+    # Where other users may write, only the sticky bit prevents them from replacing a lock file.
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -144,10 +144,10 @@ class Placement:
     """Device on which a worker computes.
 
     Attributes:
-        device: what its engine runs on.
-        assigned_device: what the worker is for; differs from `device` while it is degraded.
-        reason: why this device; a sentence.
-        npu: the NPU to lock; None unless the engine runs on one.
+        device: device that computes.
+        assigned_device: device that the worker is configured for; another one while it is degraded.
+        reason: why this device, in one sentence.
+        npu: NPU to lock; None if the engine runs on the CPU, the stub or an emulated NPU.
     """
 
     device: Device
@@ -157,7 +157,7 @@ class Placement:
 
     @property
     def degraded(self) -> bool:
-        """Return whether the worker computes on the CPU in place of its NPU."""
+        """Say whether the worker computes on the CPU instead of its NPU."""
         return self.assigned_device is Device.NPU and self.device is Device.CPU
 
 
@@ -172,9 +172,9 @@ def choose_placement(
     """Choose the device of a worker.
 
     Args:
-        settings: of the worker.
+        settings: worker's settings.
         npu_disabled_reason: why the NPU must not be opened, after it failed; empty if it may.
-        wait_s: how long to wait for a process that is releasing the NPU.
+        wait_s: timeout for a process that is releasing the NPU, seconds.
         roots: folders in which the kernel lists devices.
         system_lacks: why no NPU can work on this platform; None = detect.
 

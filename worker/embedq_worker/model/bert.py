@@ -1,12 +1,8 @@
-"""BERT as ONNX from safetensors.
-
-Reads safetensors: a length, a JSON header, then the raw tensors.
-
-Builds the encoder as ONNX from its weights: one graph for padded and for packed rows.
+"""Build a BERT encoder as an ONNX graph from safetensors; every engine reads this graph.
 
 Inputs, int64: ``input_ids``, ``position_ids``, ``segment_ids`` [B, T] (0 is padding, 1.. number the
 texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, D].
-Every engine reads this graph. No runtime enters here.
+A change of the graph needs a higher engines.model_cache.GRAPH_VERSION. No runtime enters here.
 """
 
 from __future__ import annotations
@@ -29,11 +25,11 @@ if TYPE_CHECKING:
 
     from embedq_worker.model.resolve import Model
 
-#: Most bytes of a header; the format's own limit.
+#: Maximum size of a safetensors header, bytes; defined by the format.
 MAX_HEADER_BYTES: Final = 100_000_000
 
 
-#: dtype in the header -> how its bytes are read. Others (a few saved counters) are left out.
+#: dtype in the header -> numpy dtype. Tensors of other dtypes, a few counters, are ignored.
 _DTYPES: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -64,8 +60,8 @@ def load_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
         LookupError,
         TypeError,
         AttributeError,
-        OverflowError,  # 1e999 is JSON
-        RecursionError,  # and so are a hundred thousand brackets
+        OverflowError,  # 1e999 is valid JSON
+        RecursionError,  # deeply nested JSON
     ) as error:
         raise ModelError(
             f"{path} is not a readable safetensors file ({error}). Fetch the file again."
@@ -88,12 +84,12 @@ def _tensor(data: npt.NDArray[np.uint8], name: str, entry: Any) -> npt.NDArray[n
     return np.asarray(flat, np.float32).reshape(shape)
 
 
-#: Operator set: the first with Gelu. Tested with onnxruntime 1.32 and OpenVINO 2026.4.
+#: ONNX operator set; the first with Gelu.
 OPSET: Final = 20
 
 
-#: Added to the score of a token of another text. Not -3.4e38: that is -inf in fp16 and bf16, and a
-#: row that is all padding becomes NaN. exp(-1e4) is already 0 in float32.
+#: Added to attention scores between different texts. exp(-1e4) is 0 in float32; -3.4e38 would be
+#: -inf in fp16 and bf16, and give NaN in a row of padding only.
 MASK: Final = -1e4
 
 
@@ -135,16 +131,16 @@ def _build(model: Model) -> OnnxModel:
 def build_encoder(
     tensors: Tensors, config: Mapping[str, Any], pooling: str, normalize: bool
 ) -> OnnxModel:
-    """Build a BERT encoder with pooling and normalization inside.
+    """Build a BERT encoder that includes pooling and normalization.
 
     Args:
-        tensors: weights by their names in transformers, with or without ``bert.`` in front.
+        tensors: weights by their names in transformers, with or without the prefix ``bert.``.
         config: as Model.config.
         pooling: ``mean`` or ``cls``.
         normalize: scale vectors to unit length.
 
     Raises:
-        KeyError, ValueError: a tensor is missing, or has the wrong shape.
+        KeyError, ValueError: a tensor is missing, or has a wrong shape.
 
     Source: transformers, models/bert/modeling_bert.py, eager attention.
     """
@@ -162,8 +158,6 @@ def build_encoder(
 
 
 class _Weights:
-    """Tensors by name, with their shapes checked."""
-
     def __init__(self, tensors: Tensors, config: Mapping[str, Any]) -> None:
         self._tensors = tensors
         self._prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
@@ -172,7 +166,7 @@ class _Weights:
         self.heads: int = config["num_attention_heads"]
 
     def get(self, name: str, *shape: int) -> Floats:
-        """Return a tensor; -1 in its shape is any size."""
+        """Return a tensor after checking its shape, in which -1 is any size."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None:
             raise KeyError(f"tensor {name} is missing")
@@ -184,12 +178,12 @@ class _Weights:
         return tensor
 
     def linear(self, name: str, out: int, into: int) -> tuple[Floats, Floats]:
-        """Return weight [into, out], transposed for a product from the left, and bias [out]."""
+        """Return weight, transposed to [into, out], and bias [out]."""
         return self.get(f"{name}.weight", out, into).T, self.get(f"{name}.bias", out)
 
 
 def _embed(g: OnnxBuilder, w: _Weights) -> str:
-    """Look up and sum the embeddings, [B, T] -> [B, T, D]."""
+    # [B, T] -> [B, T, D]
     words = w.get("embeddings.word_embeddings.weight", w.config["vocab_size"], w.dim)
     positions = w.get(
         "embeddings.position_embeddings.weight", w.config["max_position_embeddings"], w.dim
@@ -201,7 +195,7 @@ def _embed(g: OnnxBuilder, w: _Weights) -> str:
 
 
 def _attention_mask(g: OnnxBuilder) -> str:
-    """Let a token see its own text only: 0 there and MASK elsewhere, [B, 1, T, T]."""
+    # 0 between tokens of the same text, MASK elsewhere, [B, 1, T, T].
     rows = g.reshape("segment_ids", 0, 1, -1, 1)
     columns = g.reshape("segment_ids", 0, 1, 1, -1)
     same = g.op("Equal", rows, columns)
@@ -209,23 +203,23 @@ def _attention_mask(g: OnnxBuilder) -> str:
 
 
 def _layer(g: OnnxBuilder, w: _Weights, name: str, hidden: str, mixed: str) -> str:
-    """Add what attention mixed, and the network of each token, [B, T, D] -> [B, T, D]."""
+    # Output of attention and feed-forward network, [B, T, D] -> [B, T, D].
     attended = _linear(g, w, f"{name}attention.output.dense", mixed, w.dim, w.dim)
     hidden = _layer_norm(g, w, f"{name}attention.output.LayerNorm", g.op("Add", attended, hidden))
     wide = w.config["intermediate_size"]
     inner = _linear(g, w, f"{name}intermediate.dense", hidden, wide, w.dim)
-    # Gelu without an attribute is the exact one, with erf, as the weights were trained.
+    # Gelu without an attribute is the exact form, with erf, with which the weights were trained.
     active = g.op("Gelu" if w.config["hidden_act"] == "gelu" else "Relu", inner)
     outer = _linear(g, w, f"{name}output.dense", active, w.dim, wide)
     return _layer_norm(g, w, f"{name}output.LayerNorm", g.op("Add", outer, hidden))
 
 
 def _merged_weights(w: _Weights, name: str) -> tuple[Floats, Floats]:
-    """Return weight [D, 3D] and bias [3D] of the product that gives queries, keys and values."""
+    # Weight [D, 3D] and bias [3D] of one product for queries, keys and values.
     query, key, value = (
         w.linear(f"{name}attention.self.{part}", w.dim, w.dim) for part in ("query", "key", "value")
     )
-    # The scale 1/sqrt(size) of the scores goes into the query's weights: one pass less over [T, T].
+    # The query's weights contain the scale 1/sqrt(size) of the scores, to save a pass over [T, T].
     scale = np.float32((w.dim // w.heads) ** -0.5)
     parts = ((query[0] * scale, query[1] * scale), key, value)
     weight, bias = (np.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
@@ -233,9 +227,9 @@ def _merged_weights(w: _Weights, name: str) -> tuple[Floats, Floats]:
 
 
 def _attend(g: OnnxBuilder, w: _Weights, name: str, merged: str, mask: str) -> str:
-    """Mix the tokens of each text by queries, keys and values, [B, T, 3D] -> [B, T, D]."""
+    # Attention, [B, T, 3D] -> [B, T, D].
     size = w.dim // w.heads
-    # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys turned once more.
+    # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys transposed once more.
     query, key, value = (f"{name}{part}" for part in "qkv")
     sizes = g.constant([w.dim] * 3, np.int64)
     g.nodes.append(helper.make_node("Split", [merged, sizes], [query, key, value], axis=-1))

@@ -63,7 +63,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         for kind in kinds:
             if kind not in _KNOWN_MODULES:
                 raise ModelError(
-                    f"{folder}/modules.json asks for a {kind} module, which embedq does not run. "
+                    f"{folder}/modules.json has a {kind} module, which embedq does not support. "
                     "Export the whole model as model.onnx with the output sentence_embedding, into "
                     "a folder without modules.json."
                 )
@@ -89,8 +89,7 @@ def read_architecture(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind != "bert":
         raise ModelError(
-            f"{path}: embedq builds models of type bert, and this is {kind or 'of no type'}. "
-            f"{_USE_ONNX}"
+            f"{path}: model_type is {kind or 'missing'}; embedq builds bert. {_USE_ONNX}"
         )
     _require(path, config, "position_embedding_type", "absolute")
     _require(path, config, "is_decoder", False)
@@ -121,7 +120,10 @@ def load_json(path: Path, kind: type[Any]) -> Any:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable JSON ({error}). Fetch the file again.") from error
     if not isinstance(value, kind):
-        raise ModelError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}.")
+        raise ModelError(
+            f"{path} contains a {type(value).__name__}, expected a {kind.__name__}. "
+            "Fetch the file again."
+        )
     return value
 
 
@@ -151,19 +153,19 @@ def _pooling(folder: Path) -> str:
     path = folder / "config.json"
     config = load_json(path, dict)
     if config is None:
-        raise ModelError(f"{path} is missing, and modules.json names it. Fetch the model again.")
-    # sentence-transformers 5 writes one name, older versions one switch per mode.
+        raise ModelError(f"{path} is missing, but modules.json names it. Fetch the model again.")
+    # sentence-transformers 5 writes one name, older versions one boolean per mode.
     if isinstance(config.get("pooling_mode"), str):
         modes = [config["pooling_mode"]]
     else:
         modes = [
             name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-            for name, switch in config.items()
-            if name.startswith("pooling_mode_") and switch
+            for name, enabled in config.items()
+            if name.startswith("pooling_mode_") and enabled
         ]
     if modes not in (["mean"], ["cls"]):
         raise ModelError(
-            f"{path}: embedq pools by mean or cls, and this asks for {' and '.join(modes) or None}."
+            f"{path}: pooling is {' and '.join(modes) or None}; embedq supports mean or cls."
         )
     if config.get("include_prompt", True) is False:
         raise ModelError(f"{path}: include_prompt is false; embedq pools prompt and text together.")

@@ -101,8 +101,8 @@ def test_pooling_mode_as_a_word_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "asks for max"),
-        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "asks for lasttoken"),
+        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling is max"),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling is lasttoken"),
         (
             "1_Pooling/config.json",
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
@@ -114,7 +114,7 @@ def test_pooling_mode_as_a_word_is_read(tmp_path: Path) -> None:
             "include_prompt",
         ),
         ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "Dense module"),
-        ("modules.json", {"a": 1}, "not a list"),
+        ("modules.json", {"a": 1}, "expected a list"),
         ("config.json", {**TINY, "model_type": "xlm-roberta"}, r"xlm-roberta.*model\.onnx"),
         ("config.json", {**TINY, "model_type": "mpnet"}, r"mpnet.*model\.onnx"),
         ("config.json", {**TINY, "position_embedding_type": "relative_key"}, "relative_key"),
