@@ -273,7 +273,11 @@ class Client:
         """
         _require_many("stream", documents)
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        return Stream(self, spec, documents, ordered=ordered, checkpoint=checkpoint, strict=strict)
+
+        def prepare(texts: Iterable[object]) -> Job:
+            return self.job(self.split(texts, spec), spec, ordered=ordered, strict=strict)
+
+        return Stream(prepare, spec, documents, ordered=ordered, checkpoint=checkpoint)
 
     def forget(self, job: str) -> None:
         """Delete a job of a killed program from Redis; workers discard its queued batches.

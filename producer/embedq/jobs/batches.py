@@ -20,22 +20,19 @@ from embedq.protocol.contract import (
     VectorSpec,
     refusal,
 )
-from embedq.protocol.values import NUMPY_DTYPES, OutcomeTable, Value, Vectors, decode
+from embedq.protocol.values import NUMPY_DTYPES, OutcomeTable, Vectors, decode
 
 #: Bytes of UTF-8 per token of English prose, without special tokens.
 BYTES_PER_TOKEN = 5.2
 
-
 #: Special tokens per text.
 SPECIAL_TOKENS = 2
-
 
 #: Estimated tokens of a full batch for a CPU: about two seconds of work.
 CPU_BATCH_TOKENS = 30_000
 
 #: Estimated tokens of a full batch for an NPU: one to two seconds of work.
 DEVICE_BATCH_TOKENS = 262_144
-
 
 #: Sizes of the first batches, as shares of a full one, so that the first results arrive early.
 RAMP = (0.125, 0.25, 0.5)
@@ -208,26 +205,14 @@ def decode_result(
         raise CorruptValue(
             f"A batch has rows of the wrong shape, expected {spec.dim} x {spec.dtype}."
         )
-    vectors, outcomes = _join(parts)
+    vectors = np.concatenate([part.vectors for part in parts])
+    outcomes = OutcomeTable.concatenate([part.outcomes for part in parts])
     if len(vectors) != len(piece):
         raise CorruptValue(f"A batch has {len(vectors)} rows, expected {len(piece)}.")
-    if _has_bad_vectors(vectors, outcomes):
+    ok = np.array([kind[0] == Status.OK for kind in outcomes.kinds], bool)[outcomes.kind]
+    if (ok & ~np.isfinite(vectors).all(axis=1)).any():
         raise CorruptValue("A batch has vectors that are not finite.")
     return BatchResult(piece, vectors, outcomes)
-
-
-def _has_bad_vectors(vectors: Vectors, outcomes: OutcomeTable) -> bool:
-    ok = np.array([kind[0] == Status.OK for kind in outcomes.kinds], bool)[outcomes.kind]
-    return bool((ok & ~np.isfinite(vectors).all(axis=1)).any())
-
-
-def _join(parts: list[Value]) -> tuple[Vectors, OutcomeTable]:
-    if len(parts) == 1:
-        return parts[0].vectors, parts[0].outcomes
-    return (
-        np.concatenate([part.vectors for part in parts]),
-        OutcomeTable.concatenate([part.outcomes for part in parts]),
-    )
 
 
 def _failed(piece: TextBatch, failure: tuple[str, str], spec: VectorSpec) -> BatchResult:

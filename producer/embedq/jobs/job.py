@@ -17,10 +17,8 @@ from embedq.store.ledger import Commit
 #: Maximum wait of one read of the stream of commits, milliseconds.
 READ_BLOCK_MS = 1_000
 
-
 #: Maximum commits in one read.
 READ_COUNT = 32
-
 
 #: How often a batch is computed again because its vectors were lost or damaged.
 MAX_RECOMPUTES = 3
@@ -33,15 +31,14 @@ class Collector:
         self._context = context
         self._sender = sender
 
-    def read(self, left_s: float | None) -> list[Commit]:
+    def read(self, left_s: float) -> list[Commit]:
         """Return new commits, waiting up to READ_BLOCK_MS and up to left_s for one.
 
         Raises:
             QueueUnavailable: Redis is unavailable.
         """
-        block_ms = READ_BLOCK_MS
-        if left_s is not None:  # at least 1, because 0 blocks without a limit
-            block_ms = max(1, min(block_ms, int(1e3 * left_s)))
+        # At least 1, because 0 blocks without a limit.
+        block_ms = max(1, int(min(READ_BLOCK_MS, 1e3 * left_s)))
         ledger = self._context.ledger
         return self._context.redis.call(
             lambda: ledger.read_commits(count=READ_COUNT, block_ms=block_ms)
@@ -135,7 +132,10 @@ class Job:
 
     def progress(self) -> JobProgress:
         """Return the progress of the job without reading Redis."""
-        return self._state.progress()
+        state = self._state
+        return JobProgress(
+            state.published, state.texts, state.failed, state.truncated, finished=state.closed
+        )
 
     def batches(self, *, timeout_s: float | None = None) -> Iterator[BatchResult]:
         """Yield each batch once; closing the iterator early cancels the job.
@@ -149,8 +149,9 @@ class Job:
             ResultExpired: the vectors of a batch were lost too often, or the job has ended with
                 an error before.
         """
+        silence_s = math.inf if timeout_s is None else timeout_s
         try:
-            while (batch := self._next(timeout_s)) is not None:
+            while (batch := self._next(silence_s)) is not None:
                 yield batch
         except GeneratorExit:
             raise
@@ -177,15 +178,10 @@ class Job:
             ResultTimeout: timeout_s is over; the job continues, and `wait` can be called again.
             QueueUnavailable, ResultExpired: as `batches`.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        arrived: deque[BatchResult] = deque(self._buffered)
-        self._buffered.clear()
+        deadline = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+        arrived, self._buffered = self._buffered, deque()
         try:
-            while True:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                batch = self._next(left)
-                if batch is None:
-                    break
+            while (batch := self._next(max(0.0, deadline - time.monotonic()))) is not None:
                 arrived.append(batch)
         finally:
             self._buffered = arrived
@@ -199,7 +195,7 @@ class Job:
         """
         self._context.close(CLOSE_RETRY_TIMEOUT_S)
 
-    def _next(self, silence_s: float | None) -> BatchResult | None:
+    def _next(self, silence_s: float) -> BatchResult | None:
         if self._buffered:
             return self._buffered.popleft()
         if (error := self._state.error) is not None:
@@ -210,23 +206,19 @@ class Job:
             ) from error
         if self._state.closed:
             return None
-        last_commit = time.monotonic()
-        self._context.redis.deadline = math.inf if silence_s is None else last_commit + silence_s
+        redis = self._context.redis
+        redis.deadline = time.monotonic() + silence_s
         self.start()
         while (finished := self._state.pop_ready()) is None:
             self._sender.fill_window()
             if self._state.is_done():
                 return None
-            left_s = None if silence_s is None else last_commit + silence_s - time.monotonic()
-            commits = self._collector.read(left_s)
+            commits = self._collector.read(redis.deadline - time.monotonic())
             self._recovery.run_if_due()
             if commits:
                 self._collector.collect(commits)
-                last_commit = time.monotonic()
-                self._context.redis.deadline = (
-                    math.inf if silence_s is None else last_commit + silence_s
-                )
-            elif silence_s is not None and time.monotonic() - last_commit >= silence_s:
+                redis.deadline = time.monotonic() + silence_s
+            elif time.monotonic() >= redis.deadline:
                 raise ResultTimeout(
                     f"No batch of job {self.id} arrived for {silence_s:.1f} s; "
                     f"{len(self._state.outstanding)} are outstanding. Run `embedq status`."

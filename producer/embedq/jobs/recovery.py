@@ -8,34 +8,10 @@ accepts the first commit only. The rules here avoid it for batches that still wa
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from embedq.jobs.sender import BatchSender
-from embedq.jobs.state import InFlightBatch, JobContext, PublishedBatch
+from embedq.jobs.state import InFlightBatch, JobContext
 from embedq.store.queues import QueueSnapshot
-
-
-def is_missing(
-    sent: PublishedBatch, snapshot: QueueSnapshot, *, visibility_timeout_s: float
-) -> bool:
-    """Return whether a batch is neither unacknowledged nor waiting in a queue.
-
-    A queue is first in, first out, so a batch that was published two visibility timeouts before
-    its oldest message is not in it. The margin covers clock differences and requeued messages.
-    """
-    if not snapshot.settled or sent.task_id in snapshot.unacked:
-        return False
-    horizon = sent.published + 2 * visibility_timeout_s
-    return all(oldest is None or oldest > horizon for oldest in snapshot.oldest.values())
-
-
-def is_lost(sent: PublishedBatch, now: float, *, grace_s: float) -> bool:
-    """Return whether a batch has been missing for `grace_s`.
-
-    Every message is missing for a moment, between its queue and its worker.
-    """
-    return sent.missing_since is not None and now - sent.missing_since >= grace_s
-
 
 #: Interval between two checks, and the minimum age of a checked batch, seconds.
 RECONCILE_EVERY_S, RECONCILE_AFTER_S = 5.0, 10.0
@@ -66,29 +42,38 @@ class LostBatchRecovery:
         old = [
             waiting
             for waiting in state.outstanding.values()
-            if now - waiting.sent.published >= RECONCILE_AFTER_S
+            if now - waiting.published >= RECONCILE_AFTER_S
         ]
         if not old:
             return
-        ids = [waiting.sent.task_id for waiting in old]
+        ids = [waiting.task_id for waiting in old]
         snapshot = context.redis.call(lambda: context.broker.snapshot(ids, context.redis.client))
         for waiting in old:
             self._check(waiting, snapshot, now)
 
     def _check(self, waiting: InFlightBatch, snapshot: QueueSnapshot, now: float) -> None:
         context = self._context
-        timeout_s = context.visibility_timeout_s
-        if not is_missing(waiting.sent, snapshot, visibility_timeout_s=timeout_s):
-            waiting.sent = replace(waiting.sent, missing_since=None)
+        if not self._is_missing(waiting, snapshot):
+            waiting.missing_since = None
             return
-        if waiting.sent.missing_since is None:
-            waiting.sent = replace(waiting.sent, missing_since=now)
-        if is_lost(waiting.sent, now, grace_s=RECONCILE_EVERY_S):
-            index = waiting.slice.index
-            if context.redis.call(lambda: context.ledger.has_readable_commit(index)):
-                return  # the collector will read its commit
-            context.redis.on_wait(f"Batch {index} was lost in Redis; it is published again.")
-            self._sender.publish(waiting.slice, waiting.recomputes)
+        # Every message is missing for a moment, between its queue and its worker.
+        waiting.missing_since = waiting.missing_since or now
+        if now - waiting.missing_since < RECONCILE_EVERY_S:
+            return
+        index = waiting.slice.index
+        if context.redis.call(lambda: context.ledger.has_readable_commit(index)):
+            return  # the collector will read its commit
+        context.redis.on_wait(f"Batch {index} was lost in Redis; it is published again.")
+        self._sender.publish(waiting.slice, waiting.recomputes)
+
+    def _is_missing(self, waiting: InFlightBatch, snapshot: QueueSnapshot) -> bool:
+        if not snapshot.settled or waiting.task_id in snapshot.unacked:
+            return False
+        # A queue is first in, first out, so a batch that was published two visibility timeouts
+        # before its oldest message is not in it. The margin covers clock differences and requeued
+        # messages.
+        horizon = waiting.published + 2 * self._context.visibility_timeout_s
+        return all(oldest is None or oldest > horizon for oldest in snapshot.oldest.values())
 
     def _restore_job(self) -> None:
         # The keys of the job were deleted, as by FLUSHALL.

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from enum import StrEnum
 from typing import Final
 
 from redis import Redis
 
 from embedq.errors import BatchTooLarge, QueueFull
 from embedq.jobs.batches import TextBatch
-from embedq.jobs.state import InFlightBatch, JobContext, PublishedBatch
+from embedq.jobs.state import InFlightBatch, JobContext
 from embedq.protocol.contract import MAX_BATCHES
 from embedq.protocol.message import EmbedBatch
 from embedq.store.connection import REPORT_EVERY_S, OnWait
@@ -38,30 +37,6 @@ MIN_WINDOW: Final = 16
 MAX_WINDOW: Final = 256
 
 
-class PublishMode(StrEnum):
-    """Whether a producer may publish."""
-
-    RUN = "run"
-    PAUSE = "pause"
-    REFUSE = "refuse"
-
-
-def next_mode(ratio: float, before: PublishMode) -> PublishMode:
-    """Return whether to publish; after a pause only below RESUME_RATIO.
-
-    Args:
-        ratio: used share of memory of the fuller Redis.
-        before: the last mode.
-    """
-    if ratio >= REFUSE_RATIO:
-        return PublishMode.REFUSE
-    if ratio >= PAUSE_RATIO:
-        return PublishMode.PAUSE
-    if before is not PublishMode.RUN and ratio >= RESUME_RATIO:
-        return PublishMode.PAUSE
-    return PublishMode.RUN
-
-
 def window(live_workers: int, setting: int) -> int:
     """Return how many batches a job may have in flight.
 
@@ -77,7 +52,6 @@ def window(live_workers: int, setting: int) -> int:
 #: Time for which a reading of the memory use is reused, seconds.
 FRESH_S: Final = 1.0
 
-
 #: Time after which a refused caller should try again, seconds.
 RETRY_AFTER_S: Final = 30.0
 
@@ -88,21 +62,19 @@ class MemoryBackpressure:
     def __init__(self, results: Redis, broker: QueueInspector, on_wait: OnWait) -> None:
         self._servers = (broker, QueueInspector(results))
         self._on_wait = on_wait
-        self._mode = PublishMode.RUN
+        self._is_paused = False
         self._ratio = 0.0
         self._read_at = self._reported_at = -REPORT_EVERY_S
 
     def may_publish(self) -> bool:
         """Return whether there is memory for another batch; reports a pause to `on_wait`."""
         self._refresh()
-        if self._mode is PublishMode.RUN:
-            return True
-        if time.monotonic() - self._reported_at >= REPORT_EVERY_S:
+        if self._is_paused and time.monotonic() - self._reported_at >= REPORT_EVERY_S:
             self._reported_at = time.monotonic()
             self._on_wait(
                 f"Redis is {self._ratio:.0%} full; publishing pauses until there is room."
             )
-        return False
+        return not self._is_paused
 
     def check_capacity(self) -> None:
         """Refuse a new job while Redis is nearly full.
@@ -111,7 +83,7 @@ class MemoryBackpressure:
             QueueFull: try again later.
         """
         self._refresh()
-        if self._mode is PublishMode.REFUSE:
+        if self._ratio >= REFUSE_RATIO:
             raise QueueFull(
                 f"Redis is {self._ratio:.0%} full, so it accepts no new job. Try again in "
                 f"{RETRY_AFTER_S:.0f} s, when running jobs have fetched their vectors, or raise "
@@ -124,7 +96,7 @@ class MemoryBackpressure:
             return
         self._read_at = time.monotonic()
         self._ratio = max(server.memory().ratio for server in self._servers)
-        self._mode = next_mode(self._ratio, self._mode)
+        self._is_paused = self._ratio >= (RESUME_RATIO if self._is_paused else PAUSE_RATIO)
 
 
 #: Interval between two progress reports for operators, seconds.
@@ -151,12 +123,7 @@ class BatchSender:
         )
 
     def check_capacity(self) -> None:
-        """Refuse a new job while Redis is nearly full.
-
-        Raises:
-            QueueFull: try again later.
-            QueueUnavailable: Redis is unavailable.
-        """
+        """Refuse a new job while Redis is nearly full; see MemoryBackpressure.check_capacity."""
         self._context.redis.call(self._backpressure.check_capacity)
 
     def fill_window(self) -> None:
@@ -166,9 +133,16 @@ class BatchSender:
             BatchTooLarge: the job has too many batches.
             QueueUnavailable: Redis is unavailable.
         """
-        state = self._context.state
+        state, call = self._context.state, self._context.redis.call
         exhausted = state.exhausted
-        self._fill()
+        while (
+            not state.exhausted
+            and state.in_flight() < self._window()
+            and call(self._backpressure.may_publish)
+        ):
+            batch = self._pull()
+            if batch is not None:
+                self._send(batch)
         self._report_progress(at_once=state.exhausted and not exhausted)
 
     def publish(self, piece: TextBatch, recomputes: int = 0) -> None:
@@ -183,14 +157,14 @@ class BatchSender:
         # Noted before it is published: after a failed publish, recovery finds it to be missing.
         context = self._context
         batch = EmbedBatch(context.id, piece.index, piece.texts, context.spec, piece.refused)
-        waiting = InFlightBatch(piece, PublishedBatch(batch.task_id, time.time()), recomputes)
+        waiting = InFlightBatch(piece, batch.task_id, time.time(), recomputes)
         context.state.outstanding[piece.index] = waiting
         return batch
 
     def _send(self, batch: EmbedBatch) -> None:
         context = self._context
         context.redis.call(lambda: context.publisher.publish(batch, context.queue, context.trace))
-        context.state.outstanding[batch.index].sent = PublishedBatch(batch.task_id, time.time())
+        context.state.outstanding[batch.index].published = time.time()
 
     def _report_progress(self, *, at_once: bool) -> None:
         context, state, now = self._context, self._context.state, time.monotonic()
@@ -207,6 +181,7 @@ class BatchSender:
         try:
             piece = next(self._slices, None)
             if piece is None:
+                state.exhausted = True
                 return None
             if piece.index >= MAX_BATCHES:
                 raise BatchTooLarge(
@@ -222,15 +197,3 @@ class BatchSender:
             # The next call of next() would report the end of the generator, not its error.
             state.error = error
             raise
-
-    def _fill(self) -> None:
-        state, call = self._context.state, self._context.redis.call
-        while not state.exhausted:
-            ahead = state.in_flight()
-            if ahead >= self._window() or not call(self._backpressure.may_publish):
-                return
-            batch = self._pull()
-            if batch is None:
-                state.exhausted = True
-                return
-            self._send(batch)

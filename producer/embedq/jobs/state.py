@@ -18,23 +18,6 @@ from embedq.store.connection import RedisConnection
 from embedq.store.ledger import Ledger
 from embedq.store.queues import QueueInspector
 
-
-@dataclass(frozen=True, slots=True)
-class PublishedBatch:
-    """A batch that was published and has no commit yet.
-
-    Attributes:
-        task_id: id of its message.
-        published: Unix time of the last publish, seconds.
-        missing_since: Unix time of the first check that did not find it, seconds; None if the
-            last check found it.
-    """
-
-    task_id: str
-    published: float
-    missing_since: float | None = None
-
-
 #: Time to wait for Redis when a job is closed before its end, seconds.
 CLOSE_RETRY_TIMEOUT_S = 2.0
 
@@ -112,10 +95,9 @@ class JobContext:
             retry_timeout_s: time to wait for Redis, seconds; None waits as long as for any
                 operation if the job is complete, else CLOSE_RETRY_TIMEOUT_S.
         """
-        if self.state.closed or not self.state.open:
-            self.state.closed = True
+        was_closed, self.state.closed = self.state.closed, True
+        if was_closed or not self.state.open:
             return
-        self.state.closed = True
         self.trace.end()
         if retry_timeout_s is None:
             retry_timeout_s = math.inf if self.state.is_done() else CLOSE_RETRY_TIMEOUT_S
@@ -151,13 +133,18 @@ class InFlightBatch:
 
     Attributes:
         slice: its texts.
-        sent: its last message.
+        task_id: id of its message.
+        published: Unix time of its last publish, seconds.
         recomputes: how often its vectors were lost or damaged.
+        missing_since: Unix time of the first check that did not find it, seconds; None if the
+            last check found it.
     """
 
     slice: TextBatch
-    sent: PublishedBatch
+    task_id: str
+    published: float
     recomputes: int = 0
+    missing_since: float | None = None
 
 
 @dataclass(slots=True)
@@ -206,30 +193,17 @@ class JobState:
 
     def pop_ready(self) -> BatchResult | None:
         """Return the next batch and count it as returned; None if none is ready."""
-        if not self.ready:
-            return None
-        index = self.first + self.yielded if self.ordered else next(iter(self.ready))
-        if index not in self.ready:
-            return None
-        finished = self.ready[index]
-        self._count(finished, 1)
-        del self.ready[index]
+        index = self.first + self.yielded if self.ordered else next(iter(self.ready), -1)
+        finished = self.ready.get(index)
+        if finished is not None:
+            self._count(finished, 1)
+            del self.ready[index]
         return finished
 
     def push_back(self, finished: BatchResult) -> None:
         """Undo pop_ready for a batch that did not reach the caller."""
         self.ready[finished.slice.index] = finished
         self._count(finished, -1)
-
-    def progress(self) -> JobProgress:
-        """Return the progress of the job."""
-        return JobProgress(
-            published=self.published,
-            texts=self.texts,
-            failed=self.failed,
-            truncated=self.truncated,
-            finished=self.closed,
-        )
 
     def _count(self, finished: BatchResult, sign: int) -> None:
         failed = finished.outcomes.count_failed()

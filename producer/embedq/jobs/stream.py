@@ -13,42 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from embedq.errors import ContractError, InputError, writing
-from embedq.jobs.batches import Document, Embedding, TextBatch
+from embedq.jobs.batches import Document, Embedding
 from embedq.jobs.job import Job
 from embedq.protocol.contract import VectorSpec
 
 #: Version of the checkpoint file.
 CHECKPOINT_VERSION: Final = 1
 
-
 #: One document: a text, an (id, text) pair or a Document.
 AnyDocument = str | tuple[str | int, str] | Document
-
-
-class JobFactory(Protocol):
-    """The methods of a client that a stream calls."""
-
-    def split(self, texts: Iterable[object], spec: VectorSpec) -> Iterator[TextBatch]:
-        """Split texts into batches."""
-
-    def job(
-        self, slices: Iterable[TextBatch], spec: VectorSpec, *, ordered: bool, strict: bool | None
-    ) -> Job:
-        """Prepare a job."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Checkpoint:
-    documents: int
-    digest: str
-    fingerprint: str
 
 
 class Stream:
@@ -56,22 +34,20 @@ class Stream:
 
     def __init__(
         self,
-        client: JobFactory,
+        prepare: Callable[[Iterable[object]], Job],
         spec: VectorSpec,
         documents: Iterable[AnyDocument],
         *,
         ordered: bool,
         checkpoint: str | os.PathLike[str] | None,
-        strict: bool | None = None,
     ) -> None:
         """Prepare a stream; documents are pulled as fast as the window allows.
 
         Args:
-            client: the client.
+            prepare: prepares the job that embeds the texts.
             spec: spec of the job.
             documents: texts, (id, text) pairs or Documents.
             ordered: return results in the order of the documents, not as they complete.
-            strict: vectors from an NPU only; None uses the client's setting.
             checkpoint: file that `commit` writes; if it exists, its documents are read and
                 compared, and not embedded again.
 
@@ -84,16 +60,14 @@ class Stream:
                 "A checkpoint counts documents in order; use ordered=True with checkpoint."
             )
         self._path = Path(checkpoint) if checkpoint is not None else None
-        self._spec = spec
+        self._fingerprint = spec.fingerprint().hex()
         self._done = hashlib.sha256()
         self._n_done = 0
-        self._in_flight: deque[tuple[str | int, bytes]] = deque()
-        self._by_position: dict[int, tuple[str | int, bytes]] = {}
-        self._ordered = ordered
+        #: Position in the job -> id and digest of a document in flight.
+        self._in_flight: dict[int, tuple[str | int, bytes]] = {}
         self._documents = (_document(at, document) for at, document in enumerate(documents))
-        self.resumed = self._skip(self._load())
-        texts = self._iter_texts()
-        self._job = client.job(client.split(texts, spec), spec, ordered=ordered, strict=strict)
+        self.resumed = self._skip_committed()
+        self._job = prepare(self._iter_texts())
         self._results = self._job.results()
 
     def __iter__(self) -> Iterator[Embedding]:
@@ -107,12 +81,9 @@ class Stream:
         except BaseException:  # includes Ctrl-C
             self._results = self._job.results()  # the next call raises ResultExpired
             raise
-        if self._ordered:
-            name, digest = self._in_flight.popleft()
-            self._done.update(digest)
-            self._n_done += 1
-        else:
-            name, _ = self._by_position.pop(int(result.id))
+        name, digest = self._in_flight.pop(int(result.id))
+        self._done.update(digest)
+        self._n_done += 1
         return Embedding(name, result.vector, result.outcome)
 
     def commit(self) -> None:
@@ -129,7 +100,7 @@ class Stream:
             "version": CHECKPOINT_VERSION,
             "documents": self._n_done,
             "digest": self._done.hexdigest(),
-            "fingerprint": self._spec.fingerprint().hex(),
+            "fingerprint": self._fingerprint,
         }
         temporary = self._path.with_name(self._path.name + ".tmp")
         with writing(self._path), temporary.open("w", encoding="utf-8") as out:
@@ -145,47 +116,33 @@ class Stream:
     def _iter_texts(self) -> Iterator[object]:
         # Stores the ids of the documents in flight, so it is bounded by the window.
         for position, document in enumerate(self._documents):
-            entry = (document.id, _digest(document))
-            if self._ordered:
-                self._in_flight.append(entry)
-            else:
-                self._by_position[position] = entry
+            self._in_flight[position] = document.id, _digest(document)
             yield document.text
 
-    def _load(self) -> _Checkpoint | None:
+    def _skip_committed(self) -> int:
         if self._path is None or not self._path.exists():
-            return None
+            return 0
         try:
             body = json.loads(self._path.read_text(encoding="utf-8"))
-            checkpoint = _Checkpoint(body["documents"], body["digest"], body["fingerprint"])
+            n, digest, fingerprint = body["documents"], body["digest"], body["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self._path}: is not a readable checkpoint. Delete it to start over."
             ) from error
-        if checkpoint.fingerprint != self._spec.fingerprint().hex():
+        if fingerprint != self._fingerprint:
             raise InputError(
                 f"{self._path}: was written with another model or other settings. Use them again, "
-                "or delete the file to "
-                "start over."
+                "or delete the file to start over."
             )
-        return checkpoint
-
-    def _skip(self, checkpoint: _Checkpoint | None) -> int:
-        if checkpoint is None:
-            return 0
-        for _ in range(checkpoint.documents):
-            document = next(self._documents, None)
-            if document is None:
-                break
+        for _, document in zip(range(n), self._documents, strict=False):
             self._done.update(_digest(document))
             self._n_done += 1
-        if self._done.hexdigest() != checkpoint.digest:
+        if self._done.hexdigest() != digest:
             raise InputError(
-                f"{self._path}: the first {checkpoint.documents:,} documents differ from the "
-                "committed ones. Pass the same documents in the same order, or delete the file to "
-                "start over."
+                f"{self._path}: the first {n:,} documents differ from the committed ones. Pass the "
+                "same documents in the same order, or delete the file to start over."
             )
-        return checkpoint.documents
+        return self._n_done
 
 
 def _document(position: int, document: AnyDocument) -> Document:
