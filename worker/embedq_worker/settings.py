@@ -17,6 +17,12 @@ from pydantic_settings import NoDecode
 from embedq.settings import DEFAULT_MODEL, INTERNAL, RedisSettings, cache_home
 from embedq_worker.files import default_runtime_dir
 
+#: Duration of more than nothing and at most a day.
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+#: Number of events after which a worker acts.
+Count = Annotated[int, Field(ge=1, le=1_000)]
+
 #: Part of an error message: the accepted forms of a setting that is a map.
 MAP_FORMS = "Input should be KEY=VALUE,KEY=VALUE, or a JSON object"
 
@@ -178,8 +184,7 @@ class WorkerSettings(RedisSettings):
         description="Arithmetic of the engine: f32 or bf16 on a CPU, f16 on an NPU, or auto.",
     )
     npu_commandlist_mode: CommandlistMode | None = Field(
-        None,
-        description="Property NPU_COMMANDLIST_MODE of the NPU plugin; empty = not set.",
+        None, description="Property NPU_COMMANDLIST_MODE of the NPU plugin; empty = not set."
     )
     npu_properties: Annotated[dict[str, str], NoDecode] = Field(
         {},
@@ -193,11 +198,8 @@ class WorkerSettings(RedisSettings):
         "1 to 8.",
         json_schema_extra={"unit": "requests"},
     )
-    compile_timeout_s: float = Field(
-        600.0,
-        gt=0,
-        le=86_400,
-        description="Timeout of the NPU compiler, after which its process is killed.",
+    compile_timeout_s: Seconds = Field(
+        600.0, description="Timeout of the NPU compiler, after which its process is killed."
     )
     infer_timeout_s: float = Field(
         0.0,
@@ -207,18 +209,14 @@ class WorkerSettings(RedisSettings):
         "at least 2 s.",
     )
     cpu_serves_npu_queue: bool = Field(
-        True,
-        description="A worker on a CPU consumes embed.npu as well as embed.cpu.",
+        True, description="A worker on a CPU consumes embed.npu as well as embed.cpu."
     )
     cpu_fallback: bool = Field(
         True,
         description="A worker whose NPU is degraded serves on its CPU; if false, it waits for the "
         "NPU.",
     )
-    model: str = Field(
-        DEFAULT_MODEL,
-        description="Model to serve: a hub id or a folder.",
-    )
+    model: str = Field(DEFAULT_MODEL, description="Model to serve: a hub id or a folder.")
     model_revision: str | None = Field(
         None,
         description="Revision of a hub model; empty = the pinned one of the default model, main "
@@ -234,8 +232,7 @@ class WorkerSettings(RedisSettings):
         "user.",
     )
     offline: bool = Field(
-        False,
-        description="Use model files of this machine only; never contact the hub.",
+        False, description="Use model files of this machine only; never contact the hub."
     )
     threads: int = Field(
         0,
@@ -258,16 +255,12 @@ class WorkerSettings(RedisSettings):
         description="Maximum number of padded tokens per inference; 0 = 512.",
         json_schema_extra={"unit": "tokens"},
     )
-    engine_timeout_s: float = Field(
+    engine_timeout_s: Seconds = Field(
         300.0,
-        gt=0,
-        le=86_400,
         description="Timeout of one batch in the engine, after which the pool process is replaced.",
     )
-    infer_failures: int = Field(
+    infer_failures: Count = Field(
         1,
-        ge=1,
-        le=1_000,
         description="Number of failed NPU batches within 60 s after which the NPU is degraded.",
         json_schema_extra={"unit": "batches"},
     )
@@ -279,30 +272,21 @@ class WorkerSettings(RedisSettings):
         "0 = no checks.",
         json_schema_extra={"unit": "batches"},
     )
-    init_timeout_s: float = Field(
+    init_timeout_s: Seconds = Field(
         900.0,
-        gt=0,
-        le=86_400,
         description="Timeout of opening and self-testing the NPU, at the start and in a probe.",
     )
-    crash_loop_limit: int = Field(
+    crash_loop_limit: Count = Field(
         5,
-        ge=1,
-        le=1_000,
         description="Number of pool process exits within 60 s after which the NPU is degraded.",
         json_schema_extra={"unit": "exits"},
     )
-    probe_initial_delay_s: float = Field(
+    probe_initial_delay_s: Seconds = Field(
         30.0,
-        gt=0,
-        le=86_400,
         description="Delay before the first probe of a degraded NPU; each failed probe doubles it.",
     )
-    probe_max_delay_s: float = Field(
-        600.0,
-        gt=0,
-        le=86_400,
-        description="Maximum delay between two probes of a degraded NPU.",
+    probe_max_delay_s: Seconds = Field(
+        600.0, description="Maximum delay between two probes of a degraded NPU."
     )
     log_level: LogLevel = Field(
         LogLevel.INFO,
@@ -315,17 +299,13 @@ class WorkerSettings(RedisSettings):
         description="How the NPU is emulated: alias, npuw, or none for a real NPU.",
         json_schema_extra=INTERNAL,
     )
-    slow_batches: int = Field(
+    slow_batches: Count = Field(
         5,
-        ge=1,
-        le=1_000,
         description="Number of consecutive slow batches after which the NPU is degraded.",
         json_schema_extra=INTERNAL,
     )
-    crash_loop_window_s: float = Field(
+    crash_loop_window_s: Seconds = Field(
         60.0,
-        gt=0,
-        le=86_400,
         description="Period in which pool process exits count towards CRASH_LOOP_LIMIT, seconds.",
         json_schema_extra=INTERNAL,
     )
