@@ -29,14 +29,12 @@ log = logging.getLogger(__name__)
 POLL_S: Final = 0.05
 #: Errors of a file system that has no locks.
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-#: Name of the digest cache inside the cache folder.
-FILE_NAME: Final = "digests.json"
-#: Maximum size of the digest cache, bytes; the rest of a larger file is not read.
+#: Maximum size of a private file, bytes; the rest of a larger file is not read.
 MAX_BYTES: Final = 1024 * 1024
 
 
-def read_private(path: Path, max_bytes: int) -> bytes | None:
-    """Return up to max_bytes of a file; None if it is missing or other users may write to it."""
+def read_private(path: Path) -> bytes | None:
+    """Return up to MAX_BYTES of a file; None if it is missing or other users may write to it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -45,7 +43,16 @@ def read_private(path: Path, max_bytes: int) -> bytes | None:
         status = os.fstat(handle)
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
-        return file.read(max_bytes)
+        return file.read(MAX_BYTES)
+
+
+def read_private_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that read_private accepts; empty if there is none."""
+    try:
+        found = json.loads(read_private(path) or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def replace_private(path: Path, content: bytes) -> None:
@@ -134,7 +141,7 @@ class DigestCache:
     """
 
     def __init__(self, cache_dir: Path) -> None:
-        self._path = cache_dir / FILE_NAME
+        self._path = cache_dir / "digests.json"
 
     def of(self, path: Path) -> str:
         """Return the sha256 of a file in hex.
@@ -146,7 +153,7 @@ class DigestCache:
         try:
             status = path.stat()
             key = [status.st_size, status.st_mtime_ns, status.st_ino]
-            known = self._read()
+            known = read_private_json(self._path)
             entry = known.get(str(path))
             if isinstance(entry, list) and entry[:-1] == key and isinstance(entry[-1], str):
                 return entry[-1]
@@ -160,13 +167,6 @@ class DigestCache:
         except OSError as error:
             log.debug("digest_cache_write_failed path=%s reason=%s", self._path, error.strerror)
         return digest
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            known = json.loads(read_private(self._path, MAX_BYTES) or b"{}")
-        except ValueError:
-            return {}
-        return known if isinstance(known, dict) else {}
 
 
 def default_runtime_dir() -> Path:

@@ -18,7 +18,7 @@ def test_replaced_file_is_private_and_leaves_no_temporary_file(tmp_path: Path) -
 
     replace_private(path, b"two")
 
-    assert read_private(path, 100) == b"two"
+    assert read_private(path) == b"two"
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(path.parent.iterdir()) == [path]
 
@@ -37,4 +37,4 @@ def test_symbolic_link_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"one")
     (tmp_path / "link").symlink_to(tmp_path / "file")
 
-    assert read_private(tmp_path / "link", 100) is None
+    assert read_private(tmp_path / "link") is None

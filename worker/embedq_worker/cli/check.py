@@ -82,9 +82,8 @@ def run(settings: WorkerSettings) -> Iterator[Check]:
         found.append(find_model(settings))
         return _describe(found[0]), Level.OK, ""
 
-    checked = _check("model", model)
-    yield checked
-    if checked.level is not Level.FAIL:
+    yield _check("model", model)
+    if found:
         yield from _engine(settings, found[0])
 
 

@@ -38,12 +38,11 @@ Examples:
 
 def model_options(command: click.decorators.FC) -> click.decorators.FC:
     """Add the options --model and --device to a command."""
-    command = click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")(
-        command
-    )
-    return click.option(
+    model = click.option("--model", help="Hub id or folder of the model.  [EMBEDQ_MODEL]")
+    device = click.option(
         "--device", metavar="|".join(DeviceChoice), help="Device to compute on.  [EMBEDQ_DEVICE]"
-    )(command)
+    )
+    return device(model(command))
 
 
 def export(options: Mapping[str, str | int | bool | None]) -> None:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from embedq.protocol.contract import Accuracy, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch
-from embedq_worker.files import locked, read_private, replace_private
+from embedq_worker.files import locked, read_private_json, replace_private
 from embedq_worker.inference.embedder import CANARY_TEXT, Embedder
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import EngineChoice, PrecisionChoice, WorkerSettings
@@ -120,10 +120,6 @@ log = logging.getLogger(__name__)
 FILE_NAME: Final = "engines.json"
 
 
-#: Maximum size of the file, bytes.
-MAX_BYTES: Final = 1024 * 1024
-
-
 #: Factor by which bf16 must be faster than f32 to be worth its rounding and a second engine.
 BF16_MARGIN: Final = 1.1
 
@@ -189,7 +185,7 @@ class TuningCache:
 
     def get(self, key: str, candidates: Sequence[Candidate]) -> Candidate | None:
         """Return the choice for this key, if it is one of these candidates."""
-        entry = self._read().get(key)
+        entry = read_private_json(self._path).get(key)
         found = entry if isinstance(entry, dict) else {}
         shown = {(str(one.engine), str(one.precision)): one for one in candidates}
         return shown.get((str(found.get("engine")), str(found.get("precision"))))
@@ -197,7 +193,7 @@ class TuningCache:
     def put(self, key: str, chosen: Candidate, figures: Mapping[str, float]) -> None:
         """Store a choice with its measurements; log a warning if the file cannot be written."""
         entry = {"engine": chosen.engine, "precision": chosen.precision, "seconds": dict(figures)}
-        content = json.dumps({**self._read(), key: entry}, indent=1)
+        content = json.dumps({**read_private_json(self._path), key: entry}, indent=1)
         try:
             replace_private(self._path, content.encode())
         except OSError as error:
@@ -214,12 +210,6 @@ class TuningCache:
     def lock(self) -> AbstractContextManager[None]:
         """Lock the cache, so that one worker measures and others wait for its choice."""
         return locked(self._path.with_suffix(".lock"), LOCK_TIMEOUT_S)
-
-    def _read(self) -> dict[str, object]:
-        with suppress(ValueError):
-            known = json.loads(read_private(self._path, MAX_BYTES) or b"{}")
-            return known if isinstance(known, dict) else {}
-        return {}
 
 
 def choose(

@@ -42,10 +42,6 @@ log = logging.getLogger(__name__)
 DIGEST_BYTES: Final = 32
 
 
-#: Maximum size of a reference file, bytes.
-MAX_BYTES: Final = 1024 * 1024
-
-
 def load_or_compute(model: Model, cache_dir: Path, compute: Callable[[], Vectors]) -> Vectors:
     """Return the reference vectors of the golden texts, float32 [n, D], from the cache if valid.
 
@@ -69,7 +65,7 @@ def load_or_compute(model: Model, cache_dir: Path, compute: Callable[[], Vectors
 
 
 def _load(path: Path, shape: tuple[int, int]) -> Vectors | None:
-    found = read_private(path, MAX_BYTES)
+    found = read_private(path)
     if found is None:
         return None
     digest, body = found[:DIGEST_BYTES], found[DIGEST_BYTES:]
