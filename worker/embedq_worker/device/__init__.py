@@ -1,1 +1,1 @@
-"""Find, choose and lock the NPU of a worker. No Celery, no Redis, no runtime."""
+"""Finds, chooses and locks the NPU of a worker. No Celery, no Redis, no runtime."""

@@ -1,7 +1,7 @@
 """Finds the NPUs of a machine in sysfs, chooses one and checks that it can be opened.
 
 An NPU is identified by its PCI address: `accelN` may change at a boot, and `DEVICE_UUID` is the
-same on every machine. A process can use the first NPU that it sees only. No runtime enters here.
+same on every machine. A process can use only the first NPU that it sees. No runtime enters here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose the device of a worker, and lock its NPU for one process.
+"""Chooses the device of a worker and locks its NPU for one process.
 
 The kernel releases the lock when its process dies, so a stale lock file does not block.
 """

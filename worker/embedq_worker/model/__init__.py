@@ -1,1 +1,1 @@
-"""Model files: find, fetch, verify, describe, build as ONNX. No Celery, no Redis, no runtime."""
+"""Finds, verifies and describes models, builds ONNX graphs. No Celery, no Redis, no runtime."""

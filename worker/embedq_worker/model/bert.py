@@ -1,8 +1,7 @@
-"""Build a BERT encoder as an ONNX graph from safetensors; every engine reads this graph.
+"""Builds a BERT encoder as an ONNX graph from safetensors; every engine reads this graph.
 
-Inputs, int64: ``input_ids``, ``position_ids``, ``segment_ids`` [B, T] (0 is padding, 1.. number the
-texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, D].
-A change of the graph needs a higher engines.model_cache.GRAPH_VERSION. No runtime enters here.
+Its inputs and output are described in onnx_graph. A change of the graph needs a higher
+engines.model_cache.GRAPH_VERSION. No runtime enters here.
 """
 
 from __future__ import annotations
@@ -21,25 +20,50 @@ from embedq_worker.errors import ModelError
 from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, adapt_onnx, pool
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from embedq_worker.model.resolve import Model
 
 #: Maximum size of a safetensors header, bytes; defined by the format.
 MAX_HEADER_BYTES: Final = 100_000_000
 
+#: ONNX operator set; the first with Gelu.
+OPSET: Final = 20
+
+#: Added to attention scores between different texts. exp(-1e4) is 0 in float32; -3.4e38 would be
+#: -inf in fp16 and bf16, and give NaN in a row of padding only.
+MASK: Final = -1e4
 
 #: dtype in the header -> numpy dtype. Tensors of other dtypes, a few counters, are ignored.
 _DTYPES: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
+Floats = npt.NDArray[np.float32]
 
-def load_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Map the floating-point tensors of a file by name, as float32; F32 is not copied.
+#: Graphs that an engine still uses, by the model's identity.
+_cache: WeakValueDictionary[str, OnnxModel] = WeakValueDictionary()
+
+
+def build_graph(model: Model) -> OnnxModel:
+    """Build or adapt the graph of a model; the engines of a process share it.
+
+    Raises:
+        ModelError: the weights are damaged, or do not fit the configuration.
+    """
+    graph = _cache.get(model.identity)
+    if graph is None:
+        if model.packable:
+            graph = _build_encoder(model)
+        else:
+            graph = adapt_onnx(model.weights, model.pooling, model.normalize)
+        _cache[model.identity] = graph
+    return graph
+
+
+def load_tensors(path: Path) -> dict[str, Floats]:
+    """Map the floating-point tensors of a safetensors file by name, as float32; F32 is not copied.
 
     Raises:
         ModelError: the file is missing, truncated or not safetensors.
 
-    Source: the format section of the safetensors README.
+    Source: the section "Format" of the safetensors README.
     """
     try:
         raw = np.memmap(path, np.uint8, mode="r")
@@ -68,7 +92,7 @@ def load_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
         ) from error
 
 
-def _tensor(data: npt.NDArray[np.uint8], name: str, entry: Any) -> npt.NDArray[np.float32]:
+def _tensor(data: npt.NDArray[np.uint8], name: str, entry: Any) -> Floats:
     dtype = np.dtype(_DTYPES[entry["dtype"]])
     start, stop = entry["data_offsets"]
     shape = [int(n) for n in entry["shape"]]
@@ -76,110 +100,57 @@ def _tensor(data: npt.NDArray[np.uint8], name: str, entry: Any) -> npt.NDArray[n
         raise ValueError(f"tensor {name} lies outside the file, which may be truncated")
     if min(shape, default=0) < 0 or stop - start != dtype.itemsize * math.prod(shape):
         raise ValueError(f"tensor {name} has {stop - start:,} bytes for shape {shape}")
-    # frombuffer, not view: tensors need not be aligned to their item size.
+    # frombuffer, not view: a tensor may be unaligned.
     flat = np.frombuffer(data[start:stop], dtype)
-    if entry["dtype"] == "BF16":
-        # bfloat16 is the upper half of a float32.
+    if entry["dtype"] == "BF16":  # the upper half of a float32
         flat = (flat.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(flat, np.float32).reshape(shape)
 
 
-#: ONNX operator set; the first with Gelu.
-OPSET: Final = 20
-
-
-#: Added to attention scores between different texts. exp(-1e4) is 0 in float32; -3.4e38 would be
-#: -inf in fp16 and bf16, and give NaN in a row of padding only.
-MASK: Final = -1e4
-
-
-Floats = npt.NDArray[np.float32]
-
-
-Tensors = dict[str, Floats]
-
-
-#: Graphs that an engine still uses, by the model's identity.
-_cache: WeakValueDictionary[str, OnnxModel] = WeakValueDictionary()
-
-
-def build_graph(model: Model) -> OnnxModel:
-    """Build or adapt the graph of a model; engines of two accuracy classes share one graph.
-
-    Raises:
-        ModelError: the weights are damaged, or do not fit the configuration.
-    """
-    graph = _cache.get(model.identity)
-    if graph is None:
-        graph = _cache[model.identity] = _build(model)
-    return graph
-
-
-def _build(model: Model) -> OnnxModel:
-    if not model.packable:
-        return adapt_onnx(model.weights, model.pooling, model.normalize)
-    tensors = load_tensors(model.weights)
-    try:
-        return build_encoder(tensors, model.architecture, model.pooling, model.normalize)
-    except (KeyError, ValueError) as error:
-        raise ModelError(
-            f"{model.weights} does not fit its config.json: {error.args[0]}. "
-            "Fetch both files again."
-        ) from error
-
-
-def build_encoder(
-    tensors: Tensors, config: Mapping[str, Any], pooling: str, normalize: bool
-) -> OnnxModel:
-    """Build a BERT encoder that includes pooling and normalization.
-
-    Args:
-        tensors: weights by their names in transformers, with or without the prefix ``bert.``.
-        config: as Model.config.
-        pooling: ``mean`` or ``cls``.
-        normalize: scale vectors to unit length.
-
-    Raises:
-        KeyError, ValueError: a tensor is missing, or has a wrong shape.
-
-    Source: transformers, models/bert/modeling_bert.py, eager attention.
-    """
+def _build_encoder(model: Model) -> OnnxModel:
+    # Source: transformers, models/bert/modeling_bert.py, eager attention.
     g = OnnxBuilder(OPSET)
-    w = _Weights(tensors, config)
+    w = _Weights(model)
     hidden = _layer_norm(g, w, "embeddings.LayerNorm", _embed(g, w))  # [B, T, D]
     mask = _attention_mask(g)  # [B, 1, T, T]
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(w.config["num_hidden_layers"]):
         name = f"encoder.layer.{layer}."
-        weight, bias = _merged_weights(w, name)
-        merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
-        hidden = _layer(g, w, name, hidden, _attend(g, w, name, merged, mask))
-    pool(g, hidden, pooling, normalize)  # [B, T, D] -> [B, S, D]
+        hidden = _layer(g, w, name, hidden, _attend(g, w, name, hidden, mask))
+    pool(g, hidden, model.pooling, model.normalize)  # [B, T, D] -> [B, S, D]
     return g.graph(w.dim)
 
 
 class _Weights:
-    def __init__(self, tensors: Tensors, config: Mapping[str, Any]) -> None:
-        self._tensors = tensors
-        self._prefix = "bert." if "bert.embeddings.word_embeddings.weight" in tensors else ""
-        self.config = config
-        self.dim: int = config["hidden_size"]
-        self.heads: int = config["num_attention_heads"]
+    def __init__(self, model: Model) -> None:
+        self._path = model.weights
+        self._tensors = load_tensors(model.weights)
+        prefixed = "bert.embeddings.word_embeddings.weight" in self._tensors
+        self._prefix = "bert." if prefixed else ""
+        self.config = model.architecture
+        self.dim: int = self.config["hidden_size"]
+        self.heads: int = self.config["num_attention_heads"]
 
     def get(self, name: str, *shape: int) -> Floats:
         """Return a tensor after checking its shape, in which -1 is any size."""
         tensor = self._tensors.get(self._prefix + name)
         if tensor is None:
-            raise KeyError(f"tensor {name} is missing")
+            raise self._mismatch(f"tensor {name} is missing")
         fits = len(shape) == tensor.ndim and all(
             want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
         )
         if not fits:
-            raise ValueError(f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}")
+            found = f"tensor {name} has shape {list(tensor.shape)}, not {list(shape)}"
+            raise self._mismatch(found)
         return tensor
 
     def linear(self, name: str, out: int, into: int) -> tuple[Floats, Floats]:
         """Return weight, transposed to [into, out], and bias [out]."""
         return self.get(f"{name}.weight", out, into).T, self.get(f"{name}.bias", out)
+
+    def _mismatch(self, found: str) -> ModelError:
+        return ModelError(
+            f"{self._path} does not fit its config.json: {found}. Fetch both files again."
+        )
 
 
 def _embed(g: OnnxBuilder, w: _Weights) -> str:
@@ -188,14 +159,14 @@ def _embed(g: OnnxBuilder, w: _Weights) -> str:
     positions = w.get(
         "embeddings.position_embeddings.weight", w.config["max_position_embeddings"], w.dim
     )
-    # Every token is of type 0, so the embedding of that type is added to every position here.
+    # All tokens have type 0, so its embedding is added to that of each position.
     types = w.get("embeddings.token_type_embeddings.weight", -1, w.dim)
     word = g.op("Gather", g.constant(words), "input_ids")
     return g.op("Add", word, g.op("Gather", g.constant(positions + types[0]), "position_ids"))
 
 
 def _attention_mask(g: OnnxBuilder) -> str:
-    # 0 between tokens of the same text, MASK elsewhere, [B, 1, T, T].
+    # 0 for tokens of the same text, MASK for others, [B, 1, T, T]
     rows = g.reshape("segment_ids", 0, 1, -1, 1)
     columns = g.reshape("segment_ids", 0, 1, 1, -1)
     same = g.op("Equal", rows, columns)
@@ -203,7 +174,7 @@ def _attention_mask(g: OnnxBuilder) -> str:
 
 
 def _layer(g: OnnxBuilder, w: _Weights, name: str, hidden: str, mixed: str) -> str:
-    # Output of attention and feed-forward network, [B, T, D] -> [B, T, D].
+    # Attention output and feed-forward network, [B, T, D] -> [B, T, D]
     attended = _linear(g, w, f"{name}attention.output.dense", mixed, w.dim, w.dim)
     hidden = _layer_norm(g, w, f"{name}attention.output.LayerNorm", g.op("Add", attended, hidden))
     wide = w.config["intermediate_size"]
@@ -226,10 +197,12 @@ def _merged_weights(w: _Weights, name: str) -> tuple[Floats, Floats]:
     return weight, bias
 
 
-def _attend(g: OnnxBuilder, w: _Weights, name: str, merged: str, mask: str) -> str:
-    # Attention, [B, T, 3D] -> [B, T, D].
+def _attend(g: OnnxBuilder, w: _Weights, name: str, hidden: str, mask: str) -> str:
+    # Self-attention within each text, [B, T, D] -> [B, T, D]
+    weight, bias = _merged_weights(w, name)
+    merged = g.op("Add", g.op("MatMul", hidden, g.constant(weight)), g.constant(bias))
     size = w.dim // w.heads
-    # [B, T, 3D] -> [B, T, 3, H, D/H] -> three of [B, H, T, D/H], the keys transposed once more.
+    # [B, T, 3D] -> three of [B, T, D] -> queries and values [B, H, T, D/H], keys [B, H, D/H, T]
     query, key, value = (f"{name}{part}" for part in "qkv")
     sizes = g.constant([w.dim] * 3, np.int64)
     g.nodes.append(helper.make_node("Split", [merged, sizes], [query, key, value], axis=-1))
