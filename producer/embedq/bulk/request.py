@@ -155,11 +155,8 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, int(known)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    for big, small, names in (
-        (days, hours, ("d", "h")),
-        (hours, minutes, ("h", "min")),
-        (minutes, rest, ("min", "s")),
-    ):
-        if big:
-            return f"{big} {names[0]} {small} {names[1]}"
-    return f"{rest} s"
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -180,7 +180,7 @@ class UpdateRun:
                     )
                 delta = self._embed_delta(fresh, index, plan, spec)
                 self._counts["removed"] = index.count_unused()
-                return self._merge(fresh, old, plan, delta, spec)
+                return self._merge(fresh, old, plan, delta, spec.dim)
 
     def _finish_old_output(self, fresh: Manifest, spec: VectorSpec) -> Manifest:
         output = self._request.output
@@ -259,20 +259,13 @@ class UpdateRun:
             self._input_end = (batch.slice.index + 1, batch.digest)
 
     def _merge(
-        self,
-        manifest: Manifest,
-        old: writers.Unpacked,
-        plan: BinaryIO,
-        delta: RunSummary,
-        spec: VectorSpec,
+        self, manifest: Manifest, old: writers.Unpacked, plan: BinaryIO, delta: RunSummary, dim: int
     ) -> RunSummary:
         output = self._request.output
-        with closing(PartialWriter(output, manifest)) as writer:
-            _merge_rows(writer, manifest, old, plan, writers.delta_path(output), spec.dim)
-            manifest.vectors_bytes, manifest.items_bytes = writer.sync()
+        _merge_rows(output, manifest, old, plan, dim)
         manifest.skipped = delta.skipped_lines
         manifest.batches, manifest.digest = self._input_end
-        written = finish(output, manifest, spec.dim)
+        written = finish(output, manifest, dim)
         self._delete_delta(manifest)
         return replace(
             delta,
@@ -302,18 +295,15 @@ def _scratch_folder(output: Path) -> Iterator[Path]:
 
 
 def _merge_rows(
-    writer: PartialWriter,
-    manifest: Manifest,
-    old: writers.Unpacked,
-    plan: BinaryIO,
-    delta: Path,
-    dim: int,
+    output: Path, manifest: Manifest, old: writers.Unpacked, plan: BinaryIO, dim: int
 ) -> None:
+    delta = writers.delta_path(output)
     old_vectors, new_vectors = _rows_of(old.vectors_path), _rows_of(delta)
     offsets = _line_offsets(old.items_path)
     new_row = 0
     plan.seek(0)
     with (
+        closing(PartialWriter(output, manifest)) as writer,
         old.items_path.open("rb") as old_items,
         writers.sidecar_path(delta).open("rb") as new_items,
     ):
@@ -332,6 +322,7 @@ def _merge_rows(
                     line = old_items.readline()
                 lines.append(_count_and_renumber(line, number, manifest))
             writer.write(merged, lines)
+        manifest.vectors_bytes, manifest.items_bytes = writer.sync()
 
 
 def _count_and_renumber(line: bytes, number: int, manifest: Manifest) -> str:
