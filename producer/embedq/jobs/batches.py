@@ -130,12 +130,10 @@ class BatchResult:
 
     def failures(self) -> dict[int, str]:
         """Return position in the job -> code, for each text without a vector."""
-        outcomes = self.outcomes
-        failed = {i for i, kind in enumerate(outcomes.kinds) if kind[0] != Status.OK}
-        if not failed:
+        if not self.outcomes.count_failed():
             return {}
-        rows = np.flatnonzero(np.isin(outcomes.kind, list(failed)))
-        return {self.slice.start + int(row): outcomes[int(row)].code for row in rows}
+        outcomes = enumerate(self.outcomes, self.slice.start)
+        return {position: o.code for position, o in outcomes if o.status is not Status.OK}
 
 
 class VectorBuffer:
