@@ -384,10 +384,10 @@ def test_worker_whose_npu_does_not_compile(
         "EMBEDQ_CPU_FALLBACK": "0",
         "EMBEDQ_STRICT": strict,
     }
-    worker = WorkerProcess(redis, short_dir, "unproven", **hanging, **tiny_settings)
+    worker = WorkerProcess(redis, short_dir, "unverified", **hanging, **tiny_settings)
     try:
         if strict == "1":
-            assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
+            assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNVERIFIED
             assert "EMBEDQ_STRICT keeps this worker off the CPU" in worker.log()
             return
         degraded = wait_for(

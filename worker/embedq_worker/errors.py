@@ -8,7 +8,7 @@ EmbedqError
 │   ├─ DeviceForbidden    this user or container may not open it
 │   ├─ DeviceBusy         another process holds its lock; .holder
 │   ├─ WrongDevice        the runtime opened another NPU
-│   └─ NpuUnproven        the NPU of a strict worker did not pass its self-test
+│   └─ NpuUnverified        the NPU of a strict worker did not pass its self-test
 └─ EngineError            an engine failed                         (changes device health)
     ├─ CompileFailed      the model could not be compiled for the device
     ├─ InferFailed        an inference raised an error or returned a wrong vector
@@ -71,17 +71,17 @@ class WrongDevice(DeviceError):
     code = "wrong_device"
 
 
-class NpuUnproven(DeviceError):
+class NpuUnverified(DeviceError):
     """The NPU of a strict worker could not be opened or failed its self-test."""
 
-    code = "npu_unproven"
+    code = "npu_unverified"
 
 
 class FailureReason(StrEnum):
     """Why an engine failed; the same word in log, outcome and metric."""
 
     ENGINE_FAILED = "engine_failed"
-    NPU_UNPROVEN = "npu_unproven"
+    NPU_UNVERIFIED = "npu_unverified"
     COMPILE_FAILED = "compile_failed"
     INFER_FAILED = "infer_failed"
     DEVICE_LOST = "device_lost"

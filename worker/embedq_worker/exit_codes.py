@@ -12,11 +12,11 @@ CHECK = 5
 #: No NPU exists, it may not be opened, or another process holds it.
 DEVICE = 6
 #: The NPU of a strict worker could not be opened or failed its self-test.
-NPU_UNPROVEN = 7
+NPU_UNVERIFIED = 7
 #: The worker crashed repeatedly and is not restarted.
 CRASH_LOOP = 8
 #: Codes after which the supervisor does not restart a worker: the next start would fail as well.
-FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNPROVEN))
+FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNVERIFIED))
 
 
 EPILOG = """\b

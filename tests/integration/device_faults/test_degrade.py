@@ -128,7 +128,7 @@ def test_strict_worker_exits_if_its_npu_hangs_at_the_start(
     worker = Npu(redis, short_dir, "npu0", EMBEDQ_STRICT="1", EMBEDQ_INIT_TIMEOUT_S="2")
     worker.faults.replace("init=hang")
     try:
-        assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
+        assert worker.process.wait(DEADLINE_S) == exit_codes.NPU_UNVERIFIED
     finally:
         worker.stop()
 

@@ -11,14 +11,14 @@ import click
 from embedq.cli.common import exit_with_error
 from embedq.errors import EmbedqError, InputError, SettingsError
 from embedq_worker import exit_codes
-from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnproven
+from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnverified
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
 _CODES: dict[type[EmbedqError], int] = {
     SettingsError: exit_codes.SETTINGS,
     InputError: exit_codes.SETTINGS,
     ModelError: exit_codes.MODEL,
-    NpuUnproven: exit_codes.NPU_UNPROVEN,
+    NpuUnverified: exit_codes.NPU_UNVERIFIED,
     DeviceError: exit_codes.DEVICE,
     EngineError: exit_codes.ENGINE,
 }

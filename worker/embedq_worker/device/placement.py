@@ -25,7 +25,7 @@ from embedq_worker.device.discovery import (
     discover,
     unsupported_platform,
 )
-from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnproven
+from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnverified
 from embedq_worker.files import wait_for_lock
 from embedq_worker.settings import DeviceChoice, Emulation, StubDevice, WorkerSettings
 
@@ -191,7 +191,7 @@ def choose_placement(
     if settings.npu_emulation is not Emulation.NONE and not npu_disabled_reason:
         return Placement(Device.NPU, Device.NPU, f"EMBEDQ_NPU_EMULATION={settings.npu_emulation}")
     if npu_disabled_reason and settings.strict:
-        raise NpuUnproven(f"{npu_disabled_reason} EMBEDQ_STRICT keeps this worker off the CPU.")
+        raise NpuUnverified(f"{npu_disabled_reason} EMBEDQ_STRICT keeps this worker off the CPU.")
     if npu_disabled_reason and (settings.device is DeviceChoice.NPU or discover(roots).visible):
         return Placement(Device.CPU, Device.NPU, npu_disabled_reason)
     try:

@@ -92,10 +92,10 @@ def _run(settings: WorkerSettings, status_file: StatusFile, *, attempt: int, npu
     code = _run_celery(settings, placement)
     if code == exit_codes.ENGINE and settings.strict:
         log.error(
-            "npu_unproven worker=%s reason=EMBEDQ_STRICT keeps this worker off the CPU",
+            "npu_unverified worker=%s reason=EMBEDQ_STRICT keeps this worker off the CPU",
             settings.name,
         )
-        return exit_codes.NPU_UNPROVEN
+        return exit_codes.NPU_UNVERIFIED
     return code
 
 

@@ -10,7 +10,7 @@ from tests.support.sysfs import DeviceTree
 
 from embedq.protocol.contract import Device
 from embedq_worker.device.placement import acquire, choose_placement
-from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnproven
+from embedq_worker.errors import DeviceBusy, DeviceError, NoDevice, NpuUnverified
 from embedq_worker.main_process.start import share_cores
 from embedq_worker.settings import WorkerSettings
 
@@ -124,7 +124,7 @@ def test_disabled_npu_places_a_degraded_worker_on_the_cpu(
 def test_disabled_npu_is_refused_for_a_strict_worker(tree: DeviceTree, tmp_path: Path) -> None:
     tree.add(0)
 
-    with pytest.raises(NpuUnproven, match=r"Wrong vectors\. EMBEDQ_STRICT keeps"):
+    with pytest.raises(NpuUnverified, match=r"Wrong vectors\. EMBEDQ_STRICT keeps"):
         choose_placement(
             settings(tmp_path, strict=True), npu_disabled_reason="Wrong vectors.", roots=tree.roots
         )

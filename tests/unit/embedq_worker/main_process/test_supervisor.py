@@ -110,10 +110,10 @@ def test_strict_worker_with_a_failed_npu_is_not_restarted() -> None:
     body = """
 def run(arguments):
     say(*arguments)
-    os._exit(exit_codes.NPU_UNPROVEN)
+    os._exit(exit_codes.NPU_UNVERIFIED)
 """
     with supervised(body) as process:
-        assert process.wait(DEADLINE_S) == exit_codes.NPU_UNPROVEN
+        assert process.wait(DEADLINE_S) == exit_codes.NPU_UNVERIFIED
         assert remaining_lines(process) == ["--attempt 0"]
 
 
