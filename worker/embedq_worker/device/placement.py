@@ -73,6 +73,9 @@ def acquire(pci: str, lock_dir: Path, *, worker: str = "", wait_s: float = 0.0) 
         holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise DeviceBusy(_busy(pci, holder, path), holder) from None
+    except OSError as error:  # a file system without locks
+        os.close(descriptor)
+        raise _unusable(path, error) from None
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {worker}\n".encode(), 0)
     return DeviceLock(path, descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -102,3 +104,16 @@ def test_symbolic_link_in_place_of_a_lock_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be used"):
         acquire(PCI, tmp_path)
     assert target.read_text() == "unchanged"
+
+
+def test_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    before = os.listdir("/proc/self/fd")
+
+    with pytest.raises(SettingsError, match=r"EMBEDQ_LOCK_DIR: .*No locks available"):
+        acquire(PCI, tmp_path)
+
+    assert os.listdir("/proc/self/fd") == before
