@@ -172,7 +172,6 @@ def encode(texts): return list(model.embed(texts))
     ),
 )
 
-
 #: Accuracy classes of embedq, the reference first.
 CLASSES = (Accuracy.EXACT, Accuracy.STANDARD, Accuracy.INT8)
 #: Number of texts for `embedq-worker quantize`, if there is no quantized model yet.

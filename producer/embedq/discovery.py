@@ -217,7 +217,6 @@ def _parse_option(kind: type[E], name: str, value: str | None, default: E) -> E:
 #: Poll interval while waiting for a worker, seconds.
 POLL_EVERY_S = 0.1
 
-
 #: Minimum time between two counts of the live workers, seconds.
 COUNT_EVERY_S = 3.0
 

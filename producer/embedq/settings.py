@@ -20,23 +20,18 @@ from embedq.protocol.contract import MAX_BATCH_TEXTS, Accuracy, Dtype, OnLong
 #: Prefix of every setting's environment variable.
 PREFIX = "EMBEDQ_"
 
-
 #: Folder of Docker and Kubernetes secrets. A file named like a variable in lower case sets its
 #: value if the variable is not set; `docker inspect` does not show it.
 SECRETS_DIR = Path("/run/secrets")
 
-
 #: URL schemes that Celery and redis-py support.
 _SCHEMES = ("redis://", "rediss://", "redis+socket://")
-
 
 #: URL scheme that only redis-py supports.
 _UNIX = "unix://"
 
-
 #: Default of EMBEDQ_MODEL for producer and worker.
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-
 
 #: Minimum similarity (0 to 1) of an unknown variable to a setting for it to be a typo. Settings of
 #: producer and worker are less similar than this to each other.

@@ -16,7 +16,6 @@ import numpy.typing as npt
 #: Default number of components of a stub vector; equals all-MiniLM-L6-v2.
 STUB_DIM: Final = 384
 
-
 #: Number of hash bits that determine a vector.
 HASH_BITS: Final = 64
 

@@ -18,7 +18,6 @@ CRASH_LOOP = 8
 #: Codes after which the supervisor does not restart a worker: the next start would fail as well.
 FINAL = frozenset((OK, SETTINGS, MODEL, ENGINE, CHECK, DEVICE, NPU_UNVERIFIED))
 
-
 EPILOG = """\b
 Exit codes:
   0  success

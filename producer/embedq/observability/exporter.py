@@ -26,13 +26,11 @@ from embedq.observability.status import fetch_status
 
 log = logging.getLogger(__name__)
 
-
 _FAMILIES = {
     Kind.GAUGE: GaugeMetricFamily,
     Kind.COUNTER: CounterMetricFamily,
     Kind.SUMMARY: SummaryMetricFamily,
 }
-
 
 Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

@@ -19,22 +19,17 @@ from embedq.protocol.worker import WorkerState, WorkerStatus
 #: Maximum number of workers with series of their own, by name; embedq_workers counts all workers.
 MAX_WORKER_SERIES: Final = 256
 
-
 #: Maximum number of jobs with series of their own, newest first; the others are summed.
 MAX_JOB_SERIES: Final = 20
-
 
 #: Value of the label `job` for the sum of all jobs without series of their own.
 OTHER_JOBS: Final = "others"
 
-
 #: Values of the label `state` for workers with a heartbeat.
 STATES: Final = tuple(map(str, WorkerState))
 
-
 #: Value of the label `state` for workers whose heartbeat expired without deregistration.
 SILENT: Final = "silent"
-
 
 #: Values of the label `reason` for a worker without a reason, and for one with an unknown code.
 NO_REASON, OTHER_REASON = "none", "other"
@@ -65,7 +60,6 @@ class Metric(NamedTuple):
 
 
 _G, _C, _S = Kind.GAUGE, Kind.COUNTER, Kind.SUMMARY
-
 
 METRICS: Final = (
     Metric("embedq_up", _G, (), "1 if the fleet could be read; if 0, most metrics are missing."),
@@ -200,7 +194,6 @@ METRICS: Final = (
     ),
 )
 
-
 BY_NAME: Final = {metric.name: metric for metric in METRICS}
 
 
@@ -226,7 +219,6 @@ TOTALS: Final = {
     "refused": "embedq_worker_refused_total",
     "set_aside": "embedq_worker_set_aside_total",
 }
-
 
 #: Maximum length of a reason code, characters; longer ones are shown as OTHER_REASON.
 _MAX_CODE_LENGTH: Final = 40

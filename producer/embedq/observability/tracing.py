@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 #: Entry point of the exporter if OTEL_TRACES_EXPORTER is not set.
 DEFAULT_EXPORTER: Final = "otlp_proto_http"
 
-
 #: Value of OTEL_TRACES_EXPORTER -> entry point, where they differ.
 _ALIASES: Final = {"otlp": DEFAULT_EXPORTER}
-
 
 #: Tracer of this process; None while tracing is off.
 _tracer: Tracer | None = None

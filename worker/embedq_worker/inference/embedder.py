@@ -45,7 +45,6 @@ CANARY_TEXT: Final = (
     "A queue is a promise that work will be done later, and a worker is who keeps it. "
 )
 
-
 #: Smallest cosine between the canary's vector and its reference; the limit of class ``standard``.
 MIN_COSINE: Final = 0.999
 

@@ -53,12 +53,10 @@ from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, 
 
 log = logging.getLogger(__name__)
 
-
 #: Part of an error message: why int8 is not a precision of a worker.
 INT8_IS_A_CLASS: Final = (
     "int8 is an accuracy class that a job requests (--accuracy int8). Set EMBEDQ_PRECISION to auto."
 )
-
 
 #: Part of an error message: how to get a quantized model.
 QUANTIZE: Final = "Run embedq-worker quantize FILE on this worker, then restart it."

@@ -20,28 +20,22 @@ from embedq_worker.inference.packing import Indices
 #: more to the overhead of a call than better balance wins.
 MIN_BUDGET: Final = 128
 
-
 #: Fill ratio from which a packed row is computed before the rest of its batch is tokenized.
 FULL: Final = 0.98
-
 
 #: Fill ratio from which texts share a row on the CPU.
 WORTH_SHARING: Final = 0.9
 
-
 #: Tokens beyond a multiple of SIMD_WIDTH from which a row is padded to the next multiple.
 LONG_TAIL: Final = 12
-
 
 #: Cost of attention per token of row width, as a share of the cost of the matrix products. With
 #: TAIL and TAIL_TOKEN it is used to compare plans, so only their ratios matter. Fitted to f32 and
 #: bf16 of all-MiniLM-L6-v2.
 ATTENTION: Final = 0.0007
 
-
 #: Extra cost of a row whose width is not a multiple of SIMD_WIDTH, as the same share.
 TAIL: Final = 0.03
-
 
 #: Extra cost per token beyond that multiple, as the same share.
 TAIL_TOKEN: Final = 0.006
@@ -246,7 +240,6 @@ class ChunkSchedule:
 
 #: Chunks for an NPU: no chunk takes longer to tokenize than the device computes the one before.
 NPU_CHUNKS: Final = ChunkSchedule(first=32, growth=2, max_size=512, last=64)
-
 
 #: Chunks for a CPU: a small first one, then all other texts at once, because padding costs a CPU
 #: more than waiting for the tokenizer.

@@ -68,22 +68,17 @@ class CpuConfig(NamedTuple):
 
 Key = TypeVar("Key")
 
-
 _WORDS: Final = CANARY_TEXT.split() * 20
-
 
 #: Texts of the benchmark: 5 to 200 words, most of them short and few of equal length, as in prose.
 #: Equal lengths would favor onnxruntime, because they need no padding.
 TEXTS: Final = tuple(" ".join(_WORDS[: round(5 * 40 ** (i / 127))]) for i in range(128))
 
-
 #: Version of the benchmark. Raise it when its result may change, so that it runs again.
 BENCHMARK_VERSION: Final = 2
 
-
 #: Number of rounds; the fastest counts, because other processes can only slow an engine down.
 ROUNDS: Final = 4
-
 
 #: An engine is not measured further if it takes this many times as long as the fastest.
 ELIMINATION_FACTOR: Final = 1.4
@@ -115,14 +110,11 @@ def benchmark(
 
 log = logging.getLogger(__name__)
 
-
 #: Name of the file in the cache folder.
 FILE_NAME: Final = "engines.json"
 
-
 #: Factor by which bf16 must be faster than f32 to be worth its rounding and a second engine.
 BF16_MARGIN: Final = 1.1
-
 
 #: Timeout for the benchmark of another worker, which takes about ten seconds, seconds.
 LOCK_TIMEOUT_S: Final = 120.0

@@ -37,9 +37,7 @@ PUBLISHED: Final[Mapping[str, Mapping[int, float]]] = {
     "This is a simple test.": {0: 0.0952821523, 1: -0.0247301683},
 }
 
-
 _SENTENCE = CANARY_TEXT
-
 
 #: Golden texts, of all lengths from empty to longer than the limit of any model.
 GOLDEN: Final[Sequence[str]] = (
@@ -53,11 +51,9 @@ GOLDEN: Final[Sequence[str]] = (
     _SENTENCE * 40,
 )
 
-
 #: Largest deviation of a component in f32, between a text alone and in a batch, and from published
 #: vectors. In lower precision no limit holds for every model, so only the class's cosine counts.
 F32_TOLERANCE: Final = 2e-5
-
 
 #: Smallest cosine to the reference, by accuracy class.
 MIN_COSINES: Final[Mapping[Accuracy, float]] = {
@@ -66,14 +62,11 @@ MIN_COSINES: Final[Mapping[Accuracy, float]] = {
     Accuracy.INT8: 0.95,
 }
 
-
 #: Smallest difference of two cosines in the reference from which their order must be the same.
 RANK_MARGIN: Final = 0.02
 
-
 #: The same limit for int8.
 RANK_MARGIN_INT8: Final = 0.1
-
 
 #: Largest deviation of a vector's length from 1.
 NORM_TOLERANCE: Final = 1e-2

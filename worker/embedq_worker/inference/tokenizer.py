@@ -27,34 +27,26 @@ from embedq_worker.errors import EngineError, ModelError
 #: space. ASCII only, which Python and the library surely classify alike.
 SPLITS: Final = {mark: f" {mark} " for mark in string.punctuation} | dict.fromkeys("\t\n\r", " ")
 
-
 #: Matches a text that was not split, because it contains a character at which texts are split.
 WHOLE: Final = re.compile(f"[ {re.escape(''.join(SPLITS))}]")
-
 
 #: Length of the longest text that is split, in characters; each word takes 100 bytes meanwhile.
 MAX_CHARACTERS: Final = 64 * 1024
 
-
 #: Approximate size of the word cache, bytes. A full cache is emptied: frequent words soon return.
 MAX_CACHE_BYTES: Final = 16 * 1024 * 1024
-
 
 #: Approximate size of a cache entry without its word and ids, bytes.
 ENTRY_BYTES: Final = 200
 
-
 #: Approximate size of word and ids per character of the word, bytes.
 CHARACTER_BYTES: Final = 8
-
 
 #: Number of new words that are joined into one text for the library, which halves the time.
 GROUP_SIZE: Final = 64
 
-
 #: Mark between joined words.
 SEPARATOR: Final = ","
-
 
 #: Function that returns the ids of each text.
 Library = Callable[[Sequence[str]], Iterable[list[int]]]
@@ -137,7 +129,6 @@ def as_bytes(ids: list[int]) -> bytes:
 #: Number of characters per call of the library, which uses up to 90 bytes per token until the call
 #: returns.
 GROUP_CHARS: Final = 512 * 1024
-
 
 #: Size of an id, bytes.
 ID_BYTES: Final = 4

@@ -37,7 +37,6 @@ from embedq_worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-
 #: Length of the checksum at the start of a reference file, bytes.
 DIGEST_BYTES: Final = 32
 

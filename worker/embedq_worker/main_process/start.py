@@ -20,7 +20,6 @@ from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
 
 log = logging.getLogger(__name__)
 
-
 #: Time to wait for the locks of the worker that ran before, seconds: after a restart by the
 #: supervisor, and on a first start, where an operator may have killed it a moment ago.
 RESTART_WAIT_S, FIRST_START_WAIT_S = 10.0, 1.0

@@ -34,7 +34,6 @@ STOPS = {
     signal.SIGQUIT: signal.SIGQUIT,
 }
 
-
 #: Both ends of a pipe that closes when the supervisor dies; empty on Linux, where the kernel kills
 #: the main process.
 _parent_pipe: list[int] = []

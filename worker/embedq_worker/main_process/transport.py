@@ -174,7 +174,6 @@ _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     "ignore_result": lambda value: value is True,
 }
 
-
 #: Redis lists that hold batches; kombu adds a suffix for each priority but the first.
 _BATCH_QUEUES: Final = frozenset(str(queue).encode() for queue in Queue)
 _PRIORITY_SEPARATOR: Final = b"\x06\x16"
