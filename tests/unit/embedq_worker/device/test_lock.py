@@ -111,9 +111,9 @@ def test_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    before = os.listdir("/proc/self/fd")
+    before = len(list(Path("/proc/self/fd").iterdir()))
 
     with pytest.raises(SettingsError, match=r"EMBEDQ_LOCK_DIR: .*No locks available"):
         acquire(PCI, tmp_path)
 
-    assert os.listdir("/proc/self/fd") == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
