@@ -307,14 +307,19 @@ def test_checkpoint_of_other_documents_or_settings_is_refused(
         small.stream(changed, checkpoint=checkpoint, **options)  # type: ignore[arg-type] # options are texts
 
 
-def test_damaged_checkpoint_is_refused_and_not_overwritten(small: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ['{"documents": 3}', '{"documents": "3", "digest": "", "fingerprint": ""}', "{"]
+)
+def test_damaged_checkpoint_is_refused_and_not_overwritten(
+    content: str, small: Client, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "sink.json"
-    checkpoint.write_text('{"documents": 3}')
+    checkpoint.write_text(content)
 
     with pytest.raises(InputError, match="is not a readable checkpoint"):
         small.stream(texts(5), checkpoint=checkpoint)
 
-    assert checkpoint.read_text() == '{"documents": 3}'
+    assert checkpoint.read_text() == content
 
 
 def test_checkpoint_needs_an_ordered_stream(small: Client, tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ class MemoryBackpressure:
     def _refresh(self) -> None:
         if time.monotonic() - self._read_at < FRESH_S:
             return
-        self._read_at = time.monotonic()
         self._ratio = max(server.memory().ratio for server in self._servers)
+        self._read_at = time.monotonic()
         self._is_paused = self._ratio >= (RESUME_RATIO if self._is_paused else PAUSE_RATIO)
 
 

@@ -124,7 +124,8 @@ class Stream:
             return 0
         try:
             body = json.loads(self._path.read_text(encoding="utf-8"))
-            n, digest, fingerprint = body["documents"], body["digest"], body["fingerprint"]
+            committed = range(body["documents"])
+            digest, fingerprint = body["digest"], body["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self._path}: is not a readable checkpoint. Delete it to start over."
@@ -134,13 +135,13 @@ class Stream:
                 f"{self._path}: was written with another model or other settings. Use them again, "
                 "or delete the file to start over."
             )
-        for _, document in zip(range(n), self._documents, strict=False):
+        for _, document in zip(committed, self._documents, strict=False):
             self._done.update(_digest(document))
             self._n_done += 1
         if self._done.hexdigest() != digest:
             raise InputError(
-                f"{self._path}: the first {n:,} documents differ from the committed ones. Pass the "
-                "same documents in the same order, or delete the file to start over."
+                f"{self._path}: the first {len(committed):,} documents differ from the committed ones. Pass "
+                "the same documents in the same order, or delete the file to start over."
             )
         return self._n_done
 
