@@ -140,8 +140,8 @@ class Stream:
             self._n_done += 1
         if self._done.hexdigest() != digest:
             raise InputError(
-                f"{self._path}: the first {len(committed):,} documents differ from the committed ones. Pass "
-                "the same documents in the same order, or delete the file to start over."
+                f"{self._path}: the first {len(committed):,} documents differ from the committed "
+                "ones. Pass the same documents in the same order, or delete the file to start over."
             )
         return self._n_done
 
