@@ -107,7 +107,6 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256, help="texts per round (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
     args = parse(parser)
-    texts = CORPORA[args.corpus](8 if args.quick else args.texts)
     try:
         settings = WorkerSettings.load()
         model = find_model(settings)
@@ -118,6 +117,7 @@ def main() -> None:
             )
         update = {"device": DeviceChoice.CPU, "threads": args.cores}
         settings = settings.model_copy(update=update)
+        texts = CORPORA[args.corpus](8 if args.quick else args.texts)
         engine, found = measure(settings, model, args.accuracy, texts, args.rounds)
     except EmbedqError as error:
         sys.exit(f"embedq: {error}")

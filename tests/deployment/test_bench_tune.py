@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embedq_worker.model.resolve import Model
+from tests.support.models import tiny_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "ops/bench/tune.py"
 
@@ -23,12 +23,14 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_tune_prints_the_settings_to_set(model: Model, tmp_path: Path) -> None:
-    figures = tmp_path / "tune.json"
+def test_tune_prints_the_settings_to_set(tmp_path: Path) -> None:
+    folder, figures = tmp_path / "model", tmp_path / "tune.json"
+    folder.mkdir()
+    tiny_model(folder)
 
     done = run(
         *("--quick", "--cores", "1", "--json", str(figures), "--plot", str(tmp_path / "tune.svg")),
-        EMBEDQ_MODEL=str(model.folder),
+        EMBEDQ_MODEL=str(folder),
         EMBEDQ_CACHE_DIR=str(tmp_path / "cache"),
         EMBEDQ_ENGINE="onnxruntime",
     )
