@@ -82,6 +82,8 @@ def paragraphs(markdown: str) -> Iterator[tuple[int, str]]:
             heading = line.lstrip("# ")
         elif line.startswith("|") and len(line) >= MIN_CHARACTERS and not fenced:
             yield number, ": ".join(filter(None, [heading, *map(str.strip, line.split("|"))]))
+        elif line.startswith("    ") and not lines:
+            continue  # commands and their output
         elif line.strip() and not line.startswith("|") and not fenced:
             start = start if lines else number
             lines.append(line.strip())

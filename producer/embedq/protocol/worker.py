@@ -145,7 +145,8 @@ class WorkerStatus:
         next_probe_at: Unix time of the next probe, seconds; 0 while none is scheduled.
         busy_since: monotonic time at which the running engine call started, seconds; 0 for none.
         inference_s: duration of an NPU inference when the device was new, seconds; 0 if unknown.
-        totals: counters since the pool process started, by name.
+        totals: counters by name, since the pool process started in its status file, since the main
+            process started in a heartbeat.
     """
 
     worker: str

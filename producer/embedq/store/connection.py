@@ -42,7 +42,10 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
 REPORT_EVERY_S = 10.0
 
 #: Next step when Redis cannot be reached, for error messages.
-REDIS_HINT = "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL, or use --local"
+REDIS_HINT = (
+    "Start Redis, or set EMBEDQ_BROKER_URL and EMBEDQ_RESULTS_URL; "
+    "`embedq embed --local` needs neither"
+)
 
 
 def retryable_reason(error: Exception) -> str | None:

@@ -204,7 +204,8 @@ class HeartbeatStep(PeriodicStep):
 
     def _publish(self, status: WorkerStatus) -> None:
         totals = Counter(COUNTERS)
-        totals.update(status.totals)
+        for more in (self.context.controller.ended_totals, status.totals):
+            totals.update(more)
         fleet.publish_heartbeat(
             self._redis,
             replace(status, at=time.time(), pid=os.getpid(), totals=dict(totals)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isinf
@@ -48,6 +49,7 @@ class WorkerController:
         kill_pid: process id of a pool process to kill now; 0 for none.
         paused: an operator has paused the fleet.
         inference_s: duration of an NPU inference when the device was new, seconds; 0 if unknown.
+        ended_totals: last counters of the pool processes before the present one, added up.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class WorkerController:
         self.exit_code = self.drain_pid = self.kill_pid = 0
         self.paused = False
         self.inference_s = 0.0
+        self.ended_totals: Counter[str] = Counter()
         self._settings = settings
         self._start_probe = start_probe
         self._backoff = ProbeBackoff(
@@ -94,6 +97,8 @@ class WorkerController:
             now: Unix time in seconds.
             now_s: monotonic time in seconds.
         """
+        if pool is not None and self._pool is not None and pool.pool_pid != self._pool.pool_pid:
+            self.ended_totals.update(self._pool.totals)
         pool = self._pool = pool or self._pool
         if pool is not None:
             self._has_served = self._has_served or pool.state is WorkerState.HEALTHY

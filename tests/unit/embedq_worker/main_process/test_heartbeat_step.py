@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.support.fake_consumer import fake_consumer
 
+from embedq.protocol.worker import WorkerState, WorkerStatus
 from embedq.store import fleet
 from embedq_worker.main_process.bootsteps import HeartbeatStep
 from embedq_worker.main_process.controller import WorkerController
@@ -33,3 +34,29 @@ def test_heartbeats_continue_when_the_clock_is_set_back(
         step.tick(consumer)
 
     assert published_at == [5000.0, 1400.0, 1406.0]
+
+
+def test_counters_of_replaced_pool_processes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = WorkerSettings.load(name="one", device="stub", runtime_dir=tmp_path)
+    controller = WorkerController(settings, None)
+    consumer = fake_consumer(settings, controller)
+    totals: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        fleet, "publish_heartbeat", lambda _, heartbeat: totals.append(heartbeat.totals)
+    )
+    step = HeartbeatStep(consumer)
+
+    for pid, rerouted, infer_s in ((7, 2, 1.5), (7, 3, 2.0), (8, 0, 0.0), (8, 1, 0.5)):
+        status = WorkerStatus(
+            "one",
+            WorkerState.HEALTHY,
+            float(pid),
+            pid,
+            totals={"rerouted": rerouted, "infer_s": infer_s},
+        )
+        controller.update(status, now=1.0, now_s=1.0)
+    step.tick(consumer)
+
+    assert (totals[0]["rerouted"], totals[0]["infer_s"], totals[0]["refused"]) == (4, 2.5, 0)
