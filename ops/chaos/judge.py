@@ -19,7 +19,7 @@ from embedq.store.ledger import JOBS_KEY
 from embedq.testing import stub_vectors
 
 Array = npt.NDArray[np.float32]
-#: Minimum cosine between a vector and the expected one, which had other batch neighbours.
+#: Minimum cosine between a vector and the expected one, which had other batch neighbors.
 MIN_COSINE: Final = 0.99999
 
 

@@ -106,7 +106,7 @@ def render(found: FleetStatus) -> Group:
     queues = Table("queue", "waiting", "oldest", box=None)
     for queue, waiting in found.queues.items():
         queues.add_row(queue, f"{waiting:,}", format_duration(found.oldest_ready_s.get(queue, 0)))
-    queues.add_row("in flight", f"{found.in_hand:,}", format_duration(found.oldest_in_hand_s))
+    queues.add_row("in flight", f"{found.unacked:,}", format_duration(found.oldest_unacked_s))
     jobs = Table("job", "texts done", "batches done", "to collect", "age", "output", box=None)
     for job in found.jobs:
         texts = f"{job.texts:,}"

@@ -68,7 +68,7 @@ class FleetStatus:
         at: Unix time of the snapshot, seconds.
         workers: workers with a heartbeat, by name.
         queues: queue -> number of ready messages.
-        in_hand: number of unacknowledged messages.
+        unacked: number of unacknowledged messages.
         oldest_lease_s: seconds since the oldest lease was renewed; 0 if there is none.
         jobs: jobs whose ledger exists, oldest first.
         memory: "broker" and "results" -> memory use of that Redis.
@@ -76,7 +76,7 @@ class FleetStatus:
         silent: worker -> Unix time of its last heartbeat, for workers whose heartbeat expired
             without deregistration.
         oldest_ready_s: queue -> seconds since its oldest message was published; 0 if it is empty.
-        oldest_in_hand_s: seconds since the oldest unacknowledged message was published; 0 if
+        oldest_unacked_s: seconds since the oldest unacknowledged message was published; 0 if
             there is none.
         dead: number of dead letters.
     """
@@ -84,14 +84,14 @@ class FleetStatus:
     at: float
     workers: list[WorkerStatus]
     queues: dict[str, int]
-    in_hand: int
+    unacked: int
     oldest_lease_s: float
     jobs: list[JobStatus]
     memory: dict[str, RedisMemory]
     paused: Pause | None
     silent: dict[str, float] = field(default_factory=dict)
     oldest_ready_s: dict[str, float] = field(default_factory=dict)
-    oldest_in_hand_s: float = 0.0
+    oldest_unacked_s: float = 0.0
     dead: int = 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
         at=now,
         workers=workers,
         queues=dict(zip(names, map(int, lengths), strict=True)),
-        in_hand=int(unacked),
+        unacked=int(unacked),
         oldest_lease_s=round(max(0.0, now - leases[0][1]), 1) if leases else 0.0,
         jobs=jobs,
         memory={
@@ -135,7 +135,7 @@ def fetch_status(broker: Redis, results: Redis) -> FleetStatus:
             if strip_control_chars(name) not in live
         },
         oldest_ready_s=dict(zip(names, ages, strict=False)),
-        oldest_in_hand_s=ages[-1],
+        oldest_unacked_s=ages[-1],
         dead=int(dead),
     )
 
