@@ -16,10 +16,9 @@ from redis.exceptions import ResponseError
 from embedq.errors import EmbedqError
 from embedq.store.connection import RedisConnection
 from embedq_worker.cli import check_npu
-from embedq_worker.device.placement import choose_placement
 from embedq_worker.engines.model_cache import QuantizedModelStore
 from embedq_worker.files import private_dir
-from embedq_worker.inference.opener import EngineOpener, claim_device, open_placed
+from embedq_worker.inference.opener import EngineOpener, open_once
 from embedq_worker.inference.serving import EngineSet
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
@@ -149,13 +148,8 @@ def _engine(settings: WorkerSettings, model: Model | None) -> Iterator[Check]:
     opened: list[EngineSet] = []
 
     def engine() -> Finding:
-        placement = choose_placement(settings)
-        claim = claim_device(settings, placement)
-        engines = open_placed(settings, placement, model)
+        engines, placement = open_once(settings, model)
         opened.append(engines)
-        engines.close()
-        if claim is not None:
-            claim.release()
         used = engines.standard.engine
         shown = f"{used.name} on {used.device}, {used.precision}"
         return f"{shown}. {placement.reason}", Level.OK, ""
@@ -183,8 +177,8 @@ def _int8(settings: WorkerSettings, model: Model) -> Finding:
 def _runtime(settings: WorkerSettings, engines: EngineSet) -> Iterator[Check]:
     standard = engines.standard
     details = {**standard.engine.details, "chosen": standard.why}
-    if standard.layout is not None:
-        details["layout"] = standard.layout.describe()
+    if standard.cpu_config is not None:
+        details["cpu"] = standard.cpu_config.describe()
     ignored = details.pop("ignored", "")
     shown = ", ".join(f"{name} {value}" for name, value in details.items())
     yield Check("runtime", Level.OK, shown, 0.0)

@@ -40,9 +40,10 @@ def warm(as_json: bool, probe: int, **options: str | None) -> None:
     began = time.monotonic()
     code = exit_codes.OK
     try:
-        model, engine = opener.warm(settings, npu_only=bool(probe))
+        engines, _ = opener.open_once(settings, npu_only=bool(probe))
+        engine = engines.standard.engine
         shown = {
-            "model": model.label,
+            "model": engines.model_info.label,
             "engine": engine.name,
             "device": str(engine.device),
             "precision": str(engine.precision),

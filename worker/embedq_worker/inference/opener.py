@@ -15,11 +15,10 @@ from typing import Final
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Accuracy, Device, Precision
-from embedq.protocol.worker import ModelInfo
 from embedq.testing import stub_vectors
 from embedq_worker.device.discovery import verify_opened
 from embedq_worker.device.placement import DeviceLock, Placement, acquire, choose_placement
-from embedq_worker.engines.base import AnyTokenizer, Engine
+from embedq_worker.engines.base import AnyTokenizer
 from embedq_worker.engines.factory import open_engine
 from embedq_worker.engines.model_cache import QuantizedModel, QuantizedModelStore
 from embedq_worker.engines.stub import (
@@ -47,7 +46,6 @@ from embedq_worker.inference.selection import (
 from embedq_worker.inference.selftest import GOLDEN
 from embedq_worker.inference.serving import EngineSet, VerifiedEngine
 from embedq_worker.inference.verifier import EngineVerifier, ShadowCheck
-from embedq_worker.model import resolve
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import DeviceChoice, EngineChoice, PrecisionChoice, WorkerSettings
 
@@ -73,7 +71,7 @@ class EngineOpener:
         self._settings = settings
         self._model = model
         self.verifier = EngineVerifier(settings, model)
-        self._layout = CpuConfig.from_settings(settings)
+        self._cpu_config = CpuConfig.from_settings(settings)
 
     def open_npu(self) -> VerifiedEngine:
         """Open the NPU, or an emulated NPU, with a canary in every batch.
@@ -115,12 +113,12 @@ class EngineOpener:
         measure = functools.partial(self._measure, accuracy)
         chosen, why = choose(found, self._key(accuracy, found), cache, measure)
         log.info(
-            "engine_chosen accuracy=%s engine=%s precision=%s why=%s layout=%r",
+            "engine_chosen accuracy=%s engine=%s precision=%s why=%s cpu_config=%r",
             accuracy,
             chosen.engine,
             chosen.precision,
             why,
-            self._layout.describe(),
+            self._cpu_config.describe(),
         )
         fallbacks = [candidate for candidate in found if candidate != chosen]
         return self._open_first([chosen, *fallbacks], accuracy, why)
@@ -146,18 +144,18 @@ class EngineOpener:
         try:
             if importlib.util.find_spec("openvino") is None:
                 raise NotQuantized("Class int8 needs OpenVINO. Run: pip install 'embedq[npu]'")
-            layout = self._layout
+            config = self._cpu_config
             engine = open_engine(
                 "openvino",
                 self._model,
-                layout.cores,
+                config.cores,
                 Precision.INT8,
                 quantized.graph,
-                layout.streams,
+                config.streams,
             )
             why = f"quantized {quantized.name}"
             return self.verifier.verify(
-                engine, Accuracy.INT8, self.verifier.reference(), why, layout
+                engine, Accuracy.INT8, self.verifier.reference(), why, config
             )
         except NotQuantized:
             raise
@@ -189,11 +187,11 @@ class EngineOpener:
     def _open(self, candidate: Candidate, accuracy: Accuracy, why: str) -> VerifiedEngine:
         is_reference = candidate.engine is EngineChoice.ONNXRUNTIME
         reference = None if is_reference else self.verifier.reference()
-        layout = self._layout
+        config = self._cpu_config
         engine = open_engine(
-            candidate.engine, self._model, layout.cores, candidate.precision, streams=layout.streams
+            candidate.engine, self._model, config.cores, candidate.precision, streams=config.streams
         )
-        return self.verifier.verify(engine, accuracy, reference, why, layout)
+        return self.verifier.verify(engine, accuracy, reference, why, config)
 
     def _measure(self, accuracy: Accuracy, found: Sequence[Candidate]) -> Mapping[Candidate, float]:
         opened: dict[Candidate, VerifiedEngine] = {}
@@ -216,8 +214,8 @@ class EngineOpener:
             accuracy=str(accuracy),
             candidates=str([(str(one.engine), str(one.precision)) for one in found]),
             versions=engine_versions(),
-            cores=str(self._settings.cores()),
-            token_budget=str(self._settings.token_budget or DEFAULT_TOKEN_BUDGET),
+            cores=str(self._cpu_config.cores),
+            token_budget=str(self._cpu_config.token_budget),
         )
 
 
@@ -270,7 +268,7 @@ def _stub_tokenizer(path: Path | None) -> tuple[AnyTokenizer, bytes]:
 LOCK_TIMEOUT_S: Final = 10.0
 
 
-def open_serving(settings: WorkerSettings, model: resolve.Model | None) -> EngineSet:
+def open_serving(settings: WorkerSettings, model: Model | None) -> EngineSet:
     """Open and verify the engine for the device of the settings.
 
     Args:
@@ -313,7 +311,7 @@ def claim_device(settings: WorkerSettings, placement: Placement) -> DeviceLock |
 
 
 def open_placed(
-    settings: WorkerSettings, placement: Placement, model: resolve.Model | None = None
+    settings: WorkerSettings, placement: Placement, model: Model | None = None
 ) -> EngineSet:
     """Open and verify the engine on the device of a placement, and on no other.
 
@@ -343,11 +341,16 @@ def open_placed(
     return opened
 
 
-def warm(settings: WorkerSettings, *, npu_only: bool) -> tuple[ModelInfo, Engine]:
-    """Open and verify the engine once, so that its compiled model is cached, and close it.
+def open_once(
+    settings: WorkerSettings, model: Model | None = None, *, npu_only: bool = False
+) -> tuple[EngineSet, Placement]:
+    """Choose and lock the device, open and verify the engine, and close both again.
+
+    Its compiled model is then cached. What was closed still has its details and its report.
 
     Args:
         settings: worker's settings.
+        model: model to open; None = the model of the settings.
         npu_only: fail instead of opening the CPU.
 
     Raises:
@@ -359,9 +362,9 @@ def warm(settings: WorkerSettings, *, npu_only: bool) -> tuple[ModelInfo, Engine
         raise NoDevice(placement.reason)
     lock = claim_device(settings, placement)
     try:
-        opened = open_placed(settings, placement)
-        opened.close()
-        return opened.model_info, opened.standard.engine
+        engines = open_placed(settings, placement, model)
+        engines.close()
+        return engines, placement
     finally:
         if lock is not None:
             lock.release()

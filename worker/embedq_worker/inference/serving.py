@@ -28,14 +28,14 @@ class VerifiedEngine:
         embedder: embedder that uses the engine.
         report: result of the self-test.
         why: how the engine was chosen, in one word.
-        layout: how the engine uses the cores; None for a device that decides itself.
+        cpu_config: how the engine uses the cores; None for a device that decides itself.
     """
 
     engine: Engine
     embedder: Embedder
     report: Report
     why: str
-    layout: CpuConfig | None = None
+    cpu_config: CpuConfig | None = None
 
     def is_exact(self) -> bool:
         """Say whether this engine may also serve class ``exact``."""

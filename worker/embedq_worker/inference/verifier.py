@@ -106,7 +106,7 @@ class EngineVerifier:
         accuracy: Accuracy,
         reference: Vectors | None,
         why: str,
-        layout: CpuConfig | None = None,
+        cpu_config: CpuConfig | None = None,
     ) -> VerifiedEngine:
         """Run the self-test on an engine, and close the engine if it fails.
 
@@ -115,16 +115,16 @@ class EngineVerifier:
             accuracy: accuracy class that it is to serve.
             reference: reference vectors; None for the engine that is the reference.
             why: how the engine was chosen, in one word.
-            layout: how the engine uses the cores; None for a device that decides itself.
+            cpu_config: how the engine uses the cores; None for a device that decides itself.
 
         Raises:
             EngineError: the self-test failed.
         """
-        budget = layout.token_budget if layout else self._settings.token_budget
+        budget = cpu_config.token_budget if cpu_config else self._settings.token_budget
         budget = budget or DEFAULT_TOKEN_BUDGET
         embedder = Embedder(self.tokenizer, engine, token_budget=budget)
         report = selftest.run(embedder, self._model, reference, accuracy)
-        verified = VerifiedEngine(engine, embedder, report, why, layout)
+        verified = VerifiedEngine(engine, embedder, report, why, cpu_config)
         log.info(
             "selftest passed=%s engine=%s device=%s precision=%s min_cosine=%.6f "
             "max_deviation=%.1e inversions=%d seconds=%.2f",
