@@ -55,9 +55,9 @@ class Task:
     def batches(self) -> tuple[int, set[int]]:
         """Return the number of batches, and the indices of those that contain a poisoned text."""
         limits = {"max_texts": BATCH_TEXTS, "max_tokens": 30_000, "max_length": 256}
-        slices = list(split(self.texts, **limits))
-        ends = [piece.start + len(piece) for piece in slices]
-        return len(slices), {bisect_right(ends, row) for row in self.poisoned}
+        text_batches = list(split(self.texts, **limits))
+        ends = [text_batch.start + len(text_batch) for text_batch in text_batches]
+        return len(text_batches), {bisect_right(ends, row) for row in self.poisoned}
 
     def row_id(self, row: int) -> str:
         """Return the id of a document."""

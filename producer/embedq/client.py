@@ -200,11 +200,11 @@ class Client:
         if isinstance(texts, bytes | bytearray):
             raise ContractError("encode() got bytes, expected text. Decode them first.")
         spec = self.spec(prompt_name=prompt_name, prompt=prompt, on_long=on_long, accuracy=accuracy)
-        slices = self.split([texts] if isinstance(texts, str) else texts, spec)
+        text_batches = self.split([texts] if isinstance(texts, str) else texts, spec)
         failures: dict[int, str] = {}
         planned = len(texts) if isinstance(texts, Sized) and not isinstance(texts, str) else None
         rows = VectorBuffer(spec, planned)
-        job = self.job(slices, spec, strict=strict, planned=planned)
+        job = self.job(text_batches, spec, strict=strict, planned=planned)
         for batch in job.batches(timeout_s=timeout_s):
             if batch.failure:
                 raise BatchFailed(*batch.failure)
@@ -308,7 +308,7 @@ class Client:
 
     def job(
         self,
-        slices: Iterable[TextBatch],
+        text_batches: Iterable[TextBatch],
         spec: VectorSpec,
         *,
         ordered: bool = True,
@@ -321,7 +321,7 @@ class Client:
         """Create a job for batches; reading its `batches()` runs it.
 
         Args:
-            slices: batches of texts.
+            text_batches: batches of texts.
             spec: vector specification.
             ordered: yield batches in order; otherwise as they complete.
             label: shown to operators.
@@ -356,7 +356,7 @@ class Client:
         )
         return Job(
             context,
-            slices,
+            text_batches,
             window=lambda: max(1, self.window() - spare),
             refusable=refusable,
             planned=planned,

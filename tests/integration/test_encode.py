@@ -118,8 +118,8 @@ def test_wait_publishes_a_batch_whose_publish_failed(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [f"text {i}" for i in range(30)]
-    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
-    job = client.job(slices, client.spec())
+    text_batches = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(3)]
+    job = client.job(text_batches, client.spec())
     publish = Publisher.publish
 
     def fail(publisher: Publisher, batch: EmbedBatch, *others: Any) -> None:
@@ -145,12 +145,12 @@ def test_job_survives_an_emptied_redis_with_an_earlier_clock(
     """Ids of stream entries are times of Redis; those of an emptied one may start earlier."""
     monkeypatch.setattr("embedq.jobs.recovery.RECONCILE_EVERY_S", 0.1)
     texts = [f"text {i}" for i in range(20)]
-    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
+    text_batches = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(2)]
     with (
         Client(settings=shared_redis.settings(max_in_flight=1)) as client,
         shared_redis.open() as redis,
     ):
-        job = client.job(slices, client.spec())
+        job = client.job(text_batches, client.spec())
         batches = job.batches(timeout_s=20)
         job.start()
         stream = f"embedq:{{{job.id}}}:commits"
@@ -213,8 +213,8 @@ def test_batch_returned_during_a_failed_publish_is_not_lost(
 ) -> None:
     """The publish of the next batch fails while one is returned; the next wait returns both."""
     texts = [f"text {i}" for i in range(400)]
-    slices = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
-    job = client.job(slices, client.spec())
+    text_batches = [TextBatch(at, 10 * at, texts[10 * at : 10 * at + 10], {}) for at in range(40)]
+    job = client.job(text_batches, client.spec())
     job.start()
     next_index, publish = job.progress().published, Publisher.publish
 

@@ -35,13 +35,13 @@ def test_results_need_little_more_memory_than_the_vectors(
     """Values and stream entries add at most 2 % to the vectors, and Redis at most 5 %."""
     texts = [f"text {i} {'word ' * (i % 50)}" for i in range(5_000)]
     spec = wide_client.spec()
-    slices = list(wide_client.split(texts, spec))
-    job = wide_client.job(slices, spec)
+    text_batches = list(wide_client.split(texts, spec))
+    job = wide_client.job(text_batches, spec)
     job.start()
     with shared_redis.open() as redis:
         prefix = f"embedq:{{{job.id}}}:"
         stream = f"{prefix}commits"
-        wait_for(lambda: redis.xlen(stream) == len(slices), "all commits")
+        wait_for(lambda: redis.xlen(stream) == len(text_batches), "all commits")
 
         values = list(redis.scan_iter(f"{prefix}v:*"))
         payload = sum(redis.strlen(key) for key in values)
@@ -52,7 +52,7 @@ def test_results_need_little_more_memory_than_the_vectors(
         occupied = sum(redis.memory_usage(key, samples=0) for key in redis.scan_iter(f"{prefix}*"))
         job.cancel()
 
-    print(f"{len(slices)} batches, {len(values)} values: ", end="")
+    print(f"{len(text_batches)} batches, {len(values)} values: ", end="")
     print(f"{payload + entries} bytes, {occupied} occupied, {len(texts) * RAW_BYTES} raw")
     assert payload + entries <= 1.02 * RAW_BYTES * len(texts)
     assert occupied <= 1.05 * RAW_BYTES * len(texts)
@@ -103,11 +103,13 @@ def test_damaged_and_lost_vectors_are_computed_again(
     """With `at_once` the batch is committed again before `publish` returns."""
     texts = [f"text {i}" for i in range(600)]
     spec = wide_client.spec()
-    slices = list(wide_client.split(texts, spec))
-    job = wide_client.job(slices, spec)
+    text_batches = list(wide_client.split(texts, spec))
+    job = wide_client.job(text_batches, spec)
     job.start()
     with shared_redis.open() as redis:
-        wait_for(lambda: redis.xlen(f"embedq:{{{job.id}}}:commits") == len(slices), "all commits")
+        wait_for(
+            lambda: redis.xlen(f"embedq:{{{job.id}}}:commits") == len(text_batches), "all commits"
+        )
         first, second = sorted(redis.scan_iter(f"embedq:{{{job.id}}}:v:*"))[:2]
         redis.setrange(first, 1000, b"\xff")
         redis.delete(second)

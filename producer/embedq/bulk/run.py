@@ -55,13 +55,13 @@ class InputBatch:
     """A batch of texts with the documents that they come from.
 
     Attributes:
-        slice: the texts.
+        text_batch: its texts.
         documents: the documents; a refused text is replaced by a placeholder.
         hashes: hash of each text; empty for a refused text.
         digest: hash over all documents up to the end of this batch.
     """
 
-    slice: TextBatch
+    text_batch: TextBatch
     documents: list[Document]
     hashes: list[str]
     digest: str
@@ -167,7 +167,7 @@ class EmbedRun:
         manifest.save(self._path)
         unsaved, saved_at = 0, time.monotonic()
         for result in job.batches():
-            batch = self._in_flight.pop(result.slice.index)
+            batch = self._in_flight.pop(result.text_batch.index)
             self._write(writer, manifest, batch, result)
             unsaved += 1
             if unsaved >= per_checkpoint or time.monotonic() - saved_at > CHECKPOINT_EVERY_S:
@@ -209,7 +209,7 @@ class EmbedRun:
         n_done = manifest.batches
         last = -1
         for batch in self._input_batches(spec):
-            last = batch.slice.index
+            last = batch.text_batch.index
             if last < n_done:
                 if last == n_done - 1 and batch.digest != manifest.digest:
                     raise _changed(manifest)
@@ -217,14 +217,14 @@ class EmbedRun:
             if self._progress.started is None:
                 self._progress.started = time.monotonic()
             self._in_flight[last] = batch
-            yield batch.slice
+            yield batch.text_batch
         if last + 1 < n_done:
             raise _changed(manifest)
 
     def _require_unchanged(self, manifest: Manifest, spec: VectorSpec) -> None:
         rows, digest = 0, ""
         for batch in self._input_batches(spec):
-            rows, digest = rows + len(batch.slice), batch.digest
+            rows, digest = rows + len(batch.text_batch), batch.digest
         if (rows, digest) != (manifest.rows, manifest.digest):
             raise InputChanged(
                 f"{self._request.output} is complete, but its input has changed: it has {rows:,} "
@@ -251,10 +251,10 @@ class EmbedRun:
                 self._devices[device] += n
         counts["truncated"] += outcomes.count_flag(TRUNCATED)
         counts["rerouted"] += outcomes.count_flag(REROUTED)
-        rows, tokens = len(batch.slice), int(outcomes.n_tokens.sum())
+        rows, tokens = len(batch.text_batch), int(outcomes.n_tokens.sum())
         manifest.rows += rows
         manifest.tokens += tokens
-        manifest.batches, manifest.digest = batch.slice.index + 1, batch.digest
+        manifest.batches, manifest.digest = batch.text_batch.index + 1, batch.digest
         progress.texts += rows
         progress.tokens += tokens
         progress.truncated, progress.failed = counts["truncated"], counts["failed"]

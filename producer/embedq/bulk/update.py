@@ -256,7 +256,7 @@ class UpdateRun:
                     yield document
                 else:
                     self._counts["kept"] += 1
-            self._input_end = (batch.slice.index + 1, batch.digest)
+            self._input_end = (batch.text_batch.index + 1, batch.digest)
 
     def _merge(
         self, manifest: Manifest, old: writers.Unpacked, plan: BinaryIO, delta: RunSummary, dim: int

@@ -117,13 +117,13 @@ class BatchResult:
     """A batch with its vectors.
 
     Attributes:
-        slice: its texts.
+        text_batch: its texts.
         vectors: float32 or float16 [n, D]; NaN for a failed text.
         outcomes: one per text.
         failure: (code, detail) if the worker refused the whole batch.
     """
 
-    slice: TextBatch
+    text_batch: TextBatch
     vectors: Vectors
     outcomes: OutcomeTable
     failure: tuple[str, str] | None = None
@@ -132,7 +132,7 @@ class BatchResult:
         """Return position in the job -> code, for each text without a vector."""
         if not self.outcomes.count_failed():
             return {}
-        outcomes = enumerate(self.outcomes, self.slice.start)
+        outcomes = enumerate(self.outcomes, self.text_batch.start)
         return {position: o.code for position, o in outcomes if o.status is not Status.OK}
 
 
@@ -180,12 +180,12 @@ class Embedding:
 
 
 def decode_result(
-    piece: TextBatch, values: Sequence[bytes | None], spec: VectorSpec, fingerprint: bytes
+    text_batch: TextBatch, values: Sequence[bytes | None], spec: VectorSpec, fingerprint: bytes
 ) -> BatchResult:
     """Decode and join the values of a committed batch.
 
     Args:
-        piece: texts of the batch.
+        text_batch: texts of the batch.
         values: values from Redis; None for a missing one.
         spec: spec of the job.
         fingerprint: fingerprint of the spec.
@@ -197,7 +197,7 @@ def decode_result(
         raise CorruptValue("The vectors of a committed batch are missing in Redis.")
     parts = [decode(value, fingerprint) for value in values if value is not None]
     if parts[0].failure:
-        return _failed(piece, parts[0].failure, spec)
+        return _failed(text_batch, parts[0].failure, spec)
     row = (spec.dim, np.dtype(NUMPY_DTYPES[spec.dtype]))
     if any((part.vectors.shape[1], part.vectors.dtype) != row for part in parts):
         raise CorruptValue(
@@ -205,19 +205,19 @@ def decode_result(
         )
     vectors = np.concatenate([part.vectors for part in parts])
     outcomes = OutcomeTable.concatenate([part.outcomes for part in parts])
-    if len(vectors) != len(piece):
-        raise CorruptValue(f"A batch has {len(vectors)} rows, expected {len(piece)}.")
+    if len(vectors) != len(text_batch):
+        raise CorruptValue(f"A batch has {len(vectors)} rows, expected {len(text_batch)}.")
     ok = np.array([kind[0] == Status.OK for kind in outcomes.kinds], bool)[outcomes.kind]
     if (ok & ~np.isfinite(vectors).all(axis=1)).any():
         raise CorruptValue("A batch has vectors that are not finite.")
-    return BatchResult(piece, vectors, outcomes)
+    return BatchResult(text_batch, vectors, outcomes)
 
 
-def _failed(piece: TextBatch, failure: tuple[str, str], spec: VectorSpec) -> BatchResult:
+def _failed(text_batch: TextBatch, failure: tuple[str, str], spec: VectorSpec) -> BatchResult:
     outcome = Outcome(status=Status.FAILED, code=failure[0])
-    outcomes = OutcomeTable.from_outcomes([outcome] * len(piece))
-    vectors: Vectors = np.full((len(piece), spec.dim), np.nan, NUMPY_DTYPES[spec.dtype])
-    return BatchResult(piece, vectors, outcomes, failure)
+    outcomes = OutcomeTable.from_outcomes([outcome] * len(text_batch))
+    vectors: Vectors = np.full((len(text_batch), spec.dim), np.nan, NUMPY_DTYPES[spec.dtype])
+    return BatchResult(text_batch, vectors, outcomes, failure)
 
 
 @dataclass(frozen=True, slots=True)

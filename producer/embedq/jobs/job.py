@@ -61,7 +61,9 @@ class Collector:
         if waiting is not None:
             values = context.redis.call(lambda: context.ledger.fetch_values(commit))
             try:
-                finished = decode_result(waiting.slice, values, context.spec, context.fingerprint)
+                finished = decode_result(
+                    waiting.text_batch, values, context.spec, context.fingerprint
+                )
             except CorruptValue as error:
                 self._recompute(commit, waiting, error)
                 return
@@ -81,7 +83,7 @@ class Collector:
         context.redis.on_wait(f"Batch {commit.index} is computed again: {error}")
         context.open()  # in case Redis lost the whole job
         context.redis.call(lambda: context.ledger.invalidate(commit))
-        self._sender.publish(waiting.slice, waiting.recomputes)
+        self._sender.publish(waiting.text_batch, waiting.recomputes)
 
 
 class Job:
@@ -90,7 +92,7 @@ class Job:
     def __init__(
         self,
         context: JobContext,
-        slices: Iterable[TextBatch],
+        text_batches: Iterable[TextBatch],
         *,
         window: Callable[[], int],
         refusable: bool = True,
@@ -100,7 +102,7 @@ class Job:
 
         Args:
             context: connections and options.
-            slices: batches with consecutive indices from any first one, pulled as fast as the
+            text_batches: batches with consecutive indices from any first one, pulled as fast as the
                 window allows.
             window: returns the maximum number of batches in flight.
             refusable: a Redis that is nearly full refuses the job; otherwise the job waits.
@@ -110,7 +112,9 @@ class Job:
         self._context = context
         self._refusable = refusable
         self._state = context.state
-        self._sender = BatchSender(self._context, iter(slices), window=window, planned=planned)
+        self._sender = BatchSender(
+            self._context, iter(text_batches), window=window, planned=planned
+        )
         self._collector = Collector(self._context, self._sender)
         self._recovery = LostBatchRecovery(self._context, self._sender)
         self._buffered: deque[BatchResult] = deque()
@@ -167,8 +171,8 @@ class Job:
         Args, Raises: as `batches`.
         """
         for batch in self.batches(timeout_s=timeout_s):
-            for row in range(len(batch.slice)):
-                position = batch.slice.start + row
+            for row in range(len(batch.text_batch)):
+                position = batch.text_batch.start + row
                 yield Embedding(position, batch.vectors[row], batch.outcomes[row])
 
     def wait(self, timeout_s: float | None = None) -> JobProgress:

@@ -60,11 +60,11 @@ class LostBatchRecovery:
         waiting.missing_since = waiting.missing_since or now
         if now - waiting.missing_since < RECONCILE_EVERY_S:
             return
-        index = waiting.slice.index
+        index = waiting.text_batch.index
         if context.redis.call(lambda: context.ledger.has_readable_commit(index)):
             return  # the collector will read its commit
         context.redis.on_wait(f"Batch {index} was lost in Redis; it is published again.")
-        self._sender.publish(waiting.slice, waiting.recomputes)
+        self._sender.publish(waiting.text_batch, waiting.recomputes)
 
     def _is_missing(self, waiting: InFlightBatch, snapshot: QueueSnapshot) -> bool:
         if not snapshot.settled or waiting.task_id in snapshot.unacked:
@@ -83,4 +83,4 @@ class LostBatchRecovery:
         )
         context.open()
         for waiting in list(context.state.outstanding.values()):
-            self._sender.publish(waiting.slice, waiting.recomputes)
+            self._sender.publish(waiting.text_batch, waiting.recomputes)

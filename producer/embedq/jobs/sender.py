@@ -109,13 +109,13 @@ class BatchSender:
     def __init__(
         self,
         context: JobContext,
-        slices: Iterator[TextBatch],
+        text_batches: Iterator[TextBatch],
         *,
         window: Callable[[], int],
         planned: int | None,
     ) -> None:
         self._context = context
-        self._slices = slices
+        self._text_batches = text_batches
         self._window = window
         self._planned = planned
         self._backpressure = MemoryBackpressure(
@@ -145,20 +145,22 @@ class BatchSender:
                 self._send(batch)
         self._report_progress(at_once=state.exhausted and not exhausted)
 
-    def publish(self, piece: TextBatch, recomputes: int = 0) -> None:
+    def publish(self, text_batch: TextBatch, recomputes: int = 0) -> None:
         """Publish one batch, or publish it again.
 
         Raises:
             QueueUnavailable: Redis is unavailable.
         """
-        self._send(self._note(piece, recomputes))
+        self._send(self._note(text_batch, recomputes))
 
-    def _note(self, piece: TextBatch, recomputes: int = 0) -> EmbedBatch:
+    def _note(self, text_batch: TextBatch, recomputes: int = 0) -> EmbedBatch:
         # Noted before it is published: after a failed publish, recovery finds it to be missing.
         context = self._context
-        batch = EmbedBatch(context.id, piece.index, piece.texts, context.spec, piece.refused)
-        waiting = InFlightBatch(piece, batch.task_id, time.time(), recomputes)
-        context.state.outstanding[piece.index] = waiting
+        batch = EmbedBatch(
+            context.id, text_batch.index, text_batch.texts, context.spec, text_batch.refused
+        )
+        waiting = InFlightBatch(text_batch, batch.task_id, time.time(), recomputes)
+        context.state.outstanding[text_batch.index] = waiting
         return batch
 
     def _send(self, batch: EmbedBatch) -> None:
@@ -179,20 +181,20 @@ class BatchSender:
     def _pull(self) -> EmbedBatch | None:
         state = self._context.state
         try:
-            piece = next(self._slices, None)
-            if piece is None:
+            text_batch = next(self._text_batches, None)
+            if text_batch is None:
                 state.exhausted = True
                 return None
-            if piece.index >= MAX_BATCHES:
+            if text_batch.index >= MAX_BATCHES:
                 raise BatchTooLarge(
                     f"The job has more than {MAX_BATCHES:,} batches. "
                     "Split the input into several jobs."
                 )
             if not state.published:
-                state.first = piece.index
+                state.first = text_batch.index
             state.published += 1
-            state.sent_texts += len(piece)
-            return self._note(piece)
+            state.sent_texts += len(text_batch)
+            return self._note(text_batch)
         except BaseException as error:  # includes Ctrl-C
             # The next call of next() would report the end of the generator, not its error.
             state.error = error

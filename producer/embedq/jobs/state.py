@@ -132,7 +132,7 @@ class InFlightBatch:
     """A batch without vectors yet.
 
     Attributes:
-        slice: its texts.
+        text_batch: its texts.
         task_id: id of its message.
         published: Unix time of its last publish, seconds.
         recomputes: how often its vectors were lost or damaged.
@@ -140,7 +140,7 @@ class InFlightBatch:
             last check found it.
     """
 
-    slice: TextBatch
+    text_batch: TextBatch
     task_id: str
     published: float
     recomputes: int = 0
@@ -202,14 +202,14 @@ class JobState:
 
     def push_back(self, finished: BatchResult) -> None:
         """Undo pop_ready for a batch that did not reach the caller."""
-        self.ready[finished.slice.index] = finished
+        self.ready[finished.text_batch.index] = finished
         self._count(finished, -1)
 
     def _count(self, finished: BatchResult, sign: int) -> None:
         failed = finished.outcomes.count_failed()
         truncated = finished.outcomes.count_flag(TRUNCATED)
         # Counted last, so that Ctrl-C rarely comes between two of these lines.
-        self.texts += sign * len(finished.slice)
+        self.texts += sign * len(finished.text_batch)
         self.failed += sign * failed
         self.truncated += sign * truncated
         self.yielded += sign

@@ -169,10 +169,10 @@ def test_duplicate_messages_are_committed_once(
 
     monkeypatch.setattr(client._publisher, "publish", three_times)
     spec = client.spec()
-    slices = list(client.split(TEXTS, spec))
-    batches = list(client.job(slices, spec).batches(timeout_s=20))
+    text_batches = list(client.split(TEXTS, spec))
+    batches = list(client.job(text_batches, spec).batches(timeout_s=20))
 
-    assert [batch.slice.index for batch in batches] == list(range(len(slices)))
+    assert [batch.text_batch.index for batch in batches] == list(range(len(text_batches)))
     assert np.array_equal(np.concatenate([b.vectors for b in batches]), stub_vectors(TEXTS))
     wait_until_acknowledged(shared_redis)
-    assert len(worker.lines("committed=yes")) == before + len(slices)
+    assert len(worker.lines("committed=yes")) == before + len(text_batches)

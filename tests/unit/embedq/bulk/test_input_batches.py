@@ -33,9 +33,11 @@ def test_batches_hold_all_documents_in_order(documents: list[Document]) -> None:
     ]
     for batch in found:
         for offset, document in enumerate(batch.documents):
-            refused = offset in batch.slice.refused
-            assert batch.slice.texts[offset] == ("" if refused else document.text)
-            assert batch.hashes[offset] == ("" if refused else text_hash(batch.slice.texts[offset]))
+            refused = offset in batch.text_batch.refused
+            assert batch.text_batch.texts[offset] == ("" if refused else document.text)
+            assert batch.hashes[offset] == (
+                "" if refused else text_hash(batch.text_batch.texts[offset])
+            )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_batch_is_returned_once_one_more_document_is_read() -> None:
     stream = iter_batches(
         documents(), lambda texts: split(texts, max_texts=8, max_tokens=999, max_length=9)
     )
-    returned = sum(len(next(stream).slice) for _ in range(10))
+    returned = sum(len(next(stream).text_batch) for _ in range(10))
 
     assert pulled == returned + 1
 

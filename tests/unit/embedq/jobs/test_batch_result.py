@@ -73,10 +73,10 @@ def encoded_rows_of_many_kinds(name: str) -> bytes:
 )
 def test_values_that_do_not_match_the_batch_are_corrupt(values: tuple[bytes | None, ...]) -> None:
     n = 400 if values and len(values[0] or b"") > 1000 else 4
-    piece = TextBatch(0, 0, ["text"] * n, {})
+    text_batch = TextBatch(0, 0, ["text"] * n, {})
 
     with pytest.raises(CorruptValue):
-        decode_result(piece, values, FLOAT32_SPEC, FLOAT32_SPEC.fingerprint())
+        decode_result(text_batch, values, FLOAT32_SPEC, FLOAT32_SPEC.fingerprint())
 
 
 def test_failed_text_may_have_a_nan_vector() -> None:
