@@ -101,6 +101,11 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
+def add_precisions(parser: argparse.ArgumentParser) -> None:
+    """Add the option whose value is for `by_precision`."""
+    parser.add_argument("--precisions", nargs="+", default=["f32", "bf16"], help="%(default)s")
+
+
 def by_precision(
     names: Sequence[str], measure: Callable[[Precision], list[str | float]]
 ) -> tuple[list[list[str | float]], list[str]]:

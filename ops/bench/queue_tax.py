@@ -14,7 +14,16 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from common import Table, by_precision, client_of, find_model, options, parse, report
+from common import (
+    Table,
+    add_precisions,
+    by_precision,
+    client_of,
+    find_model,
+    options,
+    parse,
+    report,
+)
 from corpus import CORPORA
 
 from embedq.local.fleet import LocalFleet
@@ -87,12 +96,7 @@ def main() -> None:
     parser = options("queue_tax", __doc__ or "", rounds=5)
     parser.add_argument("--texts", type=int, default=4096, help="texts per run (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        default=["f32", "bf16"],
-        help="%(default)s",
-    )
+    add_precisions(parser)
     args = parse(parser)
     texts = CORPORA[args.corpus](192 if args.quick else args.texts)
     model = find_model()

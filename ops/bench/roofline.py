@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 import openvino
-from common import Table, by_precision, find_model, in_turn, options, parse, ratio, report
+from common import (
+    Table,
+    add_precisions,
+    by_precision,
+    find_model,
+    in_turn,
+    options,
+    parse,
+    ratio,
+    report,
+)
 from corpus import CORPORA
 
 from embedq.protocol.contract import Precision
@@ -120,12 +130,7 @@ def main() -> None:
     parser = options("roofline", __doc__ or "", rounds=5)
     parser.add_argument("--texts", type=int, default=1024, help="texts per run (%(default)s)")
     parser.add_argument("--corpus", choices=CORPORA, default="docstrings", help="%(default)s")
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        default=["f32", "bf16"],
-        help="%(default)s",
-    )
+    add_precisions(parser)
     args = parse(parser)
     texts = CORPORA[args.corpus](64 if args.quick else args.texts)
     model = find_model()

@@ -225,4 +225,4 @@ def test_invalid_fields_of_the_attempt_log_are_ignored(ledger: Ledger, results: 
     others = {"0": 1, "0:x": 1, "0:5": "y", b"\xff": 1, "": 1, "0@p": "z"}
     results.hset("embedq:{job}:suspects", mapping=others)  # type: ignore[arg-type] # bytes as well
 
-    assert attempts.fetch(0) == TextAttempts(charges={4: 2})
+    assert attempts.fetch(0) == TextAttempts(points={4: 2})

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 EXIT_SETTINGS = 2
 
 
+def exit_code(error: BaseException, codes: Mapping[type[EmbedqError], int]) -> int:
+    """Return the code of the first class that matches an error, or 1."""
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
 def exit_with_error(
     program: str, error: EmbedqError, codes: Mapping[type[EmbedqError], int]
 ) -> NoReturn:
-    """Print an error and exit with the code of the first class that matches it, or 1."""
+    """Print an error and exit with its code; see exit_code."""
     click.echo(f"{program}: {error}", err=True)
-    sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
+    sys.exit(exit_code(error, codes))
 
 
 def exit_on_windows(program: str) -> None:

@@ -378,13 +378,13 @@ class TextAttempts:
 
     Attributes:
         started: process -> offset of the text that it started and did not end.
-        missed: process -> offset of an unfinished start that is already counted as a failure.
-        charges: offset -> points for failures.
+        unfinished: process -> offset of a start without an end that is counted as a failure.
+        points: offset -> points for failures.
     """
 
     started: dict[str, int] = field(default_factory=dict)
-    missed: dict[str, int] = field(default_factory=dict)
-    charges: dict[int, int] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+    points: dict[int, int] = field(default_factory=dict)
 
 
 class AttemptLog:
@@ -419,7 +419,7 @@ class AttemptLog:
     def fetch(self, index: int) -> TextAttempts:
         """Return the attempts of a batch."""
         attempts = TextAttempts()
-        kinds = {"@": attempts.started, "?": attempts.missed}
+        kinds = {"@": attempts.started, "?": attempts.unfinished}
         raws = cast(dict[bytes, bytes], self._redis.hgetall(self._key))
         for key, value in raws.items():
             name = key.decode(errors="replace").removeprefix(str(index))
@@ -427,7 +427,7 @@ class AttemptLog:
             if not value.isdigit():
                 continue  # not written by embedq
             if kind == ":" and rest.isdecimal():
-                attempts.charges[int(rest)] = int(value)
+                attempts.points[int(rest)] = int(value)
             elif kind in kinds:
                 kinds[kind][rest] = int(value)
         return attempts

@@ -14,7 +14,7 @@ from embedq_worker import exit_codes
 from embedq_worker.errors import DeviceError, EngineError, ModelError, NpuUnverified
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
-_CODES: dict[type[EmbedqError], int] = {
+EXIT_CODES: dict[type[EmbedqError], int] = {
     SettingsError: exit_codes.SETTINGS,
     InputError: exit_codes.SETTINGS,
     ModelError: exit_codes.MODEL,
@@ -61,11 +61,6 @@ def load(options: Mapping[str, str | int | bool | None]) -> WorkerSettings:
         fail(error)
 
 
-def exit_code(error: BaseException) -> int:
-    """Return the exit code for an error."""
-    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1)
-
-
 def fail(error: EmbedqError) -> NoReturn:
     """Print an error and exit with the code of its class."""
-    exit_with_error("embedq-worker", error, _CODES)
+    exit_with_error("embedq-worker", error, EXIT_CODES)

@@ -13,10 +13,10 @@ from typing import NoReturn
 
 import click
 
-from embedq.cli.common import exit_on_windows, print_settings
+from embedq.cli.common import exit_code, exit_on_windows, print_settings
 from embedq.errors import EmbedqError
 from embedq_worker import exit_codes, process
-from embedq_worker.cli.common import EPILOG, exit_code, export, fail, load, model_options
+from embedq_worker.cli.common import EPILOG, EXIT_CODES, export, fail, load, model_options
 from embedq_worker.cli.operations import check, degrade, devices, health, pause, recover, resume
 from embedq_worker.errors import FailureReason, describe
 from embedq_worker.settings import LogLevel, WorkerSettings
@@ -55,7 +55,7 @@ def warm(as_json: bool, probe: int, **options: str | None) -> None:
                 fail(error)
             raise
         word, reason = describe(error, FailureReason.INIT_FAILED)
-        shown, code = {"code": word, "reason": reason}, exit_code(error)
+        shown, code = {"code": word, "reason": reason}, exit_code(error, EXIT_CODES)
     if as_json:
         click.echo(json.dumps(shown))
     else:

@@ -109,7 +109,7 @@ class SupervisedProcess:
         )
 
     def _without_npu(self, code: int) -> None:
-        """Restart on the CPU once; a worker without an NPU, or a strict one, then exits."""
+        # Restarts once; a worker without an NPU, or a strict one, then exits.
         if self._npu_off:
             self.code = code
         self._npu_off, self._crashes, self.due_at = True, [], 0.0
@@ -130,7 +130,7 @@ def supervise(workers: list[SupervisedProcess]) -> int:
         for worker in workers:
             if worker.code is None and not worker.pid and worker.due_at <= time.monotonic():
                 worker.start()
-        for number in _wait(wakeup, workers):
+        for number in _wait_for_signals(wakeup, workers):
             if number in STOPS:
                 if not stopping:
                     deciding = [worker for worker in workers if worker.code is None]
@@ -152,8 +152,7 @@ def _stop(workers: list[SupervisedProcess], number: int) -> None:
         worker.send(number)
 
 
-def _wait(wakeup: int, workers: list[SupervisedProcess]) -> bytes:
-    """Sleep until a signal arrives or a restart is due; return the signals."""
+def _wait_for_signals(wakeup: int, workers: list[SupervisedProcess]) -> bytes:
     due = [worker.due_at for worker in workers if worker.code is None and not worker.pid]
     timeout_s = max(0.0, min(due) - time.monotonic()) if due else None
     ready, _, _ = select.select([wakeup], [], [], timeout_s)
@@ -161,7 +160,7 @@ def _wait(wakeup: int, workers: list[SupervisedProcess]) -> bytes:
 
 
 def _reap(workers: list[SupervisedProcess], stopping: bool) -> None:
-    """Reap every process that ended, including orphans that process 1 inherits."""
+    # Includes orphans, which process 1 of a container inherits.
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -175,7 +174,6 @@ def _reap(workers: list[SupervisedProcess], stopping: bool) -> None:
 
 
 def _signals_as_bytes() -> int:
-    """Write signals as bytes into a pipe; return its read end."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -185,7 +183,6 @@ def _signals_as_bytes() -> int:
 
 
 def _become_worker(supervisor: int) -> None:
-    """Reset signals and process group, and arrange to die with the supervisor."""
     signal.set_wakeup_fd(-1)
     for number in (*STOPS, signal.SIGCHLD, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -204,7 +201,6 @@ def _become_worker(supervisor: int) -> None:
 
 
 def _die_when_closed(reader: int, writer: int) -> None:
-    """Kill this process group when the supervisor's end of the pipe closes."""
     import threading  # imported here to keep the supervisor small
 
     def watch() -> None:
@@ -223,7 +219,7 @@ def _quietly(call: Callable[[int, int], None], pid: int, value: int) -> None:
 
 
 def _log(level: str, event: str) -> None:
-    """Log in the format of embedq_worker.process; importing logging would double this process."""
+    # In the format of embedq_worker.process; importing logging would double this process.
     now = time.time()
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
     os.write(2, f"{at},{int(now * 1000) % 1000:03d} {level} {os.getpid()} {event}\n".encode())

@@ -66,7 +66,7 @@ Embed = Callable[[EmbedBatch, bool], tuple[Vectors, OutcomeTable]]
 class Attempts(Protocol):
     """The attempts at each text of a batch, stored where a process that dies cannot lose them."""
 
-    def points(self) -> dict[int, int]:
+    def count_deaths(self) -> dict[int, int]:
         """Add points for the texts at which processes died, and return offset -> points."""
 
     def start(self, offset: int) -> None:
@@ -83,7 +83,7 @@ class Attempts(Protocol):
 
 
 class LedgerAttempts:
-    """Attempts in the results Redis."""
+    """Attempts in the results Redis; see Attempts for the methods."""
 
     def __init__(self, backend: ResultCommitter, batch: EmbedBatch, crashed: str | None) -> None:
         self._backend = backend
@@ -92,26 +92,23 @@ class LedgerAttempts:
         self._process = process_name(backend.settings.name, os.getpid())
         self._log = AttemptLog(backend.redis.client, batch.job)
 
-    def points(self) -> dict[int, int]:
-        """Add points for the texts at which processes died, and return offset -> points."""
+    def count_deaths(self) -> dict[int, int]:
         index, attempts, call = self._batch.index, self._log, self._backend.call
         found = call(lambda: attempts.fetch(index))
-        for process, offset in {**found.missed, **found.started}.items():
+        for process, offset in {**found.unfinished, **found.started}.items():
             if process == self._crashed:
-                self._add(found.charges, offset, OWN_POINTS)
+                self._add(found.points, offset, OWN_POINTS)
                 call(lambda o=offset, p=process: attempts.end(index, o, p, cleared=False))  # type: ignore[misc] # the defaults bind the loop variables
             elif process in found.started:
-                self._add(found.charges, offset, OUTSIDE_POINTS)
+                self._add(found.points, offset, OUTSIDE_POINTS)
                 call(lambda o=offset, p=process: attempts.mark_unfinished(index, o, p))  # type: ignore[misc] # as above
-        return found.charges
+        return found.points
 
     def start(self, offset: int) -> None:
-        """Record that a text is about to be computed."""
         index, process = self._batch.index, self._process
         self._backend.call(lambda: self._log.start(index, offset, process))
 
     def end(self, offset: int, *, cleared: bool) -> None:
-        """Record that the process survived a text; `cleared` if its vector was computed."""
         end, index, process = self._log.end, self._batch.index, self._process
         self._backend.call(lambda: end(index, offset, process, cleared=cleared))
 
@@ -120,12 +117,10 @@ class LedgerAttempts:
         points_of[offset] = points_of.get(offset, 0) + points
 
     def add_points(self, offset: int, points: int) -> None:
-        """Add points to a text."""
         index = self._batch.index
         self._backend.call(lambda: self._log.add_failure(index, offset, points))
 
     def dead_letter(self, offset: int, reason: str) -> None:
-        """Store a text among the dead letters."""
         batch = self._batch
         COUNTERS["set_aside"] += 1
         log.error("text_dead_lettered job=%s index=%d offset=%d", batch.job, batch.index, offset)
@@ -153,7 +148,7 @@ def embed_isolated(
         EngineError: the engine fails on the control text, so no text is to blame.
         DeviceFault: an NPU failed; whether a text is to blame is unknown.
     """
-    points_of = attempts.points()
+    points_of = attempts.count_deaths()
     vectors = np.full((len(batch.texts), batch.spec.dim), np.nan, np.float32)
     outcomes: list[Outcome] = []
     refused = dict(batch.refused)

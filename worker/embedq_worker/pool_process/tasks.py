@@ -55,7 +55,7 @@ def embed_batch(self: Any, body: object) -> dict[str, Any]:
         return {"refused": "malformed_message"}
     job, index = address
 
-    worker = _may_serve(self, body, job, index)
+    worker = _engines_or_requeue(self, body, job, index)
     verdict, tries = backend.start_attempt(job, index)
     if verdict is not Attempt.RUN:
         log.info("batch_skipped job=%s index=%d reason=%s", job, index, verdict)
@@ -131,8 +131,7 @@ class _Refused(Exception):
         self.code, self.detail = code, detail
 
 
-def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
-    """Return the engines, or reroute or requeue the batch if this process must not serve it."""
+def _engines_or_requeue(task: Any, body: object, job: str, index: int) -> EngineSet:
     queue = (task.request.delivery_info or {}).get("routing_key", "")
     worker = this_process().engines
     if worker is not None and may_answer(queue, worker.standard.engine.device):
@@ -146,7 +145,6 @@ def _may_serve(task: Any, body: object, job: str, index: int) -> EngineSet:
 
 
 def _engine_for(worker: EngineSet, spec: VectorSpec) -> VerifiedEngine:
-    """Return the engine of the job's accuracy class; raise _Refused if this worker has none."""
     if spec.quantized != (worker.model_info.quantized if spec.accuracy is Accuracy.INT8 else ""):
         raise _Refused(
             NotQuantized.code,
@@ -212,7 +210,6 @@ def _infer(
 
 
 def _decode(body: object, worker: EngineSet) -> EmbedBatch:
-    """Decode a batch; raise _Refused if it is malformed or for another model."""
     try:
         batch = EmbedBatch.from_message(body)
     except ContractError as error:

@@ -34,21 +34,21 @@ class Attempts:
     """Attempts in memory."""
 
     def __init__(self, points: dict[int, int] | None = None) -> None:
-        self.points_of = points or {}
+        self.points = points or {}
         self.dead_lettered: list[int] = []
 
-    def points(self) -> dict[int, int]:
-        return dict(self.points_of)
+    def count_deaths(self) -> dict[int, int]:
+        return dict(self.points)
 
     def start(self, offset: int) -> None:
         pass
 
     def end(self, offset: int, *, cleared: bool) -> None:
         if cleared:
-            self.points_of.pop(offset, None)
+            self.points.pop(offset, None)
 
     def add_points(self, offset: int, points: int) -> None:
-        self.points_of[offset] = self.points_of.get(offset, 0) + points
+        self.points[offset] = self.points.get(offset, 0) + points
 
     def dead_letter(self, offset: int, reason: str) -> None:
         self.dead_lettered.append(offset)
@@ -94,7 +94,7 @@ def test_no_text_is_charged_when_every_text_fails() -> None:
     with pytest.raises(EngineError):
         embed_isolated(BATCH, embed_function(lambda text: True), attempts)
 
-    assert attempts.points_of == {}
+    assert attempts.points == {}
     assert attempts.dead_lettered == []
 
 
@@ -103,7 +103,7 @@ def test_successful_text_is_cleared() -> None:
 
     vectors, _ = embed_isolated(BATCH, embed_function(lambda text: False), attempts)
 
-    assert attempts.points_of == {}
+    assert attempts.points == {}
     assert np.array_equal(vectors, stub_vectors(TEXTS))
 
 
