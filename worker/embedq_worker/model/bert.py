@@ -17,7 +17,8 @@ import numpy.typing as npt
 from onnx import helper
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, adapt_onnx, pool
+from embedq_worker.model.foreign_onnx import adapt_onnx
+from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, pool
 
 if TYPE_CHECKING:
     from embedq_worker.model.resolve import Model

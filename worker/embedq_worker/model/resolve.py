@@ -153,7 +153,7 @@ def load_model(folder: Path, label: str, digests: DigestCache) -> Model:
         dim = architecture["hidden_size"]
     else:
         # Imported here: onnx slows down a start, which the description of a BERT does not need.
-        from embedq_worker.model.onnx_graph import describe_onnx
+        from embedq_worker.model.foreign_onnx import describe_onnx
 
         dim, external = describe_onnx(weights)
     sums = [digests.of(path) for path in (weights, *external, folder / "tokenizer.json")]

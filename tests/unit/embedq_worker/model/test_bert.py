@@ -31,7 +31,7 @@ from embedq_worker.errors import CompileFailed, ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.inference.packing import build_padded
 from embedq_worker.model.bert import build_graph, load_tensors
-from embedq_worker.model.onnx_graph import adapt_onnx, describe_onnx
+from embedq_worker.model.foreign_onnx import adapt_onnx, describe_onnx
 from embedq_worker.model.resolve import Model, load_model
 
 #: Maximum difference of a component between two ways to compute the same vector in f32.
