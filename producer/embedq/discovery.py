@@ -16,7 +16,7 @@ from typing import TypeVar
 from redis.exceptions import RedisError
 
 from embedq.errors import NotQuantized, NoWorker, SettingsError, StrictUnavailable, did_you_mean
-from embedq.protocol.contract import Accuracy, Device, Dtype, OnLong, Queue, VectorSpec
+from embedq.protocol.contract import Accuracy, Device, Dtype, OnLong, Precision, Queue, VectorSpec
 from embedq.protocol.worker import ModelInfo, WorkerStatus
 from embedq.settings import ProducerSettings
 from embedq.store.connection import REDIS_HINT, RedisConnection
@@ -146,14 +146,20 @@ def resolve_spec(
         quantized: returns the name of the quantized model; called for class int8 only.
 
     Raises:
-        SettingsError: the prompt name, policy or accuracy class is unknown, or dtype is float16
-            and the model's vectors do not have unit length.
+        SettingsError: the prompt name, policy or accuracy class is unknown, dtype is float16 and
+            the model's vectors do not have unit length, or the class is exact and the model's
+            weights are not f32.
     """
     accuracy_class = _parse_option(Accuracy, "accuracy", accuracy, settings.accuracy)
     if settings.dtype is Dtype.FLOAT16 and not model_info.normalized:
         raise SettingsError(
             f"dtype=float16: vectors of {model_info.label} do not have unit length, so they may "
             "exceed the range of float16. Use float32."
+        )
+    if accuracy_class is Accuracy.EXACT and model_info.weights_precision != Precision.F32:
+        raise SettingsError(
+            f"accuracy=exact: {model_info.label} has {model_info.weights_precision} weights, so it "
+            "has no fp32 vectors. Use accuracy standard, or serve the model's f32 file."
         )
     return VectorSpec(
         model=model_info.identity,

@@ -75,7 +75,7 @@ LIBRARIES: dict[str, str] = {
     "openvino": "engines/openvino_runtime",
     "onnxruntime": "engines/onnxruntime",
     "tokenizers": "inference/tokenizer",
-    "onnx": "model/bert model/foreign_onnx model/onnx_graph",
+    "onnx": "model/bert model/foreign_onnx model/onnx_file model/onnx_graph",
     "nncf": "cli/quantize",
     "huggingface_hub": "model/sources",
     "pydantic": "settings",

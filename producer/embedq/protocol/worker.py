@@ -79,6 +79,8 @@ class ModelInfo:
         prompts: name of a prompt -> prefix of each text.
         default_prompt: name of the prompt if the caller chooses none; empty for no prompt.
         quantized: name of the quantized model for accuracy class ``int8``; empty for none.
+        weights_precision: how the model's file stores its weights: ``f32``, ``f16``, ``bf16`` or
+            ``int8``. Only ``f32`` serves class ``exact``.
     """
 
     label: str
@@ -90,6 +92,7 @@ class ModelInfo:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
     quantized: str = ""
+    weights_precision: str = "f32"
 
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> ModelInfo:

@@ -216,7 +216,8 @@ def _disk(folder: Path) -> Finding:
 def _describe(model: Model | None) -> str:
     if model is None:
         return "none (stub engine)"
+    source = f", weights {model.weights_precision}, output {model.output}" if model.output else ""
     return (
-        f"{model.label}, {model.dim} components, {model.max_length} tokens, checksums match, "
-        f"identity {model.identity[:12]}"
+        f"{model.label}, {model.dim} components, {model.max_length} tokens{source}, checksums "
+        f"match, identity {model.identity[:12]}"
     )

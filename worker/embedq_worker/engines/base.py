@@ -34,6 +34,8 @@ SIMD_WIDTH: Final = 16
 #: A larger one is a fault and stays visible.
 ROUNDING: Final = 1e-2
 
+_FROM_FINE_TO_COARSE: Final = (Precision.F32, Precision.F16, Precision.BF16, Precision.INT8)
+
 #: Inputs of the graph that differ between token batches; ``segments`` depends on the shape only.
 CHANGING: Final = ("input_ids", "position_ids", "segment_ids")
 
@@ -97,7 +99,7 @@ class Engine(Protocol):
     Attributes:
         name: runtime of the model: ``onnxruntime``, ``openvino`` or ``stub``.
         device: device that computes.
-        precision: arithmetic of the device.
+        precision: arithmetic of the device, or how the weights are stored if that is less precise.
         dim: components of a vector.
         concurrency: number of concurrent calls of ``infer`` that use the device fully.
         row_spec: shape of the token batches that ``infer`` accepts.
@@ -217,6 +219,11 @@ class TokenBatch:
     def n_texts(self) -> int:
         """Count the texts in the batch."""
         return int(np.count_nonzero(self.members >= 0))
+
+
+def coarser(computed: Precision, stored: Precision) -> Precision:
+    """Return the less precise of two: the arithmetic of a device, and how weights are stored."""
+    return max(computed, stored, key=_FROM_FINE_TO_COARSE.index)
 
 
 def round_up_to_simd(width: int) -> int:

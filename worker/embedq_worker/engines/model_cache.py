@@ -32,9 +32,9 @@ from embedq_worker.model.resolve import Model
 
 log = logging.getLogger(__name__)
 
-#: Version of the graph that model/bert.py builds. Raise it with every change there, so that models
+#: Version of the graphs that model/ builds. Raise it with every change there, so that models
 #: compiled from an older graph are not used. Here, because a start from the cache loads no onnx.
-GRAPH_VERSION: Final = 2
+GRAPH_VERSION: Final = 3
 
 #: File names in the folder of a compiled model.
 BLOB, META = "model.blob", "meta.json"

@@ -6,17 +6,21 @@ This engine is the fallback on every machine and the reference for the vectors o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from embedq.protocol.contract import Device, Precision
-from embedq_worker.engines.base import INPUTS, RowSpec, TokenBatch
+from embedq_worker.engines.base import INPUTS, RowSpec, TokenBatch, coarser
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.model.bert import build_graph
 from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
+
+#: Number of the type bfloat16 in ONNX (TensorProto.DataType).
+BFLOAT16: Final = 16
 
 
 class OnnxRuntimeEngine:
@@ -24,7 +28,6 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
     device = Device.CPU
-    precision = Precision.F32
     row_spec = RowSpec()
 
     def __init__(self, model: Model, threads: int, streams: int = 0) -> None:
@@ -40,6 +43,7 @@ class OnnxRuntimeEngine:
             CompileFailed: onnxruntime rejects the graph.
         """
         self.dim = model.dim
+        self.precision = coarser(Precision.F32, model.weights_precision)
         self.concurrency = min(streams or threads, threads)
         self.details: Mapping[str, str] = {"streams": str(self.concurrency)}
         graph = build_graph(model)
@@ -83,11 +87,19 @@ def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
     # Without the arena, batches of mixed shapes need more CPU time and more memory.
     options.enable_cpu_mem_arena = True
     options.log_severity_level = 3
-    values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in graph.weights.values()]
+    half = graph.bfloat16_weights()
     try:
+        values = [_value(weight, name in half) for name, weight in graph.weights.items()]
         options.add_external_initializers(list(graph.weights), values)
         return ort.InferenceSession(
             graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise CompileFailed(f"onnxruntime rejects {label}: {error}") from error
+
+
+def _value(weight: npt.NDArray[Any], is_bfloat16: bool) -> ort.OrtValue:
+    # numpy has no bfloat16, so the type of its bits must be named.
+    if is_bfloat16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight, BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(weight)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
+from embedq_worker.engines.base import RowSpec, TokenBatch, coarser, correct_rounding
 from embedq_worker.engines.infer_requests import OUTPUT
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.engines.openvino_runtime import CPU, Compiled, Runtime
@@ -51,7 +51,7 @@ class OpenVinoCpuEngine:
             CompileFailed: OpenVINO rejects the model, or this CPU does not support the precision.
         """
         self.dim = model.dim
-        self.precision = precision
+        self.precision = coarser(precision, model.weights_precision)
         self.row_spec = RowSpec.shared(model.max_length) if model.packable else RowSpec()
         streams = min(streams or threads, threads)
         self.concurrency = streams

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.device.discovery import OLDEST_DRIVER, build_date
 from embedq_worker.engines import openvino_runtime
-from embedq_worker.engines.base import RowSpec, TokenBatch, correct_rounding
+from embedq_worker.engines.base import RowSpec, TokenBatch, coarser, correct_rounding
 from embedq_worker.engines.compiler import CompiledModelLoader, shapes_of
 from embedq_worker.engines.infer_requests import Counters, PinnedRequest, RequestPool, request_count
 from embedq_worker.engines.openvino_runtime import Compiled, Runtime
@@ -97,7 +97,8 @@ class OpenVinoNpuEngine:
         self._normalize = model.normalize
         self._compiled = dict(compiled)
         first = next(iter(compiled.values()))
-        self.precision = precision_of(first.get("INFERENCE_PRECISION_HINT"))
+        computed = precision_of(first.get("INFERENCE_PRECISION_HINT"))
+        self.precision = coarser(computed, model.weights_precision)
         optimal = first.get("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         self.concurrency = request_count(optimal, settings.npu_requests)
         self._pools: dict[int, RequestPool] = {}

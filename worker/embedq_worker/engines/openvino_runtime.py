@@ -236,10 +236,13 @@ def pack_ir(model: Any) -> bytes:
 def _with_weights(model: Any, graph: OnnxModel) -> Any:
     # Constants that share memory replace the inputs that stand for weights: a protobuf message
     # with all weights opens more slowly and needs more memory.
+    half = graph.bfloat16_weights()
     for parameter in model.get_parameters():
         weight = graph.weights.get(parameter.friendly_name)
         if weight is None:
             continue
+        if parameter.friendly_name in half:  # numpy has no bfloat16
+            weight = ov.Tensor(weight, list(weight.shape), ov.Type.bf16)
         constant = ov.op.Constant(weight, shared_memory=True)
         ov.utils.replace_node(parameter, constant)
         model.remove_parameter(parameter)

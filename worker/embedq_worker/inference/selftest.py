@@ -62,6 +62,15 @@ MIN_COSINES: Final[Mapping[Accuracy, float]] = {
     Accuracy.INT8: 0.95,
 }
 
+#: The strictest class that an engine of each precision meets. Its vectors depend on the batch: with
+#: int8, one scale quantizes all texts of an inference.
+_STRICTEST: Final[Mapping[Precision, Accuracy]] = {
+    Precision.F32: Accuracy.EXACT,
+    Precision.F16: Accuracy.STANDARD,
+    Precision.BF16: Accuracy.STANDARD,
+    Precision.INT8: Accuracy.INT8,
+}
+
 #: Smallest difference of two cosines in the reference from which their order must be the same.
 RANK_MARGIN: Final = 0.02
 
@@ -120,7 +129,8 @@ def run(
         unit_length = model is None or model.normalize
         exact = embedder.engine.precision is Precision.F32
         tolerance = F32_TOLERANCE if exact else math.inf
-        reason = _failure(report, tolerance, MIN_COSINES[accuracy], unit_length)
+        limit = cosine_limit(accuracy, embedder.engine.precision)
+        reason = _failure(report, tolerance, limit, unit_length)
     except EmbedqError as error:
         reason = str(error)
     except Exception as error:
@@ -131,6 +141,11 @@ def run(
         reason=reason or f"{len(GOLDEN)} golden texts agree.",
         seconds=time.perf_counter() - began,
     )
+
+
+def cosine_limit(accuracy: Accuracy, precision: Precision) -> float:
+    """Return the smallest cosine to the reference for an engine of this precision."""
+    return min(MIN_COSINES[accuracy], MIN_COSINES[_STRICTEST[precision]])
 
 
 def embed_golden(embedder: Embedder, model: Model | None) -> Vectors:

@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from embedq.protocol.contract import Accuracy
+from embedq.protocol.contract import Accuracy, Precision
 from embedq.protocol.message import EmbedBatch
 from embedq.protocol.values import Vectors
 from embedq_worker.engines.base import Engine
@@ -29,7 +29,7 @@ from embedq_worker.files import read_private, replace_private
 from embedq_worker.inference import selftest
 from embedq_worker.inference.embedder import Embedder
 from embedq_worker.inference.selection import DEFAULT_TOKEN_BUDGET, CpuConfig
-from embedq_worker.inference.selftest import GOLDEN, MIN_COSINES
+from embedq_worker.inference.selftest import GOLDEN
 from embedq_worker.inference.serving import VerifiedEngine
 from embedq_worker.inference.tokenizer import Tokenizer
 from embedq_worker.model.resolve import Model
@@ -207,7 +207,8 @@ class ShadowCheck:
         lengths = float(np.linalg.norm(expected) * np.linalg.norm(vectors[row]))
         cosine = float(expected @ vectors[row]) / max(lengths, 1e-12)
         log.debug("shadow_checked job=%s index=%d cosine=%.6f", batch.job, batch.index, cosine)
-        minimum = MIN_COSINES[batch.spec.accuracy]
+        precision = self._reference.engine.precision if self._reference else Precision.F32
+        minimum = selftest.cosine_limit(batch.spec.accuracy, precision)
         if not cosine >= minimum:  # `not >=`, because NaN must fail
             raise InferFailed(
                 f"A text recomputed in fp32 has cosine {cosine:.5f} to the device's vector; the "

@@ -53,7 +53,7 @@ def build_graph(model: Model) -> OnnxModel:
         if model.packable:
             graph = _build_encoder(model)
         else:
-            graph = adapt_onnx(model.weights, model.pooling, model.normalize)
+            graph = adapt_onnx(model.weights, model.folder, model.pooling, model.normalize)
         _cache[model.identity] = graph
     return graph
 

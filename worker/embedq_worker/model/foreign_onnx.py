@@ -5,138 +5,315 @@ A foreign encoder supports one text per row: S is 1.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import onnx
-from onnx import TensorProto, compose, external_data_helper, shape_inference
+from onnx import TensorProto, compose
 
+from embedq.protocol.contract import Precision
 from embedq_worker.errors import ModelError
 from embedq_worker.model.config import load_json
-from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, interface, pool
-
-#: Oldest operator set that has the operators of `pool`.
-MIN_OPSET: Final = 11
+from embedq_worker.model.onnx_file import (
+    check_weights,
+    constants,
+    count_elements,
+    graph_inputs,
+    load_message,
+    map_weights,
+    nodes,
+    opset_of,
+    prune,
+    rank,
+    reading,
+    type_name,
+)
+from embedq_worker.model.onnx_graph import MIN_NORM, OnnxBuilder, OnnxModel, interface, pool
 
 #: Output of a model that pools by itself, as sentence-transformers and optimum name it.
 POOLED: Final = "sentence_embedding"
 
-_PREFIX = "model/"
+#: Outputs with a vector per token, as transformers, optimum and sentence-transformers name them.
+PER_TOKEN: Final = ("last_hidden_state", "token_embeddings")
+
+#: Outputs that are no sentence vectors even if their shape fits: those of a head, and BERT's
+#: transformed first token, which sentence-transformers does not use.
+_NO_VECTORS: Final = ("logits", "pooler_output")
+
+#: What embedq reads, for error messages.
+_SUPPORTED: Final = (
+    "embedq reads last_hidden_state or token_embeddings [B, T, hidden_size], or "
+    "sentence_embedding [B, D]. Export the encoder for feature extraction, without a head."
+)
+
+#: Minimum number of elements of a constant whose type counts as that of the weights.
+MIN_WEIGHTS: Final = 1024
+
+#: Operators of ONNX that compute with quantized values, besides QLinear*.
+_QUANTIZED: Final = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "MatMulInteger",
+        "ConvInteger",
+    }
+)
+
+#: Those of onnxruntime that do not begin with Q. Source: its ContribOperators.md.
+_QUANTIZED_CONTRIB: Final = (
+    "DequantizeBFP",
+    "DequantizeWithOrder",
+    "DynamicQuantize",
+    "GatherBlockQuantized",
+    "MatMulBnb4",
+    "MatMulFpQ4",
+    "MatMulInteger",
+    "MatMulNBits",
+)
+
+#: Element types of an input with numbers.
+_INPUT_TYPES: Final = (
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BOOL,
+)
+
+#: Values of model_type whose positions start after that of the padding token.
+_OFFSET_POSITIONS: Final = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+
+_PREFIX: Final = "model/"
 
 
-def adapt_onnx(path: Path, pooling: str, normalize: bool) -> OnnxModel:
-    """Give a foreign encoder the interface of this module.
+@dataclass(frozen=True, slots=True)
+class ForeignOnnx:
+    """What the file of a foreign encoder says about it.
 
-    An output with one vector per text is returned unchanged; one with a vector per token is pooled
-    and normalized.
+    Attributes:
+        output: name of the output that is served.
+        others: names of the outputs that are not.
+        pooled: the output has a vector per text; otherwise one per token.
+        size: number of components of these vectors.
+        precision: ``f32``, ``f16``, ``bf16``, or ``int8`` for 8 bits or fewer: how its weights are
+            stored or, if that is less precise, what its operators compute with.
+        files: files with its external weights.
+    """
+
+    output: str
+    others: tuple[str, ...]
+    pooled: bool
+    size: int
+    precision: Precision
+    files: tuple[Path, ...]
+
+
+def describe_onnx(path: Path, folder: Path) -> ForeignOnnx:
+    """Read the properties of a foreign encoder without its external weights.
+
+    Args:
+        path: the ONNX file.
+        folder: folder of the model, with config.json.
 
     Raises:
-        ModelError: the file is damaged, or has unsupported inputs or outputs.
+        ModelError: the file is damaged, or it is no encoder that embedq can serve.
     """
-    proto = _load(path, with_weights=True)
-    output = _output(proto, path)
-    name, rank, dim = output.name, _rank(output), _dim(output, path)
-    compose.add_prefix(proto, _PREFIX, inplace=True)
-    g = OnnxBuilder(_opset(proto, path))
-    _add_inputs(g, proto, path)
-    g.nodes.extend(proto.graph.node)
-    floats = g.op("Cast", _PREFIX + name, to=TensorProto.FLOAT)
-    if rank == 2:
-        g.reshape(floats, 0, 1, -1, out="vectors")  # [B, D] -> [B, 1, D]
-    else:
-        pool(g, floats, pooling, normalize)  # [B, T, D] -> [B, 1, D]
+    with reading(path):
+        proto = load_message(path)  # once: it may be 2 GB
+        _check_inputs(proto, path, folder)
+        output, pooled, size = _choose_output(proto, path, folder)
+        return ForeignOnnx(
+            output=output,
+            others=tuple(value.name for value in proto.graph.output if value.name != output),
+            pooled=pooled,
+            size=size,
+            precision=_precision(proto),
+            files=check_weights(proto, path),
+        )
+
+
+def adapt_onnx(path: Path, folder: Path, pooling: str, normalize: bool) -> OnnxModel:
+    """Give a foreign encoder the interface of onnx_graph.
+
+    Args:
+        path: the ONNX file.
+        folder: folder of the model, with config.json.
+        pooling: how an output with a vector per token is pooled.
+        normalize: scale vectors to unit length; vectors that the model pools stay as they are
+            otherwise.
+
+    Raises:
+        ModelError: as describe_onnx.
+    """
+    with reading(path):
+        proto = load_message(path)
+        _check_inputs(proto, path, folder)
+        output, pooled, size = _choose_output(proto, path, folder)
+        prune(proto, output)
+        weights = {_PREFIX + name: array for name, array in map_weights(proto, path).items()}
+        _rename(proto.graph)
+        g = OnnxBuilder(opset_of(proto))
+        _add_inputs(g, proto)
+        g.nodes.extend(proto.graph.node)
+        vectors = g.op("Cast", _PREFIX + output, to=TensorProto.FLOAT)
+        if pooled:
+            _serve_pooled(g, vectors, normalize)  # [B, D] -> [B, 1, D]
+        else:
+            pool(g, vectors, pooling, normalize)  # [B, T, D] -> [B, 1, D]
+        _replace_graph(proto, g, size)
+        return OnnxModel(proto, weights)
+
+
+def _rename(graph: onnx.GraphProto) -> None:
+    # onnx renames inner graphs before it knows the initializers that they refer to.
+    names = {tensor.name: _PREFIX + tensor.name for tensor in graph.initializer}
+    compose.add_prefix_graph(graph, _PREFIX, inplace=True, name_map=names)
+
+
+def _replace_graph(proto: onnx.ModelProto, g: OnnxBuilder, size: int) -> None:
     graph = proto.graph
     for field in (graph.node, graph.input, graph.output):
         del field[:]
-    inputs, outputs = interface(dim)
+    inputs, outputs = interface(size)
     graph.node.extend(g.nodes)
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.initializer.extend(g.initializers)
-    return OnnxModel(proto, {})
+    # Before version 4, weights had to be inputs.
+    proto.ir_version = max(proto.ir_version, 4)
 
 
-def describe_onnx(path: Path) -> tuple[int, list[Path]]:
-    """Read the properties of a foreign encoder without loading its external weights.
-
-    Returns:
-        The number of components of its vectors, and the files with its external weights.
-
-    Raises:
-        ModelError: the file is damaged, does not contain that number, or names a file outside its
-            folder.
-    """
-    proto = _load(path, with_weights=False)  # once: it may be 2 GB
-    dim = _dim(_output(proto, path), path)
-    # As onnx does when it loads external weights.
-    tensors = external_data_helper._get_all_tensors(proto)
-    outside = filter(external_data_helper.uses_external_data, tensors)
-    places = {external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}
-    for place in map(Path, places):
-        if place.is_absolute() or ".." in place.parts:
-            raise ModelError(f"{path} stores weights in {place}, outside its folder.")
-    return dim, [path.parent / place for place in sorted(places)]
+def _serve_pooled(g: OnnxBuilder, vectors: str, normalize: bool) -> None:
+    if normalize:
+        length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
+        vectors = g.op("Div", vectors, length)
+    g.reshape(vectors, 0, 1, -1, out="vectors")
 
 
-def _load(path: Path, *, with_weights: bool) -> onnx.ModelProto:
-    try:
-        proto = onnx.load(path, load_external_data=with_weights)
-        # Older exporters omit the shapes of outputs.
-        return proto if all(map(_rank, proto.graph.output)) else shape_inference.infer_shapes(proto)
-    except Exception as error:  # protobuf, onnx and the file system have their own classes
-        raise ModelError(f"{path} is not a readable ONNX model ({error}).") from error
+def _check_inputs(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
+    inputs = graph_inputs(proto)
+    names = [value.name for value in inputs]
+    for value in inputs:
+        _check_input(value, path)
+    for name in ("input_ids", "attention_mask"):
+        # Without a mask, the padding of a row would change the vectors of its text.
+        if name not in names:
+            raise ModelError(
+                f"{path}: the model has no input {name}; its inputs are {', '.join(names)}. "
+                "Export it with input_ids and attention_mask."
+            )
+    kind = (load_json(folder / "config.json", dict) or {}).get("model_type")
+    if "position_ids" in names and kind in _OFFSET_POSITIONS:
+        raise ModelError(
+            f"{path}: the model needs an input position_ids, and a {kind} counts them in its own "
+            "way. Export it without this input."
+        )
 
 
-def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto, path: Path) -> None:
-    weights = {tensor.name for tensor in proto.graph.initializer}
-    for value in proto.graph.input:
-        if value.name in weights:  # before IR 4, weights were listed as inputs too
-            continue
+def _check_input(value: onnx.ValueInfoProto, path: Path) -> None:
+    name, kind = value.name, value.type.tensor_type
+    if name.startswith("past_key_values"):
+        raise ModelError(
+            f"{path}: the model needs an input {name}, so it was exported to generate text. "
+            "Export it for feature extraction, without past keys and values."
+        )
+    if name not in ("input_ids", "attention_mask", "token_type_ids", "position_ids"):
+        raise ModelError(
+            f"{path}: the model needs an input {name}; embedq has input_ids, attention_mask, "
+            "token_type_ids and position_ids. Export it without this input."
+        )
+    if any(dim.dim_value for dim in kind.shape.dim):
+        raise ModelError(f"{path}: input {name} has fixed axes; export it with dynamic ones.")
+    if kind.HasField("shape") and len(kind.shape.dim) != 2:
+        raise ModelError(f"{path}: input {name} has {len(kind.shape.dim)} axes; embedq has [B, T].")
+    if kind.elem_type not in _INPUT_TYPES:
+        raise ModelError(
+            f"{path}: input {name} has type {type_name(kind.elem_type)}; embedq has numbers."
+        )
+
+
+def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto) -> None:
+    for value in graph_inputs(proto):
         name = value.name.removeprefix(_PREFIX)
-        if any(dim.dim_value for dim in value.type.tensor_type.shape.dim):
-            raise ModelError(f"{path}: input {name} has fixed axes; export it with dynamic ones.")
         if name == "attention_mask":
             source = g.op("Greater", "segment_ids", g.constant(0, "int64"))
         elif name == "token_type_ids":
             source = g.op("Mul", "segment_ids", g.constant(0, "int64"))
-        elif name in ("input_ids", "position_ids"):
-            source = name
         else:
-            raise ModelError(
-                f"{path}: the model needs an input {name}; embedq has input_ids, "
-                "attention_mask, token_type_ids and position_ids."
-            )
+            source = name
         g.op("Cast", source, out=value.name, to=value.type.tensor_type.elem_type)
 
 
-def _output(proto: onnx.ModelProto, path: Path) -> onnx.ValueInfoProto:
-    # The pooled output if there is one, otherwise vectors per token, otherwise any per text.
-    outputs: list[onnx.ValueInfoProto] = [
-        value for value in proto.graph.output if _rank(value) in (2, 3)
-    ]
-    if not outputs:
-        names = ", ".join(value.name for value in proto.graph.output)
-        raise ModelError(f"{path}: none of the outputs ({names}) is [B, T, D] or [B, D].")
-    return max(outputs, key=lambda v: (v.name == POOLED and _rank(v) == 2, _rank(v) == 3))
+def _choose_output(proto: onnx.ModelProto, path: Path, folder: Path) -> tuple[str, bool, int]:
+    # The pooled output if there is one, otherwise a known or the only output with vectors per
+    # token, otherwise the only one with vectors per text: name, pooled, number of components.
+    hidden = _hidden_size(folder)
+    outputs = {value.name: value for value in proto.graph.output}
+    for name, axes in ((POOLED, 2), *((name, 3) for name in PER_TOKEN)):
+        if name in outputs and rank(outputs[name]) == axes:
+            return name, axes == 2, _size(outputs[name], hidden, path, folder)
+    for axes in (3, 2):
+        fitting = [
+            name
+            for name, value in outputs.items()
+            if rank(value) == axes and _last_axis(value) == hidden and name not in _NO_VECTORS
+        ]
+        if hidden and len(fitting) == 1:
+            return fitting[0], axes == 2, hidden
+    shown = ", ".join(map(_describe_output, outputs.values())) or "none"
+    raise ModelError(f"{path} has no output that embedq can serve: {shown}. {_SUPPORTED}")
 
 
-def _rank(value: onnx.ValueInfoProto) -> int:
-    return len(value.type.tensor_type.shape.dim)
-
-
-def _dim(output: onnx.ValueInfoProto, path: Path) -> int:
-    size = int(output.type.tensor_type.shape.dim[-1].dim_value)
-    folder = path.parent.parent if path.parent.name == "onnx" else path.parent
-    size = size or (load_json(folder / "config.json", dict) or {}).get("hidden_size", 0)
-    if type(size) is not int or size < 1:
+def _size(output: onnx.ValueInfoProto, hidden: int, path: Path, folder: Path) -> int:
+    # A model may project what it pools, so only vectors per token must have the hidden size.
+    size = _last_axis(output)
+    if size and hidden and size != hidden and output.name != POOLED:
+        raise ModelError(
+            f"{path}: output {output.name} has {size} components, but {folder / 'config.json'} has "
+            f"hidden_size {hidden}. They belong to different models; fetch both again."
+        )
+    if not (size or hidden):
         raise ModelError(
             f"{path} and its config.json do not contain the number of components of a vector."
         )
-    return size
+    return size or hidden
 
 
-def _opset(proto: onnx.ModelProto, path: Path) -> int:
-    version = next((int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if version < MIN_OPSET:
-        raise ModelError(f"{path} has operator set {version}; export it with {MIN_OPSET} or newer.")
-    return version
+def _hidden_size(folder: Path) -> int:
+    # 0 if unknown. DistilBERT and T5 have their own names for it.
+    config = load_json(folder / "config.json", dict) or {}
+    sizes = (config.get(name) for name in ("hidden_size", "dim", "d_model"))
+    return next((size for size in sizes if type(size) is int and size > 0), 0)
+
+
+def _describe_output(value: onnx.ValueInfoProto) -> str:
+    axes = (dim.dim_param or str(dim.dim_value or "?") for dim in value.type.tensor_type.shape.dim)
+    return f"{value.name} [{', '.join(axes)}]"
+
+
+def _last_axis(value: onnx.ValueInfoProto) -> int:
+    return int(value.type.tensor_type.shape.dim[-1].dim_value)
+
+
+def _precision(proto: onnx.ModelProto) -> Precision:
+    types = {type_name(t.data_type) for t in constants(proto) if count_elements(t) >= MIN_WEIGHTS}
+    for node in nodes(proto):
+        if _is_quantized(node):
+            return Precision.INT8
+        if node.op_type == "Cast":
+            target = next((type_name(a.i) for a in node.attribute if a.name == "to"), "")
+            types |= {target} & {"FLOAT16", "BFLOAT16"}
+    if any(re.fullmatch("U?INT[248]|FLOAT[468].*", name) for name in types):
+        return Precision.INT8
+    if "BFLOAT16" in types:
+        return Precision.BF16
+    return Precision.F16 if "FLOAT16" in types else Precision.F32
+
+
+def _is_quantized(node: onnx.NodeProto) -> bool:
+    if node.domain == "com.microsoft":
+        return node.op_type.startswith(("Q", *_QUANTIZED_CONTRIB)) and node.op_type != "QuickGelu"
+    return node.op_type in _QUANTIZED or node.op_type.startswith("QLinear")

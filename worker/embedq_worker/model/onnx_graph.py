@@ -30,23 +30,33 @@ class OnnxModel:
     Attributes:
         proto: the message; its large constants are declared without data.
         weights: those constants by name. Outside the message they are not copied when it is
-            serialized and parsed, which makes a start faster and its memory peak lower.
+            serialized and parsed, which makes a start faster and its memory peak lower. Those of
+            bfloat16 are uint16, their bits.
     """
 
     proto: onnx.ModelProto
-    weights: Mapping[str, npt.NDArray[np.float32]]
+    weights: Mapping[str, npt.NDArray[Any]]
+
+    def bfloat16_weights(self) -> frozenset[str]:
+        """Return the names of the weights that are bfloat16."""
+        return frozenset(
+            tensor.name
+            for tensor in self.proto.graph.initializer
+            if tensor.name in self.weights and tensor.data_type == TensorProto.BFLOAT16
+        )
 
     def with_weights_as_inputs(self) -> bytes:
         """Serialize with each weight as an input of its name, which the caller replaces."""
         copied = onnx.ModelProto()
         copied.CopyFrom(self.proto)
         graph = copied.graph
-        inside = [tensor for tensor in graph.initializer if tensor.name not in self.weights]
+        tensors = list(graph.initializer)
         del graph.initializer[:]
-        graph.initializer.extend(inside)
+        graph.initializer.extend(t for t in tensors if t.name not in self.weights)
         graph.input.extend(
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, weight.shape)
-            for name, weight in self.weights.items()
+            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            for tensor in tensors
+            if tensor.name in self.weights
         )
         return bytes(copied.SerializeToString())
 
@@ -76,8 +86,7 @@ class OnnxBuilder:
             return name
         self.weights[name] = array
         tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
-        tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="weights")
+        declare_external(tensor)
         self.initializers.append(tensor)
         return name
 
@@ -96,6 +105,13 @@ class OnnxBuilder:
         graph = helper.make_graph(self.nodes, "embedq", inputs, outputs, self.initializers)
         imports = [helper.make_opsetid("", self.opset)]
         return OnnxModel(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
+
+
+def declare_external(tensor: TensorProto) -> None:
+    """Declare that the data of a constant is outside the message, in OnnxModel.weights."""
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    tensor.external_data.add(key="location", value="weights")
 
 
 def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:

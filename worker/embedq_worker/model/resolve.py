@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from embedq.protocol.contract import Precision
 from embedq.protocol.worker import ModelInfo
 from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
@@ -38,6 +39,9 @@ class Model(ModelConfig):
         weights: model.safetensors or model.onnx.
         architecture: values that shape a BERT encoder; empty for a foreign ONNX model.
         dim: number of components of a vector.
+        weights_precision: ``f32``, or ``f16``, ``bf16`` or ``int8`` (8 bits or fewer) of a foreign
+            ONNX model that stores its weights, or computes, less precisely.
+        output: name of the output of a foreign ONNX model that is served; otherwise empty.
         pinned: weights and tokenizer are those of the default model, whose vectors are published.
     """
 
@@ -47,6 +51,8 @@ class Model(ModelConfig):
     weights: Path
     architecture: Mapping[str, Any]
     dim: int
+    weights_precision: Precision
+    output: str
     pinned: bool
 
     @property
@@ -77,6 +83,7 @@ class Model(ModelConfig):
             normalized=self.normalize,
             prompts=dict(self.prompts),
             default_prompt=self.default_prompt,
+            weights_precision=str(self.weights_precision),
         )
 
 
@@ -148,14 +155,19 @@ def load_model(folder: Path, label: str, digests: DigestCache) -> Model:
             f"A JSON file in {folder} has unexpected content ({type(error).__name__}: {error}). "
             "Fetch the model again."
         ) from error
-    external: list[Path] = []
+    external: tuple[Path, ...] = ()
+    precision, output = Precision.F32, ""
     if is_bert:
         dim = architecture["hidden_size"]
     else:
         # Imported here: onnx slows down a start, which the description of a BERT does not need.
         from embedq_worker.model.foreign_onnx import describe_onnx
 
-        dim, external = describe_onnx(weights)
+        described = describe_onnx(weights, folder)
+        dim, external, output = described.size, described.files, described.output
+        precision = described.precision
+        if described.pooled and not (folder / "modules.json").is_file():
+            usage["normalize"] = False  # nothing asks for it
     sums = [digests.of(path) for path in (weights, *external, folder / "tokenizer.json")]
     return Model(
         folder=folder,
@@ -164,6 +176,8 @@ def load_model(folder: Path, label: str, digests: DigestCache) -> Model:
         weights=weights,
         architecture=architecture,
         dim=dim,
+        weights_precision=precision,
+        output=output,
         pinned=sums == list(PINNED.values()),
         **usage,
     )

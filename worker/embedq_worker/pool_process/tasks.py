@@ -10,7 +10,7 @@ from celery.exceptions import Reject
 
 from embedq.errors import ContractError
 from embedq.observability import tracing
-from embedq.protocol.contract import TASK_NAME, Accuracy, VectorSpec
+from embedq.protocol.contract import TASK_NAME, Accuracy, Precision, VectorSpec
 from embedq.protocol.message import EmbedBatch, Header
 from embedq.protocol.values import OutcomeTable, Vectors
 from embedq.store.ledger import Attempt
@@ -151,6 +151,13 @@ def _engine_for(worker: EngineSet, spec: VectorSpec) -> VerifiedEngine:
             f"The job asks for the quantized model {spec.quantized or '(none)'}; the worker has "
             f"{worker.model_info.quantized or 'none'}. Quantize once, copy the cache to each "
             "worker, restart the workers, and run the job again.",
+        )
+    stored = worker.model_info.weights_precision
+    if spec.accuracy is Accuracy.EXACT and stored != Precision.F32:
+        raise _Refused(
+            "not_exact",
+            f"The job asks for accuracy exact, but the weights of {worker.model_info.label} are "
+            f"{stored}. Use accuracy standard, or serve the model's f32 file.",
         )
     try:
         return worker.engine_for(spec.accuracy)

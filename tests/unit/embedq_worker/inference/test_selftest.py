@@ -46,6 +46,24 @@ def run(
         embedder.close()
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "precision", "limit"),
+    [
+        (Accuracy.EXACT, Precision.F32, 0.99999),
+        (Accuracy.STANDARD, Precision.F32, 0.999),
+        (Accuracy.EXACT, Precision.F16, 0.999),
+        (Accuracy.STANDARD, Precision.BF16, 0.999),
+        (Accuracy.STANDARD, Precision.INT8, 0.95),
+        (Accuracy.INT8, Precision.INT8, 0.95),
+    ],
+)
+def test_limit_is_that_of_the_class_or_of_the_precision(
+    accuracy: Accuracy, precision: Precision, limit: float
+) -> None:
+    # docs/quantization.md and docs/tuning.md name the limits.
+    assert selftest.cosine_limit(accuracy, precision) == limit
+
+
 def test_correct_engine_passes() -> None:
     report = run(StubEngine())
 

@@ -151,7 +151,7 @@ def test_real_tokenizer_truncates_at_256_tokens() -> None:
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_token_without_an_embedding_is_refused(tmp_path: Path, foreign: bool) -> None:
-    model = tiny_model(tmp_path, vocab_size=44)
+    model = tiny_model(tmp_path, vocab_size=44, **({"hidden_size": 8} if foreign else {}))
     if foreign:
         write_foreign(tmp_path)
         model.weights.unlink()

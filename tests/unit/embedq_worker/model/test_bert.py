@@ -288,7 +288,7 @@ def test_foreign_model_with_unknown_inputs_or_fixed_axes_is_refused(
     write_foreign(tmp_path, **options)
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
-        adapt_onnx(tmp_path / "onnx" / "model.onnx", "mean", True)
+        adapt_onnx(tmp_path / "onnx" / "model.onnx", tmp_path, "mean", True)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"not a packed model"])
@@ -320,8 +320,8 @@ def test_unknown_dimension_of_a_foreign_model_is_read_from_config_json(tmp_path:
     proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_param = "hidden"
     onnx.save(proto, path)
     with pytest.raises(ModelError, match="the number of components of a vector"):
-        describe_onnx(path)
+        describe_onnx(path, tmp_path)
 
     write_json(tmp_path / "config.json", {"hidden_size": 8})
 
-    assert describe_onnx(path) == (8, [])
+    assert describe_onnx(path, tmp_path).size == 8
