@@ -6,7 +6,7 @@ This engine is the fallback on every machine and the reference for the vectors o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,8 @@ from embedq_worker.model.bert import build_graph
 from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
 
-#: Number of the type bfloat16 in ONNX (TensorProto.DataType).
-BFLOAT16: Final = 16
+#: Session option: folder of the files with external weights.
+EXTERNAL_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRuntimeEngine:
@@ -87,19 +87,16 @@ def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
     # Without the arena, batches of mixed shapes need more CPU time and more memory.
     options.enable_cpu_mem_arena = True
     options.log_severity_level = 3
-    half = graph.bfloat16_weights()
     try:
-        values = [_value(weight, name in half) for name, weight in graph.weights.items()]
-        options.add_external_initializers(list(graph.weights), values)
+        if graph.mapping:
+            # onnxruntime maps the files itself: it copies what it is given.
+            folder = str(graph.mapping.folder)
+            options.add_session_config_entry(EXTERNAL_FOLDER, folder)
+        else:
+            values = map(ort.OrtValue.ortvalue_from_numpy, graph.weights.values())
+            options.add_external_initializers(list(graph.weights), list(values))
         return ort.InferenceSession(
             graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise CompileFailed(f"onnxruntime rejects {label}: {error}") from error
-
-
-def _value(weight: npt.NDArray[Any], is_bfloat16: bool) -> ort.OrtValue:
-    # numpy has no bfloat16, so the type of its bits must be named.
-    if is_bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(weight, BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(weight)

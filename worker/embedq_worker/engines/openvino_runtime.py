@@ -149,7 +149,11 @@ class Runtime:
                 model.reshape({name: shape for name, shape in shapes.items() if name in names})
             config = {**properties, **self.target.forced}
             compiled = self._core.compile_model(model, self.target.device, config)
-            return Compiled(compiled, self, None if isinstance(graph, bytes) else graph)
+            if isinstance(graph, bytes):
+                return Compiled(compiled, self, None)
+            if graph.mapping:
+                graph.mapping.release()  # the plugin has copied most weights
+            return Compiled(compiled, self, graph)
         except RuntimeError as error:
             raise compile_failed(str(error), f"Compiling for {self.target.device}") from error
 

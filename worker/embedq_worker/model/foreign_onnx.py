@@ -153,7 +153,8 @@ def adapt_onnx(path: Path, folder: Path, pooling: str, normalize: bool) -> OnnxM
         _check_inputs(proto, path, folder)
         output, pooled, size = _choose_output(proto, path, folder)
         prune(proto, output)
-        weights = {_PREFIX + name: array for name, array in map_weights(proto, path).items()}
+        mapped, files = map_weights(proto, path)
+        weights = {_PREFIX + name: array for name, array in mapped.items()}
         _rename(proto.graph)
         g = OnnxBuilder(opset_of(proto))
         _add_inputs(g, proto)
@@ -164,7 +165,7 @@ def adapt_onnx(path: Path, folder: Path, pooling: str, normalize: bool) -> OnnxM
         else:
             pool(g, vectors, pooling, normalize)  # [B, T, D] -> [B, 1, D]
         _replace_graph(proto, g, size)
-        return OnnxModel(proto, weights)
+        return OnnxModel(proto, weights, files)
 
 
 def _rename(graph: onnx.GraphProto) -> None:

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.onnx_graph import MIN_EXTERNAL_BYTES, declare_external
+from embedq_worker.model.onnx_graph import MIN_EXTERNAL_BYTES, MappedFiles
 
 #: Operator sets that embedq reads: the oldest has the operators of `pool`, the newest is the
 #: newest that the installed onnx knows.
@@ -179,40 +179,41 @@ def check_weights(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
     return tuple(sorted(places))
 
 
-def map_weights(proto: onnx.ModelProto, path: Path) -> dict[str, npt.NDArray[Any]]:
+def map_weights(
+    proto: onnx.ModelProto, path: Path
+) -> tuple[dict[str, npt.NDArray[Any]], MappedFiles | None]:
     """Map large external weights from their files; move other external constants into the message.
 
     Returns:
-        The mapped weights by name, as OnnxModel.weights.
+        The mapped weights by name and their files, as attributes of OnnxModel.
 
     Raises:
         ModelError: as check_weights.
     """
+    spans = {_span(tensor, path)[0] for tensor in constants(proto) if _is_external(tensor)}
+    if not spans:
+        return {}, None
+    files = MappedFiles(spans)
     weights: dict[str, npt.NDArray[Any]] = {}
-    files: dict[Path, Bytes] = {}
     for tensor in filter(_is_external, proto.graph.initializer):
-        raw = _map(tensor, path, files)
+        place, offset, size = _span(tensor, path)
         kind = _MAPPED.get(tensor.data_type)
-        if kind is None or len(raw) < MIN_EXTERNAL_BYTES:
-            _move_inside(tensor, raw)
+        if kind is None or size < MIN_EXTERNAL_BYTES:
+            _move_inside(tensor, files.read(place, offset, size))
             continue
         # frombuffer, not view: a constant may be unaligned, and is copied then.
-        array = np.frombuffer(raw, kind).reshape(tuple(tensor.dims))
+        array = np.frombuffer(files.read(place, offset, size), kind).reshape(tuple(tensor.dims))
         weights[tensor.name] = np.require(array, requirements=["C", "ALIGNED"])
-        declare_external(tensor)
+        _locate(tensor, files.location(place), offset, size)
     for tensor in filter(_is_external, _inner_constants(proto)):
-        _move_inside(tensor, _map(tensor, path, files))
-    return weights
+        _move_inside(tensor, files.read(*_span(tensor, path)))
+    return weights, files
 
 
-def _map(tensor: TensorProto, path: Path, files: dict[Path, Bytes]) -> Bytes:
-    place, offset, size = _span(tensor, path)
-    if not size:
-        return np.empty(0, np.uint8)
-    if place not in files:
-        # Copy on write: OpenVINO takes no read-only memory, and nothing writes to it.
-        files[place] = np.memmap(place, np.uint8, mode="c").view(np.ndarray)
-    return files[place][offset : offset + size]
+def _locate(tensor: TensorProto, location: str, offset: int, size: int) -> None:
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", offset), ("length", size)):
+        tensor.external_data.add(key=key, value=str(value))
 
 
 def _move_inside(tensor: TensorProto, raw: Bytes) -> None:

@@ -7,8 +7,11 @@ texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import mmap
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +26,42 @@ MIN_NORM: Final = 1e-4
 MIN_EXTERNAL_BYTES: Final = 1024
 
 
+class MappedFiles:
+    """Files whose content is mapped into memory.
+
+    Attributes:
+        folder: folder of all these files, without links.
+    """
+
+    def __init__(self, files: Collection[Path]) -> None:
+        """Map files that are not empty.
+
+        Raises:
+            OSError, ValueError: a file cannot be mapped.
+        """
+        real = {path: path.resolve() for path in files}
+        self.folder = Path(os.path.commonpath([path.parent for path in real.values()]))
+        self._real = real
+        self._maps: dict[Path, mmap.mmap] = {}
+        for path in files:
+            with path.open("rb") as file:
+                # Copy on write: OpenVINO takes no read-only memory, and nothing writes to it.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def location(self, path: Path) -> str:
+        """Return the place of a file relative to `folder`."""
+        return self._real[path].relative_to(self.folder).as_posix()
+
+    def read(self, path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
+        """Return bytes of a file without copying them."""
+        return np.frombuffer(self._maps[path], np.uint8, size, offset)
+
+    def release(self) -> None:
+        """Free the memory of the pages that were read; they are read again when needed."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class OnnxModel:
     """An ONNX graph with the interface of this module.
@@ -32,10 +71,13 @@ class OnnxModel:
         weights: those constants by name. Outside the message they are not copied when it is
             serialized and parsed, which makes a start faster and its memory peak lower. Those of
             bfloat16 are uint16, their bits.
+        mapping: the weights as their files are mapped; None if they are in memory. The message then
+            names the place of each, relative to `mapping.folder`.
     """
 
     proto: onnx.ModelProto
     weights: Mapping[str, npt.NDArray[Any]]
+    mapping: MappedFiles | None = None
 
     def bfloat16_weights(self) -> frozenset[str]:
         """Return the names of the weights that are bfloat16."""
@@ -86,7 +128,8 @@ class OnnxBuilder:
             return name
         self.weights[name] = array
         tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
-        declare_external(tensor)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights")
         self.initializers.append(tensor)
         return name
 
@@ -105,13 +148,6 @@ class OnnxBuilder:
         graph = helper.make_graph(self.nodes, "embedq", inputs, outputs, self.initializers)
         imports = [helper.make_opsetid("", self.opset)]
         return OnnxModel(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
-
-
-def declare_external(tensor: TensorProto) -> None:
-    """Declare that the data of a constant is outside the message, in OnnxModel.weights."""
-    tensor.data_location = TensorProto.EXTERNAL
-    del tensor.external_data[:]
-    tensor.external_data.add(key="location", value="weights")
 
 
 def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:

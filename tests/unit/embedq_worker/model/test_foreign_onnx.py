@@ -413,6 +413,25 @@ def test_external_weights_behind_a_link_are_read(tmp_path: Path) -> None:
     assert np.abs(vectors - unit(means())).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("run", [onnxruntime_vectors, openvino_vectors])
+def test_external_weights_in_two_folders_are_read(tmp_path: Path, run: RunGraph) -> None:
+    folder = folder_with(tmp_path, encoder([("sentence_embedding", ("b", 48))]))
+    data = store_outside(folder)
+    (folder / "parts").mkdir()
+    (folder / "parts" / "table.bin").write_bytes(TABLE.tobytes())
+    edit_external(folder, "offset", "0")
+    edit_external(folder, "location", "parts/table.bin")
+    model = load(folder)
+
+    vectors = run(model, padded_batch(TEXTS))[:, 0]
+
+    assert describe_onnx(folder / "model.onnx", folder).files == (
+        data,
+        folder / "parts" / "table.bin",
+    )
+    assert np.abs(vectors - 3 * means() @ DENSE).max() < 10 * TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
