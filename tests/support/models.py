@@ -117,6 +117,15 @@ def write_tiny(
     settings = {**TINY, **config}
     tensors = tiny_tensors(settings, seed)
     write_safetensors(folder / "model.safetensors", tensors, dtype)
+    write_json(folder / "config.json", settings)
+    write_modules(folder, pooling, normalize=normalize)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": TINY_MAX_LENGTH})
+    write_tokenizer(folder / "tokenizer.json")
+    return tensors
+
+
+def write_modules(folder: Path, pooling: str = "mean", *, normalize: bool = True) -> None:
+    """Write modules.json and its pooling as sentence-transformers 2 to 4 did."""
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules = [
         {
@@ -128,12 +137,8 @@ def write_tiny(
     ]
     switches = {f"pooling_mode_{name}": False for name in ("cls_token", "mean_tokens")}
     switches[{"cls": "pooling_mode_cls_token"}.get(pooling, "pooling_mode_mean_tokens")] = True
-    write_json(folder / "config.json", settings)
     write_json(folder / "modules.json", modules)
     write_json(folder / "1_Pooling" / "config.json", switches)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": TINY_MAX_LENGTH})
-    write_tokenizer(folder / "tokenizer.json")
-    return tensors
 
 
 def write_json(path: Path, value: object) -> None:
@@ -223,10 +228,12 @@ def write_foreign(
     inputs: Sequence[str] = ("input_ids", "attention_mask", "token_type_ids"),
     int_type: int = TensorProto.INT64,
     axes: Sequence[Any] = ("batch", "sequence"),
+    modules: bool = True,
 ) -> npt.NDArray[np.float32]:
     """Write an ONNX model whose token vectors are rows of a table, and return the table [V, D].
 
-    With output `sentence_embedding`, the vector is that of the first token, times 3.
+    With output `sentence_embedding`, the vector is that of the first token, times 3. With
+    `modules`, modules.json asks for mean pooling and unit length.
     """
     table = np.random.default_rng(3).normal(size=(64, 8)).astype(np.float32)
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["rows"])]
@@ -266,6 +273,8 @@ def write_foreign(
     (folder / "onnx").mkdir(parents=True)
     onnx.save(model, folder / "onnx" / "model.onnx")
     write_tokenizer(folder / "tokenizer.json")
+    if modules:
+        write_modules(folder)
     return table
 
 

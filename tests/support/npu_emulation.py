@@ -198,7 +198,7 @@ def open_faulty_npu(
     An operator in Python cannot be exported, so the model is compiled in this process.
     """
     from embedq_worker.engines.compiler import CompiledModelLoader
-    from embedq_worker.model.bert import build_graph
+    from embedq_worker.model.graph import build_graph
 
     def load(self: Any, shapes: Mapping[str, list[int]], timeout_s: float) -> Any:
         graph = build_graph(self._model)

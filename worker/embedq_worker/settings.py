@@ -222,6 +222,24 @@ class WorkerSettings(RedisSettings):
         description="Revision of a hub model; empty = the pinned one of the default model, main "
         "of others.",
     )
+    pooling: str = Field(
+        "",
+        description="Pooling of a model whose files name none: mean, cls, max, mean_sqrt_len, "
+        "weightedmean or last; empty = as its files say.",
+    )
+    prompts: str = Field(
+        "",
+        description="Set of prompts of a model whose files name none: e5, bge-en or nomic; empty = "
+        "as its files say. A set names prompts; a job chooses one by name.",
+    )
+    max_length: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Maximum length of a text; longer ones are truncated. 0 = as the model's files "
+        "say, at most 512 on an NPU.",
+        json_schema_extra={"unit": "tokens"},
+    )
     cache_dir: Path = Field(
         default_factory=cache_home,
         description="Folder for checksums, compiled and quantized models; private to this user.",

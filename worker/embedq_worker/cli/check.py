@@ -14,9 +14,12 @@ from typing import Any, Final, NamedTuple, cast
 from redis.exceptions import ResponseError
 
 from embedq.errors import EmbedqError
+from embedq.protocol.contract import Device
 from embedq.store.connection import RedisConnection
 from embedq_worker.cli import check_npu
+from embedq_worker.device.placement import choose_placement
 from embedq_worker.engines.model_cache import QuantizedModelStore
+from embedq_worker.errors import DeviceError
 from embedq_worker.files import private_dir
 from embedq_worker.inference.opener import EngineOpener, open_once
 from embedq_worker.inference.serving import EngineSet
@@ -78,7 +81,7 @@ def run(settings: WorkerSettings) -> Iterator[Check]:
     found: list[Model | None] = []
 
     def model() -> Finding:
-        found.append(find_model(settings))
+        found.append(find_model(settings, _assigned_device(settings)))
         return _describe(found[0]), Level.OK, ""
 
     yield _check("model", model)
@@ -213,11 +216,18 @@ def _disk(folder: Path) -> Finding:
     return detail, Level.OK, ""
 
 
+def _assigned_device(settings: WorkerSettings) -> Device | None:
+    try:
+        return choose_placement(settings).assigned_device
+    except DeviceError:
+        return None  # the check of the engine reports it
+
+
 def _describe(model: Model | None) -> str:
     if model is None:
         return "none (stub engine)"
     source = f", weights {model.weights_precision}, output {model.output}" if model.output else ""
     return (
-        f"{model.label}, {model.dim} components, {model.max_length} tokens{source}, checksums "
-        f"match, identity {model.identity[:12]}"
+        f"{model.label}, {model.dim} components, {model.summary()}{source}, checksums match, "
+        f"identity {model.identity[:12]}"
     )

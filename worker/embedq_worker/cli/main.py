@@ -17,6 +17,7 @@ from embedq.cli.common import exit_code, exit_on_windows, print_settings
 from embedq.errors import EmbedqError
 from embedq_worker import exit_codes, process
 from embedq_worker.cli.common import EPILOG, EXIT_CODES, export, fail, load, model_options
+from embedq_worker.cli.models import models
 from embedq_worker.cli.operations import check, degrade, devices, health, pause, recover, resume
 from embedq_worker.errors import FailureReason, describe
 from embedq_worker.settings import LogLevel, WorkerSettings
@@ -127,7 +128,7 @@ def cli() -> None:
     """Group of all commands."""
 
 
-for _command in (check, devices, health, quantize, warm, degrade, pause, recover, resume):
+for _command in (check, devices, health, models, quantize, warm, degrade, pause, recover, resume):
     cli.add_command(_command)
 
 

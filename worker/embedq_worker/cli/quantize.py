@@ -39,7 +39,7 @@ from embedq_worker.inference.packing import build_padded
 from embedq_worker.inference.planning import plan_padded
 from embedq_worker.inference.selftest import GOLDEN
 from embedq_worker.inference.tokenizer import Tokenizer
-from embedq_worker.model.bert import build_graph
+from embedq_worker.model.graph import build_graph
 from embedq_worker.model.resolve import Model, find_model
 from embedq_worker.settings import WorkerSettings
 

@@ -30,7 +30,7 @@ from embedq_worker.engines.model_cache import GRAPH_VERSION, CacheKey, CompiledM
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, ModelError
 from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import Model, load_model
+from embedq_worker.model.resolve import NO_CHOICES, Model, ModelChoices, load_model
 from embedq_worker.process import die_with_parent
 
 #: Command that runs this module.
@@ -55,6 +55,7 @@ class CompileRequest:
         target: device to compile for.
         shapes: input shapes by name.
         properties: properties for the plugin.
+        choices: what the user decided about the model.
     """
 
     folder: str
@@ -64,6 +65,7 @@ class CompileRequest:
     target: DeviceTarget
     shapes: Mapping[str, list[int]]
     properties: Mapping[str, str]
+    choices: ModelChoices = NO_CHOICES
 
 
 #: Compiles a request within a timeout in seconds.
@@ -149,11 +151,16 @@ def _scratch_file() -> IO[bytes]:
 
 
 def _compile(message: Mapping[str, Any]) -> dict[str, Any]:
-    from embedq_worker.model.bert import build_graph  # imports onnx, which a cached start avoids
+    from embedq_worker.model.graph import build_graph  # imports onnx, which a cached start avoids
 
     fields = {name: message[name] for name in CompileRequest.__slots__}
-    request = CompileRequest(**{**fields, "target": DeviceTarget(**message["target"])})
-    model = load_model(Path(request.folder), request.label, DigestCache(Path(request.cache_dir)))
+    nested = {
+        "choices": ModelChoices(**message["choices"]),
+        "target": DeviceTarget(**message["target"]),
+    }
+    request = CompileRequest(**{**fields, **nested})
+    digests = DigestCache(Path(request.cache_dir))
+    model = load_model(Path(request.folder), request.label, digests, request.choices)
     if model.identity != request.identity:
         raise ModelError(
             f"The model in {request.folder} changed while the worker started. Restart the worker."
@@ -256,6 +263,7 @@ class CompiledModelLoader:
             target,
             shapes,
             self._properties,
+            self._model.choices,
         )
         began = time.monotonic()
         log.info("compile_started device=%s shape=%s", target.device, shapes["input_ids"])

@@ -15,7 +15,7 @@ import onnxruntime as ort
 from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines.base import INPUTS, RowSpec, TokenBatch, coarser
 from embedq_worker.errors import CompileFailed, InferFailed
-from embedq_worker.model.bert import build_graph
+from embedq_worker.model.graph import build_graph
 from embedq_worker.model.onnx_graph import OnnxModel
 from embedq_worker.model.resolve import Model
 

@@ -16,7 +16,7 @@ from embedq_worker.engines.infer_requests import OUTPUT
 from embedq_worker.engines.openvino_errors import infer_failed
 from embedq_worker.engines.openvino_runtime import CPU, Compiled, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, InferFailed
-from embedq_worker.model.bert import build_graph
+from embedq_worker.model.graph import build_graph
 from embedq_worker.model.resolve import Model
 
 #: Precisions that this engine supports.

@@ -8,7 +8,7 @@ contains a canary: a text with a known vector.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
@@ -28,7 +28,13 @@ from embedq_worker.engines.base import (
     TokenBatch,
 )
 from embedq_worker.errors import FailureReason, InferFailed
-from embedq_worker.inference.packing import Indices, build_padded, build_rows, build_shared
+from embedq_worker.inference.packing import (
+    Indices,
+    build_padded,
+    build_rows,
+    build_shared,
+    exclude_prompt,
+)
 from embedq_worker.inference.planning import (
     CPU_CHUNKS,
     NPU_CHUNKS,
@@ -196,6 +202,7 @@ class Embedder:
         token_budget: int,
         schedule: ChunkSchedule | None = None,
         row_spec: RowSpec | None = None,
+        prompt_tokens: Callable[[str], int] | None = None,
     ) -> None:
         """Start one thread that tokenizes and one per concurrent inference.
 
@@ -205,6 +212,8 @@ class Embedder:
             token_budget: maximum number of padded tokens per inference; static rows ignore it.
             schedule: sizes of the chunks; None = by the engine's device.
             row_spec: shape of the token batches; None = the engine's.
+            prompt_tokens: counts the tokens of a prompt, which the model does not pool; None for a
+                model that pools them.
         """
         self.tokenizer = tokenizer
         self.engine = engine
@@ -213,6 +222,7 @@ class Embedder:
         self.canary: Canary | None = None
         self.meter = EngineMeter()
         self._token_budget = token_budget
+        self._prompt_tokens = prompt_tokens
         self._schedule = schedule or (CPU_CHUNKS if engine.device is Device.CPU else NPU_CHUNKS)
         self._inferring = ThreadPoolExecutor(engine.concurrency, "embedq-infer")
         self._tokenizing = ThreadPoolExecutor(1, "embedq-tokenize")
@@ -237,11 +247,16 @@ class Embedder:
         stats = stats or EngineStats()
         call_meter = EngineMeter()  # self.meter counts concurrent calls as well
         result = BatchResultBuilder(batch, self.engine, stats, sink)
+        prompt = batch.spec.prompt
+        n_unpooled = self._prompt_tokens(prompt) if self._prompt_tokens and prompt else 0
         plan = self._plan_rows if self.row_spec.is_static else self._plan_groups
         inferences: deque[Future[Indices]] = deque()
         max_pending = AHEAD * self.engine.concurrency
         try:
             for work in plan(batch, result):
+                if n_unpooled:
+                    excluded = exclude_prompt(work.batch, n_unpooled, except_for=len(work.rows))
+                    work = work._replace(batch=excluded)
                 result.count_inference(work.batch)
                 inferences.append(
                     self._inferring.submit(self._infer, work, result.vectors, call_meter)

@@ -325,7 +325,7 @@ def open_placed(
         WrongDevice: the runtime opened another NPU.
     """
     placed = settings.model_copy(update={"device": DeviceChoice(str(placement.device))})
-    opened = open_serving(placed, model or find_model(settings))
+    opened = open_serving(placed, model or find_model(settings, placement.assigned_device))
     engine = opened.standard.engine
     if engine.device is not placement.device:
         opened.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -117,3 +118,17 @@ def _place_tokens(
     members = np.full((len(rows), n_segments), -1, np.int64)
     members[row_of, segment] = texts
     return TokenBatch(input_ids, position_ids, segment_ids, segments, members)
+
+
+def exclude_prompt(batch: TokenBatch, n_tokens: int, except_for: int) -> TokenBatch:
+    """Leave the prompt at the start of each text out of the pooling: its segments become negative.
+
+    Args:
+        batch: rows of texts that start with the prompt.
+        n_tokens: tokens of the prompt, those that the tokenizer puts before it included.
+        except_for: index of a text that does not start with it.
+    """
+    texts = np.take_along_axis(batch.members, np.maximum(batch.segment_ids - 1, 0), axis=1)
+    is_prompt = (batch.position_ids < n_tokens) & (texts != except_for)
+    segment_ids = np.where(is_prompt, -batch.segment_ids, batch.segment_ids)
+    return replace(batch, segment_ids=segment_ids)

@@ -210,6 +210,14 @@ class Tokenizer:
             np.array(dropped, np.uint32) // ID_BYTES,
         )
 
+    def prompt_tokens(self, prompt: str) -> int:
+        """Count the tokens at the start of a text that sentence-transformers takes for the prompt.
+
+        These are the special tokens before a text and those of the prompt alone.
+        """
+        tokens = self.tokenize([prompt])
+        return len(tokens.ids) - len(self._suffix) // ID_BYTES
+
     def _encode(self, texts: Sequence[str]) -> Iterable[bytes]:
         try:
             if self._words:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from embedq.errors import SettingsError
 from embedq.protocol.contract import Device
@@ -17,6 +18,9 @@ from embedq_worker.files import locked, private_dir
 from embedq_worker.main_process import supervisor
 from embedq_worker.main_process.status import StatusFile
 from embedq_worker.settings import DeviceChoice, Emulation, WorkerSettings
+
+if TYPE_CHECKING:
+    from embedq_worker.model.resolve import Model
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +90,7 @@ def _run(settings: WorkerSettings, status_file: StatusFile, *, attempt: int, npu
     # instead of a worker that never serves; checksums are cached, so this costs nothing later.
     from embedq_worker.model.resolve import find_model
 
-    find_model(settings)
+    _log_model(find_model(settings, placement.assigned_device))
     status_file.remove()
     code = _run_celery(settings, placement)
     if code == exit_codes.ENGINE and settings.strict:
@@ -96,6 +100,25 @@ def _run(settings: WorkerSettings, status_file: StatusFile, *, attempt: int, npu
         )
         return exit_codes.NPU_UNVERIFIED
     return code
+
+
+def _log_model(model: Model | None) -> None:
+    if model is None:
+        return
+    log.info(
+        "model_found model=%s identity=%s rows=%s %s",
+        model.label,
+        model.identity[:12],
+        "shared" if model.packable else "single",
+        model.summary(),
+    )
+    if model.max_length < model.longest and model.choices.length_cap:
+        log.warning(
+            "max_length_capped max_length=%d model_supports=%d reason=long rows compile slowly "
+            "on an NPU; set EMBEDQ_MAX_LENGTH, with the same value on all workers of this model",
+            model.max_length,
+            model.longest,
+        )
 
 
 def configure_part(part: str) -> None:

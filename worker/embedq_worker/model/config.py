@@ -1,186 +1,166 @@
-"""Reads the JSON files of a model folder and refuses a model that embedq cannot serve."""
+"""How texts become vectors besides the encoder's weights, as the files of a model say it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from embedq.errors import SettingsError
 from embedq_worker.errors import ModelError
+from embedq_worker.model.modules import POOLING_MODES, Module, ModulesFile
+from embedq_worker.model.prompts import read_prompts
+from embedq_worker.model.transformer_options import check_options, read_max_length
 
-#: Token limit of a model whose files name none; BERT was trained with it.
-DEFAULT_MAX_LENGTH: Final = 512
+#: Pooling of a foreign model whose ONNX graph pools by itself.
+POOLED: Final = "onnx"
 
-#: Numbers in config.json that shape a BERT encoder.
-_SIZES: Final = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
+#: Separates the modes of a concatenated pooling.
+JOIN: Final = "+"
 
-_KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
-_USE_ONNX = "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+#: Short name of a mode -> mode.
+_SHORT: Final = {"last": "lasttoken", "mean_sqrt_len": "mean_sqrt_len_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """How texts become vectors, besides the weights.
+    """How texts become vectors, besides the encoder's weights.
 
     Attributes:
-        pooling: ``mean`` or ``cls``.
-        normalize: vectors are scaled to unit length.
+        pooling: a mode of POOLING_MODES, or several, joined by ``+``, whose vectors are
+            concatenated; ``onnx`` for a foreign model that pools by itself.
+        include_prompt: whether the tokens of a prompt are pooled.
+        modules: the modules behind the pooling.
         max_length: maximum number of tokens of a text, special tokens included.
+        longest: maximum number of tokens that the files allow.
         prompts: name of a prompt -> prefix of each text.
         default_prompt: name of the prompt if the caller chooses none; empty for no prompt.
     """
 
     pooling: str
-    normalize: bool
+    include_prompt: bool
+    modules: tuple[Module, ...]
     max_length: int
+    longest: int
     prompts: Mapping[str, str]
     default_prompt: str
 
+    @property
+    def pooling_modes(self) -> tuple[str, ...]:
+        """Return the modes of the pooling."""
+        return tuple(self.pooling.split(JOIN))
 
-def read_model_config(folder: Path) -> ModelConfig:
+    @property
+    def normalize(self) -> bool:
+        """Return whether vectors have unit length."""
+        return bool(self.modules) and self.modules[-1].kind == "Normalize"
+
+    def summary(self) -> str:
+        """Return pooling, length and prompts in one line."""
+        default = f" (default {self.default_prompt})" if self.default_prompt else ""
+        length = f"{self.max_length:,}"
+        if self.max_length < self.longest:
+            length += f" of {self.longest:,}"
+        behind = "".join(f", then {module.kind}" for module in self.modules)
+        return (
+            f"pooling {self.pooling}{behind}, at most {length} tokens, "
+            f"prompts {' '.join(self.prompts) or 'none'}{default}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what shapes a vector, as JSON types."""
+        return {
+            "pooling": self.pooling,
+            "include_prompt": self.include_prompt,
+            "modules": [module.describe() for module in self.modules],
+            "max_length": self.max_length,
+            "prompts": dict(self.prompts),
+            "default_prompt": self.default_prompt,
+        }
+
+
+def parse_pooling(value: str) -> tuple[str, ...]:
+    """Parse the pooling that a user names: modes joined by ``+``; empty for none.
+
+    Raises:
+        SettingsError: a mode is unknown.
+    """
+    modes = tuple(_SHORT.get(mode, mode) for mode in value.split(JOIN)) if value else ()
+    if set(modes) - set(POOLING_MODES):
+        raise SettingsError(
+            f"EMBEDQ_POOLING is {value}; expected one of {', '.join((*POOLING_MODES, *_SHORT))}, "
+            f"or several, joined by {JOIN}."
+        )
+    return modes
+
+
+def read_model_config(
+    folder: Path,
+    modules: ModulesFile,
+    positions: int,
+    *,
+    pools_itself: bool = False,
+    pooling: str = "",
+    max_length: int = 0,
+    length_cap: int = 0,
+    prompt_set: str = "",
+) -> ModelConfig:
     """Read the files of sentence-transformers.
 
-    A folder without them is a bare encoder: mean pooling, unit length, and as many tokens as its
-    config.json and tokenizer_config.json allow, at most DEFAULT_MAX_LENGTH.
+    Args:
+        folder: the model.
+        modules: what its modules.json says.
+        positions: number of tokens that the encoder has positions for; 0 for no limit.
+        pools_itself: the weights are an ONNX graph that returns pooled vectors, to which only the
+            normalization that the files ask for is added.
+        pooling: pooling of a model whose files name none.
+        max_length: maximum length that replaces a longer one of the files; 0 for none.
+        length_cap: maximum length where max_length is 0; 0 for none.
+        prompt_set: name of a set of prompts that is added; empty for none.
 
     Raises:
-        ModelError: a file is damaged, or requires an unsupported module, pooling or lower case.
+        ModelError: a file is damaged or requires something unsupported, nothing names the pooling,
+            or it is named twice with different values.
     """
-    _check_case(folder)
-    modules = load_json(folder / "modules.json", list)
-    pooling, normalize = "mean", True
-    if modules is not None:
-        kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
-        for kind in kinds:
-            if kind not in _KNOWN_MODULES:
-                raise ModelError(
-                    f"{folder}/modules.json has a {kind} module, which embedq does not support. "
-                    "Export the whole model as model.onnx with the output sentence_embedding, into "
-                    "a folder without modules.json."
-                )
-        normalize = "Normalize" in kinds
-        if "Pooling" in kinds:
-            pooling = _pooling(folder / str(modules[kinds.index("Pooling")]["path"]))
-    usage = load_json(folder / "config_sentence_transformers.json", dict) or {}
-    prompts = {str(k): str(v) for k, v in (usage.get("prompts") or {}).items() if v}
-    default = usage.get("default_prompt_name") or ""
-    if default not in prompts:
-        default = ""
-    return ModelConfig(pooling, normalize, _max_length(folder), prompts, default)
-
-
-def read_architecture(folder: Path) -> dict[str, Any]:
-    """Read the values of config.json that shape a BERT encoder.
-
-    Raises:
-        ModelError: it is not a BERT encoder, or a value is missing or unsupported.
-    """
-    path = folder / "config.json"
-    config = load_json(path, dict) or {}
-    kind = config.get("model_type")
-    if kind != "bert":
+    check_options(modules.encoder)
+    allowed = read_max_length(modules.encoder, positions)
+    if max_length > allowed:
         raise ModelError(
-            f"{path}: model_type is {kind or 'missing'}; embedq builds bert. {_USE_ONNX}"
+            f"EMBEDQ_MAX_LENGTH is {max_length:,}, but {folder} supports texts of {allowed:,} "
+            "tokens at most. Set a smaller value, or unset it."
         )
-    _require(path, config, "position_embedding_type", "absolute")
-    _require(path, config, "is_decoder", False)
-    architecture: dict[str, Any] = {"model_type": kind}
-    for name in _SIZES:
-        value = config.get(name)
-        if type(value) is not int or value < 1:
-            raise ModelError(f"{path}: {name} is {value!r}, not a positive number.")
-        architecture[name] = value
-    if architecture["hidden_size"] % architecture["num_attention_heads"]:
-        raise ModelError(f"{path}: hidden_size is not a multiple of num_attention_heads.")
-    # "gelu" is the exact form, with erf.
-    architecture["hidden_act"] = _require(path, config, "hidden_act", "gelu", "relu")
-    architecture["layer_norm_eps"] = float(config.get("layer_norm_eps", 1e-12))
-    return architecture
-
-
-def load_json(path: Path, kind: type[Any]) -> Any:
-    """Load a JSON file that contains a dict or a list; None if the file is missing.
-
-    Raises:
-        ModelError: the file is not JSON, or contains another type.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable JSON ({error}). Fetch the file again.") from error
-    if not isinstance(value, kind):
-        raise ModelError(
-            f"{path} contains a {type(value).__name__}, expected a {kind.__name__}. "
-            "Fetch the file again."
-        )
-    return value
-
-
-def _require(path: Path, config: Mapping[str, Any], name: str, *known: object) -> object:
-    value = config.get(name, known[0])
-    if value not in known:
-        expected = " or ".join(map(str, known))
-        raise ModelError(f"{path}: {name} is {value}; embedq builds {expected}. {_USE_ONNX}")
-    return value
-
-
-def _check_case(folder: Path) -> None:
-    sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
-    if not sentence.get("do_lower_case"):
-        return
-    normalizer = (load_json(folder / "tokenizer.json", dict) or {}).get("normalizer") or {}
-    steps = normalizer.get("normalizers") or [normalizer]
-    if not any(step.get("lowercase") or step.get("type") == "Lowercase" for step in steps):
-        raise ModelError(
-            f"{folder}/sentence_bert_config.json: do_lower_case is true, but tokenizer.json has no "
-            "Lowercase normalizer, and embedq does not change texts. Add one to tokenizer.json and "
-            "set do_lower_case to false."
-        )
-
-
-def _pooling(folder: Path) -> str:
-    path = folder / "config.json"
-    config = load_json(path, dict)
-    if config is None:
-        raise ModelError(f"{path} is missing, but modules.json names it. Fetch the model again.")
-    # sentence-transformers 5 writes one name, older versions one boolean per mode.
-    if isinstance(config.get("pooling_mode"), str):
-        modes = [config["pooling_mode"]]
+    prompts, default_prompt = read_prompts(folder, prompt_set)
+    behind = modules.behind if modules.pooling_modes else (Module("Normalize"),)
+    if pools_itself:
+        modes: tuple[str, ...] = (POOLED,)
+        behind = modules.behind[-1:] if modules.behind[-1:] == (Module("Normalize"),) else ()
     else:
-        modes = [
-            name.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-            for name, enabled in config.items()
-            if name.startswith("pooling_mode_") and enabled
-        ]
-    if modes not in (["mean"], ["cls"]):
+        modes = _choose_pooling(folder, modules, parse_pooling(pooling))
+    return ModelConfig(
+        pooling=JOIN.join(modes),
+        include_prompt=modules.include_prompt,
+        modules=behind,
+        max_length=max_length or min(allowed, length_cap or allowed),
+        longest=allowed,
+        prompts=prompts,
+        default_prompt=default_prompt,
+    )
+
+
+def _choose_pooling(
+    folder: Path, modules: ModulesFile, pooling: tuple[str, ...]
+) -> tuple[str, ...]:
+    declared = modules.pooling_modes
+    if not declared and not pooling:
         raise ModelError(
-            f"{path}: pooling is {' and '.join(modes) or None}; embedq supports mean or cls."
+            f"No file in {folder} says how its token vectors are pooled (there is no "
+            "modules.json), and a guess may give wrong vectors. Look it up on the model's page "
+            "and set EMBEDQ_POOLING=mean, cls, last or another of its modes."
         )
-    if config.get("include_prompt", True) is False:
-        raise ModelError(f"{path}: include_prompt is false; embedq pools prompt and text together.")
-    return str(modes[0])
-
-
-def _max_length(folder: Path) -> int:
-    # Files may disagree: all-MiniLM-L6-v2 has 128 in tokenizer.json, 512 in two others and 256 in
-    # sentence_bert_config.json, which is right.
-    architecture = load_json(folder / "config.json", dict) or {}
-    sentence = load_json(folder / "sentence_bert_config.json", dict) or {}
-    tokenizer = load_json(folder / "tokenizer_config.json", dict) or {}
-    positions = architecture.get("max_position_embeddings") or DEFAULT_MAX_LENGTH
-    wanted = sentence.get("max_seq_length")
-    if not wanted:
-        # model_max_length is 10**30 if unknown.
-        wanted = min(tokenizer.get("model_max_length") or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
-    return int(min(wanted, positions))
+    if declared and pooling and declared != pooling:
+        raise ModelError(
+            f"EMBEDQ_POOLING is {JOIN.join(pooling)}, but the files in {folder} say "
+            f"{JOIN.join(declared)}. Unset EMBEDQ_POOLING."
+        )
+    return declared or pooling

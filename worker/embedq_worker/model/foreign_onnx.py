@@ -15,7 +15,8 @@ from onnx import TensorProto, compose
 
 from embedq.protocol.contract import Precision
 from embedq_worker.errors import ModelError
-from embedq_worker.model.config import load_json
+from embedq_worker.model.config import ModelConfig
+from embedq_worker.model.json_file import load_json
 from embedq_worker.model.onnx_file import (
     check_weights,
     constants,
@@ -30,7 +31,8 @@ from embedq_worker.model.onnx_file import (
     reading,
     type_name,
 )
-from embedq_worker.model.onnx_graph import MIN_NORM, OnnxBuilder, OnnxModel, interface, pool
+from embedq_worker.model.onnx_graph import OnnxBuilder, OnnxModel, interface
+from embedq_worker.model.pooling import append_modules, append_pooling
 
 #: Output of a model that pools by itself, as sentence-transformers and optimum name it.
 POOLED: Final = "sentence_embedding"
@@ -135,15 +137,14 @@ def describe_onnx(path: Path, folder: Path) -> ForeignOnnx:
         )
 
 
-def adapt_onnx(path: Path, folder: Path, pooling: str, normalize: bool) -> OnnxModel:
+def adapt_onnx(path: Path, folder: Path, config: ModelConfig, dim: int) -> OnnxModel:
     """Give a foreign encoder the interface of onnx_graph.
 
     Args:
         path: the ONNX file.
         folder: folder of the model, with config.json.
-        pooling: how an output with a vector per token is pooled.
-        normalize: scale vectors to unit length; vectors that the model pools stay as they are
-            otherwise.
+        config: how an output with a vector per token is pooled, and what follows the pooling.
+        dim: components of the vectors.
 
     Raises:
         ModelError: as describe_onnx.
@@ -151,20 +152,26 @@ def adapt_onnx(path: Path, folder: Path, pooling: str, normalize: bool) -> OnnxM
     with reading(path):
         proto = load_message(path)
         _check_inputs(proto, path, folder)
-        output, pooled, size = _choose_output(proto, path, folder)
+        output, pooled, _ = _choose_output(proto, path, folder)
         prune(proto, output)
         mapped, files = map_weights(proto, path)
         weights = {_PREFIX + name: array for name, array in mapped.items()}
         _rename(proto.graph)
-        g = OnnxBuilder(opset_of(proto))
+        opset = opset_of(proto)
+        g = OnnxBuilder(
+            opset,
+            max_length=config.max_length,
+            include_prompt=config.include_prompt,
+            inline=True,
+        )
         _add_inputs(g, proto)
         g.nodes.extend(proto.graph.node)
         vectors = g.op("Cast", _PREFIX + output, to=TensorProto.FLOAT)
         if pooled:
-            _serve_pooled(g, vectors, normalize)  # [B, D] -> [B, 1, D]
+            append_modules(g, g.reshape(vectors, 0, 1, -1), config)  # [B, D] -> [B, 1, D]
         else:
-            pool(g, vectors, pooling, normalize)  # [B, T, D] -> [B, 1, D]
-        _replace_graph(proto, g, size)
+            append_pooling(g, vectors, config)  # [B, T, D] -> [B, 1, D]
+        _replace_graph(proto, g, dim)
         return OnnxModel(proto, weights, files)
 
 
@@ -185,13 +192,6 @@ def _replace_graph(proto: onnx.ModelProto, g: OnnxBuilder, size: int) -> None:
     graph.initializer.extend(g.initializers)
     # Before version 4, weights had to be inputs.
     proto.ir_version = max(proto.ir_version, 4)
-
-
-def _serve_pooled(g: OnnxBuilder, vectors: str, normalize: bool) -> None:
-    if normalize:
-        length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
-        vectors = g.op("Div", vectors, length)
-    g.reshape(vectors, 0, 1, -1, out="vectors")
 
 
 def _check_inputs(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
@@ -240,7 +240,7 @@ def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto) -> None:
     for value in graph_inputs(proto):
         name = value.name.removeprefix(_PREFIX)
         if name == "attention_mask":
-            source = g.op("Greater", "segment_ids", g.constant(0, "int64"))
+            source = g.op("Greater", g.text_ids(), g.constant(0, "int64"))
         elif name == "token_type_ids":
             source = g.op("Mul", "segment_ids", g.constant(0, "int64"))
         else:

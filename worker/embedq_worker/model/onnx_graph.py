@@ -2,6 +2,8 @@
 
 Inputs, int64: ``input_ids``, ``position_ids``, ``segment_ids`` [B, T] (0 is padding, 1.. number the
 texts of a row) and ``segments`` [S] (1..S). Output: ``vectors`` float32 [B, S, D].
+Where a model does not pool the tokens of a prompt, their segment is negative.
+A foreign encoder supports one text per row: S is 1.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,9 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-
-#: Minimum divisor of a vector: empty segments stay zero. It is not zero in fp16.
-MIN_NORM: Final = 1e-4
 
 #: Minimum size of a constant that is stored outside the protobuf message, bytes.
 MIN_EXTERNAL_BYTES: Final = 1024
@@ -104,14 +103,20 @@ class OnnxModel:
 
 
 class OnnxBuilder:
-    """Collects nodes and weights; its methods return the name of the value that they add."""
+    """Collects nodes and weights; its methods return the name of the value that they add.
 
-    def __init__(self, opset: int) -> None:
+    Attributes:
+        opset: ONNX operator set.
+    """
+
+    def __init__(self, opset: int, *, include_prompt: bool = True) -> None:
+        """Start a graph; include_prompt as in ModelConfig."""
         self.opset = opset
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, npt.NDArray[np.float32]] = {}
         self._number = itertools.count()
+        self._text_ids = "segment_ids" if include_prompt else self.op("Abs", "segment_ids")
 
     def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
         name = out or f"{kind}_{next(self._number)}"
@@ -123,7 +128,7 @@ class OnnxBuilder:
         # Runtimes read the array in place. "W" copies a mapped one: it may be unaligned, and a
         # change of its file must not change vectors.
         array = np.require(value, dtype, ["C", "ALIGNED", "W"])
-        if array.nbytes < MIN_EXTERNAL_BYTES:
+        if self._inline or array.nbytes < MIN_EXTERNAL_BYTES:
             self.initializers.append(numpy_helper.from_array(array, name))
             return name
         self.weights[name] = array
@@ -132,6 +137,10 @@ class OnnxBuilder:
         tensor.external_data.add(key="location", value="weights")
         self.initializers.append(tensor)
         return name
+
+    def cast(self, value: str, dtype: npt.DTypeLike) -> str:
+        """Convert to another type."""
+        return self.op("Cast", value, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
     def reshape(self, value: str, *shape: int, out: str = "") -> str:
         return self.op("Reshape", value, self.constant(shape, np.int64), out=out)
@@ -142,35 +151,36 @@ class OnnxBuilder:
             return self.op(kind, value, self.constant([-1], np.int64), keepdims=1)
         return self.op(kind, value, axes=[-1], keepdims=1)
 
+    def split(self, value: str, sizes: Sequence[int]) -> list[str]:
+        """Split the last axis into parts of these sizes."""
+        number = next(self._number)
+        names = [f"Split_{number}_{part}" for part in range(len(sizes))]
+        inputs = [value, self.constant(sizes, np.int64)]
+        self.nodes.append(helper.make_node("Split", inputs, names, name=names[0], axis=-1))
+        return names
+
+    def shift(self, value: str, by: int, axis: int) -> str:
+        """Replace each element of three axes by the one `by` places later; zeros come from outside.
+
+        A negative number looks backwards.
+        """
+        pads = [0] * 6
+        pads[axis if by < 0 else axis + 3] = abs(by)
+        padded = self.op("Pad", value, self.constant(pads, np.int64))
+        start, stop = (0, by) if by < 0 else (by, np.iinfo(np.int64).max)
+        ends = (self.constant([number], np.int64) for number in (start, stop, axis))
+        return self.op("Slice", padded, *ends)
+
+    def text_ids(self) -> str:
+        """Return the segment of each token, also where its prompt is not pooled, [B, T]."""
+        return self._text_ids
+
     def graph(self, dim: int) -> OnnxModel:
         """Return the collected nodes as a graph whose vectors have `dim` components."""
         inputs, outputs = interface(dim)
         graph = helper.make_graph(self.nodes, "embedq", inputs, outputs, self.initializers)
         imports = [helper.make_opsetid("", self.opset)]
         return OnnxModel(helper.make_model_gen_version(graph, opset_imports=imports), self.weights)
-
-
-def pool(g: OnnxBuilder, hidden: str, pooling: str, normalize: bool) -> None:
-    """Pool token vectors into one vector per segment, [B, T, D] -> ``vectors`` [B, S, D].
-
-    A matrix [B, S, T] with the weight of each token in each segment is multiplied by them.
-    """
-    numbers = g.reshape("segments", 1, -1, 1)
-    member = g.op("Equal", numbers, g.reshape("segment_ids", 0, 1, -1))  # [B, S, T]
-    if pooling == "cls":
-        first = g.op("Equal", g.reshape("position_ids", 0, 1, -1), g.constant(0, np.int64))
-        member = g.op("And", member, first)
-    weight = g.op("Cast", member, to=TensorProto.FLOAT)
-    if pooling == "mean":
-        # Divided before the product: fp16 represents a sum of 512 token vectors badly.
-        count = g.op("Max", g.reduce("ReduceSum", weight, 13), g.constant(1.0))
-        weight = g.op("Div", weight, count)
-    vectors = g.op("MatMul", weight, hidden)
-    if normalize:
-        length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
-        g.op("Div", vectors, length, out="vectors")
-    else:
-        g.op("Identity", vectors, out="vectors")
 
 
 def interface(dim: int) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from embedq.protocol.contract import Precision
+from embedq.protocol.contract import Device, Precision
 from embedq.protocol.worker import ModelInfo
 from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import sources
-from embedq_worker.model.config import ModelConfig, load_json, read_architecture, read_model_config
+from embedq_worker.model.config import ModelConfig, read_model_config
+from embedq_worker.model.families import FAMILIES
+from embedq_worker.model.families.family import Architecture
+from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.modules import ModulesFile, read_modules
+from embedq_worker.model.weights import weight_files
 from embedq_worker.settings import DeviceChoice, WorkerSettings
+
+if TYPE_CHECKING:
+    from embedq_worker.model.foreign_onnx import ForeignOnnx
 
 #: Commit of the default model that embedq is tested with.
 DEFAULT_REVISION: Final = "8b3219a92973c328a8e22fadcfa821b5dc75636a"
@@ -28,24 +38,56 @@ PINNED: Final[Mapping[str, str]] = {
 }
 
 
+#: Maximum length of a text on an NPU unless EMBEDQ_MAX_LENGTH is set, tokens. A compiler needs
+#: minutes for rows of 8,192 tokens, whose attention alone has 67 million scores per head.
+NPU_MAX_LENGTH: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoices:
+    """What a user decides about a model where its files leave it open.
+
+    Attributes:
+        pooling: pooling of a model whose files name none; empty if they do.
+        max_length: maximum length of a text that replaces a longer one of the files; 0 for none.
+        length_cap: maximum length where max_length is 0; 0 for none.
+        prompt_set: name of a set of prompts that is added; empty for none.
+    """
+
+    pooling: str = ""
+    max_length: int = 0
+    length_cap: int = 0
+    prompt_set: str = ""
+
+
+#: Maximum size of the part of a model card that is read, bytes.
+MAX_CARD_BYTES: Final = 16_384
+
+#: Everything as the files say.
+NO_CHOICES: Final = ModelChoices()
+
+
 @dataclass(frozen=True, slots=True)
 class Model(ModelConfig):
     """A verified model on the disk.
 
     Attributes:
         folder: where its files are.
+        encoder: folder of the encoder's files in it: config.json, weights and tokenizer.
         label: the requested name, with ``@revision`` for a hub id; for display only.
         identity: sha256 in hex of weights, tokenizer and the configuration that shapes vectors.
-        weights: model.safetensors or model.onnx.
-        architecture: values that shape a BERT encoder; empty for a foreign ONNX model.
+        weights: a safetensors file, the index of several, or an ONNX file.
+        architecture: values that shape the encoder; empty for a foreign ONNX model.
         dim: number of components of a vector.
         weights_precision: ``f32``, or ``f16``, ``bf16`` or ``int8`` (8 bits or fewer) of a foreign
             ONNX model that stores its weights, or computes, less precisely.
         output: name of the output of a foreign ONNX model that is served; otherwise empty.
         pinned: weights and tokenizer are those of the default model, whose vectors are published.
+        choices: what the user decided.
     """
 
     folder: Path
+    encoder: Path
     label: str
     identity: str
     weights: Path
@@ -54,11 +96,12 @@ class Model(ModelConfig):
     weights_precision: Precision
     output: str
     pinned: bool
+    choices: ModelChoices
 
     @property
     def tokenizer_path(self) -> Path:
         """Return the path of the tokenizer."""
-        return self.folder / "tokenizer.json"
+        return self.encoder / "tokenizer.json"
 
     @property
     def packable(self) -> bool:
@@ -68,9 +111,17 @@ class Model(ModelConfig):
     @property
     def vocab_size(self) -> int | None:
         """Return the number of token embeddings; None if config.json does not contain it."""
-        config = self.architecture or load_json(self.folder / "config.json", dict) or {}
+        config = self.architecture or JsonFile.load(self.encoder / "config.json").values
         size = config.get("vocab_size")
         return size if type(size) is int else None
+
+    def licence(self) -> str:
+        """Return the licence field of the model card in the folder; empty if there is none."""
+        with suppress(OSError), (self.folder / "README.md").open("rb") as file:
+            head = file.read(MAX_CARD_BYTES).decode(errors="replace")
+            if found := re.match(r"---\n(?:.*\n)*?license: *([\w.-]+)", head):
+                return found[1]
+        return ""
 
     def model_info(self) -> ModelInfo:
         """Return the description that workers publish for the SDK."""
@@ -87,23 +138,37 @@ class Model(ModelConfig):
         )
 
 
-def find_model(settings: WorkerSettings) -> Model | None:
+def find_model(settings: WorkerSettings, device: Device | None = None) -> Model | None:
     """Find and verify the model that the settings name; None for the stub, which needs none.
+
+    Args:
+        settings: worker's settings.
+        device: device that the worker is assigned to, which may cap the length of texts.
 
     Raises:
         ModelError: as resolve.
     """
     if settings.device is DeviceChoice.STUB:
         return None
+    on_npu = device is Device.NPU or settings.device is DeviceChoice.NPU
+    cap = NPU_MAX_LENGTH if on_npu else 0
     return resolve(
         settings.model,
         settings.model_revision,
         cache_dir=settings.cache_dir,
         offline=settings.offline,
+        choices=ModelChoices(settings.pooling, settings.max_length, cap, settings.prompts),
     )
 
 
-def resolve(name: str, revision: str | None, *, cache_dir: Path, offline: bool = False) -> Model:
+def resolve(
+    name: str,
+    revision: str | None,
+    *,
+    cache_dir: Path,
+    offline: bool = False,
+    choices: ModelChoices = NO_CHOICES,
+) -> Model:
     """Find a model by folder or hub id, verify its files and describe it.
 
     Args:
@@ -111,6 +176,7 @@ def resolve(name: str, revision: str | None, *, cache_dir: Path, offline: bool =
         revision: commit, branch or tag for a hub id; None for the pinned one or ``main``.
         cache_dir: folder of the digest cache.
         offline: do not use the network.
+        choices: what the user decides.
 
     Raises:
         ModelError: it cannot be found, downloaded or served, or a file of the default model was
@@ -119,7 +185,7 @@ def resolve(name: str, revision: str | None, *, cache_dir: Path, offline: bool =
     digests = DigestCache(cache_dir)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return load_model(folder.resolve(), name, digests)
+        return load_model(folder.resolve(), name, digests, choices)
     if not sources.is_hub_id(name):
         raise ModelError(f"{name} is neither a folder nor a hub id (owner/name).")
     revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
@@ -128,65 +194,108 @@ def resolve(name: str, revision: str | None, *, cache_dir: Path, offline: bool =
     if is_default:
         _check_pinned(found, digests)
     commit = found.name if found.parent.name == "snapshots" else revision
-    return load_model(found, f"{name}@{commit}", digests)
+    return load_model(found, f"{name}@{commit}", digests, choices)
 
 
-def load_model(folder: Path, label: str, digests: DigestCache) -> Model:
+def load_model(
+    folder: Path, label: str, digests: DigestCache, choices: ModelChoices = NO_CHOICES
+) -> Model:
     """Describe the model in a folder.
 
     Raises:
         ModelError: a file is missing or damaged, or the model is of an unsupported kind.
     """
-    weights = sources.find_weights(folder)
+    modules = read_modules(folder)
+    encoder = modules.encoder
+    weights = sources.find_weights(encoder)
     if weights is None:
-        read_architecture(folder)  # its error names the type of the model, if that is the reason
+        _read_architecture(encoder)  # its error names the type of the model, if that is the reason
         raise ModelError(
-            f"{folder} has neither model.safetensors nor model.onnx. "
+            f"{encoder} has neither model.safetensors nor model.onnx. "
             "A folder holds one of them beside config.json and tokenizer.json."
         )
-    if not (folder / "tokenizer.json").is_file():
-        raise ModelError(f"{folder} has no tokenizer.json, the only tokenizer format embedq reads.")
-    is_bert = weights.suffix == ".safetensors"
-    try:
-        usage = asdict(read_model_config(folder))
-        architecture = read_architecture(folder) if is_bert else {}
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+    if not (encoder / "tokenizer.json").is_file():
         raise ModelError(
-            f"A JSON file in {folder} has unexpected content ({type(error).__name__}: {error}). "
-            "Fetch the model again."
-        ) from error
-    external: tuple[Path, ...] = ()
-    precision, output = Precision.F32, ""
-    if is_bert:
-        dim = architecture["hidden_size"]
-    else:
-        # Imported here: onnx slows down a start, which the description of a BERT does not need.
-        from embedq_worker.model.foreign_onnx import describe_onnx
+            f"{encoder} has no tokenizer.json, the only tokenizer format embedq reads."
+        )
+    if weights.suffix == ".onnx":
+        return _describe_foreign(folder, label, digests, choices, modules, weights)
+    architecture = _read_architecture(encoder)
+    config = read_model_config(folder, modules, architecture["max_positions"], **asdict(choices))
+    files = weight_files(weights)
+    return _describe(folder, label, digests, choices, modules, config, weights, files, architecture)
 
-        described = describe_onnx(weights, folder)
-        dim, external, output = described.size, described.files, described.output
-        precision = described.precision
-        if described.pooled and not (folder / "modules.json").is_file():
-            usage["normalize"] = False  # nothing asks for it
-    sums = [digests.of(path) for path in (weights, *external, folder / "tokenizer.json")]
+
+def _describe_foreign(
+    folder: Path,
+    label: str,
+    digests: DigestCache,
+    choices: ModelChoices,
+    modules: ModulesFile,
+    weights: Path,
+) -> Model:
+    # Imported here: onnx slows down a start, which an encoder of our own does not need.
+    from embedq_worker.model.foreign_onnx import describe_onnx
+
+    found = describe_onnx(weights, modules.encoder)
+    positions = JsonFile.load(modules.encoder / "config.json").get("max_position_embeddings")
+    config = read_model_config(
+        folder,
+        modules,
+        positions if type(positions) is int and positions > 0 else 0,
+        pools_itself=found.pooled,
+        **asdict(choices),
+    )
+    files = [weights, *found.files]
+    return _describe(folder, label, digests, choices, modules, config, weights, files, {}, found)
+
+
+def _describe(
+    folder: Path,
+    label: str,
+    digests: DigestCache,
+    choices: ModelChoices,
+    modules: ModulesFile,
+    config: ModelConfig,
+    weights: Path,
+    weights_files: list[Path],
+    architecture: Architecture,
+    foreign: ForeignOnnx | None = None,
+) -> Model:
+    behind = [module.weights for module in config.modules if module.weights]
+    files = [*weights_files, *behind, modules.encoder / "tokenizer.json"]
+    sums = [digests.of(path) for path in files]
+    sizes = [module.out_features for module in config.modules if module.out_features]
+    width = foreign.size if foreign else architecture["hidden_size"]
     return Model(
         folder=folder,
+        encoder=modules.encoder,
         label=label,
-        identity=_identity(sums, architecture, usage),
+        identity=_identity(sums, architecture, config),
         weights=weights,
         architecture=architecture,
-        dim=dim,
-        weights_precision=precision,
-        output=output,
+        dim=sizes[-1] if sizes else width * len(config.pooling_modes),
+        weights_precision=foreign.precision if foreign else Precision.F32,
+        output=foreign.output if foreign else "",
         pinned=sums == list(PINNED.values()),
-        **usage,
+        choices=choices,
+        **{field.name: getattr(config, field.name) for field in fields(config)},
     )
 
 
-def _identity(sums: list[str], architecture: dict[str, Any], usage: dict[str, Any]) -> str:
+def _read_architecture(encoder: Path) -> Architecture:
+    use_onnx = "Use a folder with model.onnx (or onnx/model.onnx) and tokenizer.json instead."
+    config = JsonFile.load(encoder / "config.json", supported_by=use_onnx)
+    kind = config.text("model_type", "missing")
+    family = FAMILIES.get(kind)
+    if family is None:
+        raise config.unsupported("model_type", kind, *FAMILIES)
+    return {"model_type": kind, **family.read(config)}
+
+
+def _identity(sums: list[str], architecture: Mapping[str, Any], config: ModelConfig) -> str:
     # What shapes a vector, and nothing else: neither label nor path.
-    kind = "bert" if architecture else "onnx"
-    content = {"files": sums, "kind": kind, "config": architecture, "usage": usage}
+    content = {"files": sums, "config": architecture, "usage": config.describe()}
     described = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(described.encode()).hexdigest()
 

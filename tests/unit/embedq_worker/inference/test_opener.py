@@ -42,7 +42,7 @@ class Opened:
 def patch_opener(monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     """Make the opener return this engine."""
     monkeypatch.setattr(opener, "open_serving", lambda *_: opened)
-    monkeypatch.setattr(opener, "find_model", lambda _: None)
+    monkeypatch.setattr(opener, "find_model", lambda *_: None)
 
 
 def test_engine_on_another_device_is_closed_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from embedq_worker.model.bert import build_graph
 from onnx import TensorProto, helper, numpy_helper
 from tests.support.foreign import (
     DENSE,
@@ -38,7 +39,6 @@ from embedq.protocol.contract import Precision
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import EngineError, ModelError
 from embedq_worker.files import DigestCache
-from embedq_worker.model.bert import build_graph
 from embedq_worker.model.foreign_onnx import adapt_onnx, describe_onnx
 from embedq_worker.model.resolve import Model, load_model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,8 @@ from embedq.protocol.worker import ModelInfo
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
-from embedq_worker.model.config import read_model_config
-from embedq_worker.model.resolve import load_model
+from embedq_worker.model.config import ModelConfig
+from embedq_worker.model.resolve import ModelChoices, load_model
 
 
 def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
@@ -45,46 +44,38 @@ def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
         max_length=TINY_MAX_LENGTH,
         pooling="cls",
         normalized=True,
-        prompts={"query": "query: "},
+        prompts={"query": "query: ", "empty": ""},
         default_prompt="query",
     )
 
 
-def test_lower_casing_model_requires_a_lower_casing_tokenizer(tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    limits = {"max_seq_length": TINY_MAX_LENGTH, "do_lower_case": True}
-    write_json(tmp_path / "sentence_bert_config.json", limits)
-    path = tmp_path / "tokenizer.json"
-    read_model_config(tmp_path)
-    steps = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
-    write_json(path, {**json.loads(path.read_text()), "normalizer": steps})
-    read_model_config(tmp_path)
-    path.write_text(path.read_text().replace("Lowercase", "NFKC"))
-
-    with pytest.raises(ModelError, match="do_lower_case is true"):
-        read_model_config(tmp_path)
+def config_of(folder: Path, **choices: Any) -> ModelConfig:
+    return load_model(folder, "m", DigestCache(folder / "cache"), ModelChoices(**choices))
 
 
 def test_sentence_bert_config_sets_max_length_up_to_the_positions(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 40})
 
-    assert read_model_config(tmp_path).max_length == TINY_MAX_LENGTH
+    assert config_of(tmp_path).max_length == TINY_MAX_LENGTH
     write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 4000})
-    assert read_model_config(tmp_path).max_length == TINY["max_position_embeddings"]
+    assert config_of(tmp_path).max_length == TINY["max_position_embeddings"]
     (tmp_path / "sentence_bert_config.json").unlink()
-    assert read_model_config(tmp_path).max_length == 40
+    assert config_of(tmp_path).max_length == 40
 
 
-def test_encoder_without_sentence_transformers_files_has_defaults(tmp_path: Path) -> None:
-    write_tiny(tmp_path, max_position_embeddings=2048)
+def test_pooling_that_no_file_names_is_asked_for(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
     for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
         (tmp_path / name).unlink()
     write_json(tmp_path / "tokenizer_config.json", {"model_max_length": 10**30})
 
-    traits = read_model_config(tmp_path)
+    with pytest.raises(ModelError, match="EMBEDQ_POOLING=mean"):
+        config_of(tmp_path)
+    config = config_of(tmp_path, pooling="last")
 
-    assert (traits.pooling, traits.normalize, traits.max_length) == ("mean", True, 512)
+    positions = TINY["max_position_embeddings"]
+    assert (config.pooling, config.normalize, config.max_length) == ("lasttoken", True, positions)
 
 
 def test_model_without_normalize_module_is_not_normalized(tmp_path: Path) -> None:
@@ -95,33 +86,23 @@ def test_pooling_mode_as_a_word_is_read(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode": "cls"})
 
-    assert read_model_config(tmp_path).pooling == "cls"
+    assert config_of(tmp_path).pooling == "cls"
 
 
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling is max"),
-        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling is lasttoken"),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
-            "cls and mean",
-        ),
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": True, "include_prompt": False},
-            "include_prompt",
-        ),
-        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "Dense module"),
+        ("1_Pooling/config.json", {"pooling_mode_median": True}, "pooling is pooling_mode_median"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "pooling_mode is median"),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}], "lists Dense"),
+        ("modules.json", [{"type": "custom_st.Transformer"}], "runs no code of a model"),
         ("modules.json", {"a": 1}, "expected a list"),
-        ("config.json", {**TINY, "model_type": "xlm-roberta"}, r"xlm-roberta.*model\.onnx"),
-        ("config.json", {**TINY, "model_type": "mpnet"}, r"mpnet.*model\.onnx"),
+        ("config.json", {**TINY, "model_type": "electra"}, r"electra.*model\.onnx"),
         ("config.json", {**TINY, "position_embedding_type": "relative_key"}, "relative_key"),
-        ("config.json", {**TINY, "hidden_act": "gelu_new"}, "gelu_new"),
+        ("config.json", {**TINY, "hidden_act": "quick_gelu"}, "quick_gelu"),
         ("config.json", {**TINY, "is_decoder": True}, "is_decoder"),
         ("config.json", {**TINY, "hidden_size": "many"}, "hidden_size is 'many'"),
-        ("config.json", {**TINY, "num_attention_heads": 5}, "not a multiple"),
+        ("config.json", {**TINY, "num_attention_heads": 5}, "multiples of num_attention_heads"),
     ],
 )
 def test_unsupported_model_is_refused_with_the_reason(
@@ -162,19 +143,19 @@ def test_damaged_json_is_refused_with_the_file_name(tmp_path: Path) -> None:
     ("file", "value"),
     [
         ("modules.json", ["x"]),
-        ("modules.json", [{"type": "a.Pooling"}]),
+        ("modules.json", [{"type": 5}]),
         ("sentence_bert_config.json", {"max_seq_length": "24"}),
         ("config_sentence_transformers.json", {"prompts": ["query: "]}),
-        ("config.json", {**TINY, "layer_norm_eps": None}),
+        ("config.json", {**TINY, "layer_norm_eps": "1e-12"}),
     ],
 )
-def test_json_of_unexpected_shape_is_refused_with_the_folder(
+def test_json_of_unexpected_shape_is_refused_with_the_file(
     tmp_path: Path, file: str, value: object
 ) -> None:
     write_tiny(tmp_path / "odd")
     write_json(tmp_path / "odd" / file, value)
 
-    with pytest.raises(ModelError, match=r"A JSON file in .*odd has unexpected content"):
+    with pytest.raises(ModelError, match=rf"odd/{re.escape(file)}"):
         resolve_model(str(tmp_path / "odd"), tmp_path)
 
 

@@ -30,9 +30,10 @@ from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import CompileFailed, ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.inference.packing import build_padded
-from embedq_worker.model.bert import build_graph, load_tensors
-from embedq_worker.model.foreign_onnx import adapt_onnx, describe_onnx
+from embedq_worker.model.foreign_onnx import describe_onnx
+from embedq_worker.model.graph import build_graph
 from embedq_worker.model.resolve import Model, load_model
+from embedq_worker.model.weights import load_tensors
 
 #: Maximum difference of a component between two ways to compute the same vector in f32.
 TOLERANCE = 2e-5
@@ -263,16 +264,22 @@ def test_foreign_model_is_pooled_without_padding_and_normalized(
         assert np.abs(vector - mean / np.linalg.norm(mean)).max() < TOLERANCE
 
 
-def test_sentence_embedding_output_is_returned_unchanged(tmp_path: Path) -> None:
-    table = write_foreign(tmp_path, output="sentence_embedding")
+@pytest.mark.parametrize("normalized", [False, True])
+def test_pooled_output_is_normalized_only_where_modules_json_asks_for_it(
+    tmp_path: Path, normalized: bool
+) -> None:
+    table = write_foreign(tmp_path, output="sentence_embedding", modules=normalized)
     model = load_model(tmp_path, "foreign", DigestCache(tmp_path))
     texts = random_texts(64, (2, 9, 5))
 
     vectors = onnxruntime_vectors(model, padded_batch(texts))
 
-    assert vectors.shape == (3, 1, 8)
+    assert (vectors.shape, model.normalize) == ((3, 1, 8), normalized)
     for vector, text in zip(vectors[:, 0], texts, strict=True):
-        assert np.abs(vector - 3 * table[text[0]]).max() < TOLERANCE
+        expected = 3 * table[text[0]]
+        if normalized:
+            expected = expected / np.linalg.norm(expected)
+        assert np.abs(vector - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -288,7 +295,7 @@ def test_foreign_model_with_unknown_inputs_or_fixed_axes_is_refused(
     write_foreign(tmp_path, **options)
 
     with pytest.raises(ModelError, match=rf"model\.onnx.*{reason}"):
-        adapt_onnx(tmp_path / "onnx" / "model.onnx", tmp_path, "mean", True)
+        build_graph(load_model(tmp_path, "foreign", DigestCache(tmp_path)))
 
 
 @pytest.mark.parametrize("damaged", [b"", b"not a packed model"])
@@ -324,4 +331,5 @@ def test_unknown_dimension_of_a_foreign_model_is_read_from_config_json(tmp_path:
 
     write_json(tmp_path / "config.json", {"hidden_size": 8})
 
-    assert describe_onnx(path, tmp_path).size == 8
+    found = describe_onnx(path, tmp_path)
+    assert (found.size, found.pooled, found.files) == (8, False, ())

@@ -1,0 +1,233 @@
+"""Build the parts that encoders share: embeddings, masks, attention, feed-forward networks, norms.
+
+Shapes: B rows, T tokens of a row, D components, H heads. No runtime enters here, and no onnx: the
+description of a model, which reads the families, needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from embedq_worker.model.weights import Floats, Linear, Weights
+
+if TYPE_CHECKING:
+    from embedq_worker.model.onnx_graph import OnnxBuilder
+
+#: Added to attention scores between tokens that do not attend to each other. exp(-1e4) is 0 in
+#: float32; -3.4e38 would be -inf in fp16 and bf16, and give NaN in a row of padding only.
+MASK: Final = -1e4
+
+#: Activation in config.json -> operator and attributes in ONNX.
+#: Source: transformers, activations.py, ACT2FN.
+ACTIVATIONS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
+    "gelu": ("Gelu", {}),
+    "gelu_python": ("Gelu", {}),
+    "gelu_new": ("Gelu", {"approximate": "tanh"}),
+    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
+    "gelu_fast": ("Gelu", {"approximate": "tanh"}),
+    "relu": ("Relu", {}),
+    "silu": ("Swish", {}),
+    "swish": ("Swish", {}),
+    "tanh": ("Tanh", {}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Sizes of an attention.
+
+    Attributes:
+        count: number of heads H.
+        size: components of a head.
+        shared: number of key and value heads; each serves count / shared query heads.
+    """
+
+    count: int
+    size: int
+    shared: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Return the number of key and value heads."""
+        return self.shared or self.count
+
+
+def activate(g: OnnxBuilder, value: str, name: str) -> str:
+    """Apply an activation function of ACTIVATIONS."""
+    operator, attributes = ACTIVATIONS[name]
+    if operator == "Swish":  # an operator of its own only since operator set 24
+        return g.op("Mul", value, g.op("Sigmoid", value))
+    return g.op(operator, value, **attributes)
+
+
+def linear(g: OnnxBuilder, value: str, layer: Linear) -> str:
+    """Multiply by a weight [into, out], and add its bias if there is one."""
+    weight, bias = layer
+    product = g.op("MatMul", value, g.constant(weight))
+    return product if bias is None else g.op("Add", product, g.constant(bias))
+
+
+def layer_norm(
+    g: OnnxBuilder, value: str, scale: Floats, bias: Floats | None, epsilon: float
+) -> str:
+    """Normalize the last axis to mean 0 and variance 1, then scale and shift it."""
+    parameters = [g.constant(scale), *([] if bias is None else [g.constant(bias)])]
+    return g.op("LayerNormalization", value, *parameters, axis=-1, epsilon=epsilon)
+
+
+def rms_norm(g: OnnxBuilder, value: str, scale: Floats, epsilon: float) -> str:
+    """Divide the last axis by its root mean square, then scale it."""
+    square = g.op("Mul", value, value)
+    mean = g.op("ReduceMean", square, g.constant([-1], np.int64), keepdims=1)
+    root = g.op("Sqrt", g.op("Add", mean, g.constant(epsilon)))
+    return g.op("Mul", g.op("Div", value, root), g.constant(scale))
+
+
+def same_text_mask(g: OnnxBuilder, *further: str) -> str:
+    """Return 0 for pairs of tokens of the same text, MASK for others, [B, 1, T, T].
+
+    Args:
+        g: the graph.
+        further: conditions [B, 1, T, T] that a pair must meet too.
+    """
+    texts = g.text_ids()
+    allowed = g.op("Equal", g.reshape(texts, 0, 1, -1, 1), g.reshape(texts, 0, 1, 1, -1))
+    for condition in further:
+        allowed = g.op("And", allowed, condition)
+    return g.op("Where", allowed, g.constant(0.0), g.constant(MASK))
+
+
+def distances(g: OnnxBuilder) -> str:
+    """Return the position of each key minus that of each query, int64 [B, 1, T, T]."""
+    queries = g.reshape("position_ids", 0, 1, -1, 1)
+    keys = g.reshape("position_ids", 0, 1, 1, -1)
+    return g.op("Sub", keys, queries)
+
+
+def merged(parts: Sequence[Linear], heads: Heads) -> Linear:
+    """Merge the layers of queries, keys and values into one product.
+
+    The query's weights contain the scale 1/sqrt(size) of the scores, to save a pass over [T, T].
+    """
+    scale = np.float32(heads.size**-0.5)
+    (weight, bias), *others = parts
+    scaled = [(weight * scale, None if bias is None else bias * scale), *others]
+    biases = [bias for _, bias in scaled if bias is not None]
+    return (
+        np.concatenate([weight for weight, _ in scaled], axis=-1),
+        np.concatenate(biases) if biases else None,
+    )
+
+
+def split_heads(g: OnnxBuilder, value: str, heads: Heads) -> tuple[str, str, str]:
+    """Split merged queries, keys and values, [B, T, ...] -> three of [B, T, H, size]."""
+    sizes = [heads.count * heads.size, *[heads.keys * heads.size] * 2]
+    counts = (heads.count, heads.keys, heads.keys)
+    query, key, values = (
+        g.reshape(part, 0, 0, count, heads.size)
+        for part, count in zip(g.split(value, sizes), counts, strict=True)
+    )
+    return query, key, values
+
+
+def attend(g: OnnxBuilder, query: str, key: str, value: str, mask: str, heads: Heads) -> str:
+    """Mix the values of each text, [B, T, H, size] -> [B, T, H * size].
+
+    Args:
+        g: the graph.
+        query: queries, already scaled.
+        key, value: keys and values.
+        mask: [B, 1, T, T] or [B, H, T, T], added to the scores.
+        heads: sizes.
+    """
+    repeats = heads.count // heads.keys
+    key, value = (_repeat_heads(g, part, heads, repeats) for part in (key, value))
+    query = g.op("Transpose", query, perm=[0, 2, 1, 3])  # [B, H, T, size]
+    key = g.op("Transpose", key, perm=[0, 2, 3, 1])  # [B, H, size, T]
+    value = g.op("Transpose", value, perm=[0, 2, 1, 3])
+    scores = g.op("Add", g.op("MatMul", query, key), mask)
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), value)
+    return g.reshape(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, heads.count * heads.size)
+
+
+def _repeat_heads(g: OnnxBuilder, value: str, heads: Heads, repeats: int) -> str:
+    # [B, T, keys, size] -> [B, T, keys * repeats, size], each head repeated in place
+    if repeats == 1:
+        return value
+    apart = g.reshape(value, 0, 0, heads.keys, 1, heads.size)
+    copied = g.op("Concat", *[apart] * repeats, axis=3)
+    return g.reshape(copied, 0, 0, heads.count, heads.size)
+
+
+class Rotary:
+    """Rotary position embedding: turns pairs of components by an angle that grows with position.
+
+    Source: Su et al., RoFormer (2021); transformers, rotate_half in modeling_llama.py.
+    """
+
+    def __init__(self, g: OnnxBuilder, max_length: int, size: int, theta: float) -> None:
+        """Look up cosine and sine of each token's angles, [B, T, 1, size].
+
+        Args:
+            g: the graph.
+            max_length: largest number of tokens of a text.
+            size: components of a head that are turned.
+            theta: base of the frequencies.
+        """
+        powers = np.arange(0, size, 2, dtype=np.int64).astype(np.float32) / np.float32(size)
+        frequencies = (1.0 / np.power(np.float64(theta), powers)).astype(np.float32)
+        angles = np.outer(np.arange(max_length, dtype=np.float32), frequencies).astype(np.float64)
+        both = np.concatenate([angles, angles], axis=-1)
+        self._size = size
+        self._cos, self._sin = (
+            g.op(
+                "Unsqueeze",
+                g.op("Gather", g.constant(table), "position_ids"),
+                g.constant([2], np.int64),
+            )
+            for table in (np.cos(both), np.sin(both))
+        )
+
+    def __call__(self, g: OnnxBuilder, value: str) -> str:
+        """Turn queries or keys, [B, T, H, size]."""
+        half = self._size // 2
+        first, second = g.split(value, [half, self._size - half])
+        turned = g.op("Concat", g.op("Neg", second), first, axis=-1)
+        kept = g.op("Mul", value, self._cos)
+        return g.op("Add", kept, g.op("Mul", turned, self._sin))
+
+
+def post_norm_layer(
+    g: OnnxBuilder, w: Weights, hidden: str, mixed: str, names: PostNormNames
+) -> str:
+    """Append what follows the attention in BERT and its relatives, [B, T, D] -> [B, T, D].
+
+    Each of attention output and feed-forward network is added to its input and normalized.
+    """
+    dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
+    epsilon = w.config["layer_norm_eps"]
+
+    def norm(value: str, name: str) -> str:
+        scale, bias = w.get(f"{name}.weight", dim), w.get(f"{name}.bias", dim)
+        return layer_norm(g, value, scale, bias, epsilon)
+
+    attended = linear(g, mixed, w.linear(names.attention_output, dim, dim))
+    hidden = norm(g.op("Add", attended, hidden), names.attention_norm)
+    inner = linear(g, hidden, w.linear(names.intermediate, wide, dim))
+    outer = linear(g, activate(g, inner, w.config["hidden_act"]), w.linear(names.output, dim, wide))
+    return norm(g.op("Add", outer, hidden), names.output_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class PostNormNames:
+    """Names of the tensors of one layer after its attention."""
+
+    attention_output: str
+    attention_norm: str
+    intermediate: str
+    output: str
+    output_norm: str

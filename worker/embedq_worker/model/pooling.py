@@ -1,0 +1,131 @@
+"""Append to a graph what follows the encoder: pooling, and the modules behind it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from embedq_worker.model.blocks import layer_norm, linear
+from embedq_worker.model.config import ModelConfig
+from embedq_worker.model.modules import Module
+from embedq_worker.model.weights import Weights
+
+if TYPE_CHECKING:
+    from embedq_worker.model.onnx_graph import OnnxBuilder
+
+#: Minimum divisor of a vector: empty segments stay zero. It is not zero in fp16.
+MIN_NORM: Final = 1e-4
+
+#: Epsilon of torch.nn.LayerNorm.
+LAYER_NORM_EPSILON: Final = 1e-5
+
+
+def append_pooling(g: OnnxBuilder, hidden: str, config: ModelConfig) -> None:
+    """Turn token vectors into one vector per segment, [B, T, D] -> ``vectors`` [B, S, D'].
+
+    Source: sentence_transformers, modules/pooling.py, dense.py, layer_norm.py and normalize.py.
+    """
+    pools = _Pools(g, hidden, config.max_length, config.include_prompt)
+    parts = [pools.append(mode) for mode in config.pooling_modes]
+    vectors = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
+    append_modules(g, vectors, config)
+
+
+def append_modules(g: OnnxBuilder, vectors: str, config: ModelConfig) -> None:
+    """Apply the modules behind the pooling to vectors [B, S, D] -> ``vectors`` [B, S, D']."""
+    for module in config.modules:
+        vectors = _append_module(g, vectors, module)
+    g.op("Identity", vectors, out="vectors")
+
+
+def append_normalize(g: OnnxBuilder, vectors: str) -> str:
+    """Scale vectors to unit length."""
+    length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
+    return g.op("Div", vectors, length)
+
+
+def _append_module(g: OnnxBuilder, vectors: str, module: Module) -> str:
+    if module.kind == "Normalize":
+        return append_normalize(g, vectors)
+    assert module.weights is not None  # read_modules found the file
+    w = Weights(module.weights, {})
+    if module.kind == "LayerNorm":
+        scale, bias = (w.get(f"norm.{part}", module.out_features) for part in ("weight", "bias"))
+        return layer_norm(g, vectors, scale, bias, LAYER_NORM_EPSILON)
+    into, out = module.in_features, module.out_features
+    product = linear(g, vectors, w.linear("linear", out, into, bias=module.bias))
+    return _activate(g, product, module.activation)
+
+
+def _activate(g: OnnxBuilder, value: str, name: str) -> str:
+    # Source: torch.nn, the class of each name with its defaults.
+    if name == "Identity":
+        return value
+    if name == "SiLU":
+        return g.op("Mul", value, g.op("Sigmoid", value))
+    return g.op({"GELU": "Gelu", "ReLU": "Relu"}.get(name, name), value)
+
+
+class _Pools:
+    """Poolings of the tokens of one graph; a matrix [B, S, T] weighs each token in each segment."""
+
+    def __init__(self, g: OnnxBuilder, hidden: str, max_length: int, include_prompt: bool) -> None:
+        self._g, self._hidden, self._max_length = g, hidden, max_length
+        self._include_prompt = include_prompt
+        numbers = g.reshape("segments", 1, -1, 1)
+        # Tokens of a prompt that is not pooled have a negative segment.
+        self._member = g.op("Equal", numbers, g.reshape("segment_ids", 0, 1, -1))
+        self._positions = g.reshape("position_ids", 0, 1, -1)  # [B, 1, T]
+
+    def append(self, mode: str) -> str:
+        """Append one pooling, [B, T, D] -> [B, S, D]."""
+        g = self._g
+        if mode == "max":
+            return g.op("MatMul", g.cast(self._last(), "float32"), self._running_maximum())
+        if mode in ("cls", "lasttoken"):
+            one = self._first() if mode == "cls" else self._last()
+            return g.op("MatMul", g.cast(one, "float32"), self._hidden)
+        weight = g.cast(self._member, "float32")
+        if mode == "weightedmean":
+            place = g.op("Add", g.cast(self._positions, "float32"), g.constant(1.0))
+            weight = g.op("Mul", weight, place)
+        # Divided before the product: fp16 represents a sum of 512 token vectors badly.
+        count = g.op("Max", g.reduce("ReduceSum", weight, 13), g.constant(1.0))
+        if mode == "mean_sqrt_len_tokens":
+            count = g.op("Sqrt", count)
+        return g.op("MatMul", g.op("Div", weight, count), self._hidden)
+
+    def _first(self) -> str:
+        # The first token of each segment that is pooled, [B, S, T]
+        g = self._g
+        if self._include_prompt:
+            first = g.op("Equal", self._positions, g.constant(0, np.int64))
+            return g.op("And", self._member, first)
+        after_prompt = g.op("Not", self._shifted_member(-1))
+        return g.op("And", self._member, after_prompt)
+
+    def _last(self) -> str:
+        # The last token of each segment, [B, S, T]: the next one belongs to another
+        return self._g.op("And", self._member, self._g.op("Not", self._shifted_member(1)))
+
+    def _shifted_member(self, by: int) -> str:
+        # The member of the next (1) or previous (-1) token, [B, S, T]
+        g = self._g
+        member = g.cast(self._member, "float32")
+        shifted = g.shift(member, by, axis=2)
+        return g.op("Greater", shifted, g.constant(0.5))
+
+    def _running_maximum(self) -> str:
+        # Greatest value so far of each component in each text, [B, T, D]: each step doubles the
+        # number of tokens that it covers. Hillis and Steele, Data parallel algorithms (1986).
+        g, values = self._g, self._hidden
+        texts = g.reshape("segment_ids", 0, -1, 1)
+        # Integers: a float in bf16 cannot tell text 256 from 257.
+        for step in range(math.ceil(math.log2(max(2, self._max_length)))):
+            earlier = g.shift(texts, -(2**step), axis=1)
+            same = g.op("Equal", earlier, texts)
+            moved = g.shift(values, -(2**step), axis=1)
+            values = g.op("Where", same, g.op("Max", values, moved), values)
+        return values
