@@ -34,6 +34,7 @@ from embedq_worker.inference.packing import (
     build_rows,
     build_shared,
     exclude_prompt,
+    skip_pad_tokens,
 )
 from embedq_worker.inference.planning import (
     CPU_CHUNKS,
@@ -203,6 +204,7 @@ class Embedder:
         schedule: ChunkSchedule | None = None,
         row_spec: RowSpec | None = None,
         prompt_tokens: Callable[[str], int] | None = None,
+        position_pad_id: int | None = None,
     ) -> None:
         """Start one thread that tokenizes and one per concurrent inference.
 
@@ -214,6 +216,8 @@ class Embedder:
             row_spec: shape of the token batches; None = the engine's.
             prompt_tokens: counts the tokens of a prompt, which the model does not pool; None for a
                 model that pools them.
+            position_pad_id: padding token that the model's positions do not count; None for a model
+                that counts it.
         """
         self.tokenizer = tokenizer
         self.engine = engine
@@ -223,6 +227,7 @@ class Embedder:
         self.meter = EngineMeter()
         self._token_budget = token_budget
         self._prompt_tokens = prompt_tokens
+        self._position_pad_id = position_pad_id
         self._schedule = schedule or (CPU_CHUNKS if engine.device is Device.CPU else NPU_CHUNKS)
         self._inferring = ThreadPoolExecutor(engine.concurrency, "embedq-infer")
         self._tokenizing = ThreadPoolExecutor(1, "embedq-tokenize")
@@ -254,9 +259,7 @@ class Embedder:
         max_pending = AHEAD * self.engine.concurrency
         try:
             for work in plan(batch, result):
-                if n_unpooled:
-                    excluded = exclude_prompt(work.batch, n_unpooled, except_for=len(work.rows))
-                    work = work._replace(batch=excluded)
+                work = self._adjust(work, n_unpooled)
                 result.count_inference(work.batch)
                 inferences.append(
                     self._inferring.submit(self._infer, work, result.vectors, call_meter)
@@ -271,6 +274,15 @@ class Embedder:
             stats.infer_s += measured.infer_s
             stats.busy_s += measured.busy_s
         return result.finish()
+
+    def _adjust(self, work: _Work, n_unpooled: int) -> _Work:
+        # What few models need: positions without padding tokens, pooling without the prompt.
+        token_batch = work.batch
+        if self._position_pad_id is not None:
+            token_batch = skip_pad_tokens(token_batch, self._position_pad_id)
+        if n_unpooled:
+            token_batch = exclude_prompt(token_batch, n_unpooled, except_for=len(work.rows))
+        return work._replace(batch=token_batch)
 
     def close(self) -> None:
         """Stop the threads; the engine stays open."""

@@ -132,3 +132,20 @@ def exclude_prompt(batch: TokenBatch, n_tokens: int, except_for: int) -> TokenBa
     is_prompt = (batch.position_ids < n_tokens) & (texts != except_for)
     segment_ids = np.where(is_prompt, -batch.segment_ids, batch.segment_ids)
     return replace(batch, segment_ids=segment_ids)
+
+
+def skip_pad_tokens(batch: TokenBatch, pad_id: int) -> TokenBatch:
+    """Count positions as RoBERTa does: a padding token within a text has position -1, no other.
+
+    Only a text that spells the padding token contains one.
+
+    Source: transformers, models/roberta/modeling_roberta.py, create_position_ids_from_input_ids.
+    """
+    is_pad = (batch.input_ids == pad_id) & (batch.segment_ids != 0)
+    if not is_pad.any():
+        return batch
+    so_far = np.cumsum(is_pad, axis=1)
+    first = np.arange(is_pad.shape[1]) - batch.position_ids
+    before_text = np.take_along_axis(so_far - is_pad, first, axis=1)
+    positions = np.where(is_pad, -1, batch.position_ids - (so_far - before_text))
+    return replace(batch, position_ids=np.where(batch.segment_ids != 0, positions, 0))

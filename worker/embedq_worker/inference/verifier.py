@@ -122,9 +122,12 @@ class EngineVerifier:
         """
         budget = cpu_config.token_budget if cpu_config else self._settings.token_budget
         budget = budget or DEFAULT_TOKEN_BUDGET
-        prompt_tokens = None if self._model.include_prompt else self.tokenizer.prompt_tokens
         embedder = Embedder(
-            self.tokenizer, engine, token_budget=budget, prompt_tokens=prompt_tokens
+            self.tokenizer,
+            engine,
+            token_budget=budget,
+            prompt_tokens=None if self._model.include_prompt else self.tokenizer.prompt_tokens,
+            position_pad_id=self._model.architecture.get("position_pad_id"),
         )
         report = selftest.run(embedder, self._model, reference, accuracy)
         verified = VerifiedEngine(engine, embedder, report, why, cpu_config)

@@ -92,7 +92,7 @@ def same_text_mask(g: OnnxBuilder, *further: str) -> str:
 
     Args:
         g: the graph.
-        further: conditions [B, 1, T, T] that a pair must meet too.
+        further: conditions, bool [T, T], that a pair must meet too.
     """
     texts = g.text_ids()
     allowed = g.op("Equal", g.reshape(texts, 0, 1, -1, 1), g.reshape(texts, 0, 1, 1, -1))
@@ -102,10 +102,20 @@ def same_text_mask(g: OnnxBuilder, *further: str) -> str:
 
 
 def distances(g: OnnxBuilder) -> str:
-    """Return the position of each key minus that of each query, int64 [B, 1, T, T]."""
-    queries = g.reshape("position_ids", 0, 1, -1, 1)
-    keys = g.reshape("position_ids", 0, 1, 1, -1)
-    return g.op("Sub", keys, queries)
+    """Return the place of each key in its row minus that of each query, int64 [T, T]."""
+    width = g.op("Gather", g.op("Shape", "input_ids"), g.constant(1, np.int64))
+    places = g.op("Range", g.constant(0, np.int64), width, g.constant(1, np.int64))
+    return g.op("Sub", g.reshape(places, 1, -1), g.reshape(places, -1, 1))
+
+
+def within(g: OnnxBuilder, distance: int) -> str:
+    """Return which pairs of tokens are at most this far apart, bool [T, T]."""
+    return g.op("LessOrEqual", g.op("Abs", distances(g)), g.constant(distance, np.int64))
+
+
+def not_after(g: OnnxBuilder) -> str:
+    """Return which pairs have a key that does not follow its query, bool [T, T]."""
+    return g.op("LessOrEqual", distances(g), g.constant(0, np.int64))
 
 
 def merged(parts: Sequence[Linear], heads: Heads) -> Linear:
@@ -169,36 +179,77 @@ class Rotary:
     Source: Su et al., RoFormer (2021); transformers, rotate_half in modeling_llama.py.
     """
 
-    def __init__(self, g: OnnxBuilder, max_length: int, size: int, theta: float) -> None:
+    def __init__(self, g: OnnxBuilder, size: int, theta: float) -> None:
         """Look up cosine and sine of each token's angles, [B, T, 1, size].
 
         Args:
             g: the graph.
-            max_length: largest number of tokens of a text.
-            size: components of a head that are turned.
+            size: components of a head.
             theta: base of the frequencies.
         """
-        powers = np.arange(0, size, 2, dtype=np.int64).astype(np.float32) / np.float32(size)
-        frequencies = (1.0 / np.power(np.float64(theta), powers)).astype(np.float32)
-        angles = np.outer(np.arange(max_length, dtype=np.float32), frequencies).astype(np.float64)
-        both = np.concatenate([angles, angles], axis=-1)
+        powers = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+        frequencies = (1.0 / np.power(theta, powers.astype(np.float64))).astype(np.float32)
+        angles = np.outer(np.arange(g.max_length, dtype=np.float32), frequencies)
+        both = np.concatenate([angles, angles], axis=-1).astype(np.float64)
         self._size = size
         self._cos, self._sin = (
-            g.op(
-                "Unsqueeze",
-                g.op("Gather", g.constant(table), "position_ids"),
-                g.constant([2], np.int64),
-            )
+            g.op("Unsqueeze", g.op("Gather", g.constant(table), "position_ids"), axis)
             for table in (np.cos(both), np.sin(both))
+            for axis in [g.constant([2], np.int64)]
         )
 
-    def __call__(self, g: OnnxBuilder, value: str) -> str:
+    def turn(self, g: OnnxBuilder, value: str) -> str:
         """Turn queries or keys, [B, T, H, size]."""
         half = self._size // 2
-        first, second = g.split(value, [half, self._size - half])
+        first, second = g.split(value, [half, half])
         turned = g.op("Concat", g.op("Neg", second), first, axis=-1)
-        kept = g.op("Mul", value, self._cos)
-        return g.op("Add", kept, g.op("Mul", turned, self._sin))
+        return g.op("Add", g.op("Mul", value, self._cos), g.op("Mul", turned, self._sin))
+
+
+def gated(
+    g: OnnxBuilder, value: str, gate: Linear, up: Linear, down: Linear, activation: str
+) -> str:
+    """Append a gated feed-forward network, [B, T, D] -> [B, T, D].
+
+    Source: Shazeer, GLU variants improve transformer (2020).
+    """
+    opened = activate(g, linear(g, value, gate), activation)
+    return linear(g, g.op("Mul", opened, linear(g, value, up)), down)
+
+
+def embed_words(g: OnnxBuilder, w: Weights, positions: Floats) -> str:
+    """Add the embeddings of each token and of its position, and normalize, [B, T, D].
+
+    Args:
+        g: the graph.
+        w: weights with the names of BERT.
+        positions: embedding of each position, [positions, D].
+    """
+    dim = w.config["hidden_size"]
+    words = w.get("embeddings.word_embeddings.weight", w.config["vocab_size"], dim)
+    word = g.op("Gather", g.constant(words), "input_ids")
+    place = g.op("Gather", g.constant(positions), "position_ids")
+    scale, bias = (w.get(f"embeddings.LayerNorm.{part}", dim) for part in ("weight", "bias"))
+    return layer_norm(g, g.op("Add", word, place), scale, bias, w.config["layer_norm_eps"])
+
+
+def merged_attention(
+    g: OnnxBuilder, w: Weights, hidden: str, parts: Sequence[str], mask: str
+) -> str:
+    """Mix token vectors by an attention whose heads divide the components, [B, T, D] -> [B, T, D].
+
+    Args:
+        g: the graph.
+        w: weights.
+        hidden: token vectors.
+        parts: names of the linear layers of queries, keys and values.
+        mask: as in `attend`.
+    """
+    dim, count = w.config["hidden_size"], w.config["num_attention_heads"]
+    heads = Heads(count, dim // count)
+    layer = merged([w.linear(part, dim, dim) for part in parts], heads)
+    query, key, value = split_heads(g, linear(g, hidden, layer), heads)
+    return attend(g, query, key, value, mask, heads)
 
 
 def post_norm_layer(

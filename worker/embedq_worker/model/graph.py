@@ -44,6 +44,6 @@ def _adapt(model: Model) -> OnnxModel:
 def _build_encoder(model: Model) -> OnnxModel:
     family = FAMILIES[model.architecture["model_type"]]
     weights = Weights(model.weights, model.architecture, ("", *family.prefixes))
-    g = OnnxBuilder(OPSET, include_prompt=model.include_prompt)
+    g = OnnxBuilder(OPSET, max_length=model.max_length, include_prompt=model.include_prompt)
     append_pooling(g, family.build(g, weights), model)
     return g.graph(model.dim)

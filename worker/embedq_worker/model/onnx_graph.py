@@ -107,11 +107,12 @@ class OnnxBuilder:
 
     Attributes:
         opset: ONNX operator set.
+        max_length: maximum number of tokens of a text.
     """
 
-    def __init__(self, opset: int, *, include_prompt: bool = True) -> None:
-        """Start a graph; include_prompt as in ModelConfig."""
-        self.opset = opset
+    def __init__(self, opset: int, *, max_length: int, include_prompt: bool = True) -> None:
+        """Start a graph; max_length and include_prompt as in ModelConfig."""
+        self.opset, self.max_length = opset, max_length
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, npt.NDArray[np.float32]] = {}

@@ -27,7 +27,7 @@ def append_pooling(g: OnnxBuilder, hidden: str, config: ModelConfig) -> None:
 
     Source: sentence_transformers, modules/pooling.py, dense.py, layer_norm.py and normalize.py.
     """
-    pools = _Pools(g, hidden, config.max_length, config.include_prompt)
+    pools = _Pools(g, hidden, config.include_prompt)
     parts = [pools.append(mode) for mode in config.pooling_modes]
     vectors = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
     append_modules(g, vectors, config)
@@ -71,8 +71,8 @@ def _activate(g: OnnxBuilder, value: str, name: str) -> str:
 class _Pools:
     """Poolings of the tokens of one graph; a matrix [B, S, T] weighs each token in each segment."""
 
-    def __init__(self, g: OnnxBuilder, hidden: str, max_length: int, include_prompt: bool) -> None:
-        self._g, self._hidden, self._max_length = g, hidden, max_length
+    def __init__(self, g: OnnxBuilder, hidden: str, include_prompt: bool) -> None:
+        self._g, self._hidden = g, hidden
         self._include_prompt = include_prompt
         numbers = g.reshape("segments", 1, -1, 1)
         # Tokens of a prompt that is not pooled have a negative segment.
@@ -123,7 +123,7 @@ class _Pools:
         g, values = self._g, self._hidden
         texts = g.reshape("segment_ids", 0, -1, 1)
         # Integers: a float in bf16 cannot tell text 256 from 257.
-        for step in range(math.ceil(math.log2(max(2, self._max_length)))):
+        for step in range(math.ceil(math.log2(max(2, g.max_length)))):
             earlier = g.shift(texts, -(2**step), axis=1)
             same = g.op("Equal", earlier, texts)
             moved = g.shift(values, -(2**step), axis=1)

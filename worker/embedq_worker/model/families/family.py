@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from embedq_worker.model.blocks import ACTIVATIONS
 from embedq_worker.model.json_file import JsonFile
@@ -57,3 +57,45 @@ def read_activation(config: JsonFile, name: str, default: str) -> str:
         ModelError: it is another one.
     """
     return str(config.one_of(name, *ACTIVATIONS, default=default))
+
+
+#: Types of a layer's attention in config.json.
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
+
+
+def read_theta(config: JsonFile, name: str, default: float, layer_type: str = "") -> float:
+    """Read the base of the rotary frequencies, as transformers 5 or older versions write it.
+
+    Args:
+        config: config.json.
+        name: key of older versions.
+        default: value if there is none.
+        layer_type: FULL or SLIDING for a family that tells them apart.
+
+    Raises:
+        ModelError: the frequencies are scaled, which embedq does not support.
+    """
+    if config.get("rope_scaling") is not None:
+        raise config.unsupported("rope_scaling", config.get("rope_scaling"), "none")
+    parameters = config.get("rope_parameters", {})
+    if layer_type and isinstance(parameters, dict):
+        parameters = parameters.get(layer_type) or {}
+    known = {"rope_theta", "rope_type"}
+    plain = isinstance(parameters, dict) and set(parameters) <= known
+    if not plain or parameters.get("rope_type", "default") != "default":
+        raise config.unsupported("rope_parameters", parameters, "rope_type default")
+    theta = parameters.get("rope_theta", config.get(name, default))
+    return JsonFile(config.path, {name: theta}).number(name, default)
+
+
+def read_layer_types(config: JsonFile, count: int, default: Sequence[str]) -> list[str]:
+    """Read the type of each layer's attention, FULL or SLIDING.
+
+    Raises:
+        ModelError: there is another type, or not one per layer.
+    """
+    types = config.get("layer_types", list(default))
+    if not isinstance(types, list) or len(types) != count or set(types) - {FULL, SLIDING}:
+        raise config.unsupported("layer_types", types, f"{FULL} and {SLIDING}, one per layer")
+    return types

@@ -1,0 +1,92 @@
+"""What Qwen3 and Gemma 3 share: attention with norms of queries and keys, and fewer key heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embedq_worker.model.blocks import Heads, Rotary, attend, linear, rms_norm, split_heads
+from embedq_worker.model.families.family import Architecture, read_activation
+from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.weights import Floats, Weights
+
+if TYPE_CHECKING:
+    from embedq_worker.model.onnx_graph import OnnxBuilder
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+def read_decoder(config: JsonFile, head_size: int, activation: tuple[str, str]) -> Architecture:
+    """Read the values that both families have.
+
+    Args:
+        config: config.json.
+        head_size: components of a head if it does not say.
+        activation: key and default of the activation function.
+    """
+    sizes = {name: config.integer(name) for name in _SIZES}
+    heads = sizes["num_attention_heads"]
+    shared = config.integer("num_key_value_heads", heads)
+    if heads % shared:
+        raise config.unsupported("num_key_value_heads", shared, f"divisors of {heads} heads")
+    return {
+        **sizes,
+        "num_key_value_heads": shared,
+        "head_dim": config.integer("head_dim", head_size),
+        "max_positions": config.integer("max_position_embeddings", 32_768),
+        "hidden_act": read_activation(config, *activation),
+        "rms_norm_eps": config.number("rms_norm_eps", 1e-6),
+        "attention_bias": config.flag("attention_bias", False),
+    }
+
+
+def append_attention(
+    g: OnnxBuilder,
+    w: Weights,
+    name: str,
+    value: str,
+    mask: str,
+    rotary: Rotary,
+    *,
+    scale: float,
+    offset: float = 0.0,
+) -> str:
+    """Append the attention of one layer, [B, T, D] -> [B, T, D].
+
+    Args:
+        g: the graph.
+        w: weights.
+        name: prefix of the layer's tensors.
+        value: normalized token vectors.
+        mask: as in `blocks.attend`.
+        rotary: rotary positions.
+        scale: factor of the scores.
+        offset: added to the scale of each norm.
+    """
+    config = w.config
+    dim, size, epsilon = config["hidden_size"], config["head_dim"], config["rms_norm_eps"]
+    heads = Heads(config["num_attention_heads"], size, config["num_key_value_heads"])
+    bias = config["attention_bias"]
+    counts = {"q": heads.count, "k": heads.keys, "v": heads.keys}
+    parts = [
+        w.linear(f"{name}self_attn.{part}_proj", count * size, dim, bias=bias)
+        for part, count in counts.items()
+    ]
+    weight = np.concatenate([part[0] for part in parts], axis=-1)
+    biases = [part[1] for part in parts if part[1] is not None]
+    layer = weight, np.concatenate(biases) if biases else None
+    query, key, values = split_heads(g, linear(g, value, layer), heads)
+    # The norm of the queries contains the scale of the scores, to save a pass over [T, T].
+    query_scale: Floats = (w.get(f"{name}self_attn.q_norm.weight", size) + offset) * scale
+    key_scale: Floats = w.get(f"{name}self_attn.k_norm.weight", size) + offset
+    query = rotary.turn(g, rms_norm(g, query, query_scale, epsilon))
+    key = rotary.turn(g, rms_norm(g, key, key_scale, epsilon))
+    mixed = attend(g, query, key, values, mask, heads)
+    return linear(g, mixed, w.linear(f"{name}self_attn.o_proj", dim, heads.count * size, bias=bias))

@@ -1,0 +1,168 @@
+"""NomicBERT: BERT with rotary positions and a gated network.
+
+config.json and the tensors have the names of nomic-ai's own code or those of transformers 5.
+
+Source: transformers, models/nomic_bert/modeling_nomic_bert.py and conversion_mapping.py;
+modeling_hf_nomic_bert.py of nomic-ai/nomic-bert-2048.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from embedq_worker.model.blocks import (
+    Heads,
+    Rotary,
+    attend,
+    gated,
+    layer_norm,
+    linear,
+    merged,
+    same_text_mask,
+    split_heads,
+)
+from embedq_worker.model.families.bert import SIZES
+from embedq_worker.model.families.family import (
+    Architecture,
+    Family,
+    read_activation,
+    read_sizes,
+    read_theta,
+)
+from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.weights import Linear, Weights
+
+if TYPE_CHECKING:
+    from embedq_worker.model.onnx_graph import OnnxBuilder
+
+_HUB_SIZES: Final = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "vocab_size": "vocab_size",
+}
+
+#: Values that the graph is built for, in the form of the hub.
+_HUB_VALUES: Final = {
+    "activation_function": "swiglu",
+    "prenorm": False,
+    "parallel_block": False,
+    "qkv_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "use_rms_norm": False,
+    "rotary_emb_interleaved": False,
+    "causal": False,
+}
+
+
+def read(config: JsonFile) -> Architecture:
+    """Read config.json of a NomicBERT."""
+    return _read_hub(config) if config.get("n_embd") is not None else _read_saved(config)
+
+
+def _read_hub(config: JsonFile) -> Architecture:
+    for name, value in _HUB_VALUES.items():
+        config.one_of(name, value)
+    if config.number("rotary_emb_fraction", 0.0) != 1.0:
+        raise config.unsupported("rotary_emb_fraction", config.get("rotary_emb_fraction"), 1.0)
+    positions = config.integer("n_positions", 2048)
+    # With a factor, longer texts than it was trained with change all frequencies.
+    if config.get("rotary_scaling_factor") is not None:
+        positions = min(positions, config.integer("max_trained_positions", 2048))
+    return {
+        **read_sizes(config, _HUB_SIZES),
+        "max_positions": positions,
+        "hidden_act": "silu",
+        "layer_norm_eps": config.number("layer_norm_epsilon", 1e-12),
+        "theta": config.number("rotary_emb_base", 10_000.0),
+    }
+
+
+def _read_saved(config: JsonFile) -> Architecture:
+    sizes = read_sizes(config, {name: name for name in SIZES})
+    size = sizes["hidden_size"] // sizes["num_attention_heads"]
+    config.one_of("head_dim", size)
+    return {
+        **sizes,
+        "max_positions": config.integer("max_position_embeddings", 2048),
+        "hidden_act": read_activation(config, "hidden_act", "silu"),
+        "layer_norm_eps": config.number("layer_norm_eps", 1e-12),
+        "theta": read_theta(config, "rope_theta", 1_000.0),
+    }
+
+
+def build(g: OnnxBuilder, w: Weights) -> str:
+    """Append embeddings and layers, [B, T, D]."""
+    dim, count = w.config["hidden_size"], w.config["num_attention_heads"]
+    heads = Heads(count, dim // count)
+    hub = w.has("emb_ln.weight")
+    words = w.get("embeddings.word_embeddings.weight", w.config["vocab_size"], dim)
+    types = w.get("embeddings.token_type_embeddings.weight", -1, dim)
+    word = g.op("Gather", g.constant(words), "input_ids")
+    hidden = g.op("Add", word, g.constant(types[:1].sum(axis=0)))
+    hidden = _norm(g, w, hidden, "emb_ln" if hub else "embeddings.LayerNorm")
+    mask, rotary = same_text_mask(g), Rotary(g, heads.size, w.config["theta"])
+    for layer in range(w.config["num_hidden_layers"]):
+        hidden = (_hub_layer if hub else _layer)(g, w, layer, hidden, mask, rotary, heads)
+    return hidden
+
+
+def _hub_layer(
+    g: OnnxBuilder, w: Weights, layer: int, hidden: str, mask: str, rotary: Rotary, heads: Heads
+) -> str:
+    dim = w.config["hidden_size"]
+    name = f"encoder.layers.{layer}."
+    weight, _ = w.linear(f"{name}attn.Wqkv", 3 * dim, dim, bias=False)
+    parts = [(weight[:, start : start + dim], None) for start in range(0, 3 * dim, dim)]
+    names = ("attn.out_proj", "norm1", "mlp.fc12", "mlp.fc11", "mlp.fc2", "norm2")
+    return _append(g, w, hidden, mask, rotary, heads, parts, [name + part for part in names])
+
+
+def _layer(
+    g: OnnxBuilder, w: Weights, layer: int, hidden: str, mask: str, rotary: Rotary, heads: Heads
+) -> str:
+    dim = w.config["hidden_size"]
+    name = f"layers.{layer}."
+    parts = [w.linear(f"{name}self_attn.{part}_proj", dim, dim, bias=False) for part in "qkv"]
+    names = (
+        "self_attn.o_proj",
+        "post_attention_layernorm",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+        "post_mlp_layernorm",
+    )
+    return _append(g, w, hidden, mask, rotary, heads, parts, [name + part for part in names])
+
+
+def _append(
+    g: OnnxBuilder,
+    w: Weights,
+    hidden: str,
+    mask: str,
+    rotary: Rotary,
+    heads: Heads,
+    parts: Sequence[Linear],
+    names: Sequence[str],
+) -> str:
+    dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
+    output, norm1, gate, up, down, norm2 = names
+    query, key, value = split_heads(g, linear(g, hidden, merged(parts, heads)), heads)
+    mixed = attend(g, rotary.turn(g, query), rotary.turn(g, key), value, mask, heads)
+    attended = linear(g, mixed, w.linear(output, dim, dim, bias=False))
+    hidden = _norm(g, w, g.op("Add", hidden, attended), norm1)
+    opened, raised = (w.linear(part, wide, dim, bias=False) for part in (gate, up))
+    lowered = w.linear(down, dim, wide, bias=False)
+    network = gated(g, hidden, opened, raised, lowered, w.config["hidden_act"])
+    return _norm(g, w, g.op("Add", hidden, network), norm2)
+
+
+def _norm(g: OnnxBuilder, w: Weights, value: str, name: str) -> str:
+    scale, bias = (w.get(f"{name}.{part}", w.config["hidden_size"]) for part in ("weight", "bias"))
+    return layer_norm(g, value, scale, bias, w.config["layer_norm_eps"])
+
+
+FAMILY: Final = Family(read, build)
