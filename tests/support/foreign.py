@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from tests.support.models import write_json, write_tokenizer
+from tests.support.models import write_json, write_modules, write_tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -70,11 +70,12 @@ def encoder(
 
 
 def folder_with(tmp_path: Path, proto: onnx.ModelProto | bytes, **config: Any) -> Path:
-    """Write a model folder with model.onnx, and config.json if it has content."""
+    """Write a model folder with model.onnx, modules.json, and config.json if it has content."""
     tmp_path.mkdir(exist_ok=True)
     write_tokenizer(tmp_path / "tokenizer.json")
     raw = proto if isinstance(proto, bytes) else proto.SerializeToString()
     (tmp_path / "model.onnx").write_bytes(raw)
+    write_modules(tmp_path)
     if config:
         write_json(tmp_path / "config.json", config)
     return tmp_path

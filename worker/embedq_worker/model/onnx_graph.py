@@ -110,9 +110,17 @@ class OnnxBuilder:
         max_length: maximum number of tokens of a text.
     """
 
-    def __init__(self, opset: int, *, max_length: int, include_prompt: bool = True) -> None:
-        """Start a graph; max_length and include_prompt as in ModelConfig."""
-        self.opset, self.max_length = opset, max_length
+    def __init__(
+        self, opset: int, *, max_length: int, include_prompt: bool = True, inline: bool = False
+    ) -> None:
+        """Start a graph.
+
+        Args:
+            opset: ONNX operator set.
+            max_length, include_prompt: as in ModelConfig.
+            inline: keep all constants in the message.
+        """
+        self.opset, self.max_length, self._inline = opset, max_length, inline
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, npt.NDArray[np.float32]] = {}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from embedq_worker.model.bert import build_graph
 from onnx import TensorProto, helper, numpy_helper
 from tests.support.foreign import (
     DENSE,
@@ -25,8 +24,8 @@ from tests.support.foreign import (
     half,
     typed,
 )
-from tests.support.models import write_json
-from tests.unit.embedq_worker.model.test_bert import (
+from tests.support.models import write_modules
+from tests.unit.embedq_worker.model.test_graph import (
     TOLERANCE,
     RunGraph,
     onnxruntime_vectors,
@@ -39,21 +38,27 @@ from embedq.protocol.contract import Precision
 from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import EngineError, ModelError
 from embedq_worker.files import DigestCache
+from embedq_worker.model.config import ModelConfig
 from embedq_worker.model.foreign_onnx import adapt_onnx, describe_onnx
+from embedq_worker.model.graph import build_graph
+from embedq_worker.model.modules import Module
 from embedq_worker.model.resolve import Model, load_model
 
 TEXTS = random_texts(64, (2, 9, 5))
 
+MEAN = ModelConfig(
+    pooling="mean",
+    include_prompt=True,
+    modules=(Module("Normalize"),),
+    max_length=24,
+    longest=24,
+    prompts={},
+    default_prompt="",
+)
+
 
 def load(folder: Path) -> Model:
     return load_model(folder, "foreign", DigestCache(folder / "cache"))
-
-
-def write_modules(folder: Path, *kinds: str) -> None:
-    """Write modules.json with mean pooling."""
-    modules = [{"path": f"{i}_{kind}", "type": f"a.{kind}"} for i, kind in enumerate(kinds)]
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
 
 
 def store_outside(folder: Path, name: str = "model.onnx_data") -> Path:
@@ -90,7 +95,7 @@ def test_pooled_vectors_are_normalized_only_where_the_files_ask_for_it(
     tmp_path: Path, normalize: bool, run: RunGraph
 ) -> None:
     folder = folder_with(tmp_path, encoder([("sentence_embedding", ("b", 32))]))
-    write_modules(folder, "Transformer", "Pooling", *(["Normalize"] if normalize else []))
+    write_modules(folder, normalize=normalize)
     model = load(folder)
 
     vectors = run(model, padded_batch(TEXTS))[:, 0]
@@ -103,9 +108,10 @@ def test_pooled_vectors_are_normalized_only_where_the_files_ask_for_it(
 def test_pooled_vectors_of_a_folder_that_asks_for_nothing_are_announced_as_not_normalized(
     tmp_path: Path,
 ) -> None:
-    model = load(folder_with(tmp_path, encoder([("sentence_embedding", ("b", 32))])))
+    folder = folder_with(tmp_path, encoder([("sentence_embedding", ("b", 32))]))
+    (folder / "modules.json").unlink()
 
-    assert not model.model_info().normalized
+    assert not load(folder).model_info().normalized
 
 
 def test_projected_output_has_its_own_number_of_components(tmp_path: Path) -> None:
@@ -115,7 +121,7 @@ def test_projected_output_has_its_own_number_of_components(tmp_path: Path) -> No
     vectors = onnxruntime_vectors(model, padded_batch(TEXTS))[:, 0]
 
     assert (model.dim, model.output) == (48, "sentence_embedding")
-    assert np.abs(vectors - 3 * means() @ DENSE).max() < 10 * TOLERANCE
+    assert np.abs(vectors - unit(means() @ DENSE)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,7 @@ def test_external_weights_are_not_copied(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, encoder([("sentence_embedding", ("b", 48))]))
     store_outside(folder)
 
-    weights = adapt_onnx(folder / "model.onnx", folder, "mean", True).weights
+    weights = adapt_onnx(folder / "model.onnx", folder, MEAN, 48).weights
 
     assert set(weights) == {"model/table", "model/dense"}
     assert not any(weight.flags.owndata for weight in weights.values())
@@ -429,7 +435,7 @@ def test_external_weights_in_two_folders_are_read(tmp_path: Path, run: RunGraph)
         data,
         folder / "parts" / "table.bin",
     )
-    assert np.abs(vectors - 3 * means() @ DENSE).max() < 10 * TOLERANCE
+    assert np.abs(vectors - unit(means() @ DENSE)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -456,7 +462,7 @@ def test_external_weights_that_are_not_in_their_file_are_refused(
     with pytest.raises(ModelError, match=reason):
         load(folder)
     with pytest.raises(ModelError, match=reason):
-        adapt_onnx(folder / "model.onnx", folder, "mean", True)
+        adapt_onnx(folder / "model.onnx", folder, MEAN, 48)
 
 
 def cut(data: Path) -> None:
