@@ -232,6 +232,12 @@ class WorkerSettings(RedisSettings):
         description="Set of prompts of a model whose files name none: e5, bge-en or nomic; empty = "
         "as its files say. A set names prompts; a job chooses one by name.",
     )
+    model_file: str = Field(
+        "",
+        description="File of the model's weights, inside its folder or hub repo, such as "
+        "onnx/model_quantized.onnx; empty = model.safetensors of a type that embedq builds, "
+        "otherwise model.onnx or onnx/model.onnx.",
+    )
     max_length: int = Field(
         0,
         ge=0,

@@ -52,12 +52,18 @@ class ModelChoices:
         max_length: maximum length of a text that replaces a longer one of the files; 0 for none.
         length_cap: maximum length where max_length is 0; 0 for none.
         prompt_set: name of a set of prompts that is added; empty for none.
+        file: weights file inside the folder or hub repo; empty to choose by sources.find_weights.
     """
 
     pooling: str = ""
     max_length: int = 0
     length_cap: int = 0
     prompt_set: str = ""
+    file: str = ""
+
+    def of_config(self) -> dict[str, Any]:
+        """Return the arguments of read_model_config."""
+        return {name: value for name, value in asdict(self).items() if name != "file"}
 
 
 #: Maximum size of the part of a model card that is read, bytes.
@@ -157,7 +163,9 @@ def find_model(settings: WorkerSettings, device: Device | None = None) -> Model 
         settings.model_revision,
         cache_dir=settings.cache_dir,
         offline=settings.offline,
-        choices=ModelChoices(settings.pooling, settings.max_length, cap, settings.prompts),
+        choices=ModelChoices(
+            settings.pooling, settings.max_length, cap, settings.prompts, settings.model_file
+        ),
     )
 
 
@@ -190,7 +198,9 @@ def resolve(
         raise ModelError(f"{name} is neither a folder nor a hub id (owner/name).")
     revision = revision or (DEFAULT_REVISION if name == DEFAULT_MODEL else "main")
     is_default = (name, revision) == (DEFAULT_MODEL, DEFAULT_REVISION)
-    found = sources.find_or_download(name, revision, in_wheel=is_default, offline=offline)
+    found = sources.find_or_download(
+        name, revision, file=choices.file, in_wheel=is_default, offline=offline
+    )
     if is_default:
         _check_pinned(found, digests)
     commit = found.name if found.parent.name == "snapshots" else revision
@@ -207,13 +217,7 @@ def load_model(
     """
     modules = read_modules(folder)
     encoder = modules.encoder
-    weights = sources.find_weights(encoder)
-    if weights is None:
-        _read_architecture(encoder)  # its error names the type of the model, if that is the reason
-        raise ModelError(
-            f"{encoder} has neither model.safetensors nor model.onnx. "
-            "A folder holds one of them beside config.json and tokenizer.json."
-        )
+    weights = sources.find_weights(folder, encoder, choices.file)
     if not (encoder / "tokenizer.json").is_file():
         raise ModelError(
             f"{encoder} has no tokenizer.json, the only tokenizer format embedq reads."
@@ -221,7 +225,9 @@ def load_model(
     if weights.suffix == ".onnx":
         return _describe_foreign(folder, label, digests, choices, modules, weights)
     architecture = _read_architecture(encoder)
-    config = read_model_config(folder, modules, architecture["max_positions"], **asdict(choices))
+    config = read_model_config(
+        folder, modules, architecture["max_positions"], **choices.of_config()
+    )
     files = weight_files(weights)
     return _describe(folder, label, digests, choices, modules, config, weights, files, architecture)
 
@@ -244,7 +250,7 @@ def _describe_foreign(
         modules,
         positions if type(positions) is int and positions > 0 else 0,
         pools_itself=found.pooled,
-        **asdict(choices),
+        **choices.of_config(),
     )
     files = [weights, *found.files]
     return _describe(folder, label, digests, choices, modules, config, weights, files, {}, found)

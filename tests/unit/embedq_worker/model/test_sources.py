@@ -11,17 +11,20 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import onnx
 import pytest
 from huggingface_hub import constants
-from tests.support.models import resolve_model, write_tiny
+from tests.support.foreign import encoder
+from tests.support.models import resolve_model, write_json, write_safetensors, write_tiny
 
 from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model import sources
-from embedq_worker.model.resolve import DEFAULT_REVISION, PINNED
+from embedq_worker.model.resolve import DEFAULT_REVISION, PINNED, ModelChoices, resolve
 from embedq_worker.model.sources import WHEEL_FOLDER
+from embedq_worker.model.weights import load_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -118,6 +121,31 @@ def point_hub_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+def split_weights(folder: Path) -> None:
+    """Split model.safetensors into two files with an index, as transformers does."""
+    tensors = load_tensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = list(tensors)
+    places: dict[str, str] = {}
+    for number, part in enumerate((names[:9], names[9:]), start=1):
+        place = f"model-{number:05}-of-00002.safetensors"
+        write_safetensors(folder / place, {name: tensors[name] for name in part})
+        places |= dict.fromkeys(part, place)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+
+
+def write_onnx(path: Path, outside: str = "") -> None:
+    """Write an encoder, with its weights in another file if that is named."""
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(
+        encoder(),
+        path,
+        save_as_external_data=bool(outside),
+        location=outside or None,
+        size_threshold=64,
+    )
+
+
 @pytest.fixture
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """Serve owner/tiny at COMMIT to huggingface_hub."""
@@ -203,6 +231,55 @@ def test_branch_in_the_cache_is_labeled_by_its_commit(
     assert resolve_model("owner/tiny", tmp_path).label == f"owner/tiny@{COMMIT}"
 
 
+def test_what_weights_refer_to_is_downloaded_before_them(tmp_path: Path, fake_hub: FakeHub) -> None:
+    split_weights(fake_hub.folder)
+    write_json(fake_hub.folder / "special_tokens_map.json", {})
+    write_json(fake_hub.folder / "2_Normalize" / "config.json", {})
+    (fake_hub.folder / "pytorch_model.bin").write_bytes(b"never")
+
+    resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+
+    assert fake_hub.requested[-1] == "model.safetensors.index.json"
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    assert set(fake_hub.requested[-3:-1]) == shards
+    assert {"special_tokens_map.json", "2_Normalize/config.json"} < set(fake_hub.requested)
+    assert "pytorch_model.bin" not in fake_hub.requested
+
+
+def test_repo_with_onnx_only_is_served_by_it(tmp_path: Path, fake_hub: FakeHub) -> None:
+    # As Xenova, Qdrant and OpenVINO publish BERT models.
+    (fake_hub.folder / "model.safetensors").unlink()
+    write_onnx(fake_hub.folder / "onnx" / "model.onnx", outside="model.onnx_data")
+    write_onnx(fake_hub.folder / "onnx" / "model_quantized.onnx")
+
+    model = resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+
+    assert model.weights == model.folder / "onnx" / "model.onnx"
+    assert fake_hub.requested[-2:] == ["onnx/model.onnx_data", "onnx/model.onnx"]
+    assert resolve_model("owner/tiny", tmp_path, revision=COMMIT) == model
+
+
+def test_named_file_is_downloaded_and_no_other_weights(tmp_path: Path, fake_hub: FakeHub) -> None:
+    write_onnx(fake_hub.folder / "onnx" / "model.onnx")
+    write_onnx(fake_hub.folder / "onnx" / "model_quantized.onnx")
+    choices = ModelChoices(file="onnx/model_quantized.onnx")
+
+    model = resolve(
+        "owner/tiny", COMMIT, cache_dir=tmp_path / "cache", offline=False, choices=choices
+    )
+
+    assert model.weights == model.folder / "onnx" / "model_quantized.onnx"
+    weights = [name for name in fake_hub.requested if name.endswith((".onnx", ".safetensors"))]
+    assert weights == ["onnx/model_quantized.onnx"]
+
+
+def test_repo_without_weights_is_refused_with_a_command(tmp_path: Path, fake_hub: FakeHub) -> None:
+    (fake_hub.folder / "model.safetensors").unlink()
+
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin only.*save_pretrained"):
+        resolve_model("owner/tiny", tmp_path, revision=COMMIT, offline=False)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -243,3 +320,50 @@ def test_cached_snapshot_without_weights_is_not_used(tmp_path: Path, pinned_tiny
 
     with pytest.raises(ModelError, match="is not on this machine"):
         resolve_model(DEFAULT_MODEL, tmp_path)
+
+
+def test_named_file_of_a_folder_is_served(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m")
+    write_onnx(tmp_path / "m" / "quantized" / "small.onnx")
+    choices = ModelChoices(file="quantized/small.onnx")
+
+    model = resolve(str(tmp_path / "m"), None, cache_dir=tmp_path, choices=choices)
+
+    assert model.weights == tmp_path / "m" / "quantized" / "small.onnx"
+    assert not model.packable
+    assert model.identity != resolve_model(str(tmp_path / "m"), tmp_path).identity
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("../model.onnx", "outside the model's folder"),
+        ("/etc/passwd", "outside the model's folder"),
+        ("pytorch_model.bin", r"embedq reads files that end with \.onnx"),
+        ("model_quantized.onnx", r"no such file; its ONNX files are onnx/model\.onnx"),
+        ("onnx", "embedq reads files that end with"),
+    ],
+)
+def test_named_file_that_cannot_be_used_is_refused(tmp_path: Path, file: str, reason: str) -> None:
+    write_tiny(tmp_path / "m")
+    write_onnx(tmp_path / "m" / "onnx" / "model.onnx")
+
+    with pytest.raises(ModelError, match=rf"EMBEDQ_MODEL_FILE is {re.escape(file)}.*{reason}"):
+        resolve(str(tmp_path / "m"), None, cache_dir=tmp_path, choices=ModelChoices(file=file))
+
+
+def test_type_without_a_graph_is_refused_with_the_command_of_its_export(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m", model_type="electra")
+
+    with pytest.raises(ModelError, match=r"model_type is electra.*optimum-cli export onnx"):
+        resolve_model(str(tmp_path / "m"), tmp_path)
+
+
+def test_folder_with_torch_weights_only_is_refused_with_the_command_to_convert(
+    tmp_path: Path,
+) -> None:
+    write_tiny(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+
+    with pytest.raises(ModelError, match=r"python -c .*AutoModel.*save_pretrained\(d\)"):
+        resolve_model(str(tmp_path / "m"), tmp_path)
