@@ -133,6 +133,7 @@ def read_model_config(
     prompts, default_prompt = read_prompts(folder, prompt_set)
     behind = modules.behind if modules.pooling_modes else (Module("Normalize"),)
     if pools_itself:
+        _check_pooled(folder, modules, pooling)
         modes: tuple[str, ...] = (POOLED,)
         behind = modules.behind[-1:] if modules.behind[-1:] == (Module("Normalize"),) else ()
     else:
@@ -146,6 +147,20 @@ def read_model_config(
         prompts=prompts,
         default_prompt=default_prompt,
     )
+
+
+def _check_pooled(folder: Path, modules: ModulesFile, pooling: str) -> None:
+    # The graph pools; what it cannot take into account is refused.
+    if pooling:
+        raise ModelError(
+            f"EMBEDQ_POOLING is {pooling}, but the ONNX file in {folder} has pooled vectors only. "
+            "Unset EMBEDQ_POOLING."
+        )
+    if not modules.include_prompt:
+        raise ModelError(
+            f"{folder} excludes prompts from pooling, but its ONNX file has pooled vectors only. "
+            "Export the model with the output last_hidden_state."
+        )
 
 
 def _choose_pooling(

@@ -15,6 +15,7 @@ from onnx import TensorProto, compose
 
 from embedq.protocol.contract import Precision
 from embedq_worker.errors import ModelError
+from embedq_worker.model.config import POOLED as MODEL_POOLS
 from embedq_worker.model.config import ModelConfig
 from embedq_worker.model.json_file import load_json
 from embedq_worker.model.onnx_file import (
@@ -85,8 +86,14 @@ _INPUT_TYPES: Final = (
     TensorProto.BOOL,
 )
 
-#: Values of model_type whose positions start after that of the padding token.
-_OFFSET_POSITIONS: Final = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+#: Values of model_type whose positions start behind that of the padding token. Source: the models
+#: of transformers that have create_position_ids_from_input_ids.
+_OFFSET_POSITIONS: Final = frozenset(
+    {
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "xmod", "longformer"),
+        *("roberta-prelayernorm", "data2vec-text", "ibert", "luke", "mluke", "mra", "esm"),
+    }
+)
 
 _PREFIX: Final = "model/"
 
@@ -100,6 +107,7 @@ class ForeignOnnx:
         others: names of the outputs that are not.
         pooled: the output has a vector per text; otherwise one per token.
         size: number of components of these vectors.
+        max_positions: number of tokens that it has positions for; 0 if config.json does not say.
         precision: ``f32``, ``f16``, ``bf16``, or ``int8`` for 8 bits or fewer: how its weights are
             stored or, if that is less precise, what its operators compute with.
         files: files with its external weights.
@@ -109,16 +117,19 @@ class ForeignOnnx:
     others: tuple[str, ...]
     pooled: bool
     size: int
+    max_positions: int
     precision: Precision
     files: tuple[Path, ...]
 
 
-def describe_onnx(path: Path, folder: Path) -> ForeignOnnx:
+def describe_onnx(path: Path, folder: Path, *, pooling_known: bool = False) -> ForeignOnnx:
     """Read the properties of a foreign encoder without its external weights.
 
     Args:
         path: the ONNX file.
         folder: folder of the model, with config.json.
+        pooling_known: something says how vectors per token are pooled, so an output with these is
+            preferred to a pooled one, as sentence-transformers does it.
 
     Raises:
         ModelError: the file is damaged, or it is no encoder that embedq can serve.
@@ -126,12 +137,13 @@ def describe_onnx(path: Path, folder: Path) -> ForeignOnnx:
     with reading(path):
         proto = load_message(path)  # once: it may be 2 GB
         _check_inputs(proto, path, folder)
-        output, pooled, size = _choose_output(proto, path, folder)
+        output, pooled, size = _choose_output(proto, path, folder, pooling_known)
         return ForeignOnnx(
             output=output,
             others=tuple(value.name for value in proto.graph.output if value.name != output),
             pooled=pooled,
             size=size,
+            max_positions=_max_positions(folder),
             precision=_precision(proto),
             files=check_weights(proto, path),
         )
@@ -152,7 +164,7 @@ def adapt_onnx(path: Path, folder: Path, config: ModelConfig, dim: int) -> OnnxM
     with reading(path):
         proto = load_message(path)
         _check_inputs(proto, path, folder)
-        output, pooled, _ = _choose_output(proto, path, folder)
+        output, pooled, _ = _choose_output(proto, path, folder, config.pooling != MODEL_POOLS)
         prune(proto, output)
         mapped, files = map_weights(proto, path)
         weights = {_PREFIX + name: array for name, array in mapped.items()}
@@ -248,12 +260,15 @@ def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto) -> None:
         g.op("Cast", source, out=value.name, to=value.type.tensor_type.elem_type)
 
 
-def _choose_output(proto: onnx.ModelProto, path: Path, folder: Path) -> tuple[str, bool, int]:
-    # The pooled output if there is one, otherwise a known or the only output with vectors per
-    # token, otherwise the only one with vectors per text: name, pooled, number of components.
+def _choose_output(
+    proto: onnx.ModelProto, path: Path, folder: Path, pooling_known: bool
+) -> tuple[str, bool, int]:
+    # An output of a known name if there is one, otherwise the only one with vectors per token,
+    # otherwise the only one with vectors per text: name, pooled, number of components.
     hidden = _hidden_size(folder)
     outputs = {value.name: value for value in proto.graph.output}
-    for name, axes in ((POOLED, 2), *((name, 3) for name in PER_TOKEN)):
+    per_token, pooled = [(name, 3) for name in PER_TOKEN], [(POOLED, 2)]
+    for name, axes in per_token + pooled if pooling_known else pooled + per_token:
         if name in outputs and rank(outputs[name]) == axes:
             return name, axes == 2, _size(outputs[name], hidden, path, folder)
     for axes in (3, 2):
@@ -288,6 +303,17 @@ def _hidden_size(folder: Path) -> int:
     config = load_json(folder / "config.json", dict) or {}
     sizes = (config.get(name) for name in ("hidden_size", "dim", "d_model"))
     return next((size for size in sizes if type(size) is int and size > 0), 0)
+
+
+def _max_positions(folder: Path) -> int:
+    config = load_json(folder / "config.json", dict) or {}
+    positions = config.get("max_position_embeddings")
+    if type(positions) is not int or positions < 1:
+        return 0
+    if config.get("model_type") in _OFFSET_POSITIONS:
+        pad_id = config.get("pad_token_id", 1)
+        positions -= pad_id + 1 if type(pad_id) is int else 2
+    return max(positions, 1)
 
 
 def _describe_output(value: onnx.ValueInfoProto) -> str:

@@ -243,12 +243,12 @@ def _describe_foreign(
     # Imported here: onnx slows down a start, which an encoder of our own does not need.
     from embedq_worker.model.foreign_onnx import describe_onnx
 
-    found = describe_onnx(weights, modules.encoder)
-    positions = JsonFile.load(modules.encoder / "config.json").get("max_position_embeddings")
+    known = bool(modules.pooling_modes or choices.pooling)
+    found = describe_onnx(weights, modules.encoder, pooling_known=known)
     config = read_model_config(
         folder,
         modules,
-        positions if type(positions) is int and positions > 0 else 0,
+        found.max_positions,
         pools_itself=found.pooled,
         **choices.of_config(),
     )

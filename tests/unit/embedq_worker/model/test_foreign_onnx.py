@@ -24,7 +24,7 @@ from tests.support.foreign import (
     half,
     typed,
 )
-from tests.support.models import write_modules
+from tests.support.models import write_json, write_modules
 from tests.unit.embedq_worker.model.test_graph import (
     TOLERANCE,
     RunGraph,
@@ -42,7 +42,7 @@ from embedq_worker.model.config import ModelConfig
 from embedq_worker.model.foreign_onnx import adapt_onnx, describe_onnx
 from embedq_worker.model.graph import build_graph
 from embedq_worker.model.modules import Module
-from embedq_worker.model.resolve import Model, load_model
+from embedq_worker.model.resolve import Model, ModelChoices, load_model
 
 TEXTS = random_texts(64, (2, 9, 5))
 
@@ -114,14 +114,63 @@ def test_pooled_vectors_of_a_folder_that_asks_for_nothing_are_announced_as_not_n
     assert not load(folder).model_info().normalized
 
 
+BOTH = (("sentence_embedding", ("b", 48)), ("last_hidden_state", ("b", "t", 32)))
+
+
 def test_projected_output_has_its_own_number_of_components(tmp_path: Path) -> None:
-    proto = encoder([("last_hidden_state", ("b", "t", 32)), ("sentence_embedding", ("b", 48))])
-    model = load(folder_with(tmp_path, proto, hidden_size=32))
+    folder = folder_with(tmp_path, encoder(BOTH), hidden_size=32)
+    (folder / "modules.json").unlink()
+    model = load(folder)
 
     vectors = onnxruntime_vectors(model, padded_batch(TEXTS))[:, 0]
 
-    assert (model.dim, model.output) == (48, "sentence_embedding")
-    assert np.abs(vectors - unit(means() @ DENSE)).max() < TOLERANCE
+    assert (model.dim, model.output, model.pooling) == (48, "sentence_embedding", "onnx")
+    assert np.abs(vectors - 3 * means() @ DENSE).max() < 10 * TOLERANCE
+
+
+def test_token_vectors_are_preferred_where_the_files_or_the_user_say_how_to_pool(
+    tmp_path: Path,
+) -> None:
+    # sentence-transformers reads last_hidden_state only.
+    folder = folder_with(tmp_path, encoder(BOTH), hidden_size=32)
+    declared = load(folder)
+    (folder / "modules.json").unlink()
+    chosen = load_model(folder, "m", DigestCache(folder), ModelChoices(pooling="mean"))
+
+    for model in (declared, chosen):
+        vectors = onnxruntime_vectors(model, padded_batch(TEXTS))[:, 0]
+
+        assert (model.dim, model.output, model.pooling) == (32, "last_hidden_state", "mean")
+        assert np.abs(vectors - unit(means())).max() < TOLERANCE
+
+
+def test_pooling_that_a_pooled_output_cannot_have_is_refused(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, encoder([("sentence_embedding", ("b", 32))]))
+    pooling = {"pooling_mode": "mean", "include_prompt": False}
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+
+    with pytest.raises(ModelError, match="excludes prompts from pooling"):
+        load(folder)
+    with pytest.raises(ModelError, match=r"EMBEDQ_POOLING is cls.*pooled vectors only"):
+        load_model(folder, "m", DigestCache(folder), ModelChoices(pooling="cls"))
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 40}, 40),
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 40, "pad_token_id": 1}, 38),
+        ({"model_type": "roberta", "max_position_embeddings": 40}, 38),
+        ({"model_type": "mpnet", "max_position_embeddings": 40, "pad_token_id": 1}, 38),
+        ({"model_type": "t5"}, 512),
+    ],
+)
+def test_length_is_that_of_the_positions_behind_the_padding(
+    tmp_path: Path, config: dict[str, Any], longest: int
+) -> None:
+    folder = folder_with(tmp_path, encoder(), **config)
+
+    assert load(folder).max_length == longest
 
 
 @pytest.mark.parametrize(
