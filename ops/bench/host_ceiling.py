@@ -34,7 +34,7 @@ def main() -> None:
     args = parse(parser)
     texts = sized(2_048 if args.quick else args.texts, 64)
     model = find_model()
-    own_tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    own_tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
     library = tokenizers.Tokenizer.from_file(str(model.tokenizer_path))
     library.no_padding()
     library.enable_truncation(model.max_length)

@@ -58,7 +58,7 @@ def bracketed(
 def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -> list[str | float]:
     """Return the table row of a precision."""
     engine = open_engine("openvino", model, available_cores(), precision)
-    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
     embedder = Embedder(tokenizer, engine, token_budget=DEFAULT_TOKEN_BUDGET)
     spec = VectorSpec(model.identity, model.dim, model.max_length)
     vectors: dict[str, np.ndarray] = {}

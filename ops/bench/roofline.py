@@ -102,7 +102,7 @@ def measure(model: Model, precision: Precision, texts: list[str], rounds: int) -
     """Return the table row of a precision."""
     cores = available_cores()
     engine = open_engine("openvino", model, cores, precision)
-    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
     tokens = tokenizer.tokenize(texts)
     everything = np.arange(len(tokens))
     budget, streams = DEFAULT_TOKEN_BUDGET, engine.concurrency

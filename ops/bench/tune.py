@@ -68,7 +68,7 @@ def measure(
     name, precision = chosen.engine.name, str(chosen.engine.precision)
     chosen.close()
     pinned = {"engine": EngineChoice(name), "precision": PrecisionChoice(precision)}
-    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
     batch = EmbedBatch("tune", 0, texts, VectorSpec(model.identity, model.dim, model.max_length))
     runs: dict[str, Callable[[], float]] = {}
     tried = configs(settings.cores())

@@ -101,6 +101,7 @@ class Code(StrEnum):
     NUL_CHARACTER = "nul_character"
     NOT_A_STRING = "not_a_string"
     TOO_MANY_TOKENS = "too_many_tokens"
+    NO_TOKENS = "no_tokens"
     SET_ASIDE = "set_aside"
 
 

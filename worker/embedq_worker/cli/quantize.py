@@ -268,7 +268,7 @@ def _neighbors(vectors: Vectors, count: int) -> list[list[int]]:
 
 
 def _batches(model: Model, texts: Sequence[str]) -> Iterator[TokenBatch]:
-    tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+    tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
     tokens = tokenizer.tokenize(texts)
     for group in plan_padded(tokens.lengths, _BUDGET, 1):
         yield build_padded(tokens, group, tokenizer.pad_id)

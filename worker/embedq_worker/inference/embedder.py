@@ -126,15 +126,21 @@ class BatchResultBuilder:
         return np.nonzero(~self._failed[rows])[0]
 
     def add_tokens(self, rows: Indices, tokens: RaggedTokens) -> None:
-        """Record the token counts of these rows; fail rows that are too long if the job asks so."""
+        """Record the token counts of these rows.
+
+        Rows without tokens fail, and rows that are too long if the job asks so.
+        """
         self._n_tokens[rows] = tokens.lengths
         self._n_dropped[rows] = tokens.n_dropped
+        self._fail(rows[tokens.lengths == 0], Code.NO_TOKENS)
         if self._batch.spec.on_long is OnLong.ERROR:
-            too_long = rows[tokens.n_dropped > 0]
-            self._codes |= dict.fromkeys(too_long.tolist(), Code.TOO_MANY_TOKENS.value)
-            self._failed[too_long] = True
-            self._n_tokens[too_long] = 0
-            self.mark_final(too_long)
+            self._fail(rows[tokens.n_dropped > 0], Code.TOO_MANY_TOKENS)
+
+    def _fail(self, rows: Indices, code: Code) -> None:
+        self._codes |= dict.fromkeys(rows.tolist(), code.value)
+        self._failed[rows] = True
+        self._n_tokens[rows] = 0
+        self.mark_final(rows)
 
     def count_inference(self, batch: TokenBatch) -> None:
         """Add one token batch to the statistics."""

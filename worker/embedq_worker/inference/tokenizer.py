@@ -9,6 +9,7 @@ Source: tokenizers, src/normalizers/bert.rs, src/pre_tokenizers/bert.rs, src/mod
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from array import array
@@ -22,6 +23,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from embedq_worker.engines.base import RaggedTokens
 from embedq_worker.errors import EngineError, ModelError
+from embedq_worker.model.tokenizer_config import ADDED_FLAGS, TokenizerConfig
 
 #: Replacements before a text is split at spaces: spaces around punctuation, and one for white
 #: space. ASCII only, which Python and the library surely classify alike.
@@ -134,6 +136,10 @@ GROUP_CHARS: Final = 512 * 1024
 ID_BYTES: Final = 4
 
 
+#: For a tokenizer.json alone.
+NO_CONFIG: Final = TokenizerConfig()
+
+
 class Tokenizer:
     """A model's tokenizer, which truncates texts and counts the dropped tokens.
 
@@ -142,11 +148,17 @@ class Tokenizer:
         pad_id: padding token.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
+    def __init__(self, path: Path, max_length: int, config: TokenizerConfig = NO_CONFIG) -> None:
         """Load tokenizer.json.
 
+        Args:
+            path: the file.
+            max_length: maximum number of tokens of a text.
+            config: what the other files of the model say.
+
         Raises:
-            ModelError: the file is damaged, or max_length leaves no room beside special tokens.
+            ModelError: the file is damaged or contradicts the others, or max_length leaves no room
+                beside special tokens.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -154,13 +166,17 @@ class Tokenizer:
             raise ModelError(
                 f"{path} is not a readable tokenizer ({error}). Fetch the file again."
             ) from error
-        padding = self._tokenizer.padding
+        padding, truncation = self._tokenizer.padding, self._tokenizer.truncation
+        side = config.truncation_side or (truncation or {}).get("direction", "right")
+        self._cut_left = side == "left"
+        _apply(self._tokenizer, config, path)
         self.max_length = max_length
         self.pad_id = _pad_id(self._tokenizer, padding)
         # The file of all-MiniLM-L6-v2 truncates and pads to 128 tokens; the model's limit is 256.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         prefix, suffix = _special_ids(self._tokenizer, path)
+        _check_ends(self._tokenizer, config, path, prefix, suffix)
         self._room = max_length - len(prefix) - len(suffix)
         if self._room <= 0:
             raise ModelError(
@@ -199,7 +215,7 @@ class Tokenizer:
         room = self._room * ID_BYTES
         for group in _groups(texts):
             for ids in self._encode(group):
-                truncated = ids[:room]
+                truncated = ids[-room:] if self._cut_left else ids[:room]
                 parts += (self._prefix, truncated, self._suffix)
                 lengths.append(len(truncated))
                 dropped.append(len(ids) - len(truncated))
@@ -232,6 +248,102 @@ class Tokenizer:
     def _encode_uncached(self, texts: Sequence[str]) -> Iterator[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
+
+
+def _apply(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig, path: Path) -> None:
+    # Change a tokenizer to what the other files say, as transformers does.
+    model = type(tokenizer.model).__name__
+    if config.model and model != config.model:
+        raise ModelError(
+            f"{path} has a {model} model, but {config.path} names a tokenizer_class with "
+            f"{config.model}. Fetch both files again."
+        )
+    if config.bert:
+        if not isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+            kind = type(tokenizer.normalizer).__name__
+            raise ModelError(
+                f"{path} has the normalizer {kind}, but {config.path} names a tokenizer_class with "
+                "a BertNormalizer. Fetch both files again, or set tokenizer_class to "
+                "PreTrainedTokenizerFast if tokenizer.json is right."
+            )
+        tokenizer.normalizer = normalizers.BertNormalizer(**config.bert)
+    if config.lowercase_first:
+        lower = normalizers.Lowercase()
+        old = tokenizer.normalizer
+        if not _lowercases(old):
+            tokenizer.normalizer = normalizers.Sequence([lower, *([old] if old else [])])
+    _check_added(tokenizer, config, path)
+    space = _prefix_space(tokenizer)
+    if None not in (config.add_prefix_space, space) and config.add_prefix_space != space:
+        raise ModelError(
+            f"{config.path}: add_prefix_space is {config.add_prefix_space}, but {path.name} has "
+            f"{space}. Fetch both files again."
+        )
+
+
+def _lowercases(normalizer: normalizers.Normalizer | None) -> bool:
+    if normalizer is None:
+        return False
+    state = json.loads(normalizer.__getstate__())
+    steps = state.get("normalizers") or [state]
+    return any(step.get("lowercase") or step.get("type") == "Lowercase" for step in steps)
+
+
+def _prefix_space(tokenizer: tokenizers.Tokenizer) -> bool | None:
+    # Whether a byte-level tokenizer puts a space before a text; None for others.
+    if tokenizer.pre_tokenizer is None:
+        return None
+    state = json.loads(tokenizer.pre_tokenizer.__getstate__())
+    steps = state.get("pretokenizers") or [state]
+    found = [step["add_prefix_space"] for step in steps if step.get("type") == "ByteLevel"]
+    return any(found) if found else None
+
+
+def _check_added(tokenizer: tokenizers.Tokenizer, config: TokenizerConfig, path: Path) -> None:
+    known = tokenizer.get_added_tokens_decoder()
+    for number, wanted in config.added.items():
+        token = known.get(number)
+        found = token and {
+            "content": token.content,
+            **{name: getattr(token, name) for name in ADDED_FLAGS},
+        }
+        if found != wanted:
+            raise ModelError(
+                f"{config.path}: added_tokens_decoder has {number}: {wanted}, but {path.name} has "
+                f"{found or 'no such added token'}. Fetch both files again."
+            )
+    for name, content in config.tokens.items():
+        if tokenizer.token_to_id(content) is None:
+            raise ModelError(
+                f"{config.path}: {name} is {content}, which is not in {path.name}. Fetch both "
+                "files again."
+            )
+
+
+def _check_ends(
+    tokenizer: tokenizers.Tokenizer,
+    config: TokenizerConfig,
+    path: Path,
+    prefix: list[int],
+    suffix: list[int],
+) -> None:
+    # Tokens around a text, as the other files ask for them.
+    wanted = {}
+    if config.bert:
+        wanted = {"cls_token": prefix, "sep_token": suffix}
+    wanted |= {
+        f"{name}_token": ids
+        for name, ids in (("bos", prefix), ("eos", suffix))
+        if config.adds.get(name)
+    }
+    for name, ids in wanted.items():
+        content = config.tokens.get(name)
+        if content is not None and ids != [tokenizer.token_to_id(content)]:
+            shown = [tokenizer.id_to_token(number) for number in ids] or "nothing"
+            raise ModelError(
+                f"{config.path}: {name} is {content}, but {path.name} puts {shown} there. Fetch "
+                "both files again."
+            )
 
 
 def _splits_into_words(tokenizer: tokenizers.Tokenizer) -> bool:

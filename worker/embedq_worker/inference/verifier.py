@@ -94,7 +94,7 @@ class EngineVerifier:
     """
 
     def __init__(self, settings: WorkerSettings, model: Model) -> None:
-        self.tokenizer = Tokenizer(model.tokenizer_path, model.max_length)
+        self.tokenizer = Tokenizer(model.tokenizer_path, model.max_length, model.tokenizer)
         if model.vocab_size:
             self.tokenizer.check_ids_below(model.vocab_size)
         self._settings = settings

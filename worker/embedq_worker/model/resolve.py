@@ -22,6 +22,7 @@ from embedq_worker.model.families import FAMILIES
 from embedq_worker.model.families.family import Architecture
 from embedq_worker.model.json_file import JsonFile
 from embedq_worker.model.modules import ModulesFile, read_modules
+from embedq_worker.model.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from embedq_worker.model.weights import weight_files
 from embedq_worker.settings import DeviceChoice, WorkerSettings
 
@@ -90,6 +91,7 @@ class Model(ModelConfig):
         output: name of the output of a foreign ONNX model that is served; otherwise empty.
         pinned: weights and tokenizer are those of the default model, whose vectors are published.
         choices: what the user decided.
+        tokenizer: what its files say about the tokenizer beside tokenizer.json.
     """
 
     folder: Path
@@ -103,6 +105,7 @@ class Model(ModelConfig):
     output: str
     pinned: bool
     choices: ModelChoices
+    tokenizer: TokenizerConfig
 
     @property
     def tokenizer_path(self) -> Path:
@@ -273,11 +276,13 @@ def _describe(
     sums = [digests.of(path) for path in files]
     sizes = [module.out_features for module in config.modules if module.out_features]
     width = foreign.size if foreign else architecture["hidden_size"]
+    model_type = JsonFile.load(modules.encoder / "config.json").text("model_type")
+    tokenizer = read_tokenizer_config(modules.encoder, model_type)
     return Model(
         folder=folder,
         encoder=modules.encoder,
         label=label,
-        identity=_identity(sums, architecture, config),
+        identity=_identity(sums, architecture, config, tokenizer),
         weights=weights,
         architecture=architecture,
         dim=sizes[-1] if sizes else width * len(config.pooling_modes),
@@ -285,6 +290,7 @@ def _describe(
         output=foreign.output if foreign else "",
         pinned=sums == list(PINNED.values()),
         choices=choices,
+        tokenizer=tokenizer,
         **{field.name: getattr(config, field.name) for field in fields(config)},
     )
 
@@ -299,9 +305,19 @@ def _read_architecture(encoder: Path) -> Architecture:
     return {"model_type": kind, **family.read(config)}
 
 
-def _identity(sums: list[str], architecture: Mapping[str, Any], config: ModelConfig) -> str:
+def _identity(
+    sums: list[str],
+    architecture: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: TokenizerConfig,
+) -> str:
     # What shapes a vector, and nothing else: neither label nor path.
-    content = {"files": sums, "config": architecture, "usage": config.describe()}
+    content = {
+        "files": sums,
+        "config": architecture,
+        "usage": config.describe(),
+        "tokenizer": tokenizer.describe(),
+    }
     described = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(described.encode()).hexdigest()
 
