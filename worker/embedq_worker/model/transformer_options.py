@@ -49,14 +49,13 @@ _EXPORT: Final = "Export the model as model.onnx and use a folder with that file
 
 
 def sentence_file(encoder: Path) -> JsonFile:
-    """Return the first of SENTENCE_FILES; without one, no values.
+    """Return the first of SENTENCE_FILES that has values; without one, no values.
 
     Raises:
         ModelError: the file is damaged.
     """
-    found = (encoder / name for name in SENTENCE_FILES if (encoder / name).is_file())
-    path = next(found, encoder / SENTENCE_FILES[0])
-    return JsonFile.load(path, supported_by=_EXPORT)
+    files = [JsonFile.load(encoder / name, supported_by=_EXPORT) for name in SENTENCE_FILES]
+    return next((file for file in files if file.values), files[0])
 
 
 def check_options(encoder: Path) -> None:
@@ -97,13 +96,17 @@ def read_max_length(encoder: Path, positions: int) -> int:
 def _wanted(encoder: Path) -> int:
     # 0 if no file names a length.
     options = sentence_file(encoder)
-    for name in ("processor_kwargs", "tokenizer_args"):
-        arguments = JsonFile(options.path, options.get(name, {}))
-        if length := _length(arguments, "model_max_length"):
-            return length
-    return _length(options, "max_seq_length") or _length(
-        JsonFile.load(encoder / "tokenizer_config.json"), "model_max_length"
-    )
+    # The older name replaces the newer one.
+    name = "tokenizer_args" if "tokenizer_args" in options.values else "processor_kwargs"
+    arguments = JsonFile(options.path, options.get(name, {}))
+    if "model_max_length" in arguments.values:
+        return _length(arguments, "model_max_length")
+    if options.get("max_seq_length") is not None:
+        return _length(options, "max_seq_length")
+    tokenizer = JsonFile.load(encoder / "tokenizer_config.json")
+    # transformers reads the name of its first versions too.
+    is_old = "model_max_length" not in tokenizer.values
+    return _length(tokenizer, "max_len" if is_old else "model_max_length")
 
 
 def _length(file: JsonFile, name: str) -> int:
