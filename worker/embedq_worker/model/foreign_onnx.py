@@ -17,7 +17,7 @@ from embedq.protocol.contract import Precision
 from embedq_worker.errors import ModelError
 from embedq_worker.model.config import POOLED as MODEL_POOLS
 from embedq_worker.model.config import ModelConfig
-from embedq_worker.model.json_file import load_json
+from embedq_worker.model.json_file import JsonFile
 from embedq_worker.model.onnx_file import (
     check_weights,
     constants,
@@ -218,7 +218,7 @@ def _check_inputs(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
                 f"{path}: the model has no input {name}; its inputs are {', '.join(names)}. "
                 "Export it with input_ids and attention_mask."
             )
-    kind = (load_json(folder / "config.json", dict) or {}).get("model_type")
+    kind = JsonFile.load(folder / "config.json").text("model_type")
     if "position_ids" in names and kind in _OFFSET_POSITIONS:
         raise ModelError(
             f"{path}: the model needs an input position_ids, and a {kind} counts them in its own "
@@ -300,17 +300,17 @@ def _size(output: onnx.ValueInfoProto, hidden: int, path: Path, folder: Path) ->
 
 def _hidden_size(folder: Path) -> int:
     # 0 if unknown. DistilBERT and T5 have their own names for it.
-    config = load_json(folder / "config.json", dict) or {}
+    config = JsonFile.load(folder / "config.json")
     sizes = (config.get(name) for name in ("hidden_size", "dim", "d_model"))
     return next((size for size in sizes if type(size) is int and size > 0), 0)
 
 
 def _max_positions(folder: Path) -> int:
-    config = load_json(folder / "config.json", dict) or {}
+    config = JsonFile.load(folder / "config.json")
     positions = config.get("max_position_embeddings")
     if type(positions) is not int or positions < 1:
         return 0
-    if config.get("model_type") in _OFFSET_POSITIONS:
+    if config.text("model_type") in _OFFSET_POSITIONS:
         pad_id = config.get("pad_token_id", 1)
         positions -= pad_id + 1 if type(pad_id) is int else 2
     return max(positions, 1)

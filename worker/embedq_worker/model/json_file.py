@@ -23,6 +23,8 @@ def load_json(path: Path, kind: type[Any]) -> Any:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
         value = json.loads(path.read_bytes())
+        # Escapes like \ud800 alone are valid JSON, but no text, path or token.
+        json.dumps(value, ensure_ascii=False).encode()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -33,6 +35,14 @@ def load_json(path: Path, kind: type[Any]) -> Any:
             "Fetch the file again."
         )
     return value
+
+
+def is_file(path: Path) -> bool:
+    """Return whether there is a file; False for a name too long for one, which a file may give."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 class JsonFile:

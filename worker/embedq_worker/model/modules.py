@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.json_file import JsonFile, load_json
+from embedq_worker.model.json_file import JsonFile, is_file, load_json
 
 #: Pooling modes in the order in which older versions concatenate them.
 POOLING_MODES: Final = (
@@ -105,6 +105,11 @@ def read_modules(folder: Path) -> ModulesFile:
     if entries is None:
         return ModulesFile(folder)
     kinds = [_kind(path, entry) for entry in entries]
+    names = [entry["name"] for entry in entries if isinstance(entry.get("name"), str)]
+    if len(set(names)) != len(names):
+        raise ModelError(
+            f"{path} has two modules of the same name: {', '.join(names)}. Fetch the file again."
+        )
     if kinds[:2] != ["Transformer", "Pooling"] or any(kind not in _BEHIND for kind in kinds[2:]):
         raise ModelError(
             f"{path} lists {', '.join(kinds) or 'no module'}; embedq supports Transformer, Pooling "
@@ -142,9 +147,15 @@ def _read_pooling(path: Path) -> tuple[tuple[str, ...], bool]:
     config = _load(path)
     named = config.get("pooling_mode")
     if named is None:
-        modes = tuple(
-            mode for name, mode in _OLD_MODES.items() if config.flag(name, mode == "mean")
-        )
+        modes = tuple(mode for name, mode in _OLD_MODES.items() if config.flag(name, False))
+        if "pooling_mode_mean_tokens" not in config.values:
+            # Version 6 takes a missing flag for false, older ones for true.
+            if modes:
+                raise ModelError(
+                    f"{path} has {', '.join(modes)}, but no pooling_mode_mean_tokens, which "
+                    "versions of sentence-transformers read differently. Add it as true or false."
+                )
+            modes = ("mean",)
         unknown = [
             name
             for name, value in config.values.items()
@@ -194,14 +205,14 @@ def _check_keys(config: JsonFile) -> None:
 
 
 def _load(path: Path) -> JsonFile:
-    if not path.is_file():
+    if load_json(path, dict) is None:
         raise ModelError(f"{path} is missing, but modules.json names it. Fetch the model again.")
     return JsonFile.load(path, supported_by=_EXPORT)
 
 
 def _weights(place: Path) -> Path:
     path = place / "model.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(
             f"{path} is missing; embedq reads no pytorch_model.bin. Load the model once with "
             "sentence-transformers and save it again with save_pretrained, which writes the file."

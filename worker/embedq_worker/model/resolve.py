@@ -20,7 +20,7 @@ from embedq_worker.model import sources
 from embedq_worker.model.config import ModelConfig, read_model_config
 from embedq_worker.model.families import FAMILIES
 from embedq_worker.model.families.family import Architecture
-from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.json_file import JsonFile, is_file
 from embedq_worker.model.modules import ModulesFile, read_modules
 from embedq_worker.model.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from embedq_worker.model.weights import weight_files
@@ -220,8 +220,9 @@ def load_model(
     """
     modules = read_modules(folder)
     encoder = modules.encoder
+    _refuse_adapter(encoder)
     weights = sources.find_weights(folder, encoder, choices.file)
-    if not (encoder / "tokenizer.json").is_file():
+    if not is_file(encoder / "tokenizer.json"):
         raise ModelError(
             f"{encoder} has no tokenizer.json, the only tokenizer format embedq reads."
         )
@@ -233,6 +234,15 @@ def load_model(
     )
     files = weight_files(weights)
     return _describe(folder, label, digests, choices, modules, config, weights, files, architecture)
+
+
+def _refuse_adapter(encoder: Path) -> None:
+    path = encoder / "adapter_config.json"
+    if is_file(path):
+        raise ModelError(
+            f"{path} changes the weights by an adapter (PEFT), which embedq does not apply. Merge "
+            "it with merge_and_unload() of peft, and save the model into another folder."
+        )
 
 
 def _describe_foreign(
@@ -274,7 +284,6 @@ def _describe(
     behind = [module.weights for module in config.modules if module.weights]
     files = [*weights_files, *behind, modules.encoder / "tokenizer.json"]
     sums = [digests.of(path) for path in files]
-    sizes = [module.out_features for module in config.modules if module.out_features]
     width = foreign.size if foreign else architecture["hidden_size"]
     model_type = JsonFile.load(modules.encoder / "config.json").text("model_type")
     tokenizer = read_tokenizer_config(modules.encoder, model_type)
@@ -285,7 +294,7 @@ def _describe(
         identity=_identity(sums, architecture, config, tokenizer),
         weights=weights,
         architecture=architecture,
-        dim=sizes[-1] if sizes else width * len(config.pooling_modes),
+        dim=_vector_size(width, config),
         weights_precision=foreign.precision if foreign else Precision.F32,
         output=foreign.output if foreign else "",
         pinned=sums == list(PINNED.values()),
@@ -293,6 +302,21 @@ def _describe(
         tokenizer=tokenizer,
         **{field.name: getattr(config, field.name) for field in fields(config)},
     )
+
+
+def _vector_size(width: int, config: ModelConfig) -> int:
+    # Components of a vector behind pooling and modules.
+    size = width * len(config.pooling_modes)
+    for module in config.modules:
+        if module.weights:
+            if module.in_features != size:
+                raise ModelError(
+                    f"{module.weights.parent / 'config.json'} describes a {module.kind} of "
+                    f"{module.in_features:,} components, but the vectors before it have {size:,}. "
+                    "Fetch the model again."
+                )
+            size = module.out_features
+    return size
 
 
 def _read_architecture(encoder: Path) -> Architecture:

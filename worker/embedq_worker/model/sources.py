@@ -12,7 +12,7 @@ from typing import Final
 
 from embedq_worker.errors import ModelError
 from embedq_worker.model.families import FAMILIES
-from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.json_file import JsonFile, is_file
 from embedq_worker.model.modules import read_modules
 from embedq_worker.model.transformer_options import SENTENCE_FILES
 
@@ -23,6 +23,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 #: the encoder's weights, so a snapshot with weights is complete.
 _DESCRIPTION: Final = [
     *("config.json", "modules.json", "config_sentence_transformers.json"),
+    "adapter_config.json",
     *SENTENCE_FILES,
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "[0-9]*_*/*.json",
@@ -107,10 +108,10 @@ def find_weights(folder: Path, encoder: Path, file: str = "") -> Path:
     """
     if file:
         return _named_weights(folder, file)
-    found = next((encoder / name for name in _places(encoder) if (encoder / name).is_file()), None)
+    found = next((encoder / name for name in _places(encoder) if is_file(encoder / name)), None)
     if found:
         return found
-    if any((encoder / name).is_file() for name in _SAFETENSORS):
+    if any(is_file(encoder / name) for name in _SAFETENSORS):
         kind = JsonFile.load(encoder / "config.json").get("model_type", "missing")
         raise ModelError(
             f"{encoder / 'config.json'}: model_type is {kind}; embedq builds "
@@ -165,7 +166,7 @@ def _beside(file: str) -> list[str]:
 
 
 def _has_family(encoder: Path) -> bool:
-    return JsonFile.load(encoder / "config.json").get("model_type") in FAMILIES
+    return JsonFile.load(encoder / "config.json").text("model_type") in FAMILIES
 
 
 def _find_snapshot(repo: str, revision: str) -> Path | None:

@@ -162,7 +162,9 @@ def _read_added(config: JsonFile) -> dict[int, dict[str, Any]]:
     found = config.get("added_tokens_decoder", {})
     added = {}
     for number, token in found.items() if isinstance(found, dict) else [("", found)]:
-        if not (str(number).isdecimal() and isinstance(token, dict) and "content" in token):
+        # An id has ten digits at most; Python refuses to convert thousands.
+        is_id = str(number).isdecimal() and len(number) <= 10
+        if not (is_id and isinstance(token, dict) and "content" in token):
             raise ModelError(
                 f"{config.path}: added_tokens_decoder has {number!r}: {token!r}, expected an id "
                 "with a token. Fetch the file again."

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_worker.errors import ModelError
-from embedq_worker.model.json_file import JsonFile
+from embedq_worker.model.json_file import JsonFile, is_file
 
 #: Maximum size of a safetensors header, bytes; defined by the format.
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -112,7 +112,7 @@ def weight_files(path: Path) -> list[Path]:
         if Path(place).name != place:
             raise ModelError(f"{path} stores weights in {place}, outside its folder.")
         file = path.parent / place
-        if not file.is_file():
+        if not is_file(file):
             raise ModelError(f"{file} is missing, but {path.name} names it. Fetch it again.")
         files.append(file)
     return files

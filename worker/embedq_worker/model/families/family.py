@@ -96,6 +96,7 @@ def read_layer_types(config: JsonFile, count: int, default: Sequence[str]) -> li
         ModelError: there is another type, or not one per layer.
     """
     types = config.get("layer_types", list(default))
-    if not isinstance(types, list) or len(types) != count or set(types) - {FULL, SLIDING}:
+    known = isinstance(types, list) and all(one in (FULL, SLIDING) for one in types)
+    if not known or len(types) != count:
         raise config.unsupported("layer_types", types, f"{FULL} and {SLIDING}, one per layer")
-    return types
+    return list(types)
