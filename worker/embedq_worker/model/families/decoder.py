@@ -30,16 +30,24 @@ def read_decoder(config: JsonFile, head_size: int, activation: tuple[str, str]) 
         config: config.json.
         head_size: components of a head if it does not say.
         activation: key and default of the activation function.
+
+    Raises:
+        ModelError: a value is missing, or one that `append_attention` does not support.
     """
+    # transformers takes any decoder with false for one whose tokens attend to both sides.
+    config.one_of("is_causal", True)
     sizes = {name: config.integer(name) for name in _SIZES}
     heads = sizes["num_attention_heads"]
     shared = config.integer("num_key_value_heads", heads)
     if heads % shared:
         raise config.unsupported("num_key_value_heads", shared, f"divisors of {heads} heads")
+    size = config.integer("head_dim", head_size)
+    if size % 2:
+        raise config.unsupported("head_dim", size, "even numbers")
     return {
         **sizes,
         "num_key_value_heads": shared,
-        "head_dim": config.integer("head_dim", head_size),
+        "head_dim": size,
         "max_positions": config.integer("max_position_embeddings", 32_768),
         "hidden_act": read_activation(config, *activation),
         "rms_norm_eps": config.number("rms_norm_eps", 1e-6),

@@ -74,7 +74,7 @@ def read_theta(config: JsonFile, name: str, default: float, layer_type: str = ""
         layer_type: FULL or SLIDING for a family that tells them apart.
 
     Raises:
-        ModelError: the frequencies are scaled, which embedq does not support.
+        ModelError: the frequencies are scaled, which embedq does not support, or not positive.
     """
     if config.get("rope_scaling") is not None:
         raise config.unsupported("rope_scaling", config.get("rope_scaling"), "none")
@@ -86,7 +86,10 @@ def read_theta(config: JsonFile, name: str, default: float, layer_type: str = ""
     if not plain or parameters.get("rope_type", "default") != "default":
         raise config.unsupported("rope_parameters", parameters, "rope_type default")
     theta = parameters.get("rope_theta", config.get(name, default))
-    return JsonFile(config.path, {name: theta}).number(name, default)
+    theta = JsonFile(config.path, {name: theta}).number(name, default)
+    if theta <= 0:
+        raise config.unsupported(name, theta, "positive numbers")
+    return theta
 
 
 def read_layer_types(config: JsonFile, count: int, default: Sequence[str]) -> list[str]:

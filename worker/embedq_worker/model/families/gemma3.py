@@ -34,18 +34,29 @@ def read(config: JsonFile) -> Architecture:
             raise config.unsupported(name, config.get(name), "none")
     found = read_decoder(config, 256, ("hidden_activation", "gelu_pytorch_tanh"))
     layers = found["num_hidden_layers"]
-    every = config.integer("_sliding_window_pattern", config.get("sliding_window_pattern", 6))
+    # transformers writes _sliding_window_pattern too, but does not read it.
+    every = config.integer("sliding_window_pattern", 6)
+    scalar = config.number("query_pre_attn_scalar", 256.0)
+    if scalar <= 0:
+        raise config.unsupported("query_pre_attn_scalar", scalar, "positive numbers")
     types = [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
     return {
         **found,
         "layer_types": read_layer_types(config, layers, types),
-        "window": config.integer("sliding_window", 4096) // 2,
-        "query_pre_attn_scalar": config.number("query_pre_attn_scalar", 256.0),
+        "window": _read_window(config) // 2,
+        "query_pre_attn_scalar": scalar,
         "theta": {
             FULL: read_theta(config, "rope_theta", 1_000_000.0, FULL),
             SLIDING: read_theta(config, "rope_local_base_freq", 10_000.0, SLIDING),
         },
     }
+
+
+def _read_window(config: JsonFile) -> int:
+    # Missing and null differ: transformers has a default for the one and fails with the other.
+    if config.values.get("sliding_window", 0) is None:
+        raise config.unsupported("sliding_window", None, "integers")
+    return config.integer("sliding_window", 4096, minimum=0)
 
 
 def build(g: OnnxBuilder, w: Weights) -> str:
