@@ -282,12 +282,13 @@ class Embedder:
         return result.finish()
 
     def _adjust(self, work: _Work, n_unpooled: int) -> _Work:
-        # What few models need: positions without padding tokens, pooling without the prompt.
+        # What few models need: pooling without the prompt, positions without padding tokens. In
+        # this order, as the prompt is found by positions that count every token.
         token_batch = work.batch
-        if self._position_pad_id is not None:
-            token_batch = skip_pad_tokens(token_batch, self._position_pad_id)
         if n_unpooled:
             token_batch = exclude_prompt(token_batch, n_unpooled, except_for=len(work.rows))
+        if self._position_pad_id is not None:
+            token_batch = skip_pad_tokens(token_batch, self._position_pad_id)
         return work._replace(batch=token_batch)
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def append_pooling(g: OnnxBuilder, hidden: str, config: ModelConfig) -> None:
 
     Source: sentence_transformers, modules/pooling.py, dense.py, layer_norm.py and normalize.py.
     """
-    pools = _Pools(g, hidden, config.include_prompt)
+    pools = _Pools(g, hidden)
     parts = [pools.append(mode) for mode in config.pooling_modes]
     vectors = parts[0] if len(parts) == 1 else g.op("Concat", *parts, axis=-1)
     append_modules(g, vectors, config)
@@ -71,13 +71,16 @@ def _activate(g: OnnxBuilder, value: str, name: str) -> str:
 class _Pools:
     """Poolings of the tokens of one graph; a matrix [B, S, T] weighs each token in each segment."""
 
-    def __init__(self, g: OnnxBuilder, hidden: str, include_prompt: bool) -> None:
+    def __init__(self, g: OnnxBuilder, hidden: str) -> None:
         self._g, self._hidden = g, hidden
-        self._include_prompt = include_prompt
-        numbers = g.reshape("segments", 1, -1, 1)
         # Tokens of a prompt that is not pooled have a negative segment.
-        self._member = g.op("Equal", numbers, g.reshape("segment_ids", 0, 1, -1))
-        self._positions = g.reshape("position_ids", 0, 1, -1)  # [B, 1, T]
+        self._member = self._equals_number("segment_ids")
+
+    def _equals_number(self, segment_ids: str) -> str:
+        # Which tokens have the number of each segment, bool [B, S, T]
+        g = self._g
+        numbers = g.reshape("segments", 1, -1, 1)
+        return g.op("Equal", numbers, g.reshape(segment_ids, 0, 1, -1))
 
     def append(self, mode: str) -> str:
         """Append one pooling, [B, T, D] -> [B, S, D]."""
@@ -89,22 +92,23 @@ class _Pools:
             return g.op("MatMul", g.cast(one, "float32"), self._hidden)
         weight = g.cast(self._member, "float32")
         if mode == "weightedmean":
-            place = g.op("Add", g.cast(self._positions, "float32"), g.constant(1.0))
-            weight = g.op("Mul", weight, place)
+            weight = g.op("Mul", weight, self._places())
         # Divided before the product: fp16 represents a sum of 512 token vectors badly.
         count = g.op("Max", g.reduce("ReduceSum", weight, 13), g.constant(1.0))
         if mode == "mean_sqrt_len_tokens":
             count = g.op("Sqrt", count)
         return g.op("MatMul", g.op("Div", weight, count), self._hidden)
 
+    def _places(self) -> str:
+        # Place of each token in its text from 1, prompt included, float32 [B, S, T]. Not from
+        # position_ids, which skip padding tokens within a text in some families.
+        g = self._g
+        counts = g.cast(self._equals_number(g.text_ids()), "int64")
+        return g.cast(g.op("CumSum", counts, g.constant(2, np.int64)), "float32")
+
     def _first(self) -> str:
         # The first token of each segment that is pooled, [B, S, T]
-        g = self._g
-        if self._include_prompt:
-            first = g.op("Equal", self._positions, g.constant(0, np.int64))
-            return g.op("And", self._member, first)
-        after_prompt = g.op("Not", self._shifted_member(-1))
-        return g.op("And", self._member, after_prompt)
+        return self._g.op("And", self._member, self._g.op("Not", self._shifted_member(-1)))
 
     def _last(self) -> str:
         # The last token of each segment, [B, S, T]: the next one belongs to another
