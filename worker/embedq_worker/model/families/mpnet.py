@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 #: Distance from which all tokens share a bucket.
 MAX_DISTANCE: Final = 128
 
+#: Number of buckets; transformers computes no other, whatever the size of the table.
+_BUCKETS: Final = 32
+
 #: Padding token, whatever config.json says.
 _PAD_ID: Final = 1
 
@@ -42,7 +45,7 @@ def read(config: JsonFile) -> Architecture:
         "positions": positions,
         "position_pad_id": _PAD_ID,
         "max_positions": positions - _PAD_ID - 1,
-        "buckets": config.integer("relative_attention_num_buckets", 32, minimum=4),
+        "buckets": config.one_of("relative_attention_num_buckets", _BUCKETS),
         "hidden_act": read_activation(config, "hidden_act", "gelu"),
         "layer_norm_eps": config.number("layer_norm_eps", 1e-12),
     }
