@@ -59,6 +59,16 @@ def read_activation(config: JsonFile, name: str, default: str) -> str:
     return str(config.one_of(name, *ACTIVATIONS, default=default))
 
 
+def check_rotary_size(config: JsonFile, size: int) -> None:
+    """Check that the components of a head come in pairs, which rotary positions turn.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if size % 2:
+        raise config.unsupported("the number of components of a head", size, "even numbers")
+
+
 #: Types of a layer's attention in config.json.
 FULL: Final = "full_attention"
 SLIDING: Final = "sliding_attention"

@@ -26,6 +26,7 @@ from embedq_worker.model.families.family import (
     SLIDING,
     Architecture,
     Family,
+    check_rotary_size,
     read_activation,
     read_layer_types,
     read_sizes,
@@ -44,6 +45,13 @@ def read(config: JsonFile) -> Architecture:
     layers = sizes["num_hidden_layers"]
     every = config.integer("global_attn_every_n_layers", 3)
     types = [SLIDING if layer % every else FULL for layer in range(layers)]
+    window = config.integer("local_attention", 128) // 2
+    # transformers 5 lets this one win, which older versions ignore.
+    config.one_of("sliding_window", window)
+    check_rotary_size(config, sizes["hidden_size"] // sizes["num_attention_heads"])
+    # transformers 4 takes global_rope_theta for null, which transformers 5 does not load.
+    if config.values.get("local_rope_theta", 0) is None:
+        raise config.unsupported("local_rope_theta", "null", "a number")
     return {
         **sizes,
         "max_positions": config.integer("max_position_embeddings", 8192),
@@ -53,7 +61,7 @@ def read(config: JsonFile) -> Architecture:
         "attention_bias": config.flag("attention_bias", False),
         "mlp_bias": config.flag("mlp_bias", False),
         "layer_types": read_layer_types(config, layers, types),
-        "window": config.integer("local_attention", 128) // 2,
+        "window": window,
         "theta": {
             FULL: read_theta(config, "global_rope_theta", 160_000.0, FULL),
             SLIDING: read_theta(config, "local_rope_theta", 10_000.0, SLIDING),

@@ -8,9 +8,10 @@ modeling_hf_nomic_bert.py of nomic-ai/nomic-bert-2048.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from embedq_worker.errors import ModelError
 from embedq_worker.model.blocks import (
     Heads,
     Rotary,
@@ -26,6 +27,7 @@ from embedq_worker.model.families.bert import SIZES
 from embedq_worker.model.families.family import (
     Architecture,
     Family,
+    check_rotary_size,
     read_activation,
     read_sizes,
     read_theta,
@@ -44,40 +46,65 @@ _HUB_SIZES: Final = {
     "vocab_size": "vocab_size",
 }
 
-#: Values that the graph is built for, in the form of the hub.
-_HUB_VALUES: Final = {
-    "activation_function": "swiglu",
-    "prenorm": False,
-    "parallel_block": False,
-    "qkv_proj_bias": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
-    "use_rms_norm": False,
-    "rotary_emb_interleaved": False,
-    "causal": False,
+#: Value that the graph is built for, and the one that the hub's code takes where none is written.
+#: Source: configuration_hf_nomic_bert.py of nomic-ai/nomic-bert-2048, and GPT2Config below it.
+_HUB_VALUES: Final[Mapping[str, tuple[object, object]]] = {
+    "prenorm": (False, False),
+    "parallel_block": (False, False),
+    "activation_function": ("swiglu", "gelu_new"),
+    "qkv_proj_bias": (False, True),
+    "mlp_fc1_bias": (False, True),
+    "mlp_fc2_bias": (False, True),
+    "use_rms_norm": (False, False),
+    "rotary_emb_interleaved": (False, False),
+    "rotary_head_dim": (False, False),
+    "causal": (False, False),
 }
 
 
 def read(config: JsonFile) -> Architecture:
     """Read config.json of a NomicBERT."""
-    return _read_hub(config) if config.get("n_embd") is not None else _read_saved(config)
+    if config.get("n_embd") is None:
+        return _read_saved(config)
+    hub = _read_hub(config)
+    if config.get("hidden_size") is None:
+        return hub
+    # transformers 5 keeps the names of the hub beside its own, and reads only its own.
+    saved = _read_saved(config)
+    for name in sorted(saved.keys() - {"max_positions"}):
+        if saved[name] != hub[name]:
+            raise ModelError(
+                f"{config.path} describes two models: {name} is {saved[name]} in the names of "
+                f"transformers and {hub[name]} in those of the hub; embedq supports equal values. "
+                "Remove the names that do not belong to the weights."
+            )
+    return saved
 
 
 def _read_hub(config: JsonFile) -> Architecture:
-    for name, value in _HUB_VALUES.items():
-        config.one_of(name, value)
+    for name, (value, default) in _HUB_VALUES.items():
+        config.one_of(name, value, default=default)
     if config.number("rotary_emb_fraction", 0.0) != 1.0:
         raise config.unsupported("rotary_emb_fraction", config.get("rotary_emb_fraction"), 1.0)
-    positions = config.integer("n_positions", 2048)
+    if config.get("rotary_emb_scale_base") is not None:
+        raise config.unsupported(
+            "rotary_emb_scale_base", config.get("rotary_emb_scale_base"), "none"
+        )
+    # Versions of the hub's code differ in what they take where none is written.
+    if config.get("rotary_emb_base") is None:
+        raise config.unsupported("rotary_emb_base", "missing", "a number")
+    positions = config.integer("n_positions", 1024)
     # With a factor, longer texts than it was trained with change all frequencies.
     if config.get("rotary_scaling_factor") is not None:
         positions = min(positions, config.integer("max_trained_positions", 2048))
+    sizes = read_sizes(config, _HUB_SIZES)
+    check_rotary_size(config, sizes["hidden_size"] // sizes["num_attention_heads"])
     return {
-        **read_sizes(config, _HUB_SIZES),
+        **sizes,
         "max_positions": positions,
         "hidden_act": "silu",
-        "layer_norm_eps": config.number("layer_norm_epsilon", 1e-12),
-        "theta": config.number("rotary_emb_base", 10_000.0),
+        "layer_norm_eps": config.number("layer_norm_epsilon", 1e-5),
+        "theta": config.number("rotary_emb_base", 0.0),
     }
 
 
@@ -85,6 +112,7 @@ def _read_saved(config: JsonFile) -> Architecture:
     sizes = read_sizes(config, {name: name for name in SIZES})
     size = sizes["hidden_size"] // sizes["num_attention_heads"]
     config.one_of("head_dim", size)
+    check_rotary_size(config, size)
     return {
         **sizes,
         "max_positions": config.integer("max_position_embeddings", 2048),
