@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 #: Version of the graphs that model/ builds. Raise it with every change there, so that models
 #: compiled from an older graph are not used. Here, because a start from the cache loads no onnx.
-GRAPH_VERSION: Final = 3
+GRAPH_VERSION: Final = 4
 
 #: File names in the folder of a compiled model.
 BLOB, META = "model.blob", "meta.json"
