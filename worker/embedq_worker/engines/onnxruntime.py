@@ -5,7 +5,9 @@ This engine is the fallback on every machine and the reference for the vectors o
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -16,7 +18,7 @@ from embedq.protocol.contract import Device, Precision
 from embedq_worker.engines.base import INPUTS, RowSpec, TokenBatch, coarser
 from embedq_worker.errors import CompileFailed, InferFailed
 from embedq_worker.model.graph import build_graph
-from embedq_worker.model.onnx_graph import OnnxModel
+from embedq_worker.model.onnx_graph import WEIGHTS_LOCATION, OnnxModel
 from embedq_worker.model.resolve import Model
 
 #: Session option: folder of the files with external weights.
@@ -47,10 +49,16 @@ class OnnxRuntimeEngine:
         self.concurrency = min(streams or threads, threads)
         self.details: Mapping[str, str] = {"streams": str(self.concurrency)}
         graph = build_graph(model)
-        # The session reads the weights in place, so the graph must live as long as the session.
-        self._opened: tuple[ort.InferenceSession, OnnxModel] | None = (
-            _open(graph, model.label, threads // self.concurrency),
+        # The session reads the weights in place, so they must live as long as the session.
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(weight)
+            for name, weight in ({} if graph.mapping else graph.weights).items()
+        }
+        session = _open(graph, values, model.label, threads // self.concurrency)
+        self._opened: tuple[ort.InferenceSession, OnnxModel, object] | None = (
+            session,
             graph,
+            values,
         )
 
     def infer(self, batch: TokenBatch) -> npt.NDArray[np.float32]:
@@ -77,7 +85,9 @@ class OnnxRuntimeEngine:
         self._opened = None
 
 
-def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
+def _open(
+    graph: OnnxModel, values: Mapping[str, ort.OrtValue], label: str, threads: int
+) -> ort.InferenceSession:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     # By default one thread per inference and one caller per core: more threads per inference are
@@ -89,14 +99,20 @@ def _open(graph: OnnxModel, label: str, threads: int) -> ort.InferenceSession:
     options.log_severity_level = 3
     try:
         if graph.mapping:
-            # onnxruntime maps the files itself: it copies what it is given.
-            folder = str(graph.mapping.folder)
-            options.add_session_config_entry(EXTERNAL_FOLDER, folder)
-        else:
-            values = map(ort.OrtValue.ortvalue_from_numpy, graph.weights.values())
-            options.add_external_initializers(list(graph.weights), list(values))
-        return ort.InferenceSession(
-            graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+            # onnxruntime maps the files itself.
+            return _create(graph, options, graph.mapping.folder)
+        for name, value in values.items():
+            options.add_initializer(name, value)  # add_external_initializers would copy it
+        with tempfile.TemporaryDirectory(prefix="embedq-") as folder:
+            # The file that the message names must exist. It is empty: reading it is an error.
+            Path(folder, WEIGHTS_LOCATION).touch()
+            return _create(graph, options, Path(folder))
     except Exception as error:  # onnxruntime's exceptions have no common base class
         raise CompileFailed(f"onnxruntime rejects {label}: {error}") from error
+
+
+def _create(graph: OnnxModel, options: ort.SessionOptions, folder: Path) -> ort.InferenceSession:
+    options.add_session_config_entry(EXTERNAL_FOLDER, str(folder.resolve()))
+    return ort.InferenceSession(
+        graph.proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

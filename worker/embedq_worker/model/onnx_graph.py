@@ -21,6 +21,9 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+#: Name of a file, as a message must name one, of the weights that are in memory.
+WEIGHTS_LOCATION: Final = "weights"
+
 #: Minimum size of a constant that is stored outside the protobuf message, bytes.
 MIN_EXTERNAL_BYTES: Final = 1024
 
@@ -143,7 +146,7 @@ class OnnxBuilder:
         self.weights[name] = array
         tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=TensorProto.FLOAT)
         tensor.data_location = TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="weights")
+        tensor.external_data.add(key="location", value=WEIGHTS_LOCATION)
         self.initializers.append(tensor)
         return name
 
