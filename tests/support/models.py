@@ -141,6 +141,15 @@ def write_modules(folder: Path, pooling: str = "mean", *, normalize: bool = True
     write_json(folder / "1_Pooling" / "config.json", switches)
 
 
+def load_encoder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Model:
+    """Write an encoder of any family with mean pooling, and load it."""
+    write_json(folder / "config.json", config)
+    write_modules(folder)
+    write_tokenizer(folder / "tokenizer.json")
+    write_safetensors(folder / "model.safetensors", tensors)
+    return load_model(folder, "m", DigestCache(folder / "cache"))
+
+
 def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))

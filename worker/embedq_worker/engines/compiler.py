@@ -30,7 +30,8 @@ from embedq_worker.engines.model_cache import GRAPH_VERSION, CacheKey, CompiledM
 from embedq_worker.engines.openvino_runtime import Compiled, DeviceTarget, Runtime
 from embedq_worker.errors import CompileFailed, FailureReason, ModelError
 from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import NO_CHOICES, Model, ModelChoices, load_model
+from embedq_worker.model.config import NO_CHOICES, ModelChoices
+from embedq_worker.model.resolve import Model, load_model
 from embedq_worker.process import die_with_parent
 
 #: Command that runs this module.

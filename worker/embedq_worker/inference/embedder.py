@@ -265,7 +265,8 @@ class Embedder:
         max_pending = AHEAD * self.engine.concurrency
         try:
             for work in plan(batch, result):
-                work = self._adjust(work, n_unpooled)
+                if n_unpooled or self._position_pad_id is not None:
+                    work = self._adjust(work, n_unpooled)
                 result.count_inference(work.batch)
                 inferences.append(
                     self._inferring.submit(self._infer, work, result.vectors, call_meter)

@@ -33,6 +33,7 @@ ACTIVATIONS: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "silu": ("Swish", {}),
     "swish": ("Swish", {}),
     "tanh": ("Tanh", {}),
+    "sigmoid": ("Sigmoid", {}),
 }
 
 
@@ -94,7 +95,7 @@ def same_text_mask(g: OnnxBuilder, *further: str) -> str:
         g: the graph.
         further: conditions, bool [T, T], that a pair must meet too.
     """
-    texts = g.text_ids()
+    texts = g.text_ids
     allowed = g.op("Equal", g.reshape(texts, 0, 1, -1, 1), g.reshape(texts, 0, 1, 1, -1))
     for condition in further:
         allowed = g.op("And", allowed, condition)
@@ -118,19 +119,28 @@ def not_after(g: OnnxBuilder) -> str:
     return g.op("LessOrEqual", distances(g), g.constant(0, np.int64))
 
 
-def merged(parts: Sequence[Linear], heads: Heads) -> Linear:
+def merged(parts: Sequence[Linear], scale: float) -> Linear:
     """Merge the layers of queries, keys and values into one product.
 
-    The query's weights contain the scale 1/sqrt(size) of the scores, to save a pass over [T, T].
+    Args:
+        parts: the three layers.
+        scale: factor of the queries; that of the scores here saves a pass over [T, T].
     """
-    scale = np.float32(heads.size**-0.5)
     (weight, bias), *others = parts
-    scaled = [(weight * scale, None if bias is None else bias * scale), *others]
+    factor = np.float32(scale)
+    scaled = [(weight * factor, None if bias is None else bias * factor), *others]
     biases = [bias for _, bias in scaled if bias is not None]
     return (
         np.concatenate([weight for weight, _ in scaled], axis=-1),
         np.concatenate(biases) if biases else None,
     )
+
+
+def split_layer(layer: Linear, count: int) -> list[Linear]:
+    """Split a layer whose outputs are those of several, one after the other."""
+    weight, bias = layer
+    biases = [None] * count if bias is None else np.split(bias, count)
+    return list(zip(np.split(weight, count, axis=-1), biases, strict=True))
 
 
 def split_heads(g: OnnxBuilder, value: str, heads: Heads) -> tuple[str, str, str]:
@@ -233,52 +243,61 @@ def embed_words(g: OnnxBuilder, w: Weights, positions: Floats) -> str:
     return layer_norm(g, g.op("Add", word, place), scale, bias, w.config["layer_norm_eps"])
 
 
-def merged_attention(
-    g: OnnxBuilder, w: Weights, hidden: str, parts: Sequence[str], mask: str
-) -> str:
-    """Mix token vectors by an attention whose heads divide the components, [B, T, D] -> [B, T, D].
-
-    Args:
-        g: the graph.
-        w: weights.
-        hidden: token vectors.
-        parts: names of the linear layers of queries, keys and values.
-        mask: as in `attend`.
-    """
-    dim, count = w.config["hidden_size"], w.config["num_attention_heads"]
-    heads = Heads(count, dim // count)
-    layer = merged([w.linear(part, dim, dim) for part in parts], heads)
-    query, key, value = split_heads(g, linear(g, hidden, layer), heads)
-    return attend(g, query, key, value, mask, heads)
-
-
-def post_norm_layer(
-    g: OnnxBuilder, w: Weights, hidden: str, mixed: str, names: PostNormNames
-) -> str:
-    """Append what follows the attention in BERT and its relatives, [B, T, D] -> [B, T, D].
-
-    Each of attention output and feed-forward network is added to its input and normalized.
-    """
-    dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
-    epsilon = w.config["layer_norm_eps"]
-
-    def norm(value: str, name: str) -> str:
-        scale, bias = w.get(f"{name}.weight", dim), w.get(f"{name}.bias", dim)
-        return layer_norm(g, value, scale, bias, epsilon)
-
-    attended = linear(g, mixed, w.linear(names.attention_output, dim, dim))
-    hidden = norm(g.op("Add", attended, hidden), names.attention_norm)
-    inner = linear(g, hidden, w.linear(names.intermediate, wide, dim))
-    outer = linear(g, activate(g, inner, w.config["hidden_act"]), w.linear(names.output, dim, wide))
-    return norm(g.op("Add", outer, hidden), names.output_norm)
-
-
 @dataclass(frozen=True, slots=True)
 class PostNormNames:
-    """Names of the tensors of one layer after its attention."""
+    """Names of the tensors of one layer, all behind the name of the layer.
 
+    Attributes:
+        layer: name of a layer, with a place for its number.
+        attention: queries, keys and values.
+        attention_output, attention_norm, intermediate, output, output_norm: what follows.
+    """
+
+    layer: str
+    attention: tuple[str, str, str]
     attention_output: str
     attention_norm: str
     intermediate: str
     output: str
     output_norm: str
+
+
+def post_norm_layers(
+    g: OnnxBuilder, w: Weights, hidden: str, mask: str, names: PostNormNames
+) -> str:
+    """Append the layers of BERT and its relatives, [B, T, D] -> [B, T, D].
+
+    Each of attention and feed-forward network is added to its input and normalized.
+
+    Args:
+        g: the graph.
+        w: weights.
+        hidden: token vectors.
+        mask: as in `attend`.
+        names: names of the tensors.
+    """
+    for layer in range(w.config["num_hidden_layers"]):
+        hidden = _post_norm_layer(g, w, names.layer.format(layer), hidden, mask, names)
+    return hidden
+
+
+def _post_norm_layer(
+    g: OnnxBuilder, w: Weights, layer: str, hidden: str, mask: str, names: PostNormNames
+) -> str:
+    dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
+    count, epsilon = w.config["num_attention_heads"], w.config["layer_norm_eps"]
+    heads = Heads(count, dim // count)
+
+    def norm(value: str, name: str) -> str:
+        scale, bias = (w.get(f"{layer}{name}.{part}", dim) for part in ("weight", "bias"))
+        return layer_norm(g, value, scale, bias, epsilon)
+
+    parts = [w.linear(layer + part, dim, dim) for part in names.attention]
+    qkv = linear(g, hidden, merged(parts, heads.size**-0.5))
+    mixed = attend(g, *split_heads(g, qkv, heads), mask, heads)
+    attended = linear(g, mixed, w.linear(layer + names.attention_output, dim, dim))
+    hidden = norm(g.op("Add", attended, hidden), names.attention_norm)
+    inner = linear(g, hidden, w.linear(layer + names.intermediate, wide, dim))
+    active = activate(g, inner, w.config["hidden_act"])
+    outer = linear(g, active, w.linear(layer + names.output, dim, wide))
+    return norm(g.op("Add", outer, hidden), names.output_norm)

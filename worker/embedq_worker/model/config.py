@@ -14,13 +14,36 @@ from embedq_worker.model.prompts import read_prompts
 from embedq_worker.model.transformer_options import check_options, read_max_length
 
 #: Pooling of a foreign model whose ONNX graph pools by itself.
-POOLED: Final = "onnx"
+POOLED_BY_MODEL: Final = "onnx"
 
 #: Separates the modes of a concatenated pooling.
 JOIN: Final = "+"
 
 #: Short name of a mode -> mode.
 _SHORT: Final = {"last": "lasttoken", "mean_sqrt_len": "mean_sqrt_len_tokens"}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoices:
+    """What a user decides about a model where its files leave it open.
+
+    Attributes:
+        pooling: pooling of a model whose files name none; empty if they do.
+        max_length: maximum length of a text that replaces a longer one of the files; 0 for none.
+        length_cap: maximum length where max_length is 0; 0 for none.
+        prompt_set: name of a set of prompts that is added; empty for none.
+        file: weights file inside the folder or hub repo; empty to choose by sources.find_weights.
+    """
+
+    pooling: str = ""
+    max_length: int = 0
+    length_cap: int = 0
+    prompt_set: str = ""
+    file: str = ""
+
+
+#: Everything as the files say.
+NO_CHOICES: Final = ModelChoices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +122,9 @@ def read_model_config(
     folder: Path,
     modules: ModulesFile,
     positions: int,
+    choices: ModelChoices,
     *,
     pools_itself: bool = False,
-    pooling: str = "",
-    max_length: int = 0,
-    length_cap: int = 0,
-    prompt_set: str = "",
 ) -> ModelConfig:
     """Read the files of sentence-transformers.
 
@@ -112,12 +132,9 @@ def read_model_config(
         folder: the model.
         modules: what its modules.json says.
         positions: number of tokens that the encoder has positions for; 0 for no limit.
+        choices: what the user decided.
         pools_itself: the weights are an ONNX graph that returns pooled vectors, to which only the
             normalization that the files ask for is added.
-        pooling: pooling of a model whose files name none.
-        max_length: maximum length that replaces a longer one of the files; 0 for none.
-        length_cap: maximum length where max_length is 0; 0 for none.
-        prompt_set: name of a set of prompts that is added; empty for none.
 
     Raises:
         ModelError: a file is damaged or requires something unsupported, nothing names the pooling,
@@ -125,24 +142,24 @@ def read_model_config(
     """
     check_options(modules.encoder)
     allowed = read_max_length(modules.encoder, positions)
-    if max_length > allowed:
+    if choices.max_length > allowed:
         raise ModelError(
-            f"EMBEDQ_MAX_LENGTH is {max_length:,}, but {folder} supports texts of {allowed:,} "
-            "tokens at most. Set a smaller value, or unset it."
+            f"EMBEDQ_MAX_LENGTH is {choices.max_length:,}, but {folder} supports texts of "
+            f"{allowed:,} tokens at most. Set a smaller value, or unset it."
         )
-    prompts, default_prompt = read_prompts(folder, prompt_set)
+    prompts, default_prompt = read_prompts(folder, choices.prompt_set)
     behind = modules.behind if modules.pooling_modes else (Module("Normalize"),)
     if pools_itself:
-        _check_pooled(folder, modules, pooling)
-        modes: tuple[str, ...] = (POOLED,)
+        _check_pooled(folder, modules, choices.pooling)
+        modes: tuple[str, ...] = (POOLED_BY_MODEL,)
         behind = modules.behind[-1:] if modules.behind[-1:] == (Module("Normalize"),) else ()
     else:
-        modes = _choose_pooling(folder, modules, parse_pooling(pooling))
+        modes = _choose_pooling(folder, modules, parse_pooling(choices.pooling))
     return ModelConfig(
         pooling=JOIN.join(modes),
         include_prompt=modules.include_prompt,
         modules=behind,
-        max_length=max_length or min(allowed, length_cap or allowed),
+        max_length=choices.max_length or min(allowed, choices.length_cap or allowed),
         longest=allowed,
         prompts=prompts,
         default_prompt=default_prompt,

@@ -15,8 +15,7 @@ from onnx import TensorProto, compose
 
 from embedq.protocol.contract import Precision
 from embedq_worker.errors import ModelError
-from embedq_worker.model.config import POOLED as MODEL_POOLS
-from embedq_worker.model.config import ModelConfig
+from embedq_worker.model.config import POOLED_BY_MODEL, ModelConfig
 from embedq_worker.model.json_file import JsonFile
 from embedq_worker.model.onnx_file import (
     check_weights,
@@ -104,7 +103,6 @@ class ForeignOnnx:
 
     Attributes:
         output: name of the output that is served.
-        others: names of the outputs that are not.
         pooled: the output has a vector per text; otherwise one per token.
         size: number of components of these vectors.
         max_positions: number of tokens that it has positions for; 0 if config.json does not say.
@@ -114,7 +112,6 @@ class ForeignOnnx:
     """
 
     output: str
-    others: tuple[str, ...]
     pooled: bool
     size: int
     max_positions: int
@@ -140,7 +137,6 @@ def describe_onnx(path: Path, folder: Path, *, pooling_known: bool = False) -> F
         output, pooled, size = _choose_output(proto, path, folder, pooling_known)
         return ForeignOnnx(
             output=output,
-            others=tuple(value.name for value in proto.graph.output if value.name != output),
             pooled=pooled,
             size=size,
             max_positions=_max_positions(folder),
@@ -164,14 +160,13 @@ def adapt_onnx(path: Path, folder: Path, config: ModelConfig, dim: int) -> OnnxM
     with reading(path):
         proto = load_message(path)
         _check_inputs(proto, path, folder)
-        output, pooled, _ = _choose_output(proto, path, folder, config.pooling != MODEL_POOLS)
+        output, pooled, _ = _choose_output(proto, path, folder, config.pooling != POOLED_BY_MODEL)
         prune(proto, output)
         mapped, files = map_weights(proto, path)
         weights = {_PREFIX + name: array for name, array in mapped.items()}
         _rename(proto.graph)
-        opset = opset_of(proto)
         g = OnnxBuilder(
-            opset,
+            opset_of(proto),
             max_length=config.max_length,
             include_prompt=config.include_prompt,
             inline=True,
@@ -252,7 +247,7 @@ def _add_inputs(g: OnnxBuilder, proto: onnx.ModelProto) -> None:
     for value in graph_inputs(proto):
         name = value.name.removeprefix(_PREFIX)
         if name == "attention_mask":
-            source = g.op("Greater", g.text_ids(), g.constant(0, "int64"))
+            source = g.op("Greater", g.text_ids, g.constant(0, "int64"))
         elif name == "token_type_ids":
             source = g.op("Mul", "segment_ids", g.constant(0, "int64"))
         else:

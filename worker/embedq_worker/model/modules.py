@@ -6,6 +6,7 @@ Source: sentence_transformers 6 and 5, base/modules and sentence_transformer/mod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,8 +24,15 @@ POOLING_MODES: Final = (
     "lasttoken",
 )
 
-#: Activation of a Dense module: name of a class in torch.nn.
-ACTIVATIONS: Final = ("Identity", "Tanh", "GELU", "ReLU", "SiLU", "Sigmoid")
+#: Activation of a Dense module, a class in torch.nn -> its name in `blocks`; empty for none.
+ACTIVATIONS: Final[Mapping[str, str]] = {
+    "Identity": "",
+    "Tanh": "tanh",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "Sigmoid": "sigmoid",
+}
 
 #: Boolean of older versions -> pooling mode.
 _OLD_MODES: Final = {

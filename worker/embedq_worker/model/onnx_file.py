@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, shape_inference
 from embedq_worker.errors import ModelError
 from embedq_worker.model.onnx_graph import MIN_EXTERNAL_BYTES, MappedFiles
 
-#: Operator sets that embedq reads: the oldest has the operators of `pool`, the newest is the
-#: newest that the installed onnx knows.
+#: Operator sets that embedq reads: the oldest has the operators of the pooling, the newest is
+#: the newest that the installed onnx knows.
 MIN_OPSET, MAX_OPSET = 11, onnx.defs.onnx_opset_version()
 
 #: Size from which a file is no protobuf message, bytes.

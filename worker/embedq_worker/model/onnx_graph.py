@@ -111,6 +111,7 @@ class OnnxBuilder:
     Attributes:
         opset: ONNX operator set.
         max_length: maximum number of tokens of a text.
+        text_ids: segment of each token, also where its prompt is not pooled, [B, T].
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class OnnxBuilder:
         self.initializers: list[onnx.TensorProto] = []
         self.weights: dict[str, npt.NDArray[np.float32]] = {}
         self._number = itertools.count()
-        self._text_ids = "segment_ids" if include_prompt else self.op("Abs", "segment_ids")
+        self.text_ids = "segment_ids" if include_prompt else self.op("Abs", "segment_ids")
 
     def op(self, kind: str, *inputs: str, out: str = "", **attributes: Any) -> str:
         name = out or f"{kind}_{next(self._number)}"
@@ -182,10 +183,6 @@ class OnnxBuilder:
         start, stop = (0, by) if by < 0 else (by, np.iinfo(np.int64).max)
         ends = (self.constant([number], np.int64) for number in (start, stop, axis))
         return self.op("Slice", padded, *ends)
-
-    def text_ids(self) -> str:
-        """Return the segment of each token, also where its prompt is not pooled, [B, T]."""
-        return self._text_ids
 
     def graph(self, dim: int) -> OnnxModel:
         """Return the collected nodes as a graph whose vectors have `dim` components."""

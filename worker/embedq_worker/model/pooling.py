@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from embedq_worker.model.blocks import layer_norm, linear
+from embedq_worker.model.blocks import activate, layer_norm, linear
 from embedq_worker.model.config import ModelConfig
-from embedq_worker.model.modules import Module
+from embedq_worker.model.modules import ACTIVATIONS, Module
 from embedq_worker.model.weights import Weights
 
 if TYPE_CHECKING:
@@ -40,15 +40,10 @@ def append_modules(g: OnnxBuilder, vectors: str, config: ModelConfig) -> None:
     g.op("Identity", vectors, out="vectors")
 
 
-def append_normalize(g: OnnxBuilder, vectors: str) -> str:
-    """Scale vectors to unit length."""
-    length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
-    return g.op("Div", vectors, length)
-
-
 def _append_module(g: OnnxBuilder, vectors: str, module: Module) -> str:
     if module.kind == "Normalize":
-        return append_normalize(g, vectors)
+        length = g.op("Max", g.reduce("ReduceL2", vectors, 18), g.constant(MIN_NORM))
+        return g.op("Div", vectors, length)
     assert module.weights is not None  # read_modules found the file
     w = Weights(module.weights, {})
     if module.kind == "LayerNorm":
@@ -56,16 +51,8 @@ def _append_module(g: OnnxBuilder, vectors: str, module: Module) -> str:
         return layer_norm(g, vectors, scale, bias, LAYER_NORM_EPSILON)
     into, out = module.in_features, module.out_features
     product = linear(g, vectors, w.linear("linear", out, into, bias=module.bias))
-    return _activate(g, product, module.activation)
-
-
-def _activate(g: OnnxBuilder, value: str, name: str) -> str:
-    # Source: torch.nn, the class of each name with its defaults.
-    if name == "Identity":
-        return value
-    if name == "SiLU":
-        return g.op("Mul", value, g.op("Sigmoid", value))
-    return g.op({"GELU": "Gelu", "ReLU": "Relu"}.get(name, name), value)
+    activation = ACTIVATIONS[module.activation]
+    return activate(g, product, activation) if activation else product
 
 
 class _Pools:
@@ -103,7 +90,7 @@ class _Pools:
         # Place of each token in its text from 1, prompt included, float32 [B, S, T]. Not from
         # position_ids, which skip padding tokens within a text in some families.
         g = self._g
-        counts = g.cast(self._equals_number(g.text_ids()), "int64")
+        counts = g.cast(self._equals_number(g.text_ids), "int64")
         return g.cast(g.op("CumSum", counts, g.constant(2, np.int64)), "float32")
 
     def _first(self) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from embedq.protocol.contract import Device, Precision
 from embedq.protocol.worker import ModelInfo
@@ -17,17 +15,19 @@ from embedq.settings import DEFAULT_MODEL
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import sources
-from embedq_worker.model.config import ModelConfig, read_model_config
+from embedq_worker.model.config import (
+    NO_CHOICES,
+    ModelChoices,
+    ModelConfig,
+    read_model_config,
+)
 from embedq_worker.model.families import FAMILIES
 from embedq_worker.model.families.family import Architecture
 from embedq_worker.model.json_file import JsonFile, is_file
-from embedq_worker.model.modules import ModulesFile, read_modules
+from embedq_worker.model.modules import read_modules
 from embedq_worker.model.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from embedq_worker.model.weights import weight_files
 from embedq_worker.settings import DeviceChoice, WorkerSettings
-
-if TYPE_CHECKING:
-    from embedq_worker.model.foreign_onnx import ForeignOnnx
 
 #: Commit of the default model that embedq is tested with.
 DEFAULT_REVISION: Final = "8b3219a92973c328a8e22fadcfa821b5dc75636a"
@@ -38,40 +38,9 @@ PINNED: Final[Mapping[str, str]] = {
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 
-
 #: Maximum length of a text on an NPU unless EMBEDQ_MAX_LENGTH is set, tokens. A compiler needs
 #: minutes for rows of 8,192 tokens, whose attention alone has 67 million scores per head.
 NPU_MAX_LENGTH: Final = 512
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoices:
-    """What a user decides about a model where its files leave it open.
-
-    Attributes:
-        pooling: pooling of a model whose files name none; empty if they do.
-        max_length: maximum length of a text that replaces a longer one of the files; 0 for none.
-        length_cap: maximum length where max_length is 0; 0 for none.
-        prompt_set: name of a set of prompts that is added; empty for none.
-        file: weights file inside the folder or hub repo; empty to choose by sources.find_weights.
-    """
-
-    pooling: str = ""
-    max_length: int = 0
-    length_cap: int = 0
-    prompt_set: str = ""
-    file: str = ""
-
-    def of_config(self) -> dict[str, Any]:
-        """Return the arguments of read_model_config."""
-        return {name: value for name, value in asdict(self).items() if name != "file"}
-
-
-#: Maximum size of the part of a model card that is read, bytes.
-MAX_CARD_BYTES: Final = 16_384
-
-#: Everything as the files say.
-NO_CHOICES: Final = ModelChoices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +93,6 @@ class Model(ModelConfig):
         size = config.get("vocab_size")
         return size if type(size) is int else None
 
-    def licence(self) -> str:
-        """Return the licence field of the model card in the folder; empty if there is none."""
-        with suppress(OSError), (self.folder / "README.md").open("rb") as file:
-            head = file.read(MAX_CARD_BYTES).decode(errors="replace")
-            if found := re.match(r"---\n(?:.*\n)*?license: *([\w.-]+)", head):
-                return found[1]
-        return ""
-
     def model_info(self) -> ModelInfo:
         """Return the description that workers publish for the SDK."""
         return ModelInfo(
@@ -160,15 +121,19 @@ def find_model(settings: WorkerSettings, device: Device | None = None) -> Model 
     if settings.device is DeviceChoice.STUB:
         return None
     on_npu = device is Device.NPU or settings.device is DeviceChoice.NPU
-    cap = NPU_MAX_LENGTH if on_npu else 0
+    choices = ModelChoices(
+        pooling=settings.pooling,
+        max_length=settings.max_length,
+        length_cap=NPU_MAX_LENGTH if on_npu else 0,
+        prompt_set=settings.prompts,
+        file=settings.model_file,
+    )
     return resolve(
         settings.model,
         settings.model_revision,
         cache_dir=settings.cache_dir,
         offline=settings.offline,
-        choices=ModelChoices(
-            settings.pooling, settings.max_length, cap, settings.prompts, settings.model_file
-        ),
+        choices=choices,
     )
 
 
@@ -226,14 +191,39 @@ def load_model(
         raise ModelError(
             f"{encoder} has no tokenizer.json, the only tokenizer format embedq reads."
         )
+    architecture: Architecture = {}
+    precision, output, pools_itself = Precision.F32, "", False
     if weights.suffix == ".onnx":
-        return _describe_foreign(folder, label, digests, choices, modules, weights)
-    architecture = _read_architecture(encoder)
-    config = read_model_config(
-        folder, modules, architecture["max_positions"], **choices.of_config()
+        # Imported here: onnx slows down a start, which an encoder of our own does not need.
+        from embedq_worker.model.foreign_onnx import describe_onnx
+
+        known = bool(modules.pooling_modes or choices.pooling)
+        foreign = describe_onnx(weights, encoder, pooling_known=known)
+        size, positions, files = foreign.size, foreign.max_positions, [weights, *foreign.files]
+        precision, output, pools_itself = foreign.precision, foreign.output, foreign.pooled
+    else:
+        architecture = _read_architecture(encoder)
+        size, positions = architecture["hidden_size"], architecture["max_positions"]
+        files = weight_files(weights)
+    config = read_model_config(folder, modules, positions, choices, pools_itself=pools_itself)
+    tokenizer = read_tokenizer_config(encoder)
+    behind = [module.weights for module in config.modules if module.weights]
+    sums = [digests.of(path) for path in (*files, *behind, encoder / "tokenizer.json")]
+    return Model(
+        folder=folder,
+        encoder=encoder,
+        label=label,
+        identity=_identity(sums, architecture, config, tokenizer),
+        weights=weights,
+        architecture=architecture,
+        dim=_vector_size(size, config),
+        weights_precision=precision,
+        output=output,
+        pinned=sums == list(PINNED.values()),
+        choices=choices,
+        tokenizer=tokenizer,
+        **{field.name: getattr(config, field.name) for field in fields(config)},
     )
-    files = weight_files(weights)
-    return _describe(folder, label, digests, choices, modules, config, weights, files, architecture)
 
 
 def _refuse_adapter(encoder: Path) -> None:
@@ -243,65 +233,6 @@ def _refuse_adapter(encoder: Path) -> None:
             f"{path} changes the weights by an adapter (PEFT), which embedq does not apply. Merge "
             "it with merge_and_unload() of peft, and save the model into another folder."
         )
-
-
-def _describe_foreign(
-    folder: Path,
-    label: str,
-    digests: DigestCache,
-    choices: ModelChoices,
-    modules: ModulesFile,
-    weights: Path,
-) -> Model:
-    # Imported here: onnx slows down a start, which an encoder of our own does not need.
-    from embedq_worker.model.foreign_onnx import describe_onnx
-
-    known = bool(modules.pooling_modes or choices.pooling)
-    found = describe_onnx(weights, modules.encoder, pooling_known=known)
-    config = read_model_config(
-        folder,
-        modules,
-        found.max_positions,
-        pools_itself=found.pooled,
-        **choices.of_config(),
-    )
-    files = [weights, *found.files]
-    return _describe(folder, label, digests, choices, modules, config, weights, files, {}, found)
-
-
-def _describe(
-    folder: Path,
-    label: str,
-    digests: DigestCache,
-    choices: ModelChoices,
-    modules: ModulesFile,
-    config: ModelConfig,
-    weights: Path,
-    weights_files: list[Path],
-    architecture: Architecture,
-    foreign: ForeignOnnx | None = None,
-) -> Model:
-    behind = [module.weights for module in config.modules if module.weights]
-    files = [*weights_files, *behind, modules.encoder / "tokenizer.json"]
-    sums = [digests.of(path) for path in files]
-    width = foreign.size if foreign else architecture["hidden_size"]
-    model_type = JsonFile.load(modules.encoder / "config.json").text("model_type")
-    tokenizer = read_tokenizer_config(modules.encoder, model_type)
-    return Model(
-        folder=folder,
-        encoder=modules.encoder,
-        label=label,
-        identity=_identity(sums, architecture, config, tokenizer),
-        weights=weights,
-        architecture=architecture,
-        dim=_vector_size(width, config),
-        weights_precision=foreign.precision if foreign else Precision.F32,
-        output=foreign.output if foreign else "",
-        pinned=sums == list(PINNED.values()),
-        choices=choices,
-        tokenizer=tokenizer,
-        **{field.name: getattr(config, field.name) for field in fields(config)},
-    )
 
 
 def _vector_size(width: int, config: ModelConfig) -> int:

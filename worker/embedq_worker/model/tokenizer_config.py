@@ -11,7 +11,7 @@ sentence_transformers 6, base/modules/transformer.py, do_lower_case.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,23 +84,26 @@ class TokenizerConfig:
 
     def describe(self) -> dict[str, Any]:
         """Return what shapes a vector, as JSON types."""
-        found = asdict(self)
         # What tokenizer.json must agree with changes nothing.
-        return {name: found[name] for name in ("bert", "lowercase_first", "truncation_side")}
+        return {
+            "bert": dict(self.bert),
+            "lowercase_first": self.lowercase_first,
+            "truncation_side": self.truncation_side,
+        }
 
 
-def read_tokenizer_config(encoder: Path, model_type: str) -> TokenizerConfig:
+def read_tokenizer_config(encoder: Path) -> TokenizerConfig:
     """Read tokenizer_config.json and its companions.
 
     Args:
         encoder: folder of the encoder.
-        model_type: model_type of its config.json.
 
     Raises:
         ModelError: a file is damaged, or requires something unsupported.
     """
     config = JsonFile.load(encoder / "tokenizer_config.json")
     special = JsonFile.load(encoder / "special_tokens_map.json")
+    model_type = JsonFile.load(encoder / "config.json").text("model_type")
     kind = config.text("tokenizer_class")
     is_bert = kind in _BERT_CLASSES or (not kind and model_type in _BERT_TYPES)
     if model_type in ("bert", "distilbert"):

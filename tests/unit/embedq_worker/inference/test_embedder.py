@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -126,6 +126,25 @@ def test_too_long_text_fails_with_on_long_error(embedder: Embedder) -> None:
     assert outcomes[1] == Outcome(
         status=Status.FAILED, n_tokens_dropped=300 - 254, code=Code.TOO_MANY_TOKENS
     )
+
+
+def test_text_without_tokens_fails() -> None:
+    class NoSpecialTokens(StubTokenizer):
+        def tokenize(self, texts: Sequence[str]) -> RaggedTokens:
+            tokens = super().tokenize(texts)
+            kept = np.array([bool(text) for text in texts])
+            lengths = np.where(kept, tokens.lengths, 0)
+            ids = tokens.ids[np.repeat(kept, tokens.lengths)]
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            return RaggedTokens(ids, offsets, tokens.n_dropped)
+
+    embedder = Embedder(NoSpecialTokens(), StubEngine(), token_budget=64)
+    vectors, outcomes = embedder.embed(stub_batch(["one", "", "two"]))
+    embedder.close()
+
+    assert np.isnan(vectors[1]).all()
+    assert outcomes[1] == Outcome(status=Status.FAILED, code=Code.NO_TOKENS)
+    assert vectors[[0, 2]].tobytes() == stub_vectors(["one", "two"]).tobytes()
 
 
 def test_prompt_is_prepended_to_every_text(embedder: Embedder) -> None:

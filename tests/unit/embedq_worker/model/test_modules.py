@@ -17,8 +17,9 @@ from embedq_worker.engines.onnxruntime import OnnxRuntimeEngine
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.inference.packing import build_padded
+from embedq_worker.model.config import ModelChoices
 from embedq_worker.model.graph import build_graph
-from embedq_worker.model.resolve import Model, ModelChoices, load_model
+from embedq_worker.model.resolve import Model, load_model
 
 Floats = npt.NDArray[np.float32]
 

@@ -20,12 +20,14 @@ from tests.support.models import (
     write_tiny,
 )
 
+from embedq.protocol.contract import Device
 from embedq.protocol.worker import ModelInfo
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
-from embedq_worker.model.config import ModelConfig
-from embedq_worker.model.resolve import ModelChoices, load_model
+from embedq_worker.model.config import ModelChoices, ModelConfig
+from embedq_worker.model.resolve import load_model
+from embedq_worker.settings import WorkerSettings
 
 
 def test_folder_of_sentence_transformers_is_described(tmp_path: Path) -> None:
@@ -76,6 +78,32 @@ def test_pooling_that_no_file_names_is_asked_for(tmp_path: Path) -> None:
 
     positions = TINY["max_position_embeddings"]
     assert (config.pooling, config.normalize, config.max_length) == ("lasttoken", True, positions)
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "expected"),
+    [
+        (Device.CPU, 0, 2048),
+        (Device.NPU, 0, resolve_module.NPU_MAX_LENGTH),
+        (Device.NPU, 1024, 1024),
+        (Device.CPU, 100, 100),
+    ],
+)
+def test_long_model_is_capped_on_an_npu_unless_a_length_is_set(
+    tmp_path: Path, device: Device, setting: int, expected: int
+) -> None:
+    write_tiny(tmp_path, max_position_embeddings=2048)
+    write_json(tmp_path / "sentence_bert_config.json", {"max_seq_length": 2048})
+    values: dict[str, Any] = {
+        "model": str(tmp_path),
+        "max_length": setting,
+        "cache_dir": tmp_path / "cache",
+    }
+
+    model = resolve_module.find_model(WorkerSettings(**values), device)
+
+    assert model is not None
+    assert (model.max_length, model.longest) == (expected, 2048)
 
 
 def test_model_without_normalize_module_is_not_normalized(tmp_path: Path) -> None:

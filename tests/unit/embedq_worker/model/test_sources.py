@@ -22,7 +22,8 @@ from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
 from embedq_worker.model import resolve as resolve_module
 from embedq_worker.model import sources
-from embedq_worker.model.resolve import DEFAULT_REVISION, PINNED, ModelChoices, resolve
+from embedq_worker.model.config import ModelChoices
+from embedq_worker.model.resolve import DEFAULT_REVISION, PINNED, resolve
 from embedq_worker.model.sources import WHEEL_FOLDER
 from embedq_worker.model.weights import load_tensors
 

@@ -10,7 +10,8 @@ from tests.support.models import TINY, write_json, write_tiny
 
 from embedq_worker.errors import ModelError
 from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import Model, ModelChoices, load_model
+from embedq_worker.model.config import ModelChoices
+from embedq_worker.model.resolve import Model, load_model
 from embedq_worker.model.transformer_options import SENTENCE_FILES
 
 POSITIONS = TINY["max_position_embeddings"]

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 from embedq_worker.model.blocks import (
     PostNormNames,
     embed_words,
-    merged_attention,
-    post_norm_layer,
+    post_norm_layers,
     same_text_mask,
 )
 from embedq_worker.model.families.family import Architecture, Family, read_activation, read_sizes
@@ -21,13 +20,14 @@ from embedq_worker.model.weights import Floats, Weights
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxBuilder
 
-#: Sizes in config.json, which have the same name in an Architecture.
-SIZES: Final = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
+_NAMES: Final = PostNormNames(
+    layer="encoder.layer.{}.",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value"),
+    attention_output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    intermediate="intermediate.dense",
+    output="output.dense",
+    output_norm="output.LayerNorm",
 )
 
 
@@ -37,7 +37,7 @@ def read(config: JsonFile) -> Architecture:
     config.one_of("is_decoder", False)
     positions = config.integer("max_position_embeddings")
     return {
-        **read_sizes(config, {name: name for name in SIZES}),
+        **read_sizes(config),
         "positions": positions,
         "max_positions": positions,
         "hidden_act": read_activation(config, "hidden_act", "gelu"),
@@ -58,20 +58,7 @@ def build_layers(g: OnnxBuilder, w: Weights, positions: Floats) -> str:
     # All tokens have type 0, so its embedding is added to that of each position.
     types = w.get("embeddings.token_type_embeddings.weight", -1, w.config["hidden_size"])
     hidden = embed_words(g, w, positions + types[:1].sum(axis=0))
-    mask = same_text_mask(g)
-    for layer in range(w.config["num_hidden_layers"]):
-        name = f"encoder.layer.{layer}."
-        parts = [f"{name}attention.self.{part}" for part in ("query", "key", "value")]
-        mixed = merged_attention(g, w, hidden, parts, mask)
-        names = PostNormNames(
-            f"{name}attention.output.dense",
-            f"{name}attention.output.LayerNorm",
-            f"{name}intermediate.dense",
-            f"{name}output.dense",
-            f"{name}output.LayerNorm",
-        )
-        hidden = post_norm_layer(g, w, hidden, mixed, names)
-    return hidden
+    return post_norm_layers(g, w, hidden, same_text_mask(g), _NAMES)
 
 
 FAMILY: Final = Family(read, build, prefixes=("bert.",))

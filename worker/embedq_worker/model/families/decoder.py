@@ -1,26 +1,30 @@
-"""What Qwen3 and Gemma 3 share: attention with norms of queries and keys, and fewer key heads."""
+"""What Qwen3 and Gemma 3 share: attention with norms of queries and keys, and gated networks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from embedq_worker.model.blocks import Heads, Rotary, attend, linear, rms_norm, split_heads
-from embedq_worker.model.families.family import Architecture, read_activation
+from embedq_worker.model.blocks import (
+    Heads,
+    Rotary,
+    attend,
+    gated,
+    linear,
+    merged,
+    rms_norm,
+    split_heads,
+)
+from embedq_worker.model.families.family import (
+    SIZES,
+    Architecture,
+    check_rotary_size,
+    read_activation,
+)
 from embedq_worker.model.json_file import JsonFile
 from embedq_worker.model.weights import Floats, Weights
 
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxBuilder
-
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-)
 
 
 def read_decoder(config: JsonFile, head_size: int, activation: tuple[str, str]) -> Architecture:
@@ -36,14 +40,13 @@ def read_decoder(config: JsonFile, head_size: int, activation: tuple[str, str]) 
     """
     # transformers takes any decoder with false for one whose tokens attend to both sides.
     config.one_of("is_causal", True)
-    sizes = {name: config.integer(name) for name in _SIZES}
+    sizes = {name: config.integer(name) for name in SIZES}
     heads = sizes["num_attention_heads"]
     shared = config.integer("num_key_value_heads", heads)
     if heads % shared:
         raise config.unsupported("num_key_value_heads", shared, f"divisors of {heads} heads")
     size = config.integer("head_dim", head_size)
-    if size % 2:
-        raise config.unsupported("head_dim", size, "even numbers")
+    check_rotary_size(config, size, "head_dim")
     return {
         **sizes,
         "num_key_value_heads": shared,
@@ -87,10 +90,7 @@ def append_attention(
         w.linear(f"{name}self_attn.{part}_proj", count * size, dim, bias=bias)
         for part, count in counts.items()
     ]
-    weight = np.concatenate([part[0] for part in parts], axis=-1)
-    biases = [part[1] for part in parts if part[1] is not None]
-    layer = weight, np.concatenate(biases) if biases else None
-    query, key, values = split_heads(g, linear(g, value, layer), heads)
+    query, key, values = split_heads(g, linear(g, value, merged(parts, 1.0)), heads)
     # The norm of the queries contains the scale of the scores, to save a pass over [T, T].
     query_scale: Floats = (w.get(f"{name}self_attn.q_norm.weight", size) + offset) * scale
     key_scale: Floats = w.get(f"{name}self_attn.k_norm.weight", size) + offset
@@ -98,3 +98,12 @@ def append_attention(
     key = rotary.turn(g, rms_norm(g, key, key_scale, epsilon))
     mixed = attend(g, query, key, values, mask, heads)
     return linear(g, mixed, w.linear(f"{name}self_attn.o_proj", dim, heads.count * size, bias=bias))
+
+
+def append_network(g: OnnxBuilder, w: Weights, name: str, value: str) -> str:
+    """Append the gated feed-forward network of one layer to normalized vectors, [B, T, D]."""
+    dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
+    gate = w.linear(f"{name}mlp.gate_proj", wide, dim, bias=False)
+    up = w.linear(f"{name}mlp.up_proj", wide, dim, bias=False)
+    down = w.linear(f"{name}mlp.down_proj", dim, wide, bias=False)
+    return gated(g, value, gate, up, down, w.config["hidden_act"])

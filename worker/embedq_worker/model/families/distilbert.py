@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 from embedq_worker.model.blocks import (
     PostNormNames,
     embed_words,
-    merged_attention,
-    post_norm_layer,
+    post_norm_layers,
     same_text_mask,
 )
 from embedq_worker.model.families.family import Architecture, Family, read_activation, read_sizes
@@ -28,6 +27,16 @@ _SIZES: Final = {
     "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
 }
+
+_NAMES: Final = PostNormNames(
+    layer="transformer.layer.{}.",
+    attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    attention_output="attention.out_lin",
+    attention_norm="sa_layer_norm",
+    intermediate="ffn.lin1",
+    output="ffn.lin2",
+    output_norm="output_layer_norm",
+)
 
 
 def read(config: JsonFile) -> Architecture:
@@ -46,20 +55,7 @@ def build(g: OnnxBuilder, w: Weights) -> str:
         "embeddings.position_embeddings.weight", w.config["max_positions"], w.config["hidden_size"]
     )
     hidden = embed_words(g, w, positions)
-    mask = same_text_mask(g)
-    for layer in range(w.config["num_hidden_layers"]):
-        name = f"transformer.layer.{layer}."
-        parts = [f"{name}attention.{part}_lin" for part in "qkv"]
-        mixed = merged_attention(g, w, hidden, parts, mask)
-        names = PostNormNames(
-            f"{name}attention.out_lin",
-            f"{name}sa_layer_norm",
-            f"{name}ffn.lin1",
-            f"{name}ffn.lin2",
-            f"{name}output_layer_norm",
-        )
-        hidden = post_norm_layer(g, w, hidden, mixed, names)
-    return hidden
+    return post_norm_layers(g, w, hidden, same_text_mask(g), _NAMES)
 
 
 FAMILY: Final = Family(read, build, prefixes=("distilbert.",))

@@ -13,6 +13,19 @@ from embedq_worker.model.weights import Weights
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxBuilder
 
+#: Sizes that most families have under these names, in config.json as in an Architecture.
+SIZES: Final = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+#: Types of a layer's attention in config.json.
+FULL: Final = "full_attention"
+SLIDING: Final = "sliding_attention"
+
 #: Values that shape an encoder, as JSON types; part of the identity of a model. Every family has
 #: ``hidden_size``, ``vocab_size`` and ``max_positions``: number of tokens of a text that the
 #: encoder has positions for, 0 for no limit.
@@ -34,12 +47,17 @@ class Family:
     prefixes: tuple[str, ...] = ()
 
 
-def read_sizes(config: JsonFile, names: Mapping[str, str]) -> Architecture:
-    """Read positive integers: name in Architecture -> name in config.json.
+def read_sizes(config: JsonFile, names: Mapping[str, str] | None = None) -> Architecture:
+    """Read SIZES.
+
+    Args:
+        config: config.json.
+        names: name in Architecture -> name in config.json; None if they are the same.
 
     Raises:
         ModelError: one is missing, or ``num_attention_heads`` do not divide ``hidden_size``.
     """
+    names = names or {name: name for name in SIZES}
     sizes = {ours: config.integer(theirs) for ours, theirs in names.items()}
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise config.unsupported(
@@ -59,19 +77,16 @@ def read_activation(config: JsonFile, name: str, default: str) -> str:
     return str(config.one_of(name, *ACTIVATIONS, default=default))
 
 
-def check_rotary_size(config: JsonFile, size: int) -> None:
+def check_rotary_size(
+    config: JsonFile, size: int, name: str = "the number of components of a head"
+) -> None:
     """Check that the components of a head come in pairs, which rotary positions turn.
 
     Raises:
         ModelError: they do not.
     """
     if size % 2:
-        raise config.unsupported("the number of components of a head", size, "even numbers")
-
-
-#: Types of a layer's attention in config.json.
-FULL: Final = "full_attention"
-SLIDING: Final = "sliding_attention"
+        raise config.unsupported(name, size, "even numbers")
 
 
 def read_theta(config: JsonFile, name: str, default: float, layer_type: str = "") -> float:

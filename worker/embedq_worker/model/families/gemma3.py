@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from embedq_worker.model.blocks import Rotary, gated, rms_norm, same_text_mask, within
-from embedq_worker.model.families.decoder import append_attention, read_decoder
+from embedq_worker.model.blocks import Rotary, rms_norm, same_text_mask, within
+from embedq_worker.model.families.decoder import append_attention, append_network, read_decoder
 from embedq_worker.model.families.family import (
     FULL,
     SLIDING,
@@ -61,7 +61,7 @@ def _read_window(config: JsonFile) -> int:
 
 def build(g: OnnxBuilder, w: Weights) -> str:
     """Append embeddings and layers, [B, T, D]."""
-    dim, wide, size = (w.config[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+    dim, size = w.config["hidden_size"], w.config["head_dim"]
     words = w.get("embed_tokens.weight", w.config["vocab_size"], dim)
     word = g.op("Gather", g.constant(words), "input_ids")
     hidden = g.op("Mul", word, g.constant(np.float32(dim**0.5)))
@@ -87,9 +87,7 @@ def build(g: OnnxBuilder, w: Weights) -> str:
         )
         hidden = g.op("Add", hidden, norm(attended, f"{name}post_attention_layernorm"))
         normed = norm(hidden, f"{name}pre_feedforward_layernorm")
-        gate, up = (w.linear(f"{name}mlp.{x}_proj", wide, dim, bias=False) for x in ("gate", "up"))
-        down = w.linear(f"{name}mlp.down_proj", dim, wide, bias=False)
-        network = gated(g, normed, gate, up, down, w.config["hidden_act"])
+        network = append_network(g, w, name, normed)
         hidden = g.op("Add", hidden, norm(network, f"{name}post_feedforward_layernorm"))
     return norm(hidden, "norm")
 

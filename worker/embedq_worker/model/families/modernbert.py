@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from embedq_worker.model.blocks import (
     Heads,
     Rotary,
@@ -16,11 +14,12 @@ from embedq_worker.model.blocks import (
     gated,
     layer_norm,
     linear,
+    merged,
     same_text_mask,
     split_heads,
+    split_layer,
     within,
 )
-from embedq_worker.model.families.bert import SIZES
 from embedq_worker.model.families.family import (
     FULL,
     SLIDING,
@@ -33,7 +32,7 @@ from embedq_worker.model.families.family import (
     read_theta,
 )
 from embedq_worker.model.json_file import JsonFile
-from embedq_worker.model.weights import Floats, Linear, Weights
+from embedq_worker.model.weights import Weights
 
 if TYPE_CHECKING:
     from embedq_worker.model.onnx_graph import OnnxBuilder
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 def read(config: JsonFile) -> Architecture:
     """Read config.json of a ModernBERT."""
-    sizes = read_sizes(config, {name: name for name in SIZES})
+    sizes = read_sizes(config)
     layers = sizes["num_hidden_layers"]
     every = config.integer("global_attn_every_n_layers", 3)
     types = [SLIDING if layer % every else FULL for layer in range(layers)]
@@ -89,26 +88,16 @@ def _layer(g: OnnxBuilder, w: Weights, layer: int, hidden: str, mask: str, rotar
     has_bias = w.config["attention_bias"]
     # The first layer follows the norm of the embeddings.
     normed = _norm(g, w, hidden, f"{name}attn_norm") if layer else hidden
-    merged = w.linear(f"{name}attn.Wqkv", 3 * dim, dim, bias=has_bias)
-    query, key, value = split_heads(g, linear(g, normed, _scale_query(merged, heads)), heads)
+    parts = split_layer(w.linear(f"{name}attn.Wqkv", 3 * dim, dim, bias=has_bias), 3)
+    qkv = linear(g, normed, merged(parts, heads.size**-0.5))
+    query, key, value = split_heads(g, qkv, heads)
     mixed = attend(g, rotary.turn(g, query), rotary.turn(g, key), value, mask, heads)
     attended = linear(g, mixed, w.linear(f"{name}attn.Wo", dim, dim, bias=has_bias))
     hidden = g.op("Add", hidden, attended)
     normed = _norm(g, w, hidden, f"{name}mlp_norm")
-    weight, bias = w.linear(f"{name}mlp.Wi", 2 * wide, dim, bias=w.config["mlp_bias"])
-    gate = weight[:, :wide], None if bias is None else bias[:wide]
-    up = weight[:, wide:], None if bias is None else bias[wide:]
+    gate, up = split_layer(w.linear(f"{name}mlp.Wi", 2 * wide, dim, bias=w.config["mlp_bias"]), 2)
     down = w.linear(f"{name}mlp.Wo", dim, wide, bias=w.config["mlp_bias"])
     return g.op("Add", hidden, gated(g, normed, gate, up, down, w.config["hidden_act"]))
-
-
-def _scale_query(layer: Linear, heads: Heads) -> Linear:
-    # The query's weights contain the scale of the scores, as in blocks.merged.
-    scale = np.ones(3 * heads.count * heads.size, np.float32)
-    scale[: heads.count * heads.size] = heads.size**-0.5
-    weight, bias = layer
-    scaled: Floats = weight * scale
-    return scaled, None if bias is None else bias * scale
 
 
 def _norm(g: OnnxBuilder, w: Weights, value: str, name: str) -> str:

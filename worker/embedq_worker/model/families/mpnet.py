@@ -14,11 +14,9 @@ from embedq_worker.model.blocks import (
     PostNormNames,
     distances,
     embed_words,
-    merged_attention,
-    post_norm_layer,
+    post_norm_layers,
     same_text_mask,
 )
-from embedq_worker.model.families.bert import SIZES
 from embedq_worker.model.families.family import Architecture, Family, read_activation, read_sizes
 from embedq_worker.model.families.roberta import pad_last
 from embedq_worker.model.json_file import JsonFile
@@ -36,12 +34,22 @@ _BUCKETS: Final = 32
 #: Padding token, whatever config.json says.
 _PAD_ID: Final = 1
 
+_NAMES: Final = PostNormNames(
+    layer="encoder.layer.{}.",
+    attention=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    attention_output="attention.attn.o",
+    attention_norm="attention.LayerNorm",
+    intermediate="intermediate.dense",
+    output="output.dense",
+    output_norm="output.LayerNorm",
+)
+
 
 def read(config: JsonFile) -> Architecture:
     """Read config.json of an MPNet."""
     positions = config.integer("max_position_embeddings", minimum=_PAD_ID + 2)
     return {
-        **read_sizes(config, {name: name for name in SIZES}),
+        **read_sizes(config),
         "positions": positions,
         "position_pad_id": _PAD_ID,
         "max_positions": positions - _PAD_ID - 1,
@@ -58,19 +66,7 @@ def build(g: OnnxBuilder, w: Weights) -> str:
     )
     hidden = embed_words(g, w, pad_last(positions, _PAD_ID))
     mask = g.op("Add", _distance_bias(g, w), same_text_mask(g))
-    for layer in range(w.config["num_hidden_layers"]):
-        name = f"encoder.layer.{layer}."
-        parts = [f"{name}attention.attn.{part}" for part in "qkv"]
-        mixed = merged_attention(g, w, hidden, parts, mask)
-        names = PostNormNames(
-            f"{name}attention.attn.o",
-            f"{name}attention.LayerNorm",
-            f"{name}intermediate.dense",
-            f"{name}output.dense",
-            f"{name}output.LayerNorm",
-        )
-        hidden = post_norm_layer(g, w, hidden, mixed, names)
-    return hidden
+    return post_norm_layers(g, w, hidden, mask, _NAMES)
 
 
 def buckets(distances: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:

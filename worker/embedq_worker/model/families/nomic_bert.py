@@ -8,7 +8,8 @@ modeling_hf_nomic_bert.py of nomic-ai/nomic-bert-2048.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from embedq_worker.errors import ModelError
@@ -22,8 +23,8 @@ from embedq_worker.model.blocks import (
     merged,
     same_text_mask,
     split_heads,
+    split_layer,
 )
-from embedq_worker.model.families.bert import SIZES
 from embedq_worker.model.families.family import (
     Architecture,
     Family,
@@ -45,6 +46,46 @@ _HUB_SIZES: Final = {
     "intermediate_size": "n_inner",
     "vocab_size": "vocab_size",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    # Names of the tensors; those of a layer are behind `layer`. One name in `attention` is that of
+    # queries, keys and values together.
+    embeddings_norm: str
+    layer: str
+    attention: tuple[str, ...]
+    attention_output: str
+    attention_norm: str
+    gate: str
+    up: str
+    down: str
+    output_norm: str
+
+
+_HUB_NAMES: Final = _Names(
+    embeddings_norm="emb_ln",
+    layer="encoder.layers.{}.",
+    attention=("attn.Wqkv",),
+    attention_output="attn.out_proj",
+    attention_norm="norm1",
+    gate="mlp.fc12",
+    up="mlp.fc11",
+    down="mlp.fc2",
+    output_norm="norm2",
+)
+
+_NAMES: Final = _Names(
+    embeddings_norm="embeddings.LayerNorm",
+    layer="layers.{}.",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    attention_output="self_attn.o_proj",
+    attention_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    output_norm="post_mlp_layernorm",
+)
 
 #: Value that the graph is built for, and the one that the hub's code takes where none is written.
 #: Source: configuration_hf_nomic_bert.py of nomic-ai/nomic-bert-2048, and GPT2Config below it.
@@ -109,7 +150,7 @@ def _read_hub(config: JsonFile) -> Architecture:
 
 
 def _read_saved(config: JsonFile) -> Architecture:
-    sizes = read_sizes(config, {name: name for name in SIZES})
+    sizes = read_sizes(config)
     size = sizes["hidden_size"] // sizes["num_attention_heads"]
     config.one_of("head_dim", size)
     check_rotary_size(config, size)
@@ -125,67 +166,40 @@ def _read_saved(config: JsonFile) -> Architecture:
 def build(g: OnnxBuilder, w: Weights) -> str:
     """Append embeddings and layers, [B, T, D]."""
     dim, count = w.config["hidden_size"], w.config["num_attention_heads"]
-    heads = Heads(count, dim // count)
-    hub = w.has("emb_ln.weight")
+    names = _HUB_NAMES if w.has("emb_ln.weight") else _NAMES
     words = w.get("embeddings.word_embeddings.weight", w.config["vocab_size"], dim)
     types = w.get("embeddings.token_type_embeddings.weight", -1, dim)
     word = g.op("Gather", g.constant(words), "input_ids")
     hidden = g.op("Add", word, g.constant(types[:1].sum(axis=0)))
-    hidden = _norm(g, w, hidden, "emb_ln" if hub else "embeddings.LayerNorm")
-    mask, rotary = same_text_mask(g), Rotary(g, heads.size, w.config["theta"])
+    hidden = _norm(g, w, hidden, names.embeddings_norm)
+    mask, rotary = same_text_mask(g), Rotary(g, dim // count, w.config["theta"])
     for layer in range(w.config["num_hidden_layers"]):
-        hidden = (_hub_layer if hub else _layer)(g, w, layer, hidden, mask, rotary, heads)
+        hidden = _layer(g, w, names.layer.format(layer), hidden, mask, rotary, names)
     return hidden
 
 
-def _hub_layer(
-    g: OnnxBuilder, w: Weights, layer: int, hidden: str, mask: str, rotary: Rotary, heads: Heads
-) -> str:
-    dim = w.config["hidden_size"]
-    name = f"encoder.layers.{layer}."
-    weight, _ = w.linear(f"{name}attn.Wqkv", 3 * dim, dim, bias=False)
-    parts = [(weight[:, start : start + dim], None) for start in range(0, 3 * dim, dim)]
-    names = ("attn.out_proj", "norm1", "mlp.fc12", "mlp.fc11", "mlp.fc2", "norm2")
-    return _append(g, w, hidden, mask, rotary, heads, parts, [name + part for part in names])
-
-
 def _layer(
-    g: OnnxBuilder, w: Weights, layer: int, hidden: str, mask: str, rotary: Rotary, heads: Heads
-) -> str:
-    dim = w.config["hidden_size"]
-    name = f"layers.{layer}."
-    parts = [w.linear(f"{name}self_attn.{part}_proj", dim, dim, bias=False) for part in "qkv"]
-    names = (
-        "self_attn.o_proj",
-        "post_attention_layernorm",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-        "post_mlp_layernorm",
-    )
-    return _append(g, w, hidden, mask, rotary, heads, parts, [name + part for part in names])
-
-
-def _append(
-    g: OnnxBuilder,
-    w: Weights,
-    hidden: str,
-    mask: str,
-    rotary: Rotary,
-    heads: Heads,
-    parts: Sequence[Linear],
-    names: Sequence[str],
+    g: OnnxBuilder, w: Weights, layer: str, hidden: str, mask: str, rotary: Rotary, names: _Names
 ) -> str:
     dim, wide = w.config["hidden_size"], w.config["intermediate_size"]
-    output, norm1, gate, up, down, norm2 = names
-    query, key, value = split_heads(g, linear(g, hidden, merged(parts, heads)), heads)
+    heads = Heads(w.config["num_attention_heads"], dim // w.config["num_attention_heads"])
+
+    def layer_of(name: str, out: int, into: int) -> Linear:
+        return w.linear(layer + name, out, into, bias=False)
+
+    if len(names.attention) == 1:
+        parts = split_layer(layer_of(names.attention[0], 3 * dim, dim), 3)
+    else:
+        parts = [layer_of(name, dim, dim) for name in names.attention]
+    qkv = linear(g, hidden, merged(parts, heads.size**-0.5))
+    query, key, value = split_heads(g, qkv, heads)
     mixed = attend(g, rotary.turn(g, query), rotary.turn(g, key), value, mask, heads)
-    attended = linear(g, mixed, w.linear(output, dim, dim, bias=False))
-    hidden = _norm(g, w, g.op("Add", hidden, attended), norm1)
-    opened, raised = (w.linear(part, wide, dim, bias=False) for part in (gate, up))
-    lowered = w.linear(down, dim, wide, bias=False)
-    network = gated(g, hidden, opened, raised, lowered, w.config["hidden_act"])
-    return _norm(g, w, g.op("Add", hidden, network), norm2)
+    attended = linear(g, mixed, layer_of(names.attention_output, dim, dim))
+    hidden = _norm(g, w, g.op("Add", hidden, attended), layer + names.attention_norm)
+    gate, up = (layer_of(name, wide, dim) for name in (names.gate, names.up))
+    down = layer_of(names.down, dim, wide)
+    network = gated(g, hidden, gate, up, down, w.config["hidden_act"])
+    return _norm(g, w, g.op("Add", hidden, network), layer + names.output_norm)
 
 
 def _norm(g: OnnxBuilder, w: Weights, value: str, name: str) -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from embedq_worker.model.blocks import Rotary, gated, not_after, rms_norm, same_text_mask
-from embedq_worker.model.families.decoder import append_attention, read_decoder
+from embedq_worker.model.blocks import Rotary, not_after, rms_norm, same_text_mask
+from embedq_worker.model.families.decoder import append_attention, append_network, read_decoder
 from embedq_worker.model.families.family import FULL, Architecture, Family, read_theta
 from embedq_worker.model.json_file import JsonFile
 from embedq_worker.model.weights import Weights
@@ -29,7 +29,7 @@ def read(config: JsonFile) -> Architecture:
 
 def build(g: OnnxBuilder, w: Weights) -> str:
     """Append embeddings and layers, [B, T, D]."""
-    dim, wide, size = (w.config[key] for key in ("hidden_size", "intermediate_size", "head_dim"))
+    dim, size = w.config["hidden_size"], w.config["head_dim"]
     words = w.get("embed_tokens.weight", w.config["vocab_size"], dim)
     hidden = g.op("Gather", g.constant(words), "input_ids")
     mask, rotary = same_text_mask(g, not_after(g)), Rotary(g, size, w.config["theta"])
@@ -43,9 +43,7 @@ def build(g: OnnxBuilder, w: Weights) -> str:
         attended = append_attention(g, w, name, normed, mask, rotary, scale=size**-0.5)
         hidden = g.op("Add", hidden, attended)
         normed = norm(hidden, f"{name}post_attention_layernorm")
-        gate, up = (w.linear(f"{name}mlp.{x}_proj", wide, dim, bias=False) for x in ("gate", "up"))
-        down = w.linear(f"{name}mlp.down_proj", dim, wide, bias=False)
-        network = gated(g, normed, gate, up, down, w.config["hidden_act"])
+        network = append_network(g, w, name, normed)
         hidden = g.op("Add", hidden, network)
     return norm(hidden, "norm")
 

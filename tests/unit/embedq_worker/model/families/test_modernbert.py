@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from tests.support.models import write_json, write_modules, write_safetensors, write_tokenizer
+from tests.support.models import load_encoder
 from tests.support.rotary import normalized, rotary_attention
 from tests.unit.embedq_worker.model.families.test_families import (
     SMALL,
@@ -18,8 +18,6 @@ from tests.unit.embedq_worker.model.families.test_families import (
 )
 
 from embedq_worker.errors import ModelError
-from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import Model, load_model
 
 CONFIG: Final[dict[str, Any]] = {
     **SMALL,
@@ -28,14 +26,6 @@ CONFIG: Final[dict[str, Any]] = {
     "global_rope_theta": 5_000.0,
     "local_rope_theta": 300.0,
 }
-
-
-def load(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Model:
-    write_json(folder / "config.json", config)
-    write_modules(folder)
-    write_tokenizer(folder / "tokenizer.json")
-    write_safetensors(folder / "model.safetensors", tensors)
-    return load_model(folder, "m", DigestCache(folder / "cache"))
 
 
 def random_tensors() -> dict[str, Any]:
@@ -83,7 +73,7 @@ def expected_vector(tensors: dict[str, Any], ids: list[int]) -> Any:
 
 def test_packed_vectors_are_those_of_the_definition(tmp_path: Path) -> None:
     tensors = random_tensors()
-    model = load(tmp_path, CONFIG, tensors)
+    model = load_encoder(tmp_path, CONFIG, tensors)
 
     vectors = packed_vectors(model, sequences())
 
@@ -93,7 +83,7 @@ def test_packed_vectors_are_those_of_the_definition(tmp_path: Path) -> None:
 
 def test_rope_parameters_say_the_same_as_the_older_keys(tmp_path: Path) -> None:
     tensors = random_tensors()
-    old = load(tmp_path, CONFIG, tensors).architecture
+    old = load_encoder(tmp_path, CONFIG, tensors).architecture
     new = {name: value for name, value in CONFIG.items() if "theta" not in name}
     new["rope_parameters"] = {
         "full_attention": {"rope_type": "default", "rope_theta": 5_000.0},
@@ -101,7 +91,7 @@ def test_rope_parameters_say_the_same_as_the_older_keys(tmp_path: Path) -> None:
     }
     new["layer_types"] = [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")]
 
-    assert load(tmp_path, new, tensors).architecture == old
+    assert load_encoder(tmp_path, new, tensors).architecture == old
 
 
 @pytest.mark.parametrize(
@@ -123,4 +113,4 @@ def test_value_with_another_meaning_is_refused(
     tmp_path: Path, values: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {reason}"):
-        load(tmp_path, {**CONFIG, **values}, {})
+        load_encoder(tmp_path, {**CONFIG, **values}, {})

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from tests.support.models import write_json, write_modules, write_safetensors, write_tokenizer
+from tests.support.models import load_encoder
 from tests.support.rotary import normalized, rotary_attention
 from tests.unit.embedq_worker.model.families.test_families import (
     TOLERANCE,
@@ -17,8 +17,6 @@ from tests.unit.embedq_worker.model.families.test_families import (
 )
 
 from embedq_worker.errors import ModelError
-from embedq_worker.files import DigestCache
-from embedq_worker.model.resolve import Model, load_model
 
 DIM, WIDE, LAYERS = 32, 48, 3
 THETA, EPSILON = 700.0, 1e-3
@@ -51,14 +49,6 @@ SAVED: Final[dict[str, Any]] = {
     "layer_norm_eps": EPSILON,
     "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
 }
-
-
-def load(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Model:
-    write_json(folder / "config.json", config)
-    write_modules(folder)
-    write_tokenizer(folder / "tokenizer.json")
-    write_safetensors(folder / "model.safetensors", tensors)
-    return load_model(folder, "m", DigestCache(folder / "cache"))
 
 
 def random_tensors() -> dict[str, Any]:
@@ -112,7 +102,7 @@ def expected_vector(tensors: dict[str, Any], ids: list[int]) -> Any:
 
 def test_packed_vectors_are_those_of_the_definition(tmp_path: Path) -> None:
     tensors = random_tensors()
-    model = load(tmp_path, CONFIG, tensors)
+    model = load_encoder(tmp_path, CONFIG, tensors)
 
     vectors = packed_vectors(model, sequences())
 
@@ -122,13 +112,13 @@ def test_packed_vectors_are_those_of_the_definition(tmp_path: Path) -> None:
 
 def test_names_of_transformers_beside_those_of_the_hub_must_agree(tmp_path: Path) -> None:
     tensors = random_tensors()
-    both = load(tmp_path, {**CONFIG, **SAVED}, tensors)
+    both = load_encoder(tmp_path, {**CONFIG, **SAVED}, tensors)
 
     assert both.architecture["theta"] == THETA
     # What transformers takes where no rope_parameters are written.
     del (other := {**CONFIG, **SAVED})["rope_parameters"]
     with pytest.raises(ModelError, match=r"config\.json describes two models: theta is 1000\.0"):
-        load(tmp_path, other, tensors)
+        load_encoder(tmp_path, other, tensors)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +136,7 @@ def test_missing_value_has_the_meaning_of_the_hub_and_is_refused(tmp_path: Path,
     config = {key: value for key, value in CONFIG.items() if key != name}
 
     with pytest.raises(ModelError, match=rf"config\.json: {name} is "):
-        load(tmp_path, config, random_tensors())
+        load_encoder(tmp_path, config, random_tensors())
 
 
 @pytest.mark.parametrize(
@@ -163,4 +153,4 @@ def test_value_that_the_graph_does_not_support_is_refused(
     tmp_path: Path, values: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ModelError, match=rf"config\.json: {reason}"):
-        load(tmp_path, {**CONFIG, **values}, {})
+        load_encoder(tmp_path, {**CONFIG, **values}, {})
