@@ -98,7 +98,7 @@ def sequences() -> list[list[int]]:
 
 def write_random(folder: Path, variant: str) -> Any:
     """Save a random model of a family, and return the model of transformers."""
-    torch = pytest.importorskip("torch", reason="the group conformance is not installed")
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
     transformers = pytest.importorskip("transformers")
     kind, arguments = VARIANTS[variant]
     torch.manual_seed(0)

@@ -48,7 +48,7 @@ def test_other_number_of_buckets_is_refused(count: int) -> None:
 
 
 def test_distances_beyond_the_last_bucket_are_those_of_transformers(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch", reason="the group conformance is not installed")
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {name: TINY[name] for name in ("hidden_size", "num_attention_heads", "vocab_size")}
